@@ -1,0 +1,12 @@
+"""Per-example gradients in JAX, by hand and by `jax.grad`.
+
+network                     the exercise: log(1 + exp(-y wᵀσ(Wx + b))), its gradients in closed form and through autodiff
+check_gradient              hold any hand-written gradient against `jax.grad`: a report, leaf by leaf
+assert_agree                the same as an assertion
+"""
+
+from jaxgrad import network
+from jaxgrad.agreement import assert_agree, check_gradient
+
+__version__ = "0.1.0"
+__all__ = ["assert_agree", "check_gradient", "network"]

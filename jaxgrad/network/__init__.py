@@ -1,0 +1,52 @@
+"""The exercise: the network wᵀσ(Wx + b), its loss, and its gradient by hand and by `jax.grad`.
+
+model        the network and its loss, pure functions of one example
+activations  σ, σ′, σ″ right to the last digits
+derivation   the exercise's two derivations, line by line, as they stand on the page
+closed_form  the stable closed form: gradients of one example and of batches, Hessian products
+autodiff     the same functions through `jax.grad`: same names, same signatures
+labels       `signs`: labels of two classes as ±1
+"""
+
+from jaxgrad.network import autodiff, closed_form, derivation
+from jaxgrad.network.activations import (
+    ACTIVATIONS,
+    Activation,
+    elu,
+    gelu,
+    gelu_tanh,
+    identity,
+    leaky_relu,
+    logistic,
+    relu,
+    silu,
+    sine,
+    softplus,
+    tanh,
+)
+from jaxgrad.network.labels import signs
+from jaxgrad.network.model import Params, init_params, loss, margin
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Params",
+    "autodiff",
+    "closed_form",
+    "derivation",
+    "elu",
+    "gelu",
+    "gelu_tanh",
+    "identity",
+    "init_params",
+    "leaky_relu",
+    "logistic",
+    "loss",
+    "margin",
+    "relu",
+    "signs",
+    "silu",
+    "sine",
+    "softplus",
+    "tanh",
+]

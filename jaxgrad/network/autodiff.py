@@ -1,0 +1,72 @@
+"""The exercise's gradients through `jax.grad`: the same names and signatures as `closed_form`.
+
+This is what the closed form is held against, and what it replaces. Where σ saturates, `jax.grad` loses the slope's
+digits (it forms σ - σ²); `closed_form` does not.
+"""
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxgrad.network.activations import Activation, logistic
+from jaxgrad.network.checks import batch, batch_mean, one_example_jitted
+from jaxgrad.network.model import Params, loss
+
+
+def _mean_loss(params: Params, X: Array, Y: Array, activation: Activation) -> Array:
+    return jax.vmap(lambda x, y: loss(params, x, y, activation))(X, Y).mean()
+
+
+@one_example_jitted
+def grad(
+    params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic
+) -> Params:
+    """∂loss/∂params of one example; as `closed_form.grad`."""
+    return jax.grad(loss)(params, x, y, activation)
+
+
+@one_example_jitted
+def value_and_grad_one(
+    params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic
+) -> tuple[Float[Array, ""], Params]:
+    """(loss, ∂loss/∂params) of one example; as `closed_form.value_and_grad_one`."""
+    return jax.value_and_grad(loss)(params, x, y, activation)
+
+
+@one_example_jitted
+def input_grad(
+    params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic
+) -> Float[Array, " D"]:
+    """∂loss/∂x of one example; as `closed_form.input_grad`."""
+    return jax.grad(loss, argnums=1)(params, x, y, activation)
+
+
+@batch
+def batched_grad(
+    params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
+) -> Params:
+    """Every example's ∂loss/∂params: jit(vmap(jax.grad)); as `closed_form.batched_grad`."""
+    return jax.vmap(lambda x, y: jax.grad(loss)(params, x, y, activation))(X, Y)
+
+
+@batch
+def batched_input_grad(
+    params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
+) -> Float[Array, "B D"]:
+    """Every example's ∂loss/∂x; as `closed_form.batched_input_grad`."""
+    return jax.vmap(lambda x, y: jax.grad(loss, argnums=1)(params, x, y, activation))(X, Y)
+
+
+@batch_mean
+def value_and_grad(
+    params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
+) -> tuple[Float[Array, ""], Params]:
+    """(mean loss, its gradient): jit(jax.value_and_grad(mean loss)); as `closed_form.value_and_grad`."""
+    return jax.value_and_grad(_mean_loss)(params, X, Y, activation)
+
+
+@batch_mean
+def hessian_vector_product(
+    params: Params, V: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
+) -> Params:
+    """The mean loss's Hessian times V: jax.jvp of jax.grad; as `closed_form.hessian_vector_product`."""
+    return jax.jvp(lambda p: jax.grad(_mean_loss)(p, X, Y, activation), (params,), (V,))[1]

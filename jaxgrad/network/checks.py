@@ -1,0 +1,140 @@
+"""What a call must be given, checked before anything is traced, so that the message speaks of the caller's arrays.
+
+Each decorator takes a pure function on arrays and returns the public one: the same name, docstring and signature, its
+arguments turned into arrays and checked, and the activation checked to be one.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxgrad.network.activations import Activation
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_example(function: Callable[P, R]) -> Callable[P, R]:
+    """For function(params, x[, y]): one example, no batch axis. The function is not jitted."""
+    return _checked(function, _check_one, jitted=False)
+
+
+def one_example_jitted(function: Callable[P, R]) -> Callable[P, R]:
+    """The same, jitted with the activation static."""
+    return _checked(function, _check_one, jitted=True)
+
+
+def batch(function: Callable[P, R]) -> Callable[P, R]:
+    """For function(params, X, Y): a batch, the example axis first; jitted with the activation static."""
+    return _checked(function, _check_batch, jitted=True)
+
+
+def batch_mean(function: Callable[P, R]) -> Callable[P, R]:
+    """For function(params, [V,] X, Y) that means over the batch, which must not be empty; jitted as well."""
+    return _checked(function, _check_mean, jitted=True)
+
+
+def _checked(function: Callable[P, R], check: Callable[..., dict[str, Any]], *, jitted: bool) -> Callable[P, R]:
+    name = f"{function.__module__.removeprefix('jaxgrad.')}.{function.__name__}"
+    signature = inspect.signature(function)
+    inner = jax.jit(function, static_argnames=("activation",)) if jitted else function
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}; its arguments are {signature_names}.") from None
+        given.apply_defaults()
+        activation = given.arguments.pop("activation")
+        if not isinstance(activation, Activation):
+            raise TypeError(
+                f"{name}: expected activation to be an Activation, got {activation!r}. "
+                "Use one of jaxgrad.network's, or Activation.from_function(f)."
+            )
+        # By name from here on: jax.jit then sees one way of calling, and compiles once.
+        return inner(**check(name, **given.arguments), activation=activation)  # type: ignore[call-arg]
+
+    signature_names = ", ".join(signature.parameters)
+    return call
+
+
+def _array(name: str, what: str, value: Any) -> jax.Array:
+    hint = " Make y with jaxgrad.network.signs(labels)." if what in ("y", "Y") else " Convert it to a floating dtype."
+    if what == "y" and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)  # a literal 1 or -1; an integer array may hold {0, 1} and is refused below
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected {what} to be an array, got {type(value).__name__}.{hint}") from error
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name}: expected {what} of a floating dtype, got {array.dtype}.{hint}")
+    return array
+
+
+def _check_params(name: str, params: Any, what: str = "params") -> Any:
+    if not all(hasattr(params, field) for field in ("W", "b", "w")):
+        raise TypeError(
+            f"{name}: expected {what} to be Params(W, b, w), got {type(params).__name__}. "
+            "Make them with jaxgrad.network.init_params or jaxgrad.network.Params."
+        )
+    W, b, w = (_array(name, f"{what}.{field}", getattr(params, field)).shape for field in ("W", "b", "w"))
+    if len(W) != 2:
+        raise ValueError(f"{name}: expected {what}.W of shape [H, D], got {W}. Rows are hidden units.")
+    for field, shape in (("b", b), ("w", w)):
+        if shape != (W[0],):
+            raise ValueError(
+                f"{name}: expected {what}.{field} of shape {(W[0],)} to match {what}.W of shape {W}, got {shape}. "
+                "Each hidden unit has one bias and one output weight."
+            )
+    return jax.tree.map(jnp.asarray, params)
+
+
+def _check_one(name: str, params: Any, x: Any, y: Any = None) -> dict[str, Any]:
+    params, x = _check_params(name, params), _array(name, "x", x)
+    if x.shape != params.W.shape[1:]:
+        raise ValueError(
+            f"{name}: expected x of shape {params.W.shape[1:]} to match params.W of shape {params.W.shape}, "
+            f"got {x.shape}. Pass one example; for a batch use jax.vmap or the batched functions."
+        )
+    if y is None:
+        return {"params": params, "x": x}
+    y = _array(name, "y", y)
+    if y.shape != ():
+        raise ValueError(f"{name}: expected y of shape (), got {y.shape}. Pass the sign of one example.")
+    return {"params": params, "x": x, "y": y}
+
+
+def _check_batch(name: str, params: Any, X: Any, Y: Any) -> dict[str, Any]:
+    params, X, Y = _check_params(name, params), _array(name, "X", X), _array(name, "Y", Y)
+    if X.ndim != 2 or X.shape[1:] != params.W.shape[1:]:
+        raise ValueError(
+            f"{name}: expected X of shape [B, {params.W.shape[1]}] to match params.W of shape {params.W.shape}, "
+            f"got {X.shape}. One row is one example."
+        )
+    if Y.shape != X.shape[:1]:
+        raise ValueError(
+            f"{name}: expected Y of shape {X.shape[:1]} to match X of shape {X.shape}, got {Y.shape}. "
+            "Pass one sign for each row of X."
+        )
+    return {"params": params, "X": X, "Y": Y}
+
+
+def _check_mean(name: str, params: Any, X: Any, Y: Any, V: Any = None) -> dict[str, Any]:
+    checked = _check_batch(name, params, X, Y)
+    params, X = checked["params"], checked["X"]
+    if X.shape[0] == 0:
+        raise ValueError(f"{name}: expected at least one example, got X of shape {X.shape}. An empty mean is undefined.")
+    if V is None:
+        return checked
+    V = _check_params(name, V, "V")
+    if V.W.shape != params.W.shape:
+        raise ValueError(
+            f"{name}: expected V.W of shape {params.W.shape} to match params.W, got {V.W.shape}. "
+            "A direction has the shapes of the parameters."
+        )
+    return checked | {"V": V}

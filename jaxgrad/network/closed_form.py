@@ -1,0 +1,254 @@
+"""The exercise's gradients by hand, in the form that neither overflows nor loses digits.
+
+In the exercise's names, for one example (uppercase matrix, lowercase vector, lowercase Greek scalar):
+
+    z = Wx + b,  s = σ(z),  s′ = σ′(z),  s″ = σ″(z),  γ = y,  β = -γ wᵀs,  λ = log(1 + e^β),  π = 1/(1 + e^-β)
+
+    ∂λ/∂W = δ xᵀ,   ∂λ/∂b = δ,   ∂λ/∂w = -πγ s,   ∂λ/∂x = Wᵀδ,   with δ = -πγ s′⊙w
+
+π is the page's e^{-λ}α, written so that it cannot overflow; s′ comes from `activations`, where it keeps its digits in
+saturation. In direction (dW, db, dw), with dz = dW x + db, ds = s′⊙dz, dβ = -γ(dwᵀs + wᵀds), dπ = π(1 - π)dβ, the
+Hessian product is η xᵀ, η, -dπγ s - πγ ds with η = -dπγ s′⊙w - πγ (s′⊙dw + s″⊙w⊙dz).
+
+Accuracy. All arithmetic is in float32 at least, and each result is rounded once to its parameter's dtype (bfloat16
+and float16 parameters lose nothing on the way). With u the unit roundoff of that arithmetic, the inner products z and
+β are wrong by at most δz = (D + 2)·u·(|W||x| + |b|) and δβ = |γ|·((H + 8)·u·|w|ᵀ|s| + |w|ᵀ|s′⊙δz|), and every
+entry of a gradient is right to a relative error of
+
+    16·u + 2·(1 - π)·δβ + 2·max(1, |s″/s′|)·δz      (plus one rounding to the dtype)
+
+for the logistic: nothing is lost to saturation. On GPU and TPU, float32 matrix products may be computed in lower
+precision; `jax.default_matmul_precision("highest")` restores u. Finite margins give finite gradients.
+
+In a batch the hidden axis comes first, [H, B]: then Z = W Xᵀ and ΔX are the only two matrix products of a gradient,
+and neither transposes an operand.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxgrad.network.activations import Activation, logistic
+from jaxgrad.network.checks import batch, batch_mean, one_example_jitted
+from jaxgrad.network.model import Params
+
+
+@one_example_jitted
+def grad(
+    params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic
+) -> Params:
+    """The gradient of one example's loss with respect to W, b and w.
+
+    Formula: δxᵀ, δ, -πγ s (module docstring). Cost: one product W x, one outer product.
+
+    Args:
+        params: Params(W [H, D], b [H], w [H]).
+        x: [D], floating.
+        y: +1 or -1, floating.
+        activation: σ.
+
+    Returns:
+        Params of the shapes and dtypes of `params`.
+
+    Raises:
+        ValueError, TypeError: shapes that do not match, dtypes that are not floating; before tracing.
+
+    Example:
+        >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
+        >>> grad(params, jnp.zeros(2), 1.0).b              # -π·s′·w = -logistic(-1/2)/4
+        Array([-0.09438...], dtype=float32)
+    """
+    return _gradient(params, x, _forward(params, x, y, activation))
+
+
+@one_example_jitted
+def value_and_grad_one(
+    params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic
+) -> tuple[Float[Array, ""], Params]:
+    """One example's loss and its gradient, as `jax.value_and_grad(loss)` returns them. Arguments as in `grad`.
+
+    Example:
+        >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
+        >>> value, gradient = value_and_grad_one(params, jnp.zeros(2), 1.0)
+        >>> float(value)
+        0.47407...
+    """
+    f = _forward(params, x, y, activation)
+    return f.loss.astype(f.dtype), _gradient(params, x, f)
+
+
+@one_example_jitted
+def input_grad(
+    params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic
+) -> Float[Array, " D"]:
+    """The gradient Wᵀδ of one example's loss with respect to x, in x's dtype. Arguments as in `grad`.
+
+    Example:
+        >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
+        >>> input_grad(params, jnp.zeros(2), 1.0)
+        Array([-0.09438..., -0.09438...], dtype=float32)
+    """
+    return _product(_delta(params, _forward(params, x, y, activation)), params.W).astype(x.dtype)
+
+
+@batch
+def batched_grad(
+    params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
+) -> Params:
+    """The gradient of every example, written out: jit(vmap(grad)).
+
+    Cost: B·H·D numbers are written; that is the time. Where only norms, sums or inner products of these
+    gradients are wanted, they can be had without writing them.
+
+    Args:
+        params: Params(W [H, D], b [H], w [H]).
+        X: [B, D], one example a row, floating; B may be 0.
+        Y: [B], each +1 or -1, floating (`signs` makes it from labels).
+        activation: σ.
+
+    Returns:
+        Params(W [B, H, D], b [B, H], w [B, H]) in the dtypes of `params`.
+
+    Raises:
+        ValueError, TypeError: shapes that do not match, dtypes that are not floating; before tracing.
+
+    Example:
+        >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
+        >>> batched_grad(params, jnp.zeros((5, 2)), jnp.ones(5)).W.shape
+        (5, 1, 2)
+    """
+    return jax.vmap(lambda x, y: _gradient(params, x, _forward(params, x, y, activation)))(X, Y)
+
+
+@batch
+def batched_input_grad(
+    params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
+) -> Float[Array, "B D"]:
+    """Every example's gradient with respect to its x: [B, D], in X's dtype. Arguments as in `batched_grad`.
+
+    Cost: two matrix products; nothing larger than [B, H] or [B, D] is formed.
+
+    Example:
+        >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
+        >>> batched_input_grad(params, jnp.zeros((5, 2)), jnp.ones(5)).shape
+        (5, 2)
+    """
+    return _product(_delta(params, _forward(params, X, Y, activation)).T, params.W).astype(X.dtype)
+
+
+@batch_mean
+def value_and_grad(
+    params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
+) -> tuple[Float[Array, ""], Params]:
+    """The mean loss and its gradient: stands where `jax.value_and_grad(mean loss)` stood in a training loop.
+
+    Cost: two matrix products, one exponential per hidden unit and example.
+
+    Args:
+        params, X, Y, activation: as in `batched_grad`, with B ≥ 1.
+
+    Returns:
+        (mean loss, Params of the shapes and dtypes of `params`).
+
+    Raises:
+        ValueError, TypeError: as in `batched_grad`, and for an empty batch.
+
+    Example:
+        >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
+        >>> value, gradient = value_and_grad(params, jnp.zeros((5, 2)), jnp.ones(5))
+        >>> float(value), gradient.W.shape
+        (0.47407..., (1, 2))
+    """
+    f = _forward(params, X, Y, activation, scale=1 / X.shape[0])
+    delta = _delta(params, f)
+    gradient = Params(_product(delta, X), delta.sum(1), f.s @ f.minus_pi_gamma)
+    return f.loss.mean().astype(f.dtype), _in_dtypes_of(params, gradient)
+
+
+@batch_mean
+def hessian_vector_product(
+    params: Params, V: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
+) -> Params:
+    """The Hessian of the mean loss times V, by formula: `jax.jvp(jax.grad(mean loss), (params,), (V,))[1]`.
+
+    Cost: three matrix products (Z, dZ, ηX); the Hessian is never formed.
+
+    Args:
+        params: Params(W [H, D], b [H], w [H]).
+        V: the direction (dW, db, dw), of the same shapes.
+        X, Y, activation: as in `batched_grad`, with B ≥ 1.
+
+    Returns:
+        Params of the shapes and dtypes of `params`.
+
+    Raises:
+        ValueError, TypeError: as in `batched_grad`, for a V that does not match, and for an empty batch.
+
+    Example:
+        >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
+        >>> hessian_vector_product(params, params, jnp.zeros((5, 2)), jnp.ones(5)).w
+        Array([-0.12959...], dtype=float32)
+    """
+    f = _forward(params, X, Y, activation, scale=1 / X.shape[0])
+    dW, db, dw = V
+    w, dw = (v.astype(f.s.dtype)[:, None] for v in (params.w, dw))
+    dz = _product(dW, X.T).astype(f.s.dtype) + db.astype(f.s.dtype)[:, None]
+    ds = lax.optimization_barrier(f.slope * dz)
+    gamma = Y.astype(f.s.dtype)
+    dbeta = -gamma * (dw[:, 0] @ f.s + w[:, 0] @ ds)
+    minus_dpi_gamma = f.minus_pi_gamma * jax.nn.sigmoid(-f.beta) * dbeta
+    eta = f.slope * (minus_dpi_gamma * w + f.minus_pi_gamma * dw) + (f.curvature * dz) * (f.minus_pi_gamma * w)
+    gradient = Params(_product(eta, X), eta.sum(1), f.s @ minus_dpi_gamma + ds @ f.minus_pi_gamma)
+    return _in_dtypes_of(params, gradient)
+
+
+class _Forward(NamedTuple):
+    """What every gradient is made of; z, s, s′, s″ are [H] for one example and [H, B] for a batch."""
+
+    s: Array
+    slope: Array
+    curvature: Array
+    beta: Array  # [] or [B]
+    minus_pi_gamma: Array  # [] or [B]: -πγ, times `scale`
+    loss: Array  # [] or [B]
+    dtype: jax.typing.DTypeLike  # of the loss, as JAX would promote it
+
+
+def _forward(params: Params, X: Array, Y: Array, activation: Activation, scale: float | None = None) -> _Forward:
+    dtype = jnp.result_type(*params, X, Y)
+    work = jnp.promote_types(dtype, jnp.float32)
+    b, w, gamma = params.b.astype(work), params.w.astype(work), Y.astype(work)
+    z = _product(params.W, X.T).astype(work) + (b if X.ndim == 1 else b[:, None])
+    # The barrier keeps a compiler from computing the exponential again in every fused loop that reads s or s′.
+    s, slope, curvature = lax.optimization_barrier(activation.jet(z))
+    beta = -gamma * (w @ s)
+    minus_pi_gamma = -gamma * jax.nn.sigmoid(beta)
+    if scale is not None:
+        minus_pi_gamma = minus_pi_gamma * jnp.asarray(scale, work)
+    return _Forward(s, slope, curvature, beta, minus_pi_gamma, jax.nn.softplus(beta), dtype)
+
+
+def _delta(params: Params, f: _Forward) -> Array:
+    w = params.w.astype(f.s.dtype)
+    return f.minus_pi_gamma * (f.slope * (w if f.s.ndim == 1 else w[:, None]))
+
+
+def _gradient(params: Params, x: Array, f: _Forward) -> Params:
+    # Without the barrier δ would be computed again for every one of the H × D entries.
+    delta, x = lax.optimization_barrier((_delta(params, f), x.astype(f.s.dtype)))
+    return _in_dtypes_of(params, Params(delta[:, None] * x, delta, f.minus_pi_gamma * f.s))
+
+
+def _product(a: Array, b: Array) -> Array:
+    """a @ b, accumulated in float32 at least."""
+    common = jnp.promote_types(a.dtype, b.dtype)
+    return jnp.matmul(
+        a.astype(common), b.astype(common), preferred_element_type=jnp.promote_types(common, jnp.float32)
+    )
+
+
+def _in_dtypes_of(params: Params, g: Params) -> Params:
+    return Params(g.W.astype(params.W.dtype), g.b.astype(params.b.dtype), g.w.astype(params.w.dtype))

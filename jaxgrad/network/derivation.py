@@ -1,0 +1,215 @@
+"""The exercise's two derivations as they stand on the page, every intermediate a function, nothing made stable.
+
+This file is for reading beside the page, and for finding out where the page's formulas hold: they are exact on paper,
+overflow in float32 from β ≈ 88.7 on, and the form with S - S² loses its digits in saturation. `closed_form` is the
+same mathematics for use.
+
+Names: uppercase Latin a matrix, lowercase Latin a vector, lowercase Greek a scalar. One example x [D], y scalar.
+
+The first answer (a) applies the chain rule entry by entry. Its last line reads ∂(Wx + b)/∂W_ij = x_j; the derivative
+of a vector is a vector, x_j e_i. Read literally the product with w sums over all hidden units, and is wrong for H > 1.
+
+The second answer works with differentials and ends in a matrix (b), in components (c), and for the logistic with
+S′ = S - S² (d).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxgrad.network.activations import Activation, logistic
+from jaxgrad.network.model import Params
+
+Vector = Float[Array, " H"]
+Matrix = Float[Array, "H D"]
+Scalar = Float[Array, ""]
+
+# --- The second answer's variables, in the order of the page -----------------------------------------------------
+
+
+def gamma(y: Scalar) -> Scalar:
+    """γ = y."""
+    return y
+
+
+def z(params: Params, x: Float[Array, " D"]) -> Vector:
+    """z = Wx + b."""
+    return params.W @ x + params.b
+
+
+def s(params: Params, x: Float[Array, " D"], sigma: Activation = logistic) -> Vector:
+    """s = σ(z), elementwise."""
+    return sigma.value(z(params, x))
+
+
+def s_prime(params: Params, x: Float[Array, " D"], sigma: Activation = logistic) -> Vector:
+    """s′ = σ′(z), elementwise."""
+    return sigma.slope(z(params, x))
+
+
+def S_prime(params: Params, x: Float[Array, " D"], sigma: Activation = logistic) -> Float[Array, "H H"]:
+    """S′ = Diag(s′), the matrix that replaces the elementwise product."""
+    return jnp.diag(s_prime(params, x, sigma))
+
+
+def beta(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Scalar:
+    """β = -γ wᵀs."""
+    return -gamma(y) * (params.w @ s(params, x, sigma))
+
+
+def alpha(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Scalar:
+    """α = e^β. Overflows: in float32 from β ≈ 88.7 on."""
+    return jnp.exp(beta(params, x, y, sigma))
+
+
+def lambda_(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Scalar:
+    """λ = log(1 + α). Infinite where α is, and 0 where 1 + α rounds to 1."""
+    return jnp.log(1 + alpha(params, x, y, sigma))
+
+
+# --- Their differentials, in a direction dW ------------------------------------------------------------------------
+
+
+def dz(params: Params, x: Float[Array, " D"], dW: Matrix) -> Vector:
+    """dz = dW x."""
+    return dW @ x
+
+
+def ds(params: Params, x: Float[Array, " D"], dW: Matrix, sigma: Activation = logistic) -> Vector:
+    """ds = s′ ⊙ dz = S′ dz."""
+    return S_prime(params, x, sigma) @ dz(params, x, dW)
+
+
+def dbeta(params: Params, x: Float[Array, " D"], y: Scalar, dW: Matrix, sigma: Activation = logistic) -> Scalar:
+    """dβ = -γ wᵀds."""
+    return -gamma(y) * (params.w @ ds(params, x, dW, sigma))
+
+
+def dalpha(params: Params, x: Float[Array, " D"], y: Scalar, dW: Matrix, sigma: Activation = logistic) -> Scalar:
+    """dα = α dβ."""
+    return alpha(params, x, y, sigma) * dbeta(params, x, y, dW, sigma)
+
+
+class Dlambda(NamedTuple):
+    """dλ as it is rewritten on the page, one field a line: eight expressions of one number."""
+
+    in_dalpha: Scalar
+    in_dbeta: Scalar
+    in_ds: Scalar
+    in_dz: Scalar
+    in_dW: Scalar
+    trace: Scalar
+    trace_cycled: Scalar
+    with_gradient: Scalar
+
+
+def dlambda(
+    params: Params, x: Float[Array, " D"], y: Scalar, dW: Matrix, sigma: Activation = logistic
+) -> Dlambda:
+    """dλ in direction dW, through each line of the second answer.
+
+    Returns:
+        Dlambda: e^{-λ}dα, e^{-λ}α dβ, -e^{-λ}αγ wᵀds, … wᵀS′dz, … wᵀS′dW x, … Trace(wᵀS′dW x), … Trace(x wᵀS′dW),
+        and ⟨∂λ/∂W, dW⟩ with the gradient read off the last.
+    """
+    w, dS = params.w, S_prime(params, x, sigma)
+    c = _factor(params, x, y, sigma)
+    e = jnp.exp(-lambda_(params, x, y, sigma))
+    return Dlambda(
+        in_dalpha=e * dalpha(params, x, y, dW, sigma),
+        in_dbeta=e * alpha(params, x, y, sigma) * dbeta(params, x, y, dW, sigma),
+        in_ds=c * (w @ ds(params, x, dW, sigma)),
+        in_dz=c * (w @ dS @ dz(params, x, dW)),
+        in_dW=c * (w @ dS @ dW @ x),
+        trace=c * jnp.trace((w @ dS @ dW @ x)[None, None]),
+        trace_cycled=c * jnp.trace(jnp.outer(x, w) @ dS @ dW),
+        with_gradient=jnp.sum(matrix_form(params, x, y, sigma) * dW),
+    )
+
+
+def _factor(params: Params, x: Array, y: Array, sigma: Activation) -> Array:
+    """-e^{-λ}αγ, the scalar that every form of the gradient starts with. NaN where α overflows: 0·inf."""
+    return -jnp.exp(-lambda_(params, x, y, sigma)) * alpha(params, x, y, sigma) * gamma(y)
+
+
+# --- (b) the matrix form, (c) its components, (d) the logistic ----------------------------------------------------
+
+
+def matrix_form_transposed(
+    params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic
+) -> Matrix:
+    """(b), first line: ∂λ/∂W = -e^{-λ}αγ (x wᵀS′)ᵀ."""
+    return _factor(params, x, y, sigma) * (jnp.outer(x, params.w) @ S_prime(params, x, sigma)).T
+
+
+def matrix_form(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
+    """(b), second line: ∂λ/∂W = -e^{-λ}αγ S′w xᵀ, for any σ."""
+    return _factor(params, x, y, sigma) * jnp.outer(S_prime(params, x, sigma) @ params.w, x)
+
+
+def component_form_summed(
+    params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic
+) -> Matrix:
+    """(c), first line: ∂λ/∂W_ij = -e^{-λ}αγ Σ_k S′_ik w_k x_j, with the sum as it stands (the page lets k run to d)."""
+    terms = S_prime(params, x, sigma)[:, :, None] * params.w[None, :, None] * x[None, None, :]  # i, k, j
+    return _factor(params, x, y, sigma) * terms.sum(1)
+
+
+def component_form(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
+    """(c), second line: ∂λ/∂W_ij = -e^{-λ}αγ σ′(z_i) w_i x_j."""
+    i_j = s_prime(params, x, sigma)[:, None] * params.w[:, None] * x[None, :]
+    return _factor(params, x, y, sigma) * i_j
+
+
+def component_form_expanded(
+    params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic
+) -> Matrix:
+    """(c), third line: ∂λ/∂W_ij = -e^{-λ}αγ σ′(Σ_k W_ik x_k + b_i) w_i x_j."""
+    z_i = (params.W * x[None, :]).sum(1) + params.b
+    return _factor(params, x, y, sigma) * (sigma.slope(z_i) * params.w)[:, None] * x[None, :]
+
+
+def logistic_form(params: Params, x: Float[Array, " D"], y: Scalar) -> Matrix:
+    """(d): ∂λ/∂W = -e^{-λ}αγ (S - S²) w xᵀ with S = Diag(s). S - S² cancels in saturation."""
+    S = jnp.diag(s(params, x))
+    return _factor(params, x, y, logistic) * jnp.outer((S - S @ S) @ params.w, x)
+
+
+# --- (a) the first answer: the chain rule entry by entry ----------------------------------------------------------
+
+
+def first_answer_outer(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Scalar:
+    """(a), first line's factor: (1 + exp(-y wᵀσ(Wx + b)))^{-1}."""
+    return 1 / (1 + jnp.exp(-y * (params.w @ sigma.value(params.W @ x + params.b))))
+
+
+def first_answer_exponential(
+    params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic
+) -> Scalar:
+    """(a), second line's factor: exp(-y wᵀσ(Wx + b))."""
+    return jnp.exp(-y * (params.w @ sigma.value(params.W @ x + params.b)))
+
+
+def first_answer_literal(
+    params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic
+) -> Matrix:
+    """(a) as it reads: the last line is ∂(Wx + b)/∂W_ij = x_j, so every row is -y wᵀσ′(z)·xᵀ times the two factors.
+
+    Wrong for H > 1: each entry holds the sum over all hidden units. Kept to be measured against.
+    """
+    row = -y * (params.w @ sigma.slope(params.W @ x + params.b)) * x
+    factors = first_answer_outer(params, x, y, sigma) * first_answer_exponential(params, x, y, sigma)
+    return factors * jnp.broadcast_to(row, params.W.shape)
+
+
+def first_answer_corrected(
+    params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic
+) -> Matrix:
+    """(a) with the last line ∂(Wx + b)/∂W_ij = x_j e_i: the product with w keeps the i-th term only."""
+    H, D = params.W.shape
+    e = jnp.eye(H, dtype=params.W.dtype)
+    dz_dW = e[:, :, None] * x[None, None, :]  # k, i, j: ∂z_k/∂W_ij = x_j (e_i)_k
+    w_sigma = params.w * sigma.slope(params.W @ x + params.b)
+    factors = first_answer_outer(params, x, y, sigma) * first_answer_exponential(params, x, y, sigma)
+    return factors * -y * (w_sigma @ dz_dW.reshape(H, H * D)).reshape(H, D)

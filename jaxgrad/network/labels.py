@@ -1,0 +1,84 @@
+"""Labels to signs: the loss wants y = ±1, data has 0/1, booleans or names."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def signs(
+    labels: Any, dtype: jax.typing.DTypeLike = jnp.float32, *, classes: Sequence[Any] | None = None
+) -> Float[Array, "*shape"]:
+    """Labels of two classes as -1 and +1.
+
+    {-1, +1} stay as they are, 0 and False become -1, 1 and True become +1; of any other two classes (strings too)
+    the one that sorts first becomes -1. A batch may happen to hold one class only: then say which two there are.
+
+    Args:
+        labels: an array or sequence of any shape, on the host (not traced: its values decide the code).
+        dtype: the floating dtype of the result.
+        classes: (negative, positive), the two classes; found in `labels` if not given.
+
+    Returns:
+        An array of the shape of `labels`.
+
+    Raises:
+        ValueError: not exactly two classes, a NaN, or a label that is not among `classes`; the message names the
+            values found.
+        TypeError: `labels` is traced (JAX's own message), or `dtype` is not floating.
+
+    Example:
+        >>> signs(["benign", "malignant", "benign"])
+        Array([-1.,  1., -1.], dtype=float32)
+        >>> signs([1, 1], classes=(0, 1))
+        Array([1., 1.], dtype=float32)
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"signs: expected a floating dtype, got {jnp.dtype(dtype)}. Pass jnp.float32, say.")
+    values = np.asarray(labels)
+    if values.dtype == object:
+        values = _without_objects(values)
+    if values.dtype.kind == "V":  # bfloat16
+        values = values.astype(np.float32)
+    if values.dtype.kind == "f" and np.isnan(values).any():
+        raise ValueError(f"signs: expected two classes, got {int(np.isnan(values).sum())} NaN. Drop those rows.")
+    found = np.unique(values)
+    negative, positive = _two(found) if classes is None else _given(found, classes)
+    return jnp.asarray(np.where(values == positive, 1, -1), dtype)
+
+
+def _without_objects(values: np.ndarray) -> np.ndarray:
+    kinds = sorted({type(v).__name__ for v in values.ravel().tolist()})
+    if len(kinds) != 1:
+        raise ValueError(
+            f"signs: expected labels of one kind, got {', '.join(kinds) or 'none'}. Make them all strings or all numbers."
+        )
+    return np.asarray(values.tolist())
+
+
+def _two(found: np.ndarray) -> tuple[Any, Any]:
+    if found.dtype == bool:
+        return False, True
+    if len(found) != 2:
+        raise ValueError(
+            f"signs: expected two classes, got {len(found)}: {_shown(found)}. "
+            "Choose two, or name both with classes=(negative, positive)."
+        )
+    return found[0], found[1]
+
+
+def _given(found: np.ndarray, classes: Sequence[Any]) -> tuple[Any, Any]:
+    if len(classes) != 2 or classes[0] == classes[1]:
+        raise ValueError(f"signs: expected classes=(negative, positive), two different values, got {classes!r}.")
+    strange = [value for value in found.tolist() if value not in list(classes)]
+    if strange:
+        raise ValueError(f"signs: expected labels among {list(classes)}, got also {_shown(np.asarray(strange))}.")
+    return classes[0], classes[1]
+
+
+def _shown(found: np.ndarray) -> str:
+    shown = ", ".join(repr(v) for v in found[:5].tolist())
+    return (shown or "none") + (", …" if len(found) > 5 else "")
