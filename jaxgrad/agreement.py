@@ -28,7 +28,8 @@ class LeafAgreement:
         shape, dtype: of the candidate's leaf, without the example axis ("missing" if it has none).
         expected_shape, expected_dtype: of the parameter.
         max_abs: largest absolute difference of any entry, over all examples.
-        max_rel: largest ‖candidate - reference‖ / ‖reference‖ over the examples (0 where both are 0).
+        max_rel: largest ‖candidate - reference‖ / ‖reference‖ over the examples (0 where both are 0), the floor
+            standing in for a reference below it.
         worst_example: index of the example that is furthest beyond its tolerance, or None in an empty batch.
         rtol: the tolerance that applied.
         excess: that example's ‖difference‖ in units of its tolerance: above 1 it disagrees, NaN if either is not finite.
@@ -60,6 +61,21 @@ class AgreementReport:
     def agrees(self) -> bool:
         """True if every leaf agrees."""
         return not any(leaf.problem for leaf in self.leaves)
+
+    def assert_agrees(self) -> None:
+        """Raise AssertionError, with this table and chex's message, unless every leaf agrees."""
+        shapes = {leaf.path: (leaf.shape, leaf.dtype) for leaf in self.leaves}
+        expected = {leaf.path: (leaf.expected_shape, leaf.expected_dtype) for leaf in self.leaves}
+        excess = {leaf.path: np.float64(leaf.excess) for leaf in self.leaves}
+        try:
+            chex.assert_equal(shapes, expected)
+            chex.assert_tree_all_finite(excess)
+            chex.assert_trees_all_close(excess, jax.tree.map(np.zeros_like, excess), rtol=0, atol=1)
+        except AssertionError as error:
+            raise AssertionError(
+                f"the gradients disagree.\n{self}\n"
+                f"chex, on shapes, dtypes and ‖Δ‖ in units of the tolerance (at most 1):\n{error}"
+            ) from None
 
     def __str__(self) -> str:
         rows = [("leaf", "shape", "dtype", "max |Δ|", "max ‖Δ‖/‖ref‖", "tolerance", "worst example", "verdict")]
@@ -96,8 +112,9 @@ def check_gradient(
     """Compare a gradient you derived by hand with `jax.grad`, for every example of a batch.
 
     Formula: for example i and leaf l, with c the candidate's gradient and r the reference vmap(jax.grad(loss)), the
-    leaf agrees if ‖c_il - r_il‖ ≤ rtol·‖r_il‖ + 32·eps·max_i ‖r_il‖, with eps that of the reference's dtype: the
-    second term is the noise floor below which `jax.grad` itself has no digits. Norms are over the entries of a leaf.
+    leaf agrees if ‖c_il - r_il‖ ≤ rtol·‖r_il‖ + floor, floor = 32·eps·max_i ‖r_il‖ + √size·tiny. Below the first term
+    `jax.grad` itself has no digits (eps is that of the reference's dtype, float32 or float64); the second is what
+    underflow takes (tiny is the smallest number that the leaf's dtype holds). Norms are over the entries of a leaf.
     Both sides are computed and written out in full: B × parameters numbers at once, or batch_size × parameters.
 
     Args:
@@ -106,7 +123,8 @@ def check_gradient(
         loss: loss(params, *example) → scalar, a pure JAX function of ONE example.
         params: tree of floating arrays.
         *batch: arrays or trees of them, axis 0 the example axis.
-        oracle: "float64" computes the reference in float64 from the same numbers; None in the parameters' dtype.
+        oracle: "float64" computes the reference in float64 from the same numbers; None in the dtypes that are there,
+            float16 and bfloat16 as float32.
         rtol: relative tolerance for every leaf; by default by the leaf's dtype: float64 1e-9, float32 1e-4,
             float16 1e-2, bfloat16 5e-2 (`agreement.RTOL`).
         batched: whether `candidate` takes a batch (True) or one example (False); None tries one example first, and
@@ -152,17 +170,18 @@ def check_gradient(
     parts = []
     for start in range(0, max(examples, 1), step):
         part = jax.tree.map(lambda leaf, start=start: leaf[start : start + step], batch)
-        found, reference = _paths(_materialized(together(params, *part))), _reference(loss, params, part, oracle)
+        gradients, reference = _materialized(together(params, *part)), _reference(loss, params, part, oracle)
+        found = _paths(gradients)
         rows = [_compare(path, paths[path], found.get(path), reference[path], rtol, start) for path in paths]
         rows += [_unexpected(path, leaf) for path, leaf in found.items() if path not in paths]
+        if found.keys() == paths.keys() and jax.tree.structure(gradients) != jax.tree.structure(params):
+            rows.append(_other_tree(gradients, params))
         parts.append(rows)
     name = "jax.grad" + (f" in {oracle}" if oracle else "")
     return AgreementReport(tuple(_worst(rows) for rows in zip(*parts, strict=True)), examples, name)
 
 
-def assert_agree(
-    candidate: Gradient, loss: Callable[..., Any], params: PyTree, *batch: PyTree, **options: Any
-) -> None:
+def assert_agree(candidate: Gradient, loss: Callable[..., Any], params: PyTree, *batch: PyTree, **options: Any) -> None:
     """`check_gradient` as an assertion, for a test.
 
     Args: as in `check_gradient`.
@@ -174,17 +193,7 @@ def assert_agree(
         >>> loss = lambda w, x: (w @ x) ** 2
         >>> assert_agree(lambda w, x: 2 * (w @ x) * x, loss, jnp.ones(3), jnp.eye(3))
     """
-    report = check_gradient(candidate, loss, params, *batch, **options)
-    shapes = {leaf.path: (leaf.shape, leaf.dtype) for leaf in report.leaves}
-    expected = {leaf.path: (leaf.expected_shape, leaf.expected_dtype) for leaf in report.leaves}
-    excess = {leaf.path: np.float64(leaf.excess) for leaf in report.leaves}
-    try:
-        chex.assert_equal(shapes, expected)
-        chex.assert_tree_all_finite(excess)
-        chex.assert_trees_all_close(excess, jax.tree.map(np.zeros_like, excess), rtol=0, atol=1)
-        assert report.agrees
-    except AssertionError as error:
-        raise AssertionError(f"assert_agree: the gradients disagree.\n{report}\n{error}") from None
+    check_gradient(candidate, loss, params, *batch, **options).assert_agrees()
 
 
 def _batch_size(batch: Sequence[PyTree]) -> int:
@@ -240,14 +249,18 @@ def _reference(
     loss: Callable[..., Any], params: PyTree, batch: tuple[PyTree, ...], oracle: str | None
 ) -> dict[str, np.ndarray]:
     with jax.enable_x64(True) if oracle else nullcontext():
-        if oracle:
-            params, batch = jax.tree.map(_to_float64, (params, batch))
+        params, batch = jax.tree.map(_to_float64 if oracle else _to_float32_at_least, (params, batch))
         gradient = jax.vmap(jax.grad(loss), in_axes=(None, *[0] * len(batch)))
         return {path: np.asarray(leaf) for path, leaf in _paths(jax.jit(gradient)(params, *batch)).items()}
 
 
 def _to_float64(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def _to_float32_at_least(leaf: jax.Array) -> jax.Array:
+    half = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+    return leaf.astype(jnp.float32) if half else leaf
 
 
 def _compare(
@@ -263,18 +276,16 @@ def _compare(
     shape, found_dtype = tuple(np.shape(found))[1:], str(found.dtype)
     if np.shape(found) != reference.shape:
         problem = f"has shape {np.shape(found)}, expected {reference.shape}"
-        return LeafAgreement(
-            path, shape, found_dtype, param.shape, dtype, nan, nan, None, tolerance, nan, problem
-        )
+        return LeafAgreement(path, shape, found_dtype, param.shape, dtype, nan, nan, None, tolerance, nan, problem)
     with np.errstate(invalid="ignore", over="ignore"):
         eps = float(jnp.finfo(reference.dtype).eps)
-        c, r = (np.asarray(a).astype(np.float64).reshape(len(reference), -1) for a in (found, reference))
-        difference, norms = np.linalg.norm(c - r, axis=1), np.linalg.norm(r, axis=1)
-        relative = np.divide(difference, norms, out=np.where(difference == 0, 0.0, np.inf), where=norms > 0)
-        bound = tolerance * norms + _NOISE * eps * norms.max(initial=0)
-        excess = np.divide(difference, bound, out=np.where(difference == 0, 0.0, np.inf), where=bound > 0)
+        width = int(np.prod(param.shape))
+        c, r = (np.asarray(a).astype(np.float64).reshape(len(reference), width) for a in (found, reference))
         finite = np.isfinite(c).all(1) & np.isfinite(r).all(1)
-        excess = np.where(finite, excess, np.nan)
+        difference, norms = _norms(c - r), _norms(r)
+        floor = _NOISE * eps * norms[finite].max(initial=0) + width**0.5 * _smallest(param.dtype)
+        relative = _ratio(difference, np.maximum(norms, floor))
+        excess = np.where(finite, _ratio(difference, tolerance * norms + floor), np.nan)
     problem = ""
     if found_dtype != dtype:
         problem = f"has dtype {found_dtype}, expected {dtype}"
@@ -298,10 +309,34 @@ def _compare(
     )
 
 
+def _smallest(dtype: jnp.dtype) -> float:
+    """What underflow may take from an entry: a subnormal float16, a whole normal number where subnormals are flushed."""
+    info = jnp.finfo(dtype)
+    return float(info.smallest_subnormal) if dtype == jnp.float16 else float(info.smallest_normal)
+
+
+def _norms(rows: np.ndarray) -> np.ndarray:
+    """The norm of every row, scaled so that no square overflows or underflows."""
+    largest = np.abs(rows).max(axis=1, initial=0)
+    unit = np.where((largest > 0) & np.isfinite(largest), largest, 1)
+    return unit * np.linalg.norm(rows / unit[:, None], axis=1)
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b with 0 / 0 = 0."""
+    return np.divide(a, b, out=np.where(a == 0, 0.0, np.inf), where=b > 0)
+
+
 def _unexpected(path: str, found: Any) -> LeafAgreement:
     nan = float("nan")
     shape = tuple(np.shape(found))[1:]
     return LeafAgreement(path, shape, str(found.dtype), (), "none", nan, nan, None, nan, nan, "is not a parameter")
+
+
+def _other_tree(gradients: PyTree, params: PyTree) -> LeafAgreement:
+    nan, found, expected = float("nan"), type(gradients).__name__, type(params).__name__
+    problem = f"is a {found}, expected the parameters' {expected} and the same containers in it"
+    return LeafAgreement("the tree", found, "", (), "", nan, nan, None, nan, nan, problem)
 
 
 def _worst(rows: Sequence[LeafAgreement]) -> LeafAgreement:

@@ -1,5 +1,6 @@
 """The exercise: the network wᵀσ(Wx + b), its loss, and its gradient by hand and by `jax.grad`.
 
+params       Params(W, b, w) and their random start
 model        the network and its loss, pure functions of one example
 activations  σ, σ′, σ″ right to the last digits
 derivation   the exercise's two derivations, line by line, as they stand on the page
@@ -25,7 +26,8 @@ from jaxgrad.network.activations import (
     tanh,
 )
 from jaxgrad.network.labels import signs
-from jaxgrad.network.model import Params, init_params, loss, margin
+from jaxgrad.network.model import loss, margin
+from jaxgrad.network.params import Params, init_params
 
 __all__ = [
     "ACTIVATIONS",

@@ -1,7 +1,8 @@
 """The exercise's gradients through `jax.grad`: the same names and signatures as `closed_form`.
 
 This is what the closed form is held against, and what it replaces. Where σ saturates, `jax.grad` loses the slope's
-digits (it forms σ - σ²); `closed_form` does not.
+digits (it forms σ - σ²); `closed_form` does not. Nothing is widened here either: bfloat16 parameters are computed with in
+bfloat16, as far as the compiler does not keep more.
 """
 
 import jax
@@ -9,7 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxgrad.network.activations import Activation, logistic
 from jaxgrad.network.checks import batch, batch_mean, one_example_jitted
-from jaxgrad.network.model import Params, loss
+from jaxgrad.network.model import loss
+from jaxgrad.network.params import Params
 
 
 def _mean_loss(params: Params, X: Array, Y: Array, activation: Activation) -> Array:
@@ -17,9 +19,7 @@ def _mean_loss(params: Params, X: Array, Y: Array, activation: Activation) -> Ar
 
 
 @one_example_jitted
-def grad(
-    params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic
-) -> Params:
+def grad(params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic) -> Params:
     """∂loss/∂params of one example; as `closed_form.grad`."""
     return jax.grad(loss)(params, x, y, activation)
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgrad.network.activations import Activation
+from jaxgrad.network.params import Params
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,29 +42,40 @@ def batch_mean(function: Callable[P, R]) -> Callable[P, R]:
 def _checked(function: Callable[P, R], check: Callable[..., dict[str, Any]], *, jitted: bool) -> Callable[P, R]:
     name = f"{function.__module__.removeprefix('jaxgrad.')}.{function.__name__}"
     signature = inspect.signature(function)
+    names = tuple(signature.parameters)
+    required = set(names) - {"activation"}
+    default = signature.parameters["activation"].default
     inner = jax.jit(function, static_argnames=("activation",)) if jitted else function
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            given = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{name}: {error}; its arguments are {signature_names}.") from None
-        given.apply_defaults()
-        activation = given.arguments.pop("activation")
+        given: dict[str, Any] = dict(zip(names, args, strict=False), **kwargs)
+        twice_or_too_many = len(given) < len(args) + len(kwargs)
+        activation = given.pop("activation", default)
+        if twice_or_too_many or given.keys() != required:
+            try:
+                signature.bind(*args, **kwargs)  # says what is wrong, as Python would
+            except TypeError as error:
+                raise TypeError(f"{name}: {error}; its arguments are {', '.join(names)}.") from None
         if not isinstance(activation, Activation):
             raise TypeError(
                 f"{name}: expected activation to be an Activation, got {activation!r}. "
                 "Use one of jaxgrad.network's, or Activation.from_function(f)."
             )
         # By name from here on: jax.jit then sees one way of calling, and compiles once.
-        return inner(**check(name, **given.arguments), activation=activation)  # type: ignore[call-arg]
+        return inner(**check(name, **given), activation=activation)  # type: ignore[call-arg]
 
-    signature_names = ", ".join(signature.parameters)
     return call
 
 
+@functools.cache
+def _is_floating(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
 def _array(name: str, what: str, value: Any) -> jax.Array:
+    if isinstance(value, jax.Array) and _is_floating(value.dtype):
+        return value
     hint = " Make y with jaxgrad.network.signs(labels)." if what in ("y", "Y") else " Convert it to a floating dtype."
     if what == "y" and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)  # a literal 1 or -1; an integer array may hold {0, 1} and is refused below
@@ -71,18 +83,21 @@ def _array(name: str, what: str, value: Any) -> jax.Array:
         array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected {what} to be an array, got {type(value).__name__}.{hint}") from error
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    if not _is_floating(array.dtype):
         raise TypeError(f"{name}: expected {what} of a floating dtype, got {array.dtype}.{hint}")
     return array
 
 
-def _check_params(name: str, params: Any, what: str = "params") -> Any:
-    if not all(hasattr(params, field) for field in ("W", "b", "w")):
+def _check_params(name: str, params: Any, what: str = "params") -> Params:
+    try:
+        given = params.W, params.b, params.w
+    except AttributeError:
         raise TypeError(
             f"{name}: expected {what} to be Params(W, b, w), got {type(params).__name__}. "
             "Make them with jaxgrad.network.init_params or jaxgrad.network.Params."
-        )
-    W, b, w = (_array(name, f"{what}.{field}", getattr(params, field)).shape for field in ("W", "b", "w"))
+        ) from None
+    arrays = Params(*(_array(name, f"{what}.{field}", v) for field, v in zip(Params._fields, given, strict=True)))
+    W, b, w = arrays.W.shape, arrays.b.shape, arrays.w.shape
     if len(W) != 2:
         raise ValueError(f"{name}: expected {what}.W of shape [H, D], got {W}. Rows are hidden units.")
     for field, shape in (("b", b), ("w", w)):
@@ -91,7 +106,7 @@ def _check_params(name: str, params: Any, what: str = "params") -> Any:
                 f"{name}: expected {what}.{field} of shape {(W[0],)} to match {what}.W of shape {W}, got {shape}. "
                 "Each hidden unit has one bias and one output weight."
             )
-    return jax.tree.map(jnp.asarray, params)
+    return arrays
 
 
 def _check_one(name: str, params: Any, x: Any, y: Any = None) -> dict[str, Any]:
@@ -128,7 +143,9 @@ def _check_mean(name: str, params: Any, X: Any, Y: Any, V: Any = None) -> dict[s
     checked = _check_batch(name, params, X, Y)
     params, X = checked["params"], checked["X"]
     if X.shape[0] == 0:
-        raise ValueError(f"{name}: expected at least one example, got X of shape {X.shape}. An empty mean is undefined.")
+        raise ValueError(
+            f"{name}: expected at least one example, got X of shape {X.shape}. An empty mean is undefined."
+        )
     if V is None:
         return checked
     V = _check_params(name, V, "V")

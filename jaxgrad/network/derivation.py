@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxgrad.network.activations import Activation, logistic
-from jaxgrad.network.model import Params
+from jaxgrad.network.params import Params
 
 Vector = Float[Array, " H"]
 Matrix = Float[Array, "H D"]
@@ -104,9 +104,7 @@ class Dlambda(NamedTuple):
     with_gradient: Scalar
 
 
-def dlambda(
-    params: Params, x: Float[Array, " D"], y: Scalar, dW: Matrix, sigma: Activation = logistic
-) -> Dlambda:
+def dlambda(params: Params, x: Float[Array, " D"], y: Scalar, dW: Matrix, sigma: Activation = logistic) -> Dlambda:
     """dλ in direction dW, through each line of the second answer.
 
     Returns:
@@ -129,16 +127,18 @@ def dlambda(
 
 
 def _factor(params: Params, x: Array, y: Array, sigma: Activation) -> Array:
-    """-e^{-λ}αγ, the scalar that every form of the gradient starts with. NaN where α overflows: 0·inf."""
+    """-e^{-λ}αγ, the scalar that every form of the gradient starts with.
+
+    In float32 it is NaN (0·inf) where α overflows, from β ≈ 88.7 on, and where subnormal numbers are flushed it is 0
+    from β ≈ 87.3 on, because e^{-λ} is. Under `jit` a compiler may rearrange the exponentials and move both limits.
+    """
     return -jnp.exp(-lambda_(params, x, y, sigma)) * alpha(params, x, y, sigma) * gamma(y)
 
 
 # --- (b) the matrix form, (c) its components, (d) the logistic ----------------------------------------------------
 
 
-def matrix_form_transposed(
-    params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic
-) -> Matrix:
+def matrix_form_transposed(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
     """(b), first line: ∂λ/∂W = -e^{-λ}αγ (x wᵀS′)ᵀ."""
     return _factor(params, x, y, sigma) * (jnp.outer(x, params.w) @ S_prime(params, x, sigma)).T
 
@@ -148,9 +148,7 @@ def matrix_form(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activat
     return _factor(params, x, y, sigma) * jnp.outer(S_prime(params, x, sigma) @ params.w, x)
 
 
-def component_form_summed(
-    params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic
-) -> Matrix:
+def component_form_summed(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
     """(c), first line: ∂λ/∂W_ij = -e^{-λ}αγ Σ_k S′_ik w_k x_j, with the sum as it stands (the page lets k run to d)."""
     terms = S_prime(params, x, sigma)[:, :, None] * params.w[None, :, None] * x[None, None, :]  # i, k, j
     return _factor(params, x, y, sigma) * terms.sum(1)
@@ -162,9 +160,7 @@ def component_form(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Acti
     return _factor(params, x, y, sigma) * i_j
 
 
-def component_form_expanded(
-    params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic
-) -> Matrix:
+def component_form_expanded(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
     """(c), third line: ∂λ/∂W_ij = -e^{-λ}αγ σ′(Σ_k W_ik x_k + b_i) w_i x_j."""
     z_i = (params.W * x[None, :]).sum(1) + params.b
     return _factor(params, x, y, sigma) * (sigma.slope(z_i) * params.w)[:, None] * x[None, :]
@@ -184,16 +180,12 @@ def first_answer_outer(params: Params, x: Float[Array, " D"], y: Scalar, sigma: 
     return 1 / (1 + jnp.exp(-y * (params.w @ sigma.value(params.W @ x + params.b))))
 
 
-def first_answer_exponential(
-    params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic
-) -> Scalar:
+def first_answer_exponential(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Scalar:
     """(a), second line's factor: exp(-y wᵀσ(Wx + b))."""
     return jnp.exp(-y * (params.w @ sigma.value(params.W @ x + params.b)))
 
 
-def first_answer_literal(
-    params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic
-) -> Matrix:
+def first_answer_literal(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
     """(a) as it reads: the last line is ∂(Wx + b)/∂W_ij = x_j, so every row is -y wᵀσ′(z)·xᵀ times the two factors.
 
     Wrong for H > 1: each entry holds the sum over all hidden units. Kept to be measured against.
@@ -203,9 +195,7 @@ def first_answer_literal(
     return factors * jnp.broadcast_to(row, params.W.shape)
 
 
-def first_answer_corrected(
-    params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic
-) -> Matrix:
+def first_answer_corrected(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
     """(a) with the last line ∂(Wx + b)/∂W_ij = x_j e_i: the product with w keeps the i-th term only."""
     H, D = params.W.shape
     e = jnp.eye(H, dtype=params.W.dtype)

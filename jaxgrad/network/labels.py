@@ -54,7 +54,8 @@ def _without_objects(values: np.ndarray) -> np.ndarray:
     kinds = sorted({type(v).__name__ for v in values.ravel().tolist()})
     if len(kinds) != 1:
         raise ValueError(
-            f"signs: expected labels of one kind, got {', '.join(kinds) or 'none'}. Make them all strings or all numbers."
+            f"signs: expected labels of one kind, got {', '.join(kinds) or 'none'}. "
+            "Make them all strings or all numbers."
         )
     return np.asarray(values.tolist())
 

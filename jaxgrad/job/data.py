@@ -1,0 +1,171 @@
+"""Load a two-class table: the breast-cancer data that scikit-learn ships, a CSV file, or an NPZ file."""
+
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from sklearn.datasets import load_breast_cancer
+from sklearn.preprocessing import StandardScaler
+
+from jaxgrad.network import signs
+
+LABEL_NAMES = ("label", "labels", "target", "class", "diagnosis", "y")
+FEATURE_NAMES = ("X", "x", "data", "features")
+
+
+class InputError(Exception):
+    """Bad input, with a message of one line that says what to do."""
+
+
+class Data(NamedTuple):
+    """Standardised features, the label of every example as given, and the same as ±1."""
+
+    X: Float[np.ndarray, "n D"]
+    labels: np.ndarray
+    Y: Float[np.ndarray, " n"]
+    name: str
+
+
+def load(path: Path | None, label: str | None) -> Data:
+    """The data to work on; the breast-cancer data (569 × 30, benign = -1) if `path` is None.
+
+    Every column is standardised to mean 0 and variance 1 (a constant one becomes 0).
+
+    Raises:
+        InputError: anything that is wrong with the file.
+    """
+    if path is None:
+        if label is not None:
+            raise InputError("--label names a column of --data FILE, and no file was given")
+        bunch = load_breast_cancer()
+        return _finished(bunch.data, np.asarray(bunch.target_names)[bunch.target], "breast cancer (scikit-learn)")
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    if not path.is_file():
+        raise InputError(f"{path}: not a file")
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: the file is empty")
+        readers = {".csv": _read_csv, ".npz": _read_npz}
+        if path.suffix.lower() not in readers:
+            raise InputError(f"{path}: expected a .csv or .npz file")
+        X, labels = readers[path.suffix.lower()](path, label)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    return _finished(X, labels, path.name, path)
+
+
+def _read_csv(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(path, encoding="utf-8-sig", index_col=False, low_memory=False)
+    except pd.errors.EmptyDataError as error:
+        raise InputError(f"{path}: the file is empty") from error
+    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"{path}: not a table with a header: {_one_line(error)}") from error
+    columns = [str(column) for column in table.columns]
+    table.columns = pd.Index(columns)
+    if all(_is_number(column) for column in columns):
+        raise InputError(f"{path}: the first line has to name the columns; it holds numbers: {_listed(columns)}")
+    name = _choose(path, columns, label, LABEL_NAMES, "label column", "--label COLUMN")
+    if table.empty:
+        raise InputError(f"{path}: there are no rows below the header")
+    missing = table[name].isna().to_numpy()
+    if missing.any():
+        raise InputError(f"{path}: missing label: column '{name}' is empty in data row {int(missing.argmax()) + 1}")
+    features = table.drop(columns=name)
+    if features.shape[1] == 0:
+        raise InputError(f"{path}: there is no column besides the label '{name}'")
+    X = np.empty(features.shape)
+    for j, column in enumerate(features.columns):
+        values = pd.to_numeric(features[column], errors="coerce")
+        strange = (values.isna() & features[column].notna()).to_numpy()
+        if strange.any():
+            row = int(strange.argmax())
+            raise InputError(
+                f"{path}: column '{column}' is not numeric: data row {row + 1} holds {features[column].iloc[row]!r}"
+            )
+        X[:, j] = values.to_numpy(dtype=float)
+    _refuse_non_finite(path, X, list(features.columns))
+    return X, table[name].to_numpy()
+
+
+def _read_npz(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        raise InputError(f"{path}: not an NPZ file of plain arrays: {_one_line(error)}") from error
+    key = _choose(path, list(arrays), label, LABEL_NAMES, "label array", "--label NAME")
+    rest = [name for name in arrays if name != key]
+    name = rest[0] if len(rest) == 1 else _choose(path, rest, None, FEATURE_NAMES, "feature array", "the name X")
+    X, labels = arrays[name], arrays[key]
+    if X.ndim != 2 or labels.shape != X.shape[:1]:
+        raise InputError(
+            f"{path}: expected {name} of shape [n, D] and {key} of shape [n], got {X.shape} and {labels.shape}"
+        )
+    if X.dtype.kind not in "biuf":
+        raise InputError(f"{path}: {name} is not numeric: its dtype is {X.dtype}")
+    if X.size == 0:
+        raise InputError(f"{path}: {name} is empty: its shape is {X.shape}")
+    if labels.dtype.kind == "f" and np.isnan(labels).any():
+        raise InputError(f"{path}: missing label: {key} is NaN in row {int(np.isnan(labels).argmax()) + 1}")
+    X = X.astype(float)
+    _refuse_non_finite(path, X, [str(j + 1) for j in range(X.shape[1])])
+    return X, labels
+
+
+def _choose(path: Path, names: list[str], given: str | None, usual: tuple[str, ...], what: str, option: str) -> str:
+    if given is not None:
+        if given not in names:
+            raise InputError(f"{path}: there is no {what} '{given}'; there are {_listed(names)}")
+        return given
+    found = [name for name in names if name in usual or name.lower() in usual]
+    if len(found) != 1:
+        have = f"several could be it: {_listed(found)}" if found else f"there are {_listed(names)}"
+        raise InputError(f"{path}: which is the {what}? {have}; say so with {option}")
+    return found[0]
+
+
+def _refuse_non_finite(path: Path, X: np.ndarray, columns: list[Any]) -> None:
+    bad = ~np.isfinite(X)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        what = "NaN or an empty cell" if np.isnan(X[row, column]) else "infinite"
+        others = f" ({int(bad.sum()) - 1} more such cells)" if bad.sum() > 1 else ""
+        raise InputError(f"{path}: {what} in data row {row + 1}, column '{columns[column]}'{others}")
+
+
+def _finished(X: np.ndarray, labels: np.ndarray, name: str, path: Path | None = None) -> Data:
+    try:
+        Y = np.asarray(signs(labels))
+    except ValueError as error:
+        raise InputError(f"{path}: the label has to have two classes: {_one_line(error)}") from error
+    if len(np.unique(Y)) < 2:  # booleans, all of them the same
+        raise InputError(f"{path}: the label is constant: {labels[0]}")
+    with np.errstate(all="ignore"):
+        scaled = StandardScaler().fit_transform(X)
+    if not np.isfinite(scaled).all():
+        raise InputError(f"{path}: the numbers are too large to standardise; scale them first")
+    return Data(scaled, labels, Y, name)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "") or "none"
+
+
+def _one_line(error: Exception | Warning) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,111 @@
+"""Every example's gradient, by closed form and by `jax.grad`: results, agreement and time."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxgrad.agreement import AgreementReport, check_gradient
+from jaxgrad.network import Activation, Params, autodiff, closed_form, loss, margin
+from jaxgrad.network.precision import working_dtype
+
+_CHUNK_BYTES = 128 * 2**20  # of written-out gradients at a time
+_REPEATS = 7
+
+
+class PerExample(NamedTuple):
+    """One number an example each, float64 on the host."""
+
+    margin: Float[np.ndarray, " n"]
+    loss: Float[np.ndarray, " n"]
+    grad_norm: Float[np.ndarray, " n"]  # closed form
+    grad_norm_autodiff: Float[np.ndarray, " n"]
+    relative_difference: Float[np.ndarray, " n"]  # ‖closed form - jax.grad‖ / ‖jax.grad‖, same dtype
+
+
+class Timing(NamedTuple):
+    """Seconds for one pass over all examples: the first call, which compiles, and the median of the later ones."""
+
+    first: float
+    later: float
+
+
+def chunk_size(params: Params) -> int:
+    """How many examples' gradients fit the memory set aside for them."""
+    return max(1, _CHUNK_BYTES // sum(leaf.nbytes for leaf in params))
+
+
+def agreement(params: Params, X: Array, Y: Array, activation: Activation) -> AgreementReport:
+    """The closed form held against `jax.grad`, which runs in float64 from the same numbers.
+
+    In the parameters' own dtype `jax.grad` is the less accurate of the two where units saturate, and the comparison
+    would measure its error.
+    """
+    return check_gradient(
+        lambda p, x, y: closed_form.batched_grad(p, x, y, activation),
+        lambda p, x, y: loss(p, x, y, activation),
+        params,
+        X,
+        Y,
+        oracle=None if params.W.dtype == jnp.float64 else "float64",
+        batched=True,
+        batch_size=chunk_size(params),
+    )
+
+
+def per_example(params: Params, X: Array, Y: Array, activation: Activation) -> PerExample:
+    """Margin, loss and gradient norms of every example."""
+
+    @jax.jit
+    def of_chunk(X: Array, Y: Array) -> PerExample:
+        by_hand = closed_form.batched_grad(params, X, Y, activation)
+        by_jax = autodiff.batched_grad(params, X, Y, activation)
+        difference = _norms(jax.tree.map(lambda a, b: a.astype(wide) - b.astype(wide), by_hand, by_jax))
+        norms = _norms(by_jax)
+        return PerExample(
+            margin=jax.vmap(lambda x: margin(params, x, activation))(X),
+            loss=jax.vmap(lambda x, y: loss(params, x, y, activation))(X, Y),
+            grad_norm=_norms(by_hand),
+            grad_norm_autodiff=norms,
+            relative_difference=jnp.where(difference == 0, difference, difference / norms),
+        )
+
+    wide = working_dtype(params.W.dtype)
+    parts = [of_chunk(x, y) for x, y in _chunks(params, X, Y)]
+    return PerExample(
+        *(np.concatenate([np.asarray(a, np.float64) for a in field]) for field in zip(*parts, strict=True))
+    )
+
+
+def timings(params: Params, X: Array, Y: Array, activation: Activation) -> dict[str, Timing]:
+    """Both ways of evaluating every example's gradient, interleaved."""
+    ways = {"closed form": closed_form.batched_grad, "jax.grad": autodiff.batched_grad}
+    jax.clear_caches()  # so that each first call compiles
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(1 + _REPEATS):
+        for name, function in ways.items():
+            seconds[name].append(_seconds(function, params, X, Y, activation))
+    return {name: Timing(s[0], float(np.median(s[1:]))) for name, s in seconds.items()}
+
+
+def _seconds(function: Callable[..., Params], params: Params, X: Array, Y: Array, activation: Activation) -> float:
+    start = time.perf_counter()
+    for x, y in _chunks(params, X, Y):
+        jax.block_until_ready(function(params, x, y, activation))
+    return time.perf_counter() - start
+
+
+def _chunks(params: Params, X: Array, Y: Array) -> Iterator[tuple[Array, Array]]:
+    size = chunk_size(params)
+    for start in range(0, len(X), size):
+        yield X[start : start + size], Y[start : start + size]
+
+
+def _norms(gradients: Params) -> Array:
+    """[B]: the norm of each example's gradient, all leaves together, summed in float32 at least."""
+    wide = [leaf.astype(working_dtype(leaf.dtype)) for leaf in gradients]
+    return jnp.sqrt(sum(jnp.sum(leaf.reshape(len(leaf), -1) ** 2, axis=1) for leaf in wide))  # type: ignore[arg-type]

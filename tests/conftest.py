@@ -1,0 +1,35 @@
+"""float64 on, and JAX as strict as it gets: no implicit promotion of dtypes or ranks."""
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace: dict) -> None:
+    import jax.numpy as jnp
+    import numpy as np
+
+    import jaxgrad as jg
+
+    doctest_namespace.update(jax=jax, jnp=jnp, np=np, jg=jg)
+
+
+@pytest.fixture
+def plain_types():
+    """Switch the run-time type checks off, so that what is raised is the library's own message."""
+    import jaxtyping
+
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

@@ -1,0 +1,268 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxgrad as jg
+from jaxgrad.agreement import RTOL
+from jaxgrad.network import Params, closed_form, derivation, init_params, loss
+
+B, H, D = 6, 3, 4
+
+
+@pytest.fixture(params=[jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
+def data(request):
+    kp, kx, ky = jax.random.split(jax.random.key(0), 3)
+    X = jax.random.normal(kx, (B, D), jnp.float32).astype(request.param)
+    return (
+        init_params(kp, D, H, request.param),
+        X,
+        jnp.where(jax.random.bernoulli(ky, shape=(B,)), 1, -1).astype(X.dtype),
+    )
+
+
+def changed(change):
+    """closed_form.grad with something done to it."""
+    return lambda p, x, y: change(closed_form.grad(p, x, y), x, y)
+
+
+def disagreement(candidate, *args, **options):
+    """The report's problems by path; assert_agree has to raise with the same table."""
+    report = jg.check_gradient(candidate, loss, *args, **options)
+    problems = {leaf.path: leaf.problem for leaf in report.leaves if leaf.problem}
+    assert report.agrees == (not problems)
+    if problems:
+        with pytest.raises(AssertionError, match="the gradients disagree") as caught:
+            jg.assert_agree(candidate, loss, *args, **options)
+        assert str(report) in str(caught.value)
+    else:
+        jg.assert_agree(candidate, loss, *args, **options)
+    return problems
+
+
+def test_the_right_gradient_agrees_one_example_or_a_batch_with_or_without_oracle(data):
+    for candidate in (closed_form.grad, closed_form.batched_grad, jax.vmap(closed_form.grad, (None, 0, 0))):
+        assert disagreement(candidate, *data, oracle="float64") == {}
+        assert disagreement(candidate, *data) == {}
+        assert disagreement(candidate, *data, batch_size=4) == {}
+
+
+def test_the_report_says_what_was_compared(data):
+    report = jg.check_gradient(closed_form.grad, loss, *data)
+    assert [leaf.path for leaf in report.leaves] == [".W", ".b", ".w"]
+    assert [leaf.shape for leaf in report.leaves] == [(H, D), (H,), (H,)]
+    dtype = str(data[0].W.dtype)
+    assert {(leaf.dtype, leaf.expected_dtype, leaf.rtol) for leaf in report.leaves} == {(dtype, dtype, RTOL[dtype])}
+    assert report.examples == B
+    table = str(report)
+    assert table.splitlines()[0].split()[:3] == ["leaf", "shape", "dtype"]
+    assert f"agrees with jax.grad on {B} examples" in table
+
+
+def test_a_wrong_sign_is_caught(data):
+    assert set(disagreement(changed(lambda g, x, y: jax.tree.map(jnp.negative, g)), *data)) == {".W", ".b", ".w"}
+    assert set(disagreement(changed(lambda g, x, y: g._replace(w=-g.w)), *data)) == {".w"}
+
+
+def test_a_transposed_matrix_is_caught(data):
+    assert disagreement(changed(lambda g, x, y: g._replace(W=g.W.T)), *data) == {
+        ".W": f"has shape ({B}, {D}, {H}), expected ({B}, {H}, {D})"
+    }
+    square = init_params(jax.random.key(1), H, H, data[0].W.dtype)
+    found = disagreement(changed(lambda g, x, y: g._replace(W=g.W.T)), square, data[1][:, :H], data[2])
+    assert set(found) == {".W"}
+
+
+def test_a_missing_example_weight_is_caught(data):
+    params, X, Y = data
+    weights = jnp.linspace(0.5, 2, B).astype(X.dtype)
+
+    def weighted(params, x, y, weight):
+        return weight * loss(params, x, y)
+
+    def right(params, x, y, weight):
+        return jax.tree.map(lambda g: weight * g, closed_form.grad(params, x, y))
+
+    assert jg.check_gradient(right, weighted, params, X, Y, weights).agrees
+    report = jg.check_gradient(lambda p, x, y, weight: closed_form.grad(p, x, y), weighted, params, X, Y, weights)
+    assert all("differs in" in leaf.problem for leaf in report.leaves)
+    with pytest.raises(AssertionError):
+        jg.assert_agree(lambda p, x, y, weight: closed_form.grad(p, x, y), weighted, params, X, Y, weights)
+
+
+def test_right_on_average_and_wrong_per_example_is_caught(data):
+    def averaged(params, X, Y):
+        each = closed_form.batched_grad(params, X, Y)
+        return jax.tree.map(lambda g: jnp.broadcast_to(g.mean(0, keepdims=True), g.shape), each)
+
+    def swapped(params, X, Y):
+        return closed_form.batched_grad(params, X[::-1], Y[::-1])
+
+    for candidate in (averaged, swapped):
+        assert set(disagreement(candidate, *data)) == {".W", ".b", ".w"}
+
+
+def test_a_single_wrong_example_is_caught_and_named(data):
+    def one_wrong(params, X, Y):
+        g = closed_form.batched_grad(params, X, Y)
+        return g._replace(b=g.b.at[4].multiply(1.5))
+
+    report = jg.check_gradient(one_wrong, loss, *data)
+    assert [leaf.worst_example for leaf in report.leaves if leaf.problem] == [4]
+    assert disagreement(one_wrong, *data) == {".b": "differs in 1 examples"}
+
+
+def test_the_worst_example_is_counted_over_the_whole_batch_when_it_comes_in_parts(data):
+    params, X, Y = data
+    marked = jnp.arange(B, dtype=X.dtype)
+
+    def marked_loss(params, x, y, mark):
+        return loss(params, x, y)
+
+    def wrong_at_four(params, x, y, mark):
+        g = closed_form.grad(params, x, y)
+        return g._replace(b=jnp.where(mark == 4, 2 * g.b, g.b))
+
+    for batch_size in (None, 1, 4, 100):
+        report = jg.check_gradient(wrong_at_four, marked_loss, params, X, Y, marked, batch_size=batch_size)
+        assert {leaf.path: leaf.worst_example for leaf in report.leaves if leaf.problem} == {".b": 4}
+
+
+def test_a_wrong_dtype_is_caught(data):
+    other = jnp.float32 if data[0].W.dtype != jnp.float32 else jnp.float64
+    found = disagreement(changed(lambda g, x, y: g._replace(b=g.b.astype(other))), *data)
+    assert found == {".b": f"has dtype {jnp.dtype(other)}, expected {data[0].b.dtype}"}
+
+
+def test_nan_on_both_sides_is_caught(data):
+    params, X, Y = data
+    X = X.at[2].set(jnp.nan)
+    found = disagreement(closed_form.grad, params, X, Y)
+    assert found == dict.fromkeys((".W", ".b", ".w"), "is not finite in 1 examples")
+    assert {leaf.worst_example for leaf in jg.check_gradient(closed_form.grad, loss, params, X, Y).leaves} == {2}
+
+
+def test_infinity_is_caught(data):
+    found = disagreement(changed(lambda g, x, y: g._replace(w=g.w / jnp.zeros((), g.w.dtype))), *data)
+    assert found == {".w": f"is not finite in {B} examples"}
+
+
+def test_missing_and_unexpected_leaves_and_other_containers_are_caught(data):
+    found = disagreement(changed(lambda g, x, y: {"W": g.W}), *data)
+    assert found == {
+        ".W": "is missing",
+        ".b": "is missing",
+        ".w": "is missing",
+        "['W']": "is not a parameter",
+    }
+    params, X, Y = data
+
+    def listed_loss(params, x, y):
+        return loss(Params(*params), x, y)
+
+    listed = list(params)
+    found = jg.check_gradient(lambda p, x, y: tuple(closed_form.grad(Params(*p), x, y)), listed_loss, listed, X, Y)
+    assert [leaf.problem for leaf in found.leaves if leaf.problem] == [
+        "is a tuple, expected the parameters' list and the same containers in it"
+    ]
+    with pytest.raises(AssertionError):
+        found.assert_agrees()
+
+
+def test_the_literal_first_answer_of_the_exercise_is_caught(data):
+    wrong = changed(lambda g, x, y: g)
+    assert disagreement(wrong, *data) == {}
+
+    def literal(params, x, y):
+        return closed_form.grad(params, x, y)._replace(W=derivation.first_answer_literal(params, x, y))
+
+    assert set(disagreement(literal, *data)) == {".W"}
+
+
+def test_the_oracle_shows_the_digits_that_jax_grad_loses():
+    params = Params(jnp.zeros((1, 1), jnp.float32), jnp.array([15.0], jnp.float32), jnp.ones(1, jnp.float32))
+    X, Y = jnp.ones((1, 1), jnp.float32), jnp.ones(1, jnp.float32)
+    assert set(disagreement(closed_form.grad, params, X, Y)) == {".W", ".b"}  # float32 jax.grad is the wrong one
+    assert disagreement(closed_form.grad, params, X, Y, oracle="float64") == {}
+    assert set(disagreement(jg.network.autodiff.grad, params, X, Y, oracle="float64")) == {".W", ".b"}
+
+
+def test_a_zero_gradient_agrees_with_zero_and_with_nothing_else():
+    w, X = jnp.ones(3), jnp.ones((2, 3))
+
+    def flat(w, x):
+        return 0.0 * (w @ x)
+
+    assert jg.check_gradient(lambda w, x: jnp.zeros(3), flat, w, X).agrees
+    assert not jg.check_gradient(lambda w, x: jnp.full(3, 1e-300), flat, w, X).agrees
+
+
+def test_no_examples_at_all_agree_and_wrong_shapes_still_do_not(data):
+    params, X, Y = data
+    report = jg.check_gradient(closed_form.batched_grad, loss, params, X[:0], Y[:0])
+    assert report.agrees
+    assert report.examples == 0
+    assert report.leaves[0].worst_example is None
+    report.assert_agrees()
+    wrong = jg.check_gradient(changed(lambda g, x, y: g._replace(W=g.W.T)), loss, params, X[:0], Y[:0])
+    assert not wrong.agrees
+
+
+def test_trees_of_parameters_and_of_batches():
+    params = {"layers": [jnp.ones((3, 4)), jnp.ones((2, 3))], "scale": jnp.ones(())}
+    batch = {"x": jnp.linspace(-1, 1, 20).reshape(5, 4), "t": jnp.ones((5, 2))}
+
+    def tree_loss(params, example):
+        h = jnp.tanh(params["layers"][0] @ example["x"])
+        return params["scale"] * jnp.sum((params["layers"][1] @ h - example["t"]) ** 2)
+
+    report = jg.check_gradient(jax.grad(tree_loss), tree_loss, params, batch)
+    assert report.agrees
+    assert [leaf.path for leaf in report.leaves] == ["['layers'][0]", "['layers'][1]", "['scale']"]
+    assert [leaf.shape for leaf in report.leaves] == [(3, 4), (2, 3), ()]
+
+
+def test_gradients_that_materialize_are_materialized():
+    class Held:
+        def __init__(self, gradients):
+            self.gradients = gradients
+
+        def materialize(self):
+            return self.gradients
+
+    w, X = jnp.ones(3), jnp.eye(3)
+    candidate = lambda w, X: Held(2 * (X @ w)[:, None] * X)  # noqa: E731
+    assert jg.check_gradient(candidate, lambda w, x: (w @ x) ** 2, w, X).agrees
+
+
+def test_the_tolerance_can_be_set_and_holds_norm_wise():
+    w, X = jnp.array([1.0, 1e-6]), jnp.array([[1.0, 1e-6], [2.0, 1e-6]])
+    square = lambda w, x: 0.5 * (w @ x) ** 2  # noqa: E731
+    slightly_off = lambda w, x: (w @ x) * x * (1 + 1e-6)  # noqa: E731
+    assert not jg.check_gradient(slightly_off, square, w, X).agrees
+    assert not jg.check_gradient(slightly_off, square, w, X, rtol=9e-7).agrees
+    assert jg.check_gradient(slightly_off, square, w, X, rtol=1.1e-6).agrees
+    np.testing.assert_allclose(jg.check_gradient(slightly_off, square, w, X).leaves[0].max_rel, 1e-6, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("plain_types")
+def test_bad_input_is_named(data):
+    params, X, Y = data
+    with pytest.raises(ValueError, match=r"common leading example axis, got batch\[0\]: 6, batch\[1\]: 5"):
+        jg.check_gradient(closed_form.grad, loss, params, X, Y[:5])
+    with pytest.raises(ValueError, match=r"batch\[1\]: a scalar"):
+        jg.check_gradient(closed_form.grad, loss, params, X, Y[0])
+    with pytest.raises(ValueError, match="got no array"):
+        jg.check_gradient(closed_form.grad, loss, params)
+    with pytest.raises(TypeError, match=r"expected floating parameters, got int\d\d at params\.b"):
+        jg.check_gradient(closed_form.grad, loss, params._replace(b=jnp.ones(3, int)), X, Y)
+    with pytest.raises(TypeError, match="expected oracle to be None or \"float64\", got 'float128'"):
+        jg.check_gradient(closed_form.grad, loss, params, X, Y, oracle="float128")
+    with pytest.raises(ValueError, match="expected batch_size ≥ 1, got 0"):
+        jg.check_gradient(closed_form.grad, loss, params, X, Y, batch_size=0)
+
+    def broken(params, x, y):
+        raise RuntimeError("not today")
+
+    with pytest.raises(ValueError, match="one that raises either way. With one example: RuntimeError: not today"):
+        jg.check_gradient(broken, loss, params, X, Y)

@@ -1,0 +1,324 @@
+"""The main job from the shell: what it prints, writes and refuses."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+import jaxgrad
+from jaxgrad.__main__ import main
+from jaxgrad.job import data as data_module
+from jaxgrad.job import output
+from jaxgrad.network import closed_form
+
+# What the job runs in: JAX's own defaults, whatever conftest.py has made stricter.
+pytestmark = pytest.mark.usefixtures("plain_types")
+
+
+@pytest.fixture(autouse=True)
+def jax_defaults():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    try:
+        status = main([str(a) for a in argv])
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def table(path: Path, n=40, columns=("a", "b"), label="label", classes=("no", "yes"), seed=0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame(rng.normal(size=(n, len(columns))), columns=list(columns))
+    frame[label] = np.where(frame[columns[0]] + 0.1 * rng.normal(size=n) > 0, classes[1], classes[0])
+    frame.to_csv(path, index=False)
+    return frame
+
+
+def test_as_a_stranger_runs_it():
+    """In its own process, with JAX's defaults, and nothing on the error stream."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA"))}
+    root = Path(jaxgrad.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "jaxgrad"],
+        env=environment | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "breast cancer (scikit-learn): 569 examples × 30 inputs" in done.stdout
+    assert float(re.search(r"accuracy (\S+)", done.stdout)[1]) > 0.97
+    assert float(re.search(r"loss (\S+),", done.stdout)[1]) < 0.06
+    assert "agrees with jax.grad in float64 on 569 examples" in done.stdout
+    for words in ("compile and first call", "closed form", "jax.grad", "largest gradients"):
+        assert words in done.stdout
+    assert "training" not in done.stdout  # no progress bar: this is not a terminal
+    assert len(re.findall(r"example \d+ ", done.stdout)) == 5
+
+
+def test_a_progress_bar_on_a_terminal():
+    parent, child = pty.openpty()
+    root = Path(jaxgrad.__file__).parents[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxgrad", "--steps", "300"],
+        env=os.environ | {"PYTHONPATH": str(root), "TERM": "xterm", "JAX_PLATFORMS": "cpu"},
+        stdout=child,
+        stderr=child,
+        stdin=subprocess.DEVNULL,
+    )
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(parent, 4096)
+        except OSError:  # the end of a terminal
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(parent)
+    assert process.wait(timeout=60) == 0
+    assert b"training" in shown
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("activation", ["logistic", "gelu", "relu"])
+def test_every_dtype_and_activation(capsys, dtype, activation):
+    status, out, err = run(capsys, "--dtype", dtype, "--activation", activation, "--steps", "60", "--hidden", "5")
+    assert (status, err) == (0, "")
+    assert f"5 {activation} units, {dtype}" in out
+    assert float(re.search(r"accuracy (\S+)", out)[1]) > 0.9
+
+
+def test_untrained_and_seeded(capsys):
+    first = run(capsys, "--steps", "0", "--seed", "1")[1]
+    again = run(capsys, "--steps", "0", "--seed", "1")[1]
+    other = run(capsys, "--steps", "0", "--seed", "2")[1]
+    loss = re.compile(r"loss \S+ accuracy \S+")
+    assert loss.findall(first) == loss.findall(again) != loss.findall(other)
+
+
+def test_saves_and_plots(capsys, tmp_path):
+    csv, npz, png = tmp_path / "out.csv", tmp_path / "out.npz", tmp_path / "out.png"
+    assert run(capsys, "--steps", 20, "--save", csv, "--plot", png)[0] == 0
+    assert run(capsys, "--steps", 20, "--save", npz)[0] == 0
+    frame = pd.read_csv(csv)
+    expected = ["example", "label", "y", "margin", "loss", "grad_norm", "grad_norm_autodiff", "relative_difference"]
+    assert list(frame.columns) == expected
+    assert len(frame) == 569
+    assert set(frame.label) == {"malignant", "benign"}
+    np.testing.assert_allclose(frame.loss, np.logaddexp(0, -frame.y * frame.margin), rtol=1e-5)
+    np.testing.assert_allclose(frame.grad_norm, frame.grad_norm_autodiff, rtol=1e-4)
+    assert (frame.relative_difference < 1e-4).all()
+    with np.load(npz, allow_pickle=False) as archive:
+        assert set(archive.files) == set(expected)
+        np.testing.assert_allclose(archive["grad_norm"], frame.grad_norm, rtol=1e-5)
+    assert png.read_bytes().startswith(b"\x89PNG\r\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.csv", "out.npz", "out.png"]  # nothing left over
+
+
+def test_results_are_those_of_each_example(capsys, tmp_path):
+    """Against a loop over examples, on a file, through the saved results; more than one chunk."""
+    frame = table(tmp_path / "in.csv", n=30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxgrad.job.evaluation._CHUNK_BYTES", 7 * 4 * 4 * 4)
+        status, _, err = run(
+            capsys, "--data", tmp_path / "in.csv", "--hidden", "4", "--steps", "5", "--save", tmp_path / "out.csv"
+        )
+    assert (status, err) == (0, "")
+    saved = pd.read_csv(tmp_path / "out.csv")
+    assert list(saved.label) == list(frame.label)
+    assert list(saved.y) == [1.0 if v == "yes" else -1.0 for v in frame.label]
+
+
+def test_disagreement_ends_with_status_one(capsys, monkeypatch):
+    right = closed_form.batched_grad
+
+    def wrong(params, X, Y, activation):
+        return right(params, X, Y, activation)._replace(w=2 * right(params, X, Y, activation).w)
+
+    monkeypatch.setattr(closed_form, "batched_grad", wrong)
+    status, out, err = run(capsys, "--steps", "5")
+    assert status == 1
+    assert "DISAGREES" in out
+    assert "the gradients disagree" in err
+
+
+def test_csv_with_any_label_column_and_numeric_labels(capsys, tmp_path):
+    for classes in ((0, 1), (-1, 1), (False, True), (3, 7), ("a b", "c,d")):
+        table(tmp_path / "in.csv", label="outcome", classes=classes)
+        status, out, err = run(capsys, "--data", tmp_path / "in.csv", "--label", "outcome", "--steps", "50")
+        assert (status, err) == (0, "")
+        assert "in.csv: 40 examples × 2 inputs" in out
+
+
+def test_a_constant_feature_and_large_offsets_are_fine(capsys, tmp_path):
+    frame = table(tmp_path / "in.csv")
+    frame["constant"], frame["offset"] = 5.0, 1e9 + frame["a"]
+    frame.to_csv(tmp_path / "in.csv", index=False)
+    assert run(capsys, "--data", tmp_path / "in.csv", "--steps", "5")[::2] == (0, "")
+
+
+def test_npz(capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(20, 3)), np.arange(20) % 2
+    for arrays in ({"X": X, "y": y}, {"X": X.astype(np.float16), "label": y.astype(str), "ids": y}, {"f": X, "y": y}):
+        np.savez(tmp_path / "in.npz", **arrays)
+        status, out, err = run(capsys, "--data", tmp_path / "in.npz", "--steps", "5")
+        assert (status, err) == (0, "")
+        assert "20 examples × 3 inputs" in out
+
+
+CSV = {
+    "an empty file": (b"", "the file is empty"),
+    "only blank lines": (b"\n\n\n", "the file is empty"),
+    "a header alone": (b"a,b,label\n", "there are no rows below the header"),
+    "no header": (b"1,2,0\n3,4,1\n", "the first line has to name the columns"),
+    "no label column": (b"a,b\n1,2\n3,4\n", "which is the label column? there are a, b; say so with --label COLUMN"),
+    "two label columns": (b"y,a,label\n1,2,0\n0,3,1\n", "several could be it: y, label"),
+    "only a label": (b"label\n0\n1\n", "no column besides the label"),
+    "a non-numeric column": (b"a,b,label\n1,2,0\n3,x,1\n", "column 'b' is not numeric: data row 2 holds 'x'"),
+    "an empty cell": (b"a,b,label\n1,2,0\n3,,1\n", "NaN or an empty cell in data row 2, column 'b'"),
+    "a NaN cell": (b"a,b,label\n1,nan,0\n3,nan,1\n", "data row 1, column 'b' (1 more such cells)"),
+    "an infinite cell": (b"a,b,label\n1,2,0\ninf,4,1\n", "infinite in data row 2, column 'a'"),
+    "a missing label": (b"a,b,label\n1,2,0\n3,4,\n5,6,1\n", "missing label: column 'label' is empty in data row 2"),
+    "one class": (b"a,b,label\n1,2,0\n3,4,0\n", "two classes: signs: expected two classes, got 1: 0"),
+    "one boolean class": (b"a,b,label\n1,2,True\n3,4,True\n", "the label is constant: True"),
+    "three classes": (b"a,b,label\n1,2,u\n3,4,v\n5,6,w\n", "got 3: 'u', 'v', 'w'"),
+    "a row too long": (b"a,b,label\n1,2,0\n3,4,1,9\n", "not a table with a header"),
+    "every row too long": (b"a,b,label\n1,2,0,9\n3,4,1,9\n", "not a table with a header"),
+    "a row too short": (b"a,label,b\n1,0,2\n3,1\n", "NaN or an empty cell in data row 2, column 'b'"),
+    "not text": (b"\xff\xfe\x00a,\x81\n", "not a table with a header"),
+    "numbers beyond all scale": (b"a,label\n1e308,0\n-1e308,1\n1.7e308,1\n", "too large to standardise"),
+}
+
+
+@pytest.mark.parametrize("case", CSV)
+def test_bad_csv_is_one_clear_line_and_status_two(capsys, tmp_path, case):
+    content, message = CSV[case]
+    path = tmp_path / "in.csv"
+    path.write_bytes(content)
+    status, out, err = run(capsys, "--data", path)
+    assert status == 2
+    assert out == ""
+    assert err.startswith(f"jaxgrad: error: {path}: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def npz(**arrays):
+    return lambda path: np.savez(path, **arrays)
+
+
+X = np.ones((3, 2))
+NPZ = {
+    "not a zip": (lambda path: path.write_bytes(b"hello"), "not an NPZ file"),
+    "empty": (lambda path: path.write_bytes(b""), "the file is empty"),
+    "pickled": (npz(X=X, y=np.array([{}, 1, 2], object)), "not an NPZ file of plain arrays"),
+    "no label": (npz(X=X), "which is the label array? there are X"),
+    "lengths": (npz(X=X, y=[0, 1]), "got (3, 2) and (2,)"),
+    "rank": (npz(X=np.ones(3), y=[0, 1, 0]), "got (3,) and (3,)"),
+    "text": (npz(X=X.astype(str), y=[0, 1, 0]), "X is not numeric"),
+    "nan": (npz(X=np.where(np.eye(3, 2) == 1, np.nan, 1), y=[0, 1, 0]), "data row 1, column '1' (1 more such cells)"),
+    "nan label": (npz(X=X, y=[0, 1, np.nan]), "missing label: y is NaN in row 3"),
+    "constant": (npz(X=X, y=[1, 1, 1]), "got 1: 1"),
+    "no columns": (npz(X=np.ones((3, 0)), y=[0, 1, 0]), "X is empty"),
+    "no rows": (npz(X=np.ones((0, 3)), y=[]), "X is empty"),
+    "which array": (npz(u=X, v=X, y=[0, 1, 0]), "which is the feature array? there are u, v"),
+}
+
+
+@pytest.mark.parametrize("case", NPZ)
+def test_bad_npz_is_one_clear_line_and_status_two(capsys, tmp_path, case):
+    make, message = NPZ[case]
+    path = tmp_path / "in.npz"
+    make(path)
+    status, out, err = run(capsys, "--data", path)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"jaxgrad: error: {path}: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_bad_options_are_one_clear_line_and_status_two(capsys, tmp_path):
+    table(tmp_path / "in.csv")
+    for argv, message in [
+        (["--data", tmp_path / "no.csv"], "no.csv: no such file"),
+        (["--data", tmp_path], "not a file"),
+        (["--data", tmp_path / "in.csv", "--label", "nope"], "there is no label column 'nope'; there are a, b, label"),
+        (["--label", "a"], "no file was given"),
+        (["--hidden", "0"], "expected a whole number from 1"),
+        (["--hidden", "many"], "got 'many'"),
+        (["--steps", "-1"], "expected a whole number from 0"),
+        (["--activation", "sigmoidal"], "invalid choice: 'sigmoidal'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--save", tmp_path / "out.txt"], "expected a file name ending in .csv or .npz"),
+        (["--save", tmp_path / "nowhere" / "out.csv"], "there is no folder"),
+        (["--plot", tmp_path / "out.jpg"], "expected a file name ending in .png"),
+    ]:
+        status, out, err = run(capsys, *argv)
+        assert (status, out) == (2, ""), argv
+        assert err.startswith("jaxgrad: error: ")
+        assert message in err
+        assert err.count("\n") == 1
+    (tmp_path / "in.txt").write_text("a")
+    assert "expected a .csv or .npz file" in run(capsys, "--data", tmp_path / "in.txt")[2]
+
+
+def test_a_missing_package_is_one_clear_line_and_status_two(capsys, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else real(name))
+    status, _, err = run(capsys)
+    assert (status, err) == (2, "jaxgrad: error: the main job needs scikit-learn; install it with jaxgrad[examples]\n")
+
+
+def test_a_file_that_is_written_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out.csv"
+    target.write_text("before")
+
+    def fails_half_way(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(data_module.InputError, match=r"out\.csv: cannot be written: No space left on device"):
+        output._whole(target, fails_half_way)
+    assert target.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [target]
+    output._whole(target, lambda file: file.write(b"after"))
+    assert target.read_text() == "after"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert target.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_help_names_every_option(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    for option in ("data", "label", "hidden", "activation", "dtype", "steps", "seed", "save", "plot"):
+        assert f"--{option}" in out
+
+
+def test_the_data_is_standardised():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = data_module.load(None, None)
+    assert loaded.X.shape == (569, 30)
+    np.testing.assert_allclose(loaded.X.mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(loaded.X.std(0), 1, rtol=1e-12)
+    assert set(loaded.Y) == {-1.0, 1.0}
+    assert set(loaded.labels[loaded.Y == -1]) == {"benign"}
