@@ -100,7 +100,8 @@ def run(seconds: float, sizes: tuple[tuple[int, int, int], ...] = SIZES) -> str:
             ratio = t["ours"] / t["theirs"]
             shown = "" if goal != goal else f"{goal:.2f}"
             lines.append(
-                f"| {size} | {what} | {against} | {t['ours'] * 1e3:.3f} | {t['theirs'] * 1e3:.3f} | {ratio:.2f} | {shown} |"
+                f"| {size} | {what} | {against} | {t['ours'] * 1e3:.3f} | {t['theirs'] * 1e3:.3f} "
+                f"| {ratio:.2f} | {shown} |"
             )
             print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
 """Per-example gradients in JAX, by hand and by `jax.grad`.
 
-network                     the exercise: log(1 + exp(-y wᵀσ(Wx + b))), its gradients in closed form and through autodiff
+network                     the exercise, log(1 + exp(-y wᵀσ(Wx + b))): its gradient by hand and through autodiff
 check_gradient              hold any hand-written gradient against `jax.grad`: a report, leaf by leaf
 assert_agree                the same as an assertion
 """

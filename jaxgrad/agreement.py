@@ -32,7 +32,7 @@ class LeafAgreement:
             standing in for a reference below it.
         worst_example: index of the example that is furthest beyond its tolerance, or None in an empty batch.
         rtol: the tolerance that applied.
-        excess: that example's ‖difference‖ in units of its tolerance: above 1 it disagrees, NaN if either is not finite.
+        excess: that example's ‖difference‖ in units of its tolerance: above 1 it disagrees, NaN if not finite.
         problem: empty when the leaf agrees, otherwise what is wrong in a few words.
     """
 
@@ -174,7 +174,7 @@ def check_gradient(
         found = _paths(gradients)
         rows = [_compare(path, paths[path], found.get(path), reference[path], rtol, start) for path in paths]
         rows += [_unexpected(path, leaf) for path, leaf in found.items() if path not in paths]
-        if found.keys() == paths.keys() and jax.tree.structure(gradients) != jax.tree.structure(params):
+        if found.keys() == paths.keys() and not jax.tree.structure(gradients) == jax.tree.structure(params):
             rows.append(_other_tree(gradients, params))
         parts.append(rows)
     name = "jax.grad" + (f" in {oracle}" if oracle else "")
@@ -310,7 +310,7 @@ def _compare(
 
 
 def _smallest(dtype: jnp.dtype) -> float:
-    """What underflow may take from an entry: a subnormal float16, a whole normal number where subnormals are flushed."""
+    """What underflow may take from an entry: a subnormal of float16, a normal number where subnormals are flushed."""
     info = jnp.finfo(dtype)
     return float(info.smallest_subnormal) if dtype == jnp.float16 else float(info.smallest_normal)
 

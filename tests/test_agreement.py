@@ -264,5 +264,5 @@ def test_bad_input_is_named(data):
     def broken(params, x, y):
         raise RuntimeError("not today")
 
-    with pytest.raises(ValueError, match="one that raises either way. With one example: RuntimeError: not today"):
+    with pytest.raises(ValueError, match=r"one that raises either way\. With one example: RuntimeError: not today"):
         jg.check_gradient(broken, loss, params, X, Y)

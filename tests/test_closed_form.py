@@ -318,7 +318,7 @@ def test_no_tracer_leaks():
 
 
 def test_numpy_lists_and_python_signs_are_welcome():
-    params, X, Y = batch(6, 2, 3, 4)
+    params, X, _ = batch(6, 2, 3, 4)
     expected = closed_form.grad(params, X[0], jnp.ones(()))
     for x, y in ((np.asarray(X[0]), 1.0), (X[0].tolist(), 1), (X[0], np.float64(1))):
         close(closed_form.grad(params, x, y), expected, 0)

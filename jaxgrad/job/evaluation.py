@@ -18,13 +18,13 @@ _REPEATS = 7
 
 
 class PerExample(NamedTuple):
-    """One number an example each, float64 on the host."""
+    """One number an example each."""
 
-    margin: Float[np.ndarray, " n"]
-    loss: Float[np.ndarray, " n"]
-    grad_norm: Float[np.ndarray, " n"]  # closed form
-    grad_norm_autodiff: Float[np.ndarray, " n"]
-    relative_difference: Float[np.ndarray, " n"]  # ‖closed form - jax.grad‖ / ‖jax.grad‖, same dtype
+    margin: Float[Array | np.ndarray, " n"]
+    loss: Float[Array | np.ndarray, " n"]
+    grad_norm: Float[Array | np.ndarray, " n"]  # closed form
+    grad_norm_autodiff: Float[Array | np.ndarray, " n"]
+    relative_difference: Float[Array | np.ndarray, " n"]  # ‖closed form - jax.grad‖ / ‖jax.grad‖, same dtype
 
 
 class Timing(NamedTuple):

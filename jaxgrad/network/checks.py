@@ -42,28 +42,36 @@ def batch_mean(function: Callable[P, R]) -> Callable[P, R]:
 def _checked(function: Callable[P, R], check: Callable[..., dict[str, Any]], *, jitted: bool) -> Callable[P, R]:
     name = f"{function.__module__.removeprefix('jaxgrad.')}.{function.__name__}"
     signature = inspect.signature(function)
-    names = tuple(signature.parameters)
-    required = set(names) - {"activation"}
-    default = signature.parameters["activation"].default
-    inner = jax.jit(function, static_argnames=("activation",)) if jitted else function
 
     @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given: dict[str, Any] = dict(zip(names, args, strict=False), **kwargs)
-        twice_or_too_many = len(given) < len(args) + len(kwargs)
-        activation = given.pop("activation", default)
-        if twice_or_too_many or given.keys() != required:
-            try:
-                signature.bind(*args, **kwargs)  # says what is wrong, as Python would
-            except TypeError as error:
-                raise TypeError(f"{name}: {error}; its arguments are {', '.join(names)}.") from None
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}; its arguments are {', '.join(signature.parameters)}.") from None
+        given.apply_defaults()
+        activation = given.arguments.pop("activation")
         if not isinstance(activation, Activation):
             raise TypeError(
                 f"{name}: expected activation to be an Activation, got {activation!r}. "
                 "Use one of jaxgrad.network's, or Activation.from_function(f)."
             )
-        # By name from here on: jax.jit then sees one way of calling, and compiles once.
-        return inner(**check(name, **given), activation=activation)  # type: ignore[call-arg]
+        return function(**check(name, **given.arguments), activation=activation)  # type: ignore[call-arg,arg-type]
+
+    if not jitted:
+        return checked
+    # The shapes are checked when a call is compiled, before the function itself is traced: a call with shapes seen
+    # before costs nothing. Where that check fails, or JAX cannot read the arguments at all, it is made once more on
+    # the arguments as they were given, so that the message shows those.
+    compiled = jax.jit(checked, static_argnames=("activation",))
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return compiled(*args, **kwargs)
+        except (TypeError, ValueError):
+            checked(*args, **kwargs)
+            raise
 
     return call
 
@@ -77,10 +85,10 @@ def _array(name: str, what: str, value: Any) -> jax.Array:
     if isinstance(value, jax.Array) and _is_floating(value.dtype):
         return value
     hint = " Make y with jaxgrad.network.signs(labels)." if what in ("y", "Y") else " Convert it to a floating dtype."
-    if what == "y" and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)  # a literal 1 or -1; an integer array may hold {0, 1} and is refused below
     try:
         array = jnp.asarray(value)
+        if what == "y" and array.weak_type and array.dtype != bool:
+            array = array.astype(float)  # a literal 1 or -1; an integer array may hold {0, 1} and is refused below
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected {what} to be an array, got {type(value).__name__}.{hint}") from error
     if not _is_floating(array.dtype):
