@@ -156,6 +156,7 @@ def check_gradient(
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
     examples = _batch_size(batch)
     paths = _paths(params)
+    tree: Any = jax.tree.structure(params)
     for path, leaf in paths.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
@@ -174,7 +175,7 @@ def check_gradient(
         found = _paths(gradients)
         rows = [_compare(path, paths[path], found.get(path), reference[path], rtol, start) for path in paths]
         rows += [_unexpected(path, leaf) for path, leaf in found.items() if path not in paths]
-        if found.keys() == paths.keys() and not jax.tree.structure(gradients) == jax.tree.structure(params):
+        if found.keys() == paths.keys() and jax.tree.structure(gradients) != tree:
             rows.append(_other_tree(gradients, params))
         parts.append(rows)
     name = "jax.grad" + (f" in {oracle}" if oracle else "")

@@ -339,7 +339,7 @@ def test_mixed_dtypes_keep_each_parameters_dtype():
 def test_a_changed_activation_is_compiled_anew_and_the_same_is_not():
     params, X, Y = batch(8, 2, 3, 4)
     a = closed_form.batched_grad(params, X, Y, logistic)
-    b = closed_form.batched_grad(params, X, Y, tanh)
+    b = closed_form.batched_grad(params, X, Y, activation=tanh)
     assert not jnp.allclose(a.W, b.W)
     with jax.no_tracing():
         closed_form.batched_grad(params, X, Y, activation=tanh)

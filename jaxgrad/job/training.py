@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxgrad.network import Activation, Params, closed_form
-from jaxgrad.network.precision import working_dtype
+from jaxgrad.precision import working_dtype
 
 LEARNING_RATE = 0.01
 

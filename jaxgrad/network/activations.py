@@ -19,7 +19,8 @@ arithmetic in `tests/test_activations.py`:
 | silu | 6 | 8 | 10 | slope (z = -1.28), curvature (z = ±2.40): 2 each |
 | sine | 2 | 2 | 2 | all three: 1, for any z |
 
-for float32 and float64. float16 and bfloat16 are computed in float32 and rounded once: 1 ulp everywhere. Where the
+for float32 and float64. float16 and bfloat16 are computed in float32 and rounded once: 1 ulp, but 2 for the value of
+the logistic, which is a JAX primitive in the argument's own dtype. Where the
 true value is below the smallest normal number of the dtype, the result may be 0.
 """
 
@@ -33,8 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxgrad.network.compensated import two_product, two_sum
 from jaxgrad.network.gaussian import halves
-from jaxgrad.network.precision import two_product, two_sum, working_dtype
+from jaxgrad.precision import working_dtype
 
 Elementwise = Callable[[Any], Array]
 Jet = Callable[[Any], tuple[Array, Array, Array]]
@@ -66,6 +68,7 @@ class Activation:
     joint: Jet | None = None
 
     def __call__(self, z: jax.typing.ArrayLike) -> Array:
+        """σ(z)."""
         return self.value(z)
 
     def __repr__(self) -> str:

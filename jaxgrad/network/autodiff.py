@@ -1,8 +1,8 @@
 """The exercise's gradients through `jax.grad`: the same names and signatures as `closed_form`.
 
 This is what the closed form is held against, and what it replaces. Where σ saturates, `jax.grad` loses the slope's
-digits (it forms σ - σ²); `closed_form` does not. Nothing is widened here either: bfloat16 parameters are computed with in
-bfloat16, as far as the compiler does not keep more.
+digits (it forms σ - σ²); `closed_form` does not. Nothing is widened here either: with bfloat16 parameters the
+arithmetic is bfloat16, as far as the compiler does not keep more.
 """
 
 import jax

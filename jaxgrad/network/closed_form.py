@@ -33,7 +33,7 @@ from jaxtyping import Array, Float
 from jaxgrad.network.activations import Activation, logistic
 from jaxgrad.network.checks import batch, batch_mean, one_example_jitted
 from jaxgrad.network.params import Params
-from jaxgrad.network.precision import working_dtype
+from jaxgrad.precision import working_dtype
 
 
 @one_example_jitted
@@ -188,7 +188,7 @@ def hessian_vector_product(
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
         >>> float(hessian_vector_product(params, params, jnp.zeros((5, 2)), jnp.ones(5)).w[0])
-        -0.00805...
+        0.05875...
     """
     f = _forward(params, X, Y, activation, scale=1 / X.shape[0])
     dW, db, dw = V

@@ -46,7 +46,7 @@ def signs(
     if values.dtype.kind == "f" and np.isnan(values).any():
         raise ValueError(f"signs: expected two classes, got {int(np.isnan(values).sum())} NaN. Drop those rows.")
     found = np.unique(values)
-    negative, positive = _two(found) if classes is None else _given(found, classes)
+    positive = _larger_of_two(found) if classes is None else _second_given(found, classes)
     return jnp.asarray(np.where(values == positive, 1, -1), dtype)
 
 
@@ -60,24 +60,24 @@ def _without_objects(values: np.ndarray) -> np.ndarray:
     return np.asarray(values.tolist())
 
 
-def _two(found: np.ndarray) -> tuple[Any, Any]:
+def _larger_of_two(found: np.ndarray) -> Any:
     if found.dtype == bool:
-        return False, True
+        return True
     if len(found) != 2:
         raise ValueError(
             f"signs: expected two classes, got {len(found)}: {_shown(found)}. "
             "Choose two, or name both with classes=(negative, positive)."
         )
-    return found[0], found[1]
+    return found[1]
 
 
-def _given(found: np.ndarray, classes: Sequence[Any]) -> tuple[Any, Any]:
+def _second_given(found: np.ndarray, classes: Sequence[Any]) -> Any:
     if len(classes) != 2 or classes[0] == classes[1]:
         raise ValueError(f"signs: expected classes=(negative, positive), two different values, got {classes!r}.")
     strange = [value for value in found.tolist() if value not in list(classes)]
     if strange:
         raise ValueError(f"signs: expected labels among {list(classes)}, got also {_shown(np.asarray(strange))}.")
-    return classes[0], classes[1]
+    return classes[1]
 
 
 def _shown(found: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Arithmetic wider than the numbers it works on: in float32 at least, and with the rounding errors kept.
+"""Sums and products together with their rounding errors.
 
 A function like exp(-z**2 / 2) multiplies the rounding error of its argument by the argument itself: at
 z = 13 in float32 a correctly rounded z**2 already costs forty units in the last place. `two_product` and
@@ -9,16 +9,9 @@ every product that has to be exact is exact in the first place.
 Source: Dekker, A floating-point technique for extending the available precision (1971); Knuth, TAOCP 2, 4.2.2.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
-
-
-def working_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    """What to compute in for inputs of these floating dtypes: float64 if one of them is, otherwise float32."""
-    return jnp.dtype(jnp.float64 if any(jnp.dtype(d) == jnp.float64 for d in dtypes) else jnp.float32)
-
 
 # (exponent bits, mantissa bits to keep) so that the product of two kept halves is exact.
 _HALF = {jnp.dtype(jnp.float32): (8, 11), jnp.dtype(jnp.float64): (11, 25)}
