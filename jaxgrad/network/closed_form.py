@@ -33,6 +33,8 @@ from jaxtyping import Array, Float
 from jaxgrad.network.activations import Activation, logistic
 from jaxgrad.network.checks import batch, batch_mean, one_example_jitted
 from jaxgrad.network.params import Params
+from jaxgrad.per_example.factors import Dense, Outer
+from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.precision import working_dtype
 
 
@@ -135,6 +137,39 @@ def batched_input_grad(
         (5, 2)
     """
     return _product(_delta(params, _forward(params, X, Y, activation)).T, params.W).astype(X.dtype)
+
+
+@batch
+def per_example_grads(
+    params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
+) -> PerExampleGrads:
+    """Every example's gradient as factors: W's is δ xᵀ, kept as the pair (δ, x).
+
+    Cost: one matrix product, Z = W Xᵀ; no array of B × H × D numbers is formed, here or in any method but `materialize`.
+
+    Args:
+        params, X, Y, activation: as in `batched_grad`.
+
+    Returns:
+        PerExampleGrads over Params(W, b, w): W Outer(δ, X), b Dense(δ), w Dense(-πγ s).
+
+    Raises:
+        ValueError, TypeError: as in `batched_grad`.
+
+    Example:
+        >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
+        >>> per_example_grads(params, jnp.zeros((5, 2)), jnp.ones(5)).norms().shape
+        (5,)
+    """
+    f = _forward(params, X, Y, activation)
+    delta = _delta(params, f).T
+    return PerExampleGrads(
+        Params(
+            W=(Outer.of_matrix(delta, X, params.W.dtype),),
+            b=(Dense.of(delta, params.b.dtype),),
+            w=(Dense.of((f.minus_pi_gamma[None] * f.s).T, params.w.dtype),),
+        )
+    )
 
 
 @batch_mean

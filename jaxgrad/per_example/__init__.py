@@ -1,0 +1,12 @@
+"""Per-example gradients kept as factors.
+
+factors      what one parameter's gradients are made of: Outer, Rows, Dense
+pairs        inner products of two factors, for every pair of kinds
+chunks       loops that write out no more at once than a stated number of bytes
+gradients    PerExampleGrads: the algebra over a tree of factors
+"""
+
+from jaxgrad.per_example.factors import Dense, Factor, Layout, Outer, Rows
+from jaxgrad.per_example.gradients import PerExampleGrads
+
+__all__ = ["Dense", "Factor", "Layout", "Outer", "PerExampleGrads", "Rows"]

@@ -1,0 +1,284 @@
+"""What the gradients of one parameter are made of: B × parameter numbers, kept as a product that is not carried out.
+
+Index legend, here and in `pairs`: B example, G group (heads, stacked layers), T position within the example, F fan-out,
+K fan-in; a prime (or the letters C, S) is the second operand's.
+
+A factor stands for a matrix of examples by [G, F, K] entries, the *matrix layout*; its `Layout` says where in the
+parameter's own shape each of them lies. A parameter's gradient is a sum of factors.
+
+    Outer(left [B,G,T,F], right [B,G,T,K])   Σ_t left ⊗ right: any weight that enters through a matrix product
+    Rows(ids [B,T], values [B,T,K])          values added to rows of an [F, K] table: an embedding
+    Dense(value [B, *shape])                 written out: biases, scales, whatever is small
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxgrad.precision import working_dtype
+
+Precision = Any  # what jax.lax.dot_general takes as precision=
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the entries of [G, F, K] lie in a parameter: parameter.transpose(axes).reshape(G, F, K).
+
+    Attributes:
+        shape: the parameter's own shape.
+        dtype: the parameter's dtype; what is summed or written out comes in it.
+        axes: the permutation of the parameter's axes that brings it into matrix order.
+        matrix: (G, F, K).
+    """
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: tuple[int, ...]
+    matrix: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        if sorted(self.axes) != list(range(len(self.shape))) or math.prod(self.shape) != math.prod(self.matrix):
+            raise ValueError(
+                f"Layout: expected axes that permute shape {self.shape} and as many entries in matrix (G, F, K), "
+                f"got axes {self.axes} and matrix {self.matrix}."
+            )
+
+    @staticmethod
+    def of_matrix(F: int, K: int, dtype: jax.typing.DTypeLike) -> "Layout":
+        """A parameter that is an [F, K] matrix itself."""
+        return Layout((F, K), jnp.dtype(dtype), (0, 1), (1, F, K))
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the parameter."""
+        return math.prod(self.shape)
+
+    def to_matrix(self, value: Array) -> Array:
+        """[*batch, *shape] → [*batch, G, F, K]."""
+        batch = value.ndim - len(self.shape)
+        order = (*range(batch), *(batch + a for a in self.axes))
+        return value.transpose(order).reshape(*value.shape[:batch], *self.matrix)
+
+    def from_matrix(self, value: Array) -> Array:
+        """[*batch, G, F, K] → [*batch, *shape]."""
+        batch = value.ndim - 3
+        value = value.reshape(*value.shape[:batch], *(self.shape[a] for a in self.axes))
+        inverse = sorted(range(len(self.axes)), key=self.axes.__getitem__)
+        return value.transpose(*range(batch), *(batch + a for a in inverse))
+
+
+def _factor(*arrays: str) -> Any:
+    return functools.partial(jax.tree_util.register_dataclass, data_fields=arrays, meta_fields=("layout",))
+
+
+@_factor("left", "right")
+@dataclass(frozen=True)
+class Outer:
+    """Σ_t left[b,g,t,:] ⊗ right[b,g,t,:]: the gradient of a weight that enters through a matrix product.
+
+    Attributes:
+        left: [B, G, T, F], floating.
+        right: [B, G, T, K], floating.
+        layout: where [G, F, K] lies in the parameter.
+    """
+
+    left: Array
+    right: Array
+    layout: Layout
+
+    @staticmethod
+    def of_matrix(left: Array, right: Array, dtype: jax.typing.DTypeLike) -> "Outer":
+        """left [B, F], right [B, K]: one product an example, for a parameter that is an [F, K] matrix of `dtype`."""
+        layout = Layout.of_matrix(left.shape[1], right.shape[1], dtype)
+        return Outer(left[:, None, None], right[:, None, None], layout)
+
+
+@_factor("ids", "values")
+@dataclass(frozen=True)
+class Rows:
+    """values[b,t,:] added to row ids[b,t]: the gradient of an embedding table. Repeated ids add up.
+
+    Attributes:
+        ids: [B, T], integer; an id outside 0 ≤ id < F (a padding id) contributes nothing.
+        values: [B, T, K], floating.
+        layout: where [1, F, K] lies in the parameter; F is the number of rows.
+    """
+
+    ids: Array
+    values: Array
+    layout: Layout
+
+    @staticmethod
+    def of_table(ids: Array, values: Array, rows: int, dtype: jax.typing.DTypeLike) -> "Rows":
+        """For a parameter that is a [rows, K] table of `dtype`."""
+        return Rows(ids, values, Layout.of_matrix(rows, values.shape[2], dtype))
+
+    @property
+    def rows(self) -> int:
+        """F, the number of rows of the table."""
+        return self.layout.matrix[1]
+
+    def valid(self) -> tuple[Array, Array]:
+        """(ids, values) with every id in range: those that were not are 0 with values 0."""
+        inside = (self.ids >= 0) & (self.ids < self.rows)
+        values = jnp.where(inside[..., None], self.values, jnp.zeros_like(self.values))
+        return jnp.where(inside, self.ids, jnp.zeros_like(self.ids)), values
+
+
+@_factor("value")
+@dataclass(frozen=True)
+class Dense:
+    """The gradients written out.
+
+    Attributes:
+        value: [B, *shape], floating.
+        layout: the parameter's shape and dtype; its matrix is (1, 1, size).
+    """
+
+    value: Array
+    layout: Layout
+
+    @staticmethod
+    def of(value: Array, dtype: jax.typing.DTypeLike) -> "Dense":
+        """value [B, *shape] for a parameter of that shape and of `dtype`."""
+        shape = tuple(value.shape[1:])
+        return Dense(value, Layout(shape, jnp.dtype(dtype), tuple(range(len(shape))), (1, 1, math.prod(shape))))
+
+
+Factor = Outer | Rows | Dense
+
+
+def arrays(f: Factor) -> list[Array]:
+    """The arrays a factor holds."""
+    return jax.tree.leaves(f)
+
+
+def accumulator(*factors: Factor) -> jnp.dtype:
+    """float64 if anything in the factors is, otherwise float32."""
+    floating = (a.dtype for f in factors for a in arrays(f) if jnp.issubdtype(a.dtype, jnp.floating))
+    return working_dtype(*floating, *(f.layout.dtype for f in factors))
+
+
+def wide(f: Factor, dtype: jnp.dtype) -> Factor:
+    """The factor with its floating arrays in `dtype`."""
+    return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, f)
+
+
+def scale(f: Factor, c: Float[Array, " B"]) -> Factor:
+    """c_b times example b, in float32 at least. The smaller of two arrays is multiplied."""
+    c = c.astype(accumulator(f))
+    f = wide(f, c.dtype)
+    match f:
+        case Outer(left, right, layout) if left.size <= right.size:
+            return Outer(_examples(c, left) * left, right, layout)
+        case Outer(left, right, layout):
+            return Outer(left, _examples(c, right) * right, layout)
+        case Rows(ids, values, layout):
+            return Rows(ids, _examples(c, values) * values, layout)
+        case Dense(value, layout):
+            return Dense(_examples(c, value) * value, layout)
+
+
+def where(f: Factor, mask: Float[Array, " B"] | Array) -> Factor:
+    """Zero in every array of the examples where the mask is False, whatever was there."""
+    return jax.tree.map(lambda a: jnp.where(_examples(mask, a), a, jnp.zeros_like(a)), f)
+
+
+def _examples(c: Array, like: Array) -> Array:
+    return c.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def materialize(f: Factor) -> Array:
+    """[B, *shape] in the parameter's dtype, accumulated in float32 at least: B × parameter numbers."""
+    return written_out(f).astype(f.layout.dtype)
+
+
+def written_out(f: Factor, precision: Precision = None) -> Array:
+    """[B, *shape] in the accumulator's dtype."""
+    acc = accumulator(f)
+    match wide(f, acc):
+        case Outer(left, right, layout):
+            return layout.from_matrix(jnp.einsum("bgtf,bgtk->bgfk", left, right, precision=precision))
+        case Rows() as rows:
+            ids, values = rows.valid()
+            examples = jnp.arange(ids.shape[0], dtype=ids.dtype)[:, None]
+            table = jnp.zeros((ids.shape[0], *rows.layout.matrix[1:]), acc)
+            return rows.layout.from_matrix(table.at[examples, ids].add(values)[:, None])
+        case Dense(value, _):
+            return value
+
+
+def dot(f: Factor, V: Array, precision: Precision = None) -> Float[Array, " B"]:
+    """⟨gradient of example b, V⟩ for a V of the parameter's shape, in the accumulator's dtype.
+
+    Cost: Outer B·G·T·F·K operations, and no array larger than a factor's.
+    """
+    acc = accumulator(f)
+    V = f.layout.to_matrix(V.astype(acc))
+    match wide(f, acc):
+        case Outer(left, right, layout) if layout.matrix[1] <= layout.matrix[2]:
+            return row_sums(left * jnp.einsum("bgtk,gfk->bgtf", right, V, precision=precision))
+        case Outer(left, right, _):
+            return row_sums(right * jnp.einsum("bgtf,gfk->bgtk", left, V, precision=precision))
+        case Rows() as rows:
+            ids, values = rows.valid()
+            return row_sums(values * V[0][ids])
+        case Dense(value, layout):
+            return jnp.matmul(value.reshape(value.shape[0], layout.size), V.ravel(), precision=precision)
+
+
+def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision = None) -> Array:
+    """Σ_b c_b · gradient of example b (c None: their sum), of the parameter's shape, in the accumulator's dtype.
+
+    Cost: Outer one matrix product of B·G·T·F·K operations; nothing of B × parameter size is formed.
+    """
+    acc = accumulator(f)
+    match wide(f if c is None else scale(f, c), acc):
+        case Outer(left, right, layout):
+            return layout.from_matrix(jnp.einsum("bgtf,bgtk->gfk", left, right, precision=precision))
+        case Rows() as rows:
+            ids, values = rows.valid()
+            table = jnp.zeros(rows.layout.matrix[1:], acc)
+            return rows.layout.from_matrix(table.at[ids.ravel()].add(values.reshape(-1, values.shape[2]))[None])
+        case Dense(value, _):
+            return value.sum(0)
+
+
+def power_of_two(a: Array) -> Array:
+    """A power of two near a ≥ 0, and 1 where a is 0: to divide by it loses nothing. Not differentiated."""
+    bits = jnp.finfo(a.dtype)
+    largest = jnp.asarray(2.0 ** (bits.maxexp - 3), a.dtype)
+    near = lax.reduce_precision(jnp.minimum(a, largest), 8 if a.dtype == jnp.float32 else 11, 0)
+    return lax.stop_gradient(jnp.where(near > 0, near, jnp.where(jnp.isnan(a), a, jnp.ones_like(a))))
+
+
+def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
+    """(f / unit, unit): every example's entries brought near 1, so that their squares neither overflow nor underflow."""
+    f = wide(f, accumulator(f))
+
+    def scaled(a: Array) -> tuple[Array, Array]:
+        unit = power_of_two(row_sums(jnp.abs(lax.stop_gradient(a))))
+        return a / _examples(unit, a), unit
+
+    match f:
+        case Outer(left, right, layout):
+            (left, a), (right, b) = scaled(left), scaled(right)
+            return Outer(left, right, layout), a * b
+        case Rows(ids, values, layout):
+            values, unit = scaled(values)
+            return Rows(ids, values, layout), unit
+        case Dense(value, layout):
+            value, unit = scaled(value)
+            return Dense(value, layout), unit
+
+
+def row_sums(a: Float[Array, "B *rest"]) -> Float[Array, " B"]:
+    """The sum of each example's entries, as a product with ones: faster on CPU than a reduction along rows."""
+    flat = a.reshape(a.shape[0], math.prod(a.shape[1:]))
+    return jnp.matmul(flat, jnp.ones(flat.shape[1], a.dtype), precision=lax.Precision.HIGHEST)

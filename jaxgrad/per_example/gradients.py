@@ -1,0 +1,439 @@
+"""PerExampleGrads: the B × parameters matrix G of per-example gradients, as an algebra on factors that are not multiplied out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxgrad.per_example import factors, moments, pairs
+from jaxgrad.per_example.chunks import CHUNK_BYTES
+from jaxgrad.per_example.factors import Factor, Precision
+
+Factors = tuple[Factor, ...]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class PerExampleGrads:
+    """The gradients of B examples with respect to a tree of parameters, each parameter's a sum of factors.
+
+    Think of it as the matrix G [B, parameters] that `jax.vmap(jax.grad(loss))` would return, spread over the tree; every
+    method is an operation on that matrix, and only `materialize` writes it out. It is a pytree of the factors' arrays,
+    all with the example axis first: it goes through `jit`, `vmap`, `grad`, `lax.scan` and `device_put` with shardings.
+
+    Accuracy: sums are accumulated in float32 at least (float64 if a factor or a parameter is), and rounded once to the
+    parameter's dtype where the result has the parameter's shape. [B] and [B, B] results stay in the accumulator's dtype.
+
+    Args:
+        tree: the parameters' tree with each leaf replaced by a tuple of factors (`Outer`, `Rows`, `Dense`).
+
+    Example:
+        >>> delta, x = jnp.ones((4, 3)), jnp.ones((4, 2))         # four examples of a [3, 2] matrix
+        >>> g = PerExampleGrads({"W": (factors.Outer.of_matrix(delta, x, delta.dtype),)})
+        >>> g.norms().tolist() == [6**0.5] * 4
+        True
+        >>> g.sum()["W"].shape
+        (3, 2)
+    """
+
+    def __init__(self, tree: PyTree):
+        is_leaf = lambda node: isinstance(node, tuple) and bool(node) and all(isinstance(f, Factor) for f in node)  # noqa: E731
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+        strange = [jax.tree_util.keystr(path) for path, leaf in leaves if not is_leaf(leaf)]
+        if strange or not leaves:
+            where = f"something else at tree{strange[0]}" if strange else "none"
+            raise TypeError(f"PerExampleGrads: expected a tree of tuples of factors, got {where}.")
+        self._leaves: tuple[Factors, ...] = tuple(leaf for _, leaf in leaves)
+        self._treedef: Any = treedef
+        self._check()
+
+    def _check(self) -> None:
+        sizes = {a.shape[0] for leaf in self._leaves for f in leaf for a in factors.arrays(f)}
+        if len(sizes) != 1:
+            raise ValueError(f"PerExampleGrads: expected one number of examples in every factor, got {sorted(sizes)}.")
+        for path, leaf in zip(self.paths, self._leaves, strict=True):
+            shapes = {(f.layout.shape, f.layout.dtype) for f in leaf}
+            if len(shapes) != 1:
+                raise ValueError(
+                    f"PerExampleGrads: expected factors of one parameter, got shapes and dtypes {shapes} at {path}."
+                )
+
+    # --- as a pytree
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Factors], ...], Any]:
+        """For JAX: the factors by their parameter's path, and the structure of the tree."""
+        keys = [jax.tree_util.GetAttrKey(path) for path in self.paths]
+        return tuple(zip(keys, self._leaves, strict=True)), self._treedef
+
+    @classmethod
+    def tree_unflatten(cls, treedef: Any, leaves: Sequence[Factors]) -> "PerExampleGrads":
+        """For JAX: the inverse of flattening, unchecked."""
+        g = object.__new__(cls)
+        g._leaves, g._treedef = tuple(leaves), treedef
+        return g
+
+    def _with(self, leaves: Sequence[Factors]) -> "PerExampleGrads":
+        return self.tree_unflatten(self._treedef, leaves)
+
+    def _tree(self, leaves: Sequence[Any]) -> PyTree:
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def _map(self, function: Callable[[Factor], Factor]) -> "PerExampleGrads":
+        return self._with([tuple(function(f) for f in leaf) for leaf in self._leaves])
+
+    # --- what is held
+
+    @property
+    def paths(self) -> list[str]:
+        """The path of every parameter, as `jax.tree_util.keystr` writes it."""
+        leaves = jax.tree_util.tree_leaves_with_path(self._treedef.unflatten(range(self._treedef.num_leaves)))
+        return [jax.tree_util.keystr(path) for path, _ in leaves]
+
+    @property
+    def factors(self) -> PyTree:
+        """The parameters' tree with each leaf replaced by its tuple of factors."""
+        return self._tree(self._leaves)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return factors.arrays(self._leaves[0][0])[0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in the factors; an array that two factors share is counted twice."""
+        return sum(a.size * a.dtype.itemsize for leaf in self._leaves for f in leaf for a in factors.arrays(f))
+
+    @property
+    def materialized_nbytes(self) -> int:
+        """Bytes that `materialize` would write."""
+        return sum(self.batch_size * leaf[0].layout.size * leaf[0].layout.dtype.itemsize for leaf in self._leaves)
+
+    def __len__(self) -> int:
+        return self.batch_size
+
+    def __repr__(self) -> str:
+        try:
+            lines = [
+                f"  {path or 'parameter'} {leaf[0].layout.dtype.name}{list(leaf[0].layout.shape)}: "
+                + " + ".join(_shown(f) for f in leaf)
+                for path, leaf in zip(self.paths, self._leaves, strict=True)
+            ]
+            held = f"{self.batch_size} examples, {self.nbytes} bytes held, {self.materialized_nbytes} if materialized"
+        except (AttributeError, IndexError, TypeError):  # a tree of something else in this form: JAX makes those
+            return f"PerExampleGrads({self._leaves})"
+        return "\n".join([f"PerExampleGrads({held})", *lines])
+
+    # --- norms
+
+    def squared_norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> Float[Array, " B"]:
+        """‖g_b‖² [B]. Overflows and underflows where the square does; `norms` does not.
+
+        Args:
+            chunk_bytes: how much may be written out at once where the cheapest way writes something out.
+            precision: as in `jax.lax.dot_general`, here and in every method that has it.
+        """
+        return _added([_squared(leaf, chunk_bytes, precision) for leaf in self._leaves])
+
+    def leaf_norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
+        """The norm of each parameter's gradient by itself: the tree with a [B] at every leaf. As `norms`."""
+        return self._tree([_norm(leaf, chunk_bytes, precision) for leaf in self._leaves])
+
+    def norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> Float[Array, " B"]:
+        """‖g_b‖ [B], over all parameters together.
+
+        Formula: √Σ_leaves ‖·‖²; of an Outer with T = 1, ‖left_b‖·‖right_b‖. Cost: see `pairs`.
+        Every example is scaled by powers of two on the way, so that nothing overflows or underflows unless the norm
+        itself does. Differentiable; the derivative at a zero gradient is 0.
+        """
+        each = [_norm(leaf, chunk_bytes, precision) for leaf in self._leaves]
+        if len(each) == 1:
+            return each[0]
+        dtype = jnp.result_type(*each)
+        stacked = jnp.stack([n.astype(dtype) for n in each])
+        unit = factors.power_of_two(stacked.max(0))
+        return unit * _safe_sqrt(((stacked / unit[None]) ** 2).sum(0))
+
+    # --- linear maps
+
+    def dot(self, tree: PyTree, *, precision: Precision = None) -> Float[Array, " B"]:
+        """G v [B]: the inner product of every example's gradient with one direction.
+
+        Args:
+            tree: a direction, of the parameters' structure and shapes.
+        """
+        leaves = self._direction("dot", tree)
+        return _added(
+            [factors.dot(f, v, precision) for leaf, v in zip(self._leaves, leaves, strict=True) for f in leaf]
+        )
+
+    def weighted_sum(self, c: Float[Array, " B"], *, precision: Precision = None) -> PyTree:
+        """Gᵀ c: Σ_b c_b g_b, a tree of the parameters' shapes and dtypes. One matrix product a factor."""
+        c = self._per_example("weighted_sum", c)
+        return self._summed(c, precision)
+
+    def sum(self, *, precision: Precision = None) -> PyTree:
+        """Σ_b g_b, a tree of the parameters' shapes and dtypes."""
+        return self._summed(None, precision)
+
+    def mean(self, *, precision: Precision = None) -> PyTree:
+        """Σ_b g_b / B, a tree of the parameters' shapes and dtypes; NaN for an empty batch, as jnp.mean."""
+        return self._tree(
+            [
+                (
+                    _total(leaf, None, precision) / self.batch_size
+                    if self.batch_size
+                    else jnp.full(leaf[0].layout.shape, jnp.nan)
+                ).astype(leaf[0].layout.dtype)
+                for leaf in self._leaves
+            ]
+        )
+
+    def _summed(self, c: Array | None, precision: Precision) -> PyTree:
+        return self._tree([_total(leaf, c, precision).astype(leaf[0].layout.dtype) for leaf in self._leaves])
+
+    # --- products of examples
+
+    def gram(
+        self, other: "PerExampleGrads | None" = None, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None
+    ) -> Float[Array, "B C"]:
+        """G G′ᵀ [B, C]: the inner product of every pair of examples, with `other`'s or with each other.
+
+        Cost of an Outer with T = 1: two matrix products, B·C·(F + K) operations; never B × parameters.
+
+        Raises:
+            ValueError: `other` is of another tree, or of parameters of other shapes or dtypes.
+        """
+        if other is not None:
+            self._same_parameters("gram", other)
+        second = self if other is None else other
+        return _added(
+            [
+                pairs.gram(f, f_, chunk_bytes, precision)
+                for leaf, leaf_ in zip(self._leaves, second._leaves, strict=True)
+                for f in leaf
+                for f_ in leaf_
+            ]
+        )
+
+    def second_moment(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
+        """mean_b g_b ⊙ g_b, a tree of the parameters' shapes and dtypes.
+
+        Formula: of an Outer with T = 1, (left²)ᵀ(right²)/B, one matrix product; otherwise examples are written out,
+        `chunk_bytes` at a time.
+        """
+        return self._tree([moments.second_moment(leaf, chunk_bytes, precision) for leaf in self._leaves])
+
+    def variance(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
+        """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree of the parameters' shapes and dtypes.
+
+        Formula: not second_moment - mean², which cancels: of an Outer with T = 1 the sides are centred first
+        (`moments.variance`); otherwise examples are written out, `chunk_bytes` at a time, with the mean subtracted.
+        """
+        return self._tree([moments.variance(leaf, chunk_bytes, precision) for leaf in self._leaves])
+
+    # --- new batches
+
+    def scale(self, c: Float[Array, " B"]) -> "PerExampleGrads":
+        """c_b g_b, in float32 at least: what is multiplied keeps the digits that the parameter's dtype would drop."""
+        c = self._per_example("scale", c)
+        return self._map(lambda f: factors.scale(f, c))
+
+    def clip(
+        self, max_norm: PyTree, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None
+    ) -> "PerExampleGrads":
+        """g_b · max_norm / max(max_norm, ‖g_b‖): a zero gradient, and one exactly on the bound, stay as they are.
+
+        Args:
+            max_norm: a number, for the norm over all parameters; or a tree prefix of the parameters with a number for
+                every leaf or group of leaves, for the norm of each group by itself. Numbers > 0.
+
+        Raises:
+            ValueError: a bound that is not positive, or a tree that is not a prefix of the parameters.
+        """
+        bounds, groups = self._groups(max_norm)
+        leaves: list[Factors] = []
+        for bound, group in zip(bounds, groups, strict=True):
+            part = PerExampleGrads.tree_unflatten(jax.tree.structure([0] * len(group)), group)
+            norms = part.norms(chunk_bytes=chunk_bytes, precision=precision)
+            limit = jnp.asarray(bound, norms.dtype)
+            leaves += part.scale(limit / jnp.maximum(limit, norms))._leaves
+        return self._with(leaves)
+
+    def where(self, mask: Array) -> "PerExampleGrads":
+        """The same, with the gradient of every example whose mask is False exactly zero, NaN or not.
+
+        Args:
+            mask: [B], boolean.
+        """
+        mask = jnp.asarray(mask)
+        if mask.dtype != bool or mask.shape != (self.batch_size,):
+            raise ValueError(
+                f"PerExampleGrads.where: expected a boolean mask of shape {(self.batch_size,)}, "
+                f"got {mask.dtype} of shape {mask.shape}."
+            )
+        return self._map(lambda f: factors.where(f, mask))
+
+    def __getitem__(self, index: Any) -> "PerExampleGrads":
+        """A subset of the examples: a slice, or an integer or boolean array."""
+        if isinstance(index, slice):
+            return jax.tree.map(lambda a: a[index], self)
+        try:
+            chosen = jnp.asarray(index)
+        except TypeError:
+            chosen = None
+        if (
+            chosen is None
+            or chosen.ndim != 1
+            or not (chosen.dtype == bool or jnp.issubdtype(chosen.dtype, jnp.integer))
+        ):
+            raise TypeError(
+                f"PerExampleGrads[...]: expected a slice or a one-dimensional array of integers or booleans, "
+                f"got {index!r}. For one example take g[i : i + 1]."
+            )
+        return jax.tree.map(lambda a: a[chosen], self)
+
+    @staticmethod
+    def concatenate(parts: Sequence["PerExampleGrads"]) -> "PerExampleGrads":
+        """One batch from several: the same parameters, and the same kinds of factors; T may differ.
+
+        Raises:
+            ValueError: no parts, other parameters, or other factors.
+        """
+        if not parts:
+            raise ValueError("PerExampleGrads.concatenate: expected at least one batch, got none.")
+        for part in parts[1:]:
+            parts[0]._same_parameters("concatenate", part)
+        kinds = [[[(type(f), f.layout) for f in leaf] for leaf in part._leaves] for part in parts]
+        if any(kind != kinds[0] for kind in kinds[1:]):
+            raise ValueError(
+                "PerExampleGrads.concatenate: expected the same factors in every part, got different ones."
+            )
+        leaves = [
+            tuple(_concatenated(same) for same in zip(*leaf, strict=True))
+            for leaf in zip(*(part._leaves for part in parts), strict=True)
+        ]
+        return parts[0]._with(leaves)
+
+    def materialize(self) -> PyTree:
+        """G written out: the tree of [B, *shape] that `jax.vmap(jax.grad(loss))` returns. B × parameters numbers."""
+        return self._tree(
+            [_added([factors.written_out(f) for f in leaf]).astype(leaf[0].layout.dtype) for leaf in self._leaves]
+        )
+
+    # --- what comes in
+
+    def _per_example(self, call: str, c: Any) -> Array:
+        c = jnp.asarray(c)
+        if c.shape != (self.batch_size,) or not jnp.issubdtype(c.dtype, jnp.floating):
+            raise ValueError(
+                f"PerExampleGrads.{call}: expected one floating number an example, shape {(self.batch_size,)}, "
+                f"got {c.dtype} of shape {c.shape}."
+            )
+        return c
+
+    def _direction(self, call: str, tree: PyTree) -> list[Array]:
+        leaves, treedef = jax.tree.flatten(tree)
+        if treedef != self._treedef:
+            raise ValueError(
+                f"PerExampleGrads.{call}: expected a tree like the parameters', {self._treedef}, got {treedef}."
+            )
+        for path, leaf, v in zip(self.paths, self._leaves, leaves, strict=True):
+            if jnp.shape(v) != leaf[0].layout.shape:
+                raise ValueError(
+                    f"PerExampleGrads.{call}: expected shape {leaf[0].layout.shape} at {path}, got {jnp.shape(v)}."
+                )
+        return [jnp.asarray(v) for v in leaves]
+
+    def _same_parameters(self, call: str, other: "PerExampleGrads") -> None:
+        if not isinstance(other, PerExampleGrads):
+            raise TypeError(f"PerExampleGrads.{call}: expected PerExampleGrads, got {type(other).__name__}.")
+        if other._treedef != self._treedef:
+            raise ValueError(
+                f"PerExampleGrads.{call}: expected the same tree of parameters, {self._treedef}, got {other._treedef}."
+            )
+        for path, leaf, leaf_ in zip(self.paths, self._leaves, other._leaves, strict=True):
+            mine, theirs = leaf[0].layout, leaf_[0].layout
+            if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+                raise ValueError(
+                    f"PerExampleGrads.{call}: expected {mine.dtype}{list(mine.shape)} at {path}, "
+                    f"got {theirs.dtype}{list(theirs.shape)}."
+                )
+
+    def _groups(self, max_norm: PyTree) -> tuple[list[Any], list[list[Factors]]]:
+        bounds, prefix = jax.tree.flatten(max_norm)
+        for bound in bounds:
+            if jnp.ndim(bound) != 0 or _known_not_positive(bound):
+                raise ValueError(f"PerExampleGrads.clip: expected positive numbers as bounds, got {bound}.")
+        try:
+            groups = prefix.flatten_up_to(self._tree(range(len(self._leaves))))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"PerExampleGrads.clip: expected a number or a tree prefix of the parameters, {self._treedef}, got {prefix}."
+            ) from error
+        return bounds, [[self._leaves[i] for i in jax.tree.leaves(group)] for group in groups]
+
+
+def _added(terms: Sequence[Array]) -> Array:
+    dtype = jnp.dtype(jnp.float64 if any(t.dtype == jnp.float64 for t in terms) else jnp.float32)
+    total = terms[0].astype(dtype)
+    for term in terms[1:]:
+        total = total + term.astype(dtype)
+    return total
+
+
+def _total(leaf: Factors, c: Array | None, precision: Precision) -> Array:
+    return _added([factors.weighted_sum(f, c, precision) for f in leaf])
+
+
+def _squared(leaf: Factors, chunk_bytes: int, precision: Precision) -> Array:
+    terms = []
+    for i, f in enumerate(leaf):
+        terms.append(pairs.inner(f, f, chunk_bytes, precision))
+        terms += [2 * pairs.inner(f, f_, chunk_bytes, precision) for f_ in leaf[:i]]
+    total = _added(terms)
+    return total if len(leaf) == 1 else jnp.maximum(total, jnp.zeros_like(total))  # NaN stays NaN
+
+
+def _norm(leaf: Factors, chunk_bytes: int, precision: Precision) -> Array:
+    scaled = [factors.scaled_by_power_of_two(f) for f in leaf]
+    units = [unit for _, unit in scaled]
+    unit = units[0]
+    for u in units[1:]:
+        unit = jnp.maximum(unit, u)
+    if len(leaf) == 1:
+        return unit * _safe_sqrt(_squared((scaled[0][0],), chunk_bytes, precision))
+    balanced = tuple(factors.scale(f, u / unit) for f, u in scaled)
+    return unit * _safe_sqrt(_squared(balanced, chunk_bytes, precision))
+
+
+def _known_not_positive(bound: Any) -> bool:
+    try:
+        return not bound > 0
+    except jax.errors.TracerBoolConversionError:  # decided when it runs; a bound ≤ 0 then gives NaN or zeros
+        return False
+
+
+def _safe_sqrt(a: Array) -> Array:
+    """√a with derivative 0 at 0."""
+    positive = jnp.where(a == 0, jnp.ones_like(a), a)
+    return jnp.where(a == 0, jnp.zeros_like(a), jnp.sqrt(positive))
+
+
+def _concatenated(same: tuple[Factor, ...]) -> Factor:
+    """Along the example axis; the position axis T padded with zeros where it differs."""
+    if isinstance(same[0], factors.Dense):
+        return jax.tree.map(lambda *a: jnp.concatenate(a), *same)
+    axis = {factors.Outer: 2, factors.Rows: 1}[type(same[0])]
+    T = max(factors.arrays(f)[0].shape[axis] for f in same)
+
+    def padded(a: Array) -> Array:
+        return jnp.pad(a, [(0, T - a.shape[axis] if k == axis else 0) for k in range(a.ndim)])
+
+    return jax.tree.map(lambda *a: jnp.concatenate([padded(x) for x in a]), *same)
+
+
+def _shown(f: Factor) -> str:
+    shapes = ", ".join(f"{a.dtype.name}{list(a.shape)}" for a in factors.arrays(f))
+    return f"{type(f).__name__}({shapes})"

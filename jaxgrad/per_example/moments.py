@@ -1,0 +1,89 @@
+"""Second moments of one parameter's gradients, element by element."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxgrad.per_example.chunks import chunk_size, sum_examples
+from jaxgrad.per_example.factors import (
+    Dense,
+    Factor,
+    Outer,
+    Precision,
+    Rows,
+    accumulator,
+    weighted_sum,
+    wide,
+    written_out,
+)
+
+Factors = tuple[Factor, ...]
+
+
+def second_moment(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
+    """mean_b g_b ⊙ g_b of one parameter, in its dtype."""
+    B, acc, layout = _count(leaf), accumulator(*leaf), leaf[0].layout
+    match tuple(wide(f, acc) for f in leaf):
+        case (Outer(left, right, _) as f,) if left.shape[2] == 1:
+            total = weighted_sum(Outer(left * left, right * right, f.layout), None, precision)
+        case (Rows(ids, values, _) as f,) if ids.shape[1] == 1:
+            total = weighted_sum(Rows(ids, values * values, f.layout), None, precision)
+        case wide_leaf:
+            total = _sum_of_squares(wide_leaf, None, chunk_bytes, precision)
+    return (total / B if B else jnp.full_like(total, jnp.nan)).astype(layout.dtype)
+
+
+def variance(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
+    """mean_b (g_b - ḡ) ⊙ (g_b - ḡ) of one parameter, in its dtype.
+
+    Formula, of an Outer with T = 1: with left = l̄ + l, right = r̄ + r (l̄, r̄ their means over the examples),
+    g_b - ḡ = l̄ r + l r̄ + (l r - E[l r]), and the mean square of that is six matrix products of the centred sides. The
+    terms are as small as the deviations: examples that agree give 0, and not the difference of two large squares.
+    """
+    B, acc, layout = _count(leaf), accumulator(*leaf), leaf[0].layout
+    leaf = tuple(wide(f, acc) for f in leaf)
+    if B == 0:
+        return jnp.full(layout.shape, jnp.nan, layout.dtype)
+    match leaf:
+        case (Outer(left, right, _),) if left.shape[2] == 1:
+            total = layout.from_matrix(_outer_variance(left[:, :, 0], right[:, :, 0], precision))
+        case (Dense(value, _),):
+            total = ((value - value.mean(0, keepdims=True)) ** 2).mean(0)
+        case _:
+            terms = [weighted_sum(f, None, precision) for f in leaf]
+            total = _sum_of_squares(leaf, sum(terms[1:], terms[0]) / B, chunk_bytes, precision) / B
+    return total.astype(layout.dtype)
+
+
+def _outer_variance(left: Array, right: Array, precision: Precision) -> Array:
+    """[B, G, F], [B, G, K] → [G, F, K]."""
+    B = left.shape[0]
+    l_mean, r_mean = left.mean(0), right.mean(0)
+    l, r = left - l_mean[None], right - r_mean[None]
+
+    def mean_of(a: Array, b: Array) -> Array:
+        return jnp.einsum("bgf,bgk->gfk", a, b, precision=precision) / B
+
+    l_mean, r_mean = l_mean[:, :, None], r_mean[:, None, :]
+    lr = mean_of(l, r)
+    squares = l_mean**2 * (r * r).mean(0)[:, None, :] + r_mean**2 * (l * l).mean(0)[:, :, None]
+    crossed = l_mean * r_mean * lr + l_mean * mean_of(l, r * r) + r_mean * mean_of(l * l, r)
+    total = squares + 2 * crossed + (mean_of(l * l, r * r) - lr**2)
+    return jnp.maximum(total, jnp.zeros_like(total))
+
+
+def _sum_of_squares(leaf: Factors, mean: Array | None, chunk_bytes: int, precision: Precision) -> Array:
+    """Σ_b (g_b - mean)², examples written out a block at a time."""
+    layout = leaf[0].layout
+
+    def block(leaf: Factors) -> Array:
+        terms = [written_out(f, precision) for f in leaf]
+        gradients = sum(terms[1:], terms[0])
+        return ((gradients if mean is None else gradients - mean[None]) ** 2).sum(0)
+
+    size = chunk_size(2 * layout.size * accumulator(*leaf).itemsize, chunk_bytes, _count(leaf))
+    return sum_examples(block, size, leaf)
+
+
+def _count(leaf: Factors) -> int:
+    return jax.tree.leaves(leaf)[0].shape[0]

@@ -1,0 +1,242 @@
+"""Inner products of two factors of one parameter, for every pair of kinds.
+
+inner(f, f′) → [B] pairs example b with example b; gram(f, f′) → [B, C] pairs every b with every c. Both are exact; what
+differs is the order of summation, and so the cost. For two Outer factors of the same layout there are two ways:
+
+    through positions   Σ_g Σ_ts (left_gt · left′_gs)(right_gt · right′_gs)    T·S·(F + K) operations a pair
+    through the matrix  ⟨Σ_t left ⊗ right, Σ_s left′ ⊗ right′⟩                (T + S)·F·K + F·K operations a pair
+
+and `inner` and `gram` take the one with fewer operations (for `gram`, the matrices of all examples are formed once, not
+once a pair). That is decided from shapes, when the call is traced. Rows with Rows, and Rows with Outer (an embedding
+tied to an output layer) go through positions as well. Whatever else meets is written out. What has to be written out is
+written `chunk_bytes` at a time; if a single example (for a Gram matrix: one of each side) needs more, that is held.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxgrad.per_example.chunks import chunk_size, map_examples, sum_examples
+from jaxgrad.per_example.factors import (
+    Dense,
+    Factor,
+    Outer,
+    Precision,
+    Rows,
+    accumulator,
+    row_sums,
+    wide,
+    written_out,
+)
+
+
+def inner(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -> Float[Array, " B"]:
+    """⟨f_b, f′_b⟩ of every example, in the accumulator's dtype."""
+    acc = accumulator(f, f_)
+    f, f_ = _ordered(wide(f, acc), wide(f_, acc))
+    match f, f_:
+        case Outer(), Outer() if _same_matrix(f, f_) and _inner_through_positions(f, f_):
+            return _outer_outer(f, f_, chunk_bytes, precision)
+        case Rows(), Rows() if f.layout == f_.layout and _rows_through_positions(f, f_):
+            return _rows_rows(f, f_, chunk_bytes, precision)
+        case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
+            return _rows_outer(f, turned, chunk_bytes, precision)
+        case Dense(), Outer():
+            return _dense_outer(f, f_, chunk_bytes, precision)
+    size = chunk_size(2 * f.layout.size * acc.itemsize, chunk_bytes, _count(f))
+    return map_examples(lambda f, f_: row_sums(written_out(f, precision) * written_out(f_, precision)), size, f, f_)
+
+
+def gram(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -> Float[Array, "B C"]:
+    """⟨f_b, f′_c⟩ of every pair of examples, in the accumulator's dtype."""
+    acc = accumulator(f, f_)
+    f, f_ = wide(f, acc), wide(f_, acc)
+    first, second = _ordered(f, f_)
+    if first is not f:
+        return gram(f_, f, chunk_bytes, precision).T
+    match f, f_:
+        case Outer(), Outer() if _same_matrix(f, f_) and _gram_through_positions(f, f_):
+            if f.left.shape[1:3] == f_.left.shape[1:3] == (1, 1):  # G = T = 1: two matrix products
+                return _product(f.left, f_.left, precision) * _product(f.right, f_.right, precision)
+            each = f.left.shape[1] * f.left.shape[2] * f_.left.shape[2]
+            return _by_blocks(_outer_outer, f, f_, 2 * each * acc.itemsize, chunk_bytes, precision)
+        case Outer(), Outer() if _same_matrix(f, f_):
+            return _through_matrix(f, f_, chunk_bytes, precision)
+        case Rows(), Rows() if f.layout == f_.layout and _rows_through_positions(f, f_):
+            each = f.ids.shape[1] * f_.ids.shape[1]
+            return _by_blocks(_rows_rows, f, f_, 2 * each * acc.itemsize, chunk_bytes, precision)
+        case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
+            each = f.ids.shape[1] * f_.left.shape[2]
+            return _by_blocks(_rows_outer, f, turned, 2 * each * acc.itemsize, chunk_bytes, precision)
+    return _written_out_blocks(f, f_, chunk_bytes, precision)
+
+
+# --- Which way ---------------------------------------------------------------------------------------------------
+
+
+def _count(f: Factor) -> int:
+    return jax.tree.leaves(f)[0].shape[0]
+
+
+def _ordered(f: Factor, f_: Factor) -> tuple[Factor, Factor]:
+    """Dense before Rows before Outer, so that each pair of kinds has one place."""
+    rank = {Dense: 0, Rows: 1, Outer: 2}
+    return (f, f_) if rank[type(f)] <= rank[type(f_)] else (f_, f)
+
+
+def _same_matrix(f: Outer, f_: Outer) -> bool:
+    return (f.layout.axes, f.layout.matrix) == (f_.layout.axes, f_.layout.matrix)
+
+
+def _inner_through_positions(f: Outer, f_: Outer) -> bool:
+    (_, _, T, F), S, K = f.left.shape, f_.left.shape[2], f.right.shape[3]
+    return T * S * (F + K) <= (T + S) * F * K + F * K
+
+
+def _gram_through_positions(f: Outer, f_: Outer) -> bool:
+    (B, _, T, F), (C, _, S, _), K = f.left.shape, f_.left.shape, f.right.shape[3]
+    return B * C * T * S * (F + K) <= (B * T + C * S + B * C) * F * K
+
+
+def _rows_through_positions(f: Rows, f_: Rows) -> bool:
+    return f.ids.shape[1] * f_.ids.shape[1] <= f.ids.shape[1] + f_.ids.shape[1] + f.rows
+
+
+def _turned_to_table(rows: Rows, outer: Outer) -> Outer | None:
+    """The Outer with its sides so that `left` runs over the table's rows; None if its layout is another one."""
+    if outer.layout.matrix[0] != 1:
+        return None
+    if _same_table(rows, outer.layout.axes, outer.layout.matrix[1:]):
+        return outer
+    swapped = Outer(outer.right, outer.left, rows.layout)
+    if len(outer.layout.shape) == 2 and _same_table(rows, outer.layout.axes[::-1], outer.layout.matrix[:0:-1]):
+        return swapped
+    return None
+
+
+def _same_table(rows: Rows, axes: tuple[int, ...], matrix: tuple[int, ...]) -> bool:
+    return rows.layout.axes == axes and rows.layout.matrix[1:] == matrix
+
+
+# --- Through positions: each treats one pair of examples, or b with b -----------------------------------------------
+
+
+def _outer_outer(f: Outer, f_: Outer, chunk_bytes: int, precision: Precision) -> Array:
+    _, G, T, F = f.left.shape
+    S = f_.left.shape[2]
+    if T == S == 1:
+        lefts = (f.left * f_.left).reshape(-1, F)
+        rights = (f.right * f_.right).reshape(-1, f.right.shape[3])
+        return (row_sums(lefts) * row_sums(rights)).reshape(-1, G).sum(1)
+
+    def positions(f: Outer, f_: Outer) -> Array:
+        lefts = jnp.einsum("bgtf,bgsf->bgts", f.left, f_.left, precision=precision)
+        rights = jnp.einsum("bgtk,bgsk->bgts", f.right, f_.right, precision=precision)
+        return row_sums(lefts * rights)
+
+    size = chunk_size(2 * G * T * S * f.left.dtype.itemsize, chunk_bytes, _count(f))
+    return map_examples(positions, size, f, f_)
+
+
+def _rows_rows(f: Rows, f_: Rows, chunk_bytes: int, precision: Precision) -> Array:
+    def positions(f: Rows, f_: Rows) -> Array:
+        (ids, values), (ids_, values_) = f.valid(), f_.valid()
+        same = ids[:, :, None] == ids_[:, None, :]
+        products = jnp.einsum("btk,bsk->bts", values, values_, precision=precision)
+        return row_sums(jnp.where(same, products, jnp.zeros_like(products)))
+
+    size = chunk_size(2 * f.ids.shape[1] * f_.ids.shape[1] * f.values.dtype.itemsize, chunk_bytes, _count(f))
+    return map_examples(positions, size, f, f_)
+
+
+def _rows_outer(f: Rows, f_: Outer, chunk_bytes: int, precision: Precision) -> Array:
+    """Σ_ts left′[s, id_t] (values_t · right′_s)."""
+
+    def positions(f: Rows, f_: Outer) -> Array:
+        ids, values = f.valid()
+        picked = jnp.take_along_axis(f_.left[:, 0], ids[:, None, :], axis=2)  # [B, S, T]
+        return row_sums(picked * jnp.einsum("bsk,btk->bst", f_.right[:, 0], values, precision=precision))
+
+    size = chunk_size(2 * f.ids.shape[1] * f_.left.shape[2] * f.values.dtype.itemsize, chunk_bytes, _count(f))
+    return map_examples(positions, size, f, f_)
+
+
+def _dense_outer(f: Dense, f_: Outer, chunk_bytes: int, precision: Precision) -> Array:
+    """Σ_t left_tᵀ D right_t, without writing the Outer out; D is there already."""
+    layout = f_.layout
+    if layout.matrix[1] > layout.matrix[2]:  # contract with the longer side first
+        f_, order = dataclasses.replace(f_, left=f_.right, right=f_.left), "bgkf"
+    else:
+        order = "bgfk"
+
+    def contracted(value: Array, f_: Outer) -> Array:
+        D = layout.to_matrix(value)
+        return row_sums(f_.left * jnp.einsum(f"bgtk,{order}->bgtf", f_.right, D, precision=precision))
+
+    size = chunk_size((layout.size + f_.left[0].size) * f_.left.dtype.itemsize, chunk_bytes, _count(f))
+    return map_examples(contracted, size, f.value, f_)
+
+
+# --- Gram matrices by blocks -------------------------------------------------------------------------------------
+
+
+def _product(a: Array, b: Array, precision: Precision) -> Array:
+    return jnp.matmul(a.reshape(a.shape[0], a.shape[3]), b.reshape(b.shape[0], b.shape[3]).T, precision=precision)
+
+
+def _by_blocks(pair, f, f_, pair_bytes, chunk_bytes, precision):  # type: ignore[no-untyped-def]
+    """gram from a function of paired examples: a block of rows against a block of columns, as one vmap of the other."""
+    columns = chunk_size(pair_bytes, chunk_bytes, _count(f_))
+    rows = chunk_size(pair_bytes * columns, chunk_bytes, _count(f))
+
+    def one(f_b: Factor, f_c: Factor) -> Array:
+        return pair(*jax.tree.map(lambda a: a[None], (f_b, f_c)), chunk_bytes, precision)[0]
+
+    def block(f: Factor) -> Array:
+        return map_examples(lambda f_: jax.vmap(lambda f_c: jax.vmap(one, (0, None))(f, f_c))(f_), columns, f_).T
+
+    return map_examples(block, rows, f)
+
+
+def _through_matrix(f: Outer, f_: Outer, chunk_bytes: int, precision: Precision) -> Array:
+    """gram through the matrices, of which a slice of G, F or K (the longest) is written out at a time."""
+    axis = max(range(3), key=f.layout.matrix.__getitem__)
+    if axis == 2:
+        f, f_ = (dataclasses.replace(o, left=o.right, right=o.left) for o in (f, f_))
+    length = f.layout.matrix[axis]
+    each = (_count(f) + _count(f_)) * (f.layout.size // length) * f.left.dtype.itemsize
+    size = chunk_size(each, chunk_bytes, length)
+
+    def sliced(o: Outer) -> tuple[Array, ...]:  # the chosen axis first
+        sides = (o.left, o.right) if axis == 0 else (o.left,)
+        return tuple(jnp.moveaxis(a, 1 if axis == 0 else 3, 0) for a in sides)
+
+    def part(slices: tuple[Array, ...], slices_: tuple[Array, ...]) -> Array:
+        if axis == 0:
+            P, P_ = (jnp.einsum("gbtf,gbtk->bgfk", *a, precision=precision) for a in (slices, slices_))
+        else:
+            P, P_ = (
+                jnp.einsum("fbgt,bgtk->bgfk", a[0], right, precision=precision)
+                for a, right in ((slices, f.right), (slices_, f_.right))
+            )
+        return jnp.matmul(P.reshape(P.shape[0], -1), P_.reshape(P_.shape[0], -1).T, precision=precision)
+
+    return sum_examples(part, size, sliced(f), sliced(f_))
+
+
+def _written_out_blocks(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision) -> Array:
+    """gram of what is written out, a block of examples of each side at a time."""
+    size = chunk_size(2 * f.layout.size * accumulator(f, f_).itemsize, chunk_bytes, max(_count(f), _count(f_)))
+
+    def matrix(f: Factor) -> Array:
+        return written_out(f, precision).reshape(_count(f), math.prod(f.layout.shape))
+
+    def block(f: Factor) -> Array:
+        G = matrix(f)
+        return map_examples(lambda f_: lax.dot(matrix(f_), G.T, precision=precision), size, f_).T
+
+    return map_examples(block, size, f)

@@ -1,0 +1,268 @@
+"""Every operation on factors is its image on the matrix that is written out: float64, 1e-12 relative, by hypothesis."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows, pairs
+
+# The parameter is always of this many rows and columns; a factor may see it transposed or in groups.
+SHAPES = [(4, 6), (6, 4), (1, 3), (2, 2)]
+KINDS = ["outer", "outer transposed", "outer grouped", "rows", "rows transposed", "dense"]
+CHUNKS = [1, 700, 2**26]
+
+
+def normal(seed, *shape, dtype=np.float64):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
+
+
+def factor(kind, seed, B, T, shape, dtype=np.float64):
+    F, K = shape
+    match kind:
+        case "outer":
+            return Outer(
+                normal(seed, B, 1, T, F, dtype=dtype),
+                normal(seed + 1, B, 1, T, K, dtype=dtype),
+                Layout.of_matrix(F, K, dtype),
+            )
+        case "outer transposed":
+            layout = Layout(shape, jnp.dtype(dtype), (1, 0), (1, K, F))
+            left, right = normal(seed, B, 1, T, K, dtype=dtype), normal(seed + 1, B, 1, T, F, dtype=dtype)
+            return Outer(left, right, layout)
+        case "outer grouped":  # the rows fall into two groups, if they do
+            G = 2 if F % 2 == 0 else 1
+            layout = Layout(shape, jnp.dtype(dtype), (0, 1), (G, F // G, K))
+            return Outer(
+                normal(seed, B, G, T, F // G, dtype=dtype), normal(seed + 1, B, G, T, K, dtype=dtype), layout
+            )
+        case "rows" | "rows transposed":
+            N, E, axes = (F, K, (0, 1)) if kind == "rows" else (K, F, (1, 0))
+            # repeated ids, and padding ids on both sides of the table
+            ids = jnp.asarray(np.random.default_rng(seed).integers(-2, N + 2, size=(B, T)))
+            return Rows(ids, normal(seed, B, T, E, dtype=dtype), Layout(shape, jnp.dtype(dtype), axes, (1, N, E)))
+        case "dense":
+            return Dense.of(normal(seed, B, F, K, dtype=dtype), dtype)
+
+
+def dense_of(f):
+    """The matrix written out by loops: what everything is held against."""
+    G, F, K = f.layout.matrix
+    if isinstance(f, Dense):
+        return np.asarray(f.value, np.float64)
+    if isinstance(f, Outer):
+        left, right = np.asarray(f.left, np.float64), np.asarray(f.right, np.float64)
+        out = np.zeros((len(left), G, F, K))
+        for b, g, t in np.ndindex(left.shape[:3]):
+            out[b, g] += np.outer(left[b, g, t], right[b, g, t])
+    else:
+        ids, values = np.asarray(f.ids), np.asarray(f.values, np.float64)
+        out = np.zeros((len(ids), 1, F, K))
+        for b, t in np.ndindex(ids.shape):
+            if 0 <= ids[b, t] < F:
+                out[b, 0, ids[b, t]] += values[b, t]
+    moved = out.reshape(len(out), *(f.layout.shape[a] for a in f.layout.axes))
+    return moved.transpose(0, *(1 + np.argsort(f.layout.axes)))
+
+
+def close(found, expected, scale=1.0):
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12 * max(scale, 1e-300))
+
+
+batches = st.sampled_from([0, 1, 2, 5])
+positions = st.sampled_from([0, 1, 3, 9])
+seeds = st.integers(0, 10**6)
+shapes = st.sampled_from(SHAPES)
+kinds = st.sampled_from(KINDS)
+
+
+@given(kinds, seeds, batches, positions, shapes)
+def test_materialize_and_the_linear_maps(kind, seed, B, T, shape):
+    f = factor(kind, seed, B, T, shape)
+    g, G = PerExampleGrads({"p": (f,)}), dense_of(f)
+    V, c = normal(seed + 2, *shape), normal(seed + 3, B)
+    close(g.materialize()["p"], G)
+    close(g.dot({"p": V}), np.einsum("bij,ij->b", G, V), np.abs(G).sum())
+    close(g.weighted_sum(c)["p"], np.einsum("bij,b->ij", G, c), np.abs(G).sum())
+    close(g.sum()["p"], G.sum(0), np.abs(G).sum())
+    if B:
+        close(g.mean()["p"], G.mean(0), np.abs(G).sum())
+    else:
+        assert np.isnan(g.mean()["p"]).all()
+
+
+@given(kinds, kinds, seeds, batches, batches, positions, positions, shapes, st.sampled_from(CHUNKS))
+@settings(max_examples=250)
+def test_inner_and_gram_of_every_pair_of_kinds(kind, kind_, seed, B, C, T, S, shape, chunk_bytes):
+    f, f_ = factor(kind, seed, B, T, shape), factor(kind_, seed + 7, C, S, shape)
+    expected = np.einsum("bij,cij->bc", dense_of(f), dense_of(f_))
+    size = np.abs(dense_of(f)).sum() * np.abs(dense_of(f_)).sum()
+    close(pairs.gram(f, f_, chunk_bytes), expected, size)
+    if B == C:
+        close(pairs.inner(f, f_, chunk_bytes), np.diag(expected), size)
+
+
+@given(st.lists(kinds, min_size=1, max_size=3), seeds, batches, positions, shapes, st.sampled_from(CHUNKS))
+@settings(max_examples=120)
+def test_norms_moments_and_gram_of_sums_of_factors(sum_of, seed, B, T, shape, chunk_bytes):
+    fs = tuple(factor(kind, seed + 3 * i, B, T + i, shape) for i, kind in enumerate(sum_of))
+    g, G = PerExampleGrads([fs]), sum(dense_of(f) for f in fs)
+    size = sum(np.abs(dense_of(f)).sum() for f in fs) ** 2
+    close(g.squared_norms(chunk_bytes=chunk_bytes), (G**2).sum((1, 2)), size)
+    close(g.norms(chunk_bytes=chunk_bytes) ** 2, (G**2).sum((1, 2)), size)
+    close(g.gram(chunk_bytes=chunk_bytes), np.einsum("bij,cij->bc", G, G), size)
+    if B:
+        close(g.second_moment(chunk_bytes=chunk_bytes)[0], (G**2).mean(0), size)
+        close(g.variance(chunk_bytes=chunk_bytes)[0], G.var(0), size)
+    else:
+        assert np.isnan(g.second_moment()[0]).all()
+        assert np.isnan(g.variance()[0]).all()
+
+
+@given(kinds, seeds, batches, positions, shapes)
+def test_new_batches(kind, seed, B, T, shape):
+    f = factor(kind, seed, B, T, shape)
+    g, G = PerExampleGrads((f,)), dense_of(f)
+    c, mask = normal(seed + 1, B), jnp.arange(B) % 2 == 0
+    close(g.scale(c).materialize(), np.asarray(c)[:, None, None] * G)
+    close(g.where(mask).materialize(), np.where(np.asarray(mask)[:, None, None], G, 0))
+    close(g[1:].materialize(), G[1:])
+    close(g[::-2].materialize(), G[::-2])
+    close(g[jnp.flatnonzero(mask)].materialize(), G[::2])
+    close(g[np.asarray(mask)].materialize(), G[::2])
+    other = PerExampleGrads((factor(kind, seed + 1, 3, T + 2, shape),))
+    both = PerExampleGrads.concatenate([g, other, g[:1]])
+    close(both.materialize(), np.concatenate([G, dense_of(other.factors[0]), G[:1]]))
+
+
+@given(seeds, st.sampled_from([1, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 5, 30]), st.sampled_from(CHUNKS))
+@settings(max_examples=40)
+def test_both_ways_of_an_inner_product_are_exact(seed, B, G, T, chunk_bytes):
+    """Through positions and through the matrix, whichever the cost model takes."""
+    layout = Layout((G, 3, 2), jnp.dtype(jnp.float64), (0, 1, 2), (G, 3, 2))
+    f = Outer(normal(seed, B, G, T, 3), normal(seed + 1, B, G, T, 2), layout)
+    f_ = Outer(normal(seed + 2, B, G, 7, 3), normal(seed + 3, B, G, 7, 2), layout)
+    A, C = (np.asarray(jnp.einsum("bgtf,bgtk->bgfk", o.left, o.right)).reshape(B, -1) for o in (f, f_))
+    size = np.abs(A).sum() * np.abs(C).sum()
+    for pair in (pairs._outer_outer, pairs.inner):
+        close(pair(f, f_, chunk_bytes, None), (A * C).sum(1), size)
+    close(pairs._through_matrix(f, f_, chunk_bytes, None), A @ C.T, size)
+    close(pairs._by_blocks(pairs._outer_outer, f, f_, 100, chunk_bytes, None), A @ C.T, size)
+    close(pairs._written_out_blocks(f, f_, chunk_bytes, None), A @ C.T, size)
+
+
+@pytest.mark.parametrize("matrix", [(7, 2, 3), (2, 7, 3), (2, 3, 7)])
+@pytest.mark.parametrize("chunk_bytes", [1, 3000, 2**26])
+def test_the_matrix_is_sliced_along_its_longest_side(matrix, chunk_bytes):
+    G, F, K = matrix
+    layout = Layout(matrix, jnp.dtype(jnp.float64), (0, 1, 2), matrix)
+    f, f_ = (Outer(normal(s, B, G, 40, F), normal(s + 1, B, G, 40, K), layout) for s, B in ((0, 4), (2, 3)))
+    A, C = (np.asarray(jnp.einsum("bgtf,bgtk->bgfk", o.left, o.right)).reshape(len(o.left), -1) for o in (f, f_))
+    close(pairs.gram(f, f_, chunk_bytes), A @ C.T, np.abs(A).sum() * np.abs(C).sum())
+
+
+def test_a_layout_is_a_bijection():
+    layout = Layout((2, 3, 4, 5), jnp.dtype(jnp.float64), (2, 0, 3, 1), (4, 10, 3))
+    value = normal(0, 7, 2, 3, 4, 5)
+    assert layout.to_matrix(value).shape == (7, 4, 10, 3)
+    np.testing.assert_array_equal(layout.from_matrix(layout.to_matrix(value)), value)
+
+
+@pytest.mark.usefixtures("plain_types")
+def test_a_layout_that_cannot_be_is_refused():
+    for axes, matrix in (((0, 0), (1, 2, 3)), ((0, 1), (1, 2, 4)), ((0,), (1, 2, 3))):
+        with pytest.raises(ValueError, match="Layout: expected axes that permute shape"):
+            Layout((2, 3), jnp.dtype(jnp.float32), axes, matrix)
+
+
+# --- Numerics --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_low_precision_accumulates_in_float32(kind, dtype):
+    f = factor(kind, 5, 4, 300, (4, 6), np.dtype(dtype))
+    if kind == "dense":
+        f = Dense.of(normal(1, 4, 4, 6, dtype=np.dtype(dtype)), dtype)
+    g, G = PerExampleGrads((f,)), dense_of(f)
+    assert g.norms().dtype == jnp.float32
+    assert g.gram().dtype == jnp.float32
+    assert g.materialize().dtype == dtype
+    assert g.sum().dtype == dtype
+    size = np.abs(G).sum((1, 2))
+    np.testing.assert_allclose(g.norms(), np.sqrt((G**2).sum((1, 2))), rtol=2e-5)
+    np.testing.assert_allclose(g.gram(), np.einsum("bij,cij->bc", G, G), atol=1e-5 * size.max() ** 2)
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(g.materialize(), np.float64), G, rtol=eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4, 1e30])
+def test_a_norm_neither_overflows_nor_loses_its_small_terms(kind, dtype, size):
+    """Squares of these numbers are beyond float32; their norms are not."""
+    if dtype == jnp.float16 and size in (1e-30, 1e30):
+        size = 6e-8 if size < 1 else 3e4
+    f = factor(kind, 3, 5, 3, (4, 6), np.dtype(np.float32))
+    if isinstance(f, Outer):
+        f = Outer((f.left * size).astype(dtype), f.right.astype(dtype), f.layout)
+    elif isinstance(f, Rows):
+        f = Rows(f.ids, (f.values * size).astype(dtype), f.layout)
+    else:
+        f = Dense.of((f.value * size).astype(dtype), dtype)
+    G = dense_of(f)
+    expected = np.sqrt((G**2).sum((1, 2)))
+    np.testing.assert_allclose(PerExampleGrads((f,)).norms(), expected, rtol=2e-5)
+    sum_of_two = PerExampleGrads((f, f))
+    np.testing.assert_allclose(sum_of_two.norms(), 2 * expected, rtol=2e-5)
+    two_leaves = PerExampleGrads([(f,), (f,)])
+    np.testing.assert_allclose(two_leaves.norms(), np.sqrt(2) * expected, rtol=2e-5)
+
+
+def test_variance_does_not_cancel():
+    """A mean a million times the deviations: mean of squares minus square of mean has no digit left in float32."""
+    deviations = 1e-3 * np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    left, right = jnp.asarray(1000 + deviations), jnp.ones((50, 2), jnp.float32)
+    g = PerExampleGrads((Outer.of_matrix(left, right, jnp.float32),))
+    expected = np.broadcast_to(np.asarray(left, np.float64).var(0)[:, None], (3, 2))
+    np.testing.assert_allclose(g.variance(), expected, rtol=1e-3)
+    same = PerExampleGrads((Outer.of_matrix(left[:1].repeat(7, 0), right[:7], jnp.float32),))
+    np.testing.assert_array_equal(same.variance(), 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_nan_example_leaves_the_others_bit_identical_and_where_the_sums_too(kind):
+    f = factor(kind, 11, 5, 3, (4, 6), np.dtype(np.float32))
+
+    def poisoned(a):
+        return a.at[2].set(jnp.nan) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    if isinstance(f, Rows):
+        f = Rows(jnp.abs(f.ids) % f.rows, f.values, f.layout)
+    g, bad = PerExampleGrads((f,)), PerExampleGrads((jax.tree.map(poisoned, f),))
+    others, mask = jnp.array([0, 1, 3, 4]), jnp.array([True, True, False, True, True])
+    V, c = normal(0, 4, 6, dtype=np.float32), normal(1, 5, dtype=np.float32)
+    for of in (
+        lambda g: g.norms(),
+        lambda g: g.squared_norms(),
+        lambda g: g.dot(V),
+        lambda g: g.materialize(),
+        lambda g: g.clip(1.0).materialize(),
+        lambda g: g.gram()[:, others],
+    ):
+        np.testing.assert_array_equal(of(bad)[others], of(g)[others])
+        assert np.isnan(of(bad)[2]).any()
+    for of in (
+        lambda g: g.sum(),
+        lambda g: g.weighted_sum(c),
+        lambda g: g.mean(),
+        lambda g: g.second_moment(),
+        lambda g: g.variance(),
+        lambda g: g.gram(),
+        lambda g: g.norms(),
+        lambda g: g.clip(0.5).sum(),
+    ):
+        np.testing.assert_array_equal(of(bad.where(mask)), of(g.where(mask)))
+        assert np.isfinite(of(bad.where(mask))).all()
