@@ -3,10 +3,12 @@
 network                     the exercise, log(1 + exp(-y wᵀσ(Wx + b))): its gradient by hand and through autodiff
 check_gradient              hold any hand-written gradient against `jax.grad`: a report, leaf by leaf
 assert_agree                the same as an assertion
+PerExampleGrads             a batch of per-example gradients as factors: norms, clipping, Gram matrices, moments
 """
 
 from jaxgrad import network
 from jaxgrad.agreement import assert_agree, check_gradient
+from jaxgrad.per_example import PerExampleGrads
 
 __version__ = "0.1.0"
-__all__ = ["assert_agree", "check_gradient", "network"]
+__all__ = ["PerExampleGrads", "assert_agree", "check_gradient", "network"]

@@ -3,14 +3,19 @@
     python -m jaxgrad [--data FILE] [--label COLUMN] [--hidden N] [--activation NAME] [--dtype NAME] [--steps N]
                       [--seed N] [--save FILE] [--plot FILE.png]
 
-Exit status: 0 the gradients agree; 1 they do not; 2 bad input, with one line that says what.
+Exit status: 0 the gradients agree; 1 they do not; 2 bad input or nowhere to write, with one line that says what.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import io
+import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +25,11 @@ from jaxgrad.network import ACTIVATIONS, init_params
 
 _NEEDS = {"optax": "optax", "pandas": "pandas", "rich": "rich", "sklearn": "scikit-learn"}
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
-_LARGEST = 5
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"jaxgrad: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(_bad(message))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,19 +38,24 @@ def main(argv: list[str] | None = None) -> int:
     needs = _NEEDS | ({"matplotlib": "matplotlib"} if options.plot else {})
     absent = [package for module, package in needs.items() if importlib.util.find_spec(module) is None]
     if absent:
-        print(
-            f"jaxgrad: error: the main job needs {', '.join(absent)}; install it with jaxgrad[examples]",
-            file=sys.stderr,
-        )
-        return 2
+        return _bad(f"the main job needs {', '.join(absent)}; install it with jaxgrad[examples]")
 
     from jaxgrad.job.data import InputError
 
     try:
         return _run(options)
     except InputError as error:
-        print(f"jaxgrad: error: {error}", file=sys.stderr)
-        return 2
+        return _bad(str(error))
+
+
+def _bad(message: str) -> int:
+    _complain(f"jaxgrad: error: {' '.join(message.split())}")  # names may hold newlines
+    return 2
+
+
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it; the status still tells
+        print(message, file=sys.stderr)
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
@@ -82,12 +90,9 @@ def _at_least(least: int):  # type: ignore[no-untyped-def]
 
 
 def _run(options: argparse.Namespace) -> int:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from jaxgrad.job import data, evaluation, output, screen, training
 
-    from jaxgrad.job import data, evaluation, output, training
-
+    output.check_distinct({"--data": options.data, "--save": options.save, "--plot": options.plot})
     output.check_writable(options.save, output.TABLE_SUFFIXES, "--save")
     output.check_writable(options.plot, output.PLOT_SUFFIXES, "--plot")
     table = data.load(options.data, options.label)
@@ -97,44 +102,67 @@ def _run(options: argparse.Namespace) -> int:
     X, Y = jnp.asarray(table.X, dtype), jnp.asarray(table.Y, dtype)
 
     params = init_params(jax.random.key(options.seed), X.shape[1], options.hidden, dtype)
-    console = Console(highlight=False, soft_wrap=True)
+    console = screen.console()
     params, losses = training.train(params, X, Y, activation, options.steps, console)
     results = evaluation.per_example(params, X, Y, activation)
     report = evaluation.agreement(params, X, Y, activation)
     times = evaluation.timings(params, X, Y, activation)
 
-    console.print(f"data        {table.name}: {X.shape[0]} examples × {X.shape[1]} inputs")
-    console.print(f"network     {options.hidden} {activation.name} units, {dtype}, on {jax.devices()[0].device_kind}")
-    console.print(
+    parts: list[Any] = [
+        f"data        {table.name}: {X.shape[0]} examples × {X.shape[1]} inputs",
+        f"network     {options.hidden} {activation.name} units, {dtype}, on {jax.devices()[0].device_kind}",
         f"trained     {options.steps} steps: loss {results.loss.mean():.4f}, "
-        f"accuracy {np.mean(np.sign(results.margin) == table.Y):.4f}\n"
-    )
-    console.print(str(report), markup=False)
-
-    clock = Table("all gradients by", "compile and first call", "later calls (median)", box=box.SIMPLE_HEAD)
-    for way, timing in times.items():
-        clock.add_row(way, f"{timing.first * 1e3:.1f} ms", f"{timing.later * 1e3:.2f} ms")
-    console.print(clock)
-
-    largest = Table("largest gradients", "label", "margin", "loss", "norm", box=box.SIMPLE_HEAD)
-    for i in np.argsort(-results.grad_norm, kind="stable")[:_LARGEST]:
-        numbers = (f"{v[i]:.4g}" for v in (results.margin, results.loss, results.grad_norm))
-        largest.add_row(f"example {i}", str(table.labels[i]), *numbers)
-    console.print(largest)
-
-    if options.save:
-        output.save(options.save, table, results)
-        console.print(f"saved       {options.save}", markup=False)
-    if options.plot:
-        output.plot(options.plot, losses, results, report)
-        console.print(f"plotted     {options.plot}", markup=False)
+        f"accuracy {np.mean(np.sign(results.margin) == table.Y):.4f}\n",
+        str(report),
+        screen.clock(times),
+        screen.largest(table.labels, results),
+    ]
+    writes = [
+        ("saved", options.save, partial(output.save, options.save, table, results)),
+        ("plotted", options.plot, partial(output.plot, options.plot, losses, results, report)),
+    ]
+    status = 0
+    for done, path, write in writes:
+        if path is not None and (failed := _attempt(write)):
+            status = failed
+        elif path is not None:
+            parts.append(f"{done:<11} {path}")
+    status |= _attempt(partial(screen.show, console, parts))
     try:
         report.assert_agrees()
     except AssertionError as error:
-        print(f"jaxgrad: {error}", file=sys.stderr)
-        return 1
+        _complain(f"jaxgrad: {error}")
+        return 1  # whatever else failed
+    return status
+
+
+def _attempt(step: Callable[[], None]) -> int:
+    from jaxgrad.job.data import InputError
+
+    try:
+        step()
+    except InputError as error:
+        return _bad(str(error))
     return 0
 
 
+def _program() -> int:
+    """`main` in a process of its own: standard output may lack a character, be full, or have nobody to read it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        status = main()
+    except SystemExit as stop:  # argparse: --help, bad options
+        status = int(stop.code or 0)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError as error:  # what is left in it would fail again at the interpreter's exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            status = status or _bad(f"standard output: {error.strerror or error}")
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_program())

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -78,7 +78,9 @@ class AgreementReport:
             ) from None
 
     def __str__(self) -> str:
-        rows = [("leaf", "shape", "dtype", "max |Δ|", "max ‖Δ‖/‖ref‖", "tolerance", "worst example", "verdict")]
+        rows = [
+            ("leaf", "shape", "dtype", "max |Δ|", "max ‖Δ‖/‖ref‖", "rtol", "‖Δ‖/allowed", "worst example", "verdict")
+        ]
         for leaf in self.leaves:
             rows.append(
                 (
@@ -88,6 +90,7 @@ class AgreementReport:
                     f"{leaf.max_abs:.2e}",
                     f"{leaf.max_rel:.2e}",
                     f"{leaf.rtol:.0e}",
+                    f"{leaf.excess:.2g}",
                     str(leaf.worst_example),
                     leaf.problem or "agrees",
                 )
@@ -119,12 +122,13 @@ def check_gradient(
 
     Args:
         candidate: candidate(params, *example) → tree of gradients, or candidate(params, *batch) → the same with a
-            leading example axis (a tree of arrays, or anything whose `materialize()` returns one).
+            leading example axis (a tree of arrays, or anything whose `materialize()` returns one); in JAX or NumPy.
         loss: loss(params, *example) → scalar, a pure JAX function of ONE example.
         params: tree of floating arrays.
         *batch: arrays or trees of them, axis 0 the example axis.
         oracle: "float64" computes the reference in float64 from the same numbers; None in the dtypes that are there,
-            float16 and bfloat16 as float32.
+            float16 and bfloat16 as float32. (A loss that draws random numbers has to name their dtype: in float64
+            JAX draws others.)
         rtol: relative tolerance for every leaf; by default by the leaf's dtype: float64 1e-9, float32 1e-4,
             float16 1e-2, bfloat16 5e-2 (`agreement.RTOL`).
         batched: whether `candidate` takes a batch (True) or one example (False); None tries one example first, and
@@ -137,7 +141,8 @@ def check_gradient(
 
     Raises:
         ValueError: batch arguments without a common leading axis; a candidate that can be called neither way.
-        TypeError: parameters that are not floating; an unknown oracle.
+        ValueError: an unknown oracle, a negative or infinite rtol, a batch_size below 1.
+        TypeError: parameters that are not floating.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2
@@ -150,36 +155,37 @@ def check_gradient(
         2.0
     """
     if oracle not in (None, "float64"):
-        raise TypeError(f'check_gradient: expected oracle to be None or "float64", got {oracle!r}.')
+        raise ValueError(f'check_gradient: expected oracle to be None or "float64", got {oracle!r}.')
+    if rtol is not None and not 0 <= rtol < float("inf"):
+        raise ValueError(f"check_gradient: expected 0 ≤ rtol < ∞, got {rtol}. None takes it from the dtype.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"check_gradient: expected batch_size ≥ 1, got {batch_size}. None computes all at once.")
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
     examples = _batch_size(batch)
     paths = _paths(params)
-    tree: Any = jax.tree.structure(params)
     for path, leaf in paths.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"check_gradient: expected floating parameters, got {leaf.dtype} at params{path}. "
                 "Close over what is not differentiated, or pass it with the batch."
             )
-    if batched is None:
-        batched = _takes_a_batch(candidate, params, batch)
-    together = candidate if batched else jax.vmap(candidate, in_axes=(None, *[0] * len(batch)))
+    by_hand = _on_a_batch(candidate, params, batch, batched)
+    by_jax = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, *[0] * len(batch))))
 
+    parts, other_tree = [], ""
     step = batch_size or max(examples, 1)
-    parts = []
     for start in range(0, max(examples, 1), step):
         part = jax.tree.map(lambda leaf, start=start: leaf[start : start + step], batch)
-        gradients, reference = _materialized(together(params, *part)), _reference(loss, params, part, oracle)
-        found = _paths(gradients)
-        rows = [_compare(path, paths[path], found.get(path), reference[path], rtol, start) for path in paths]
-        rows += [_unexpected(path, leaf) for path, leaf in found.items() if path not in paths]
-        if found.keys() == paths.keys() and jax.tree.structure(gradients) != tree:
-            rows.append(_other_tree(gradients, params))
-        parts.append(rows)
+        gradients, reference = by_hand(params, *part), _reference(by_jax, params, part, oracle)
+        parts.append(_measure(paths, _paths(gradients), reference))
+        found: Any = jax.tree.structure(gradients)
+        if found != jax.tree.structure(params):
+            other_tree = f"is a {type(gradients).__name__}, expected the parameters' {type(params).__name__}"
+    rows = [_judge([part[path] for part in parts], rtol) for path in parts[0]]
+    if other_tree and not any(row.problem for row in rows):  # the same paths in other containers
+        rows.append(_without_numbers("the tree", (), "", None, f"{other_tree} and the same containers in it"))
     name = "jax.grad" + (f" in {oracle}" if oracle else "")
-    return AgreementReport(tuple(_worst(rows) for rows in zip(*parts, strict=True)), examples, name)
+    return AgreementReport(tuple(rows), examples, name)
 
 
 def assert_agree(candidate: Gradient, loss: Callable[..., Any], params: PyTree, *batch: PyTree, **options: Any) -> None:
@@ -220,39 +226,60 @@ def _materialized(gradients: Any) -> PyTree:
     return gradients.materialize() if hasattr(gradients, "materialize") else gradients
 
 
-def _takes_a_batch(candidate: Gradient, params: PyTree, batch: tuple[PyTree, ...]) -> bool:
-    """Which of the two ways of calling gives a gradient; where neither does, the one that can be called at all."""
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
-    wanted = {path: leaf.shape for path, leaf in _paths(params).items()}
+def _on_a_batch(candidate: Gradient, params: PyTree, batch: tuple[PyTree, ...], batched: bool | None) -> Gradient:
+    """The candidate as a function of (params, *batch) → a tree of arrays with a leading example axis.
+
+    Which of the two ways of calling it is meant is found by trying: the one whose result has the shapes of a gradient;
+    where neither has, the one that can be called at all.
+    """
+
+    def gradient(params: PyTree, *arguments: PyTree) -> PyTree:
+        return _materialized(candidate(params, *arguments))
+
     size = _batch_size(batch)
-    errors, callable_ways = [], []
-    for batched, arguments in ((False, one), (True, batch)):
+    one = jax.tree.map(lambda leaf: leaf[0] if size else jnp.zeros(leaf.shape[1:], leaf.dtype), batch)
+    wanted = {path: leaf.shape for path, leaf in _paths(params).items()}
+    errors, ways = [], []
+    for form in (False, True) if batched is None else (batched,):
+        arguments = batch if form else one
+        traceable = True
         try:
-            shapes = jax.eval_shape(lambda *a: _materialized(candidate(*a)), params, *arguments)
+            try:
+                shapes = jax.eval_shape(gradient, params, *arguments)
+            except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
+                traceable = False  # written in NumPy: call it as it is
+                shapes = gradient(params, *arguments)
+            found = {path: np.shape(leaf) for path, leaf in _paths(shapes).items()}
         except Exception as error:  # whatever the user's function raises for the form it was not written for
             errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
-        prefix = (size,) if batched else ()
-        if {path: leaf.shape for path, leaf in _paths(shapes).items()} == {
-            path: prefix + shape for path, shape in wanted.items()
-        }:
-            return batched
-        callable_ways.append(batched)
-    if not callable_ways:
+        prefix = (size,) if form else ()
+        ways.append((found == {path: prefix + shape for path, shape in wanted.items()}, form, traceable))
+    if not ways:
         raise ValueError(
-            "check_gradient: expected a candidate(params, *example) or candidate(params, *batch), got one that raises "
-            f"either way. With one example: {errors[0]}. With the batch: {errors[1]}."
+            "check_gradient: expected a candidate(params, *example) or candidate(params, *batch), got one that raises. "
+            + " With the batch: ".join([f"With one example: {errors[0]}.", *(f"{e}." for e in errors[1:])])
         )
-    return callable_ways[0]
+    _, form, traceable = max(ways, key=lambda way: way[0])  # the first that fits; otherwise the first
+    if form:
+        return gradient
+    if traceable:
+        return jax.jit(jax.vmap(gradient, in_axes=(None, *[0] * len(batch))))
+
+    def loop(params: PyTree, *part: PyTree) -> PyTree:
+        count = _batch_size(part)
+        each = [gradient(params, *jax.tree.map(lambda leaf, i=i: leaf[i], part)) for i in range(count)]
+        if not each:
+            return jax.tree.map(lambda leaf: np.zeros((0, *np.shape(leaf)), leaf.dtype), gradient(params, *one))
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+
+    return loop
 
 
-def _reference(
-    loss: Callable[..., Any], params: PyTree, batch: tuple[PyTree, ...], oracle: str | None
-) -> dict[str, np.ndarray]:
+def _reference(by_jax: Gradient, params: PyTree, batch: tuple[PyTree, ...], oracle: str | None) -> PyTree:
     with jax.enable_x64(True) if oracle else nullcontext():
         params, batch = jax.tree.map(_to_float64 if oracle else _to_float32_at_least, (params, batch))
-        gradient = jax.vmap(jax.grad(loss), in_axes=(None, *[0] * len(batch)))
-        return {path: np.asarray(leaf) for path, leaf in _paths(jax.jit(gradient)(params, *batch)).items()}
+        return {path: np.asarray(leaf) for path, leaf in _paths(by_jax(params, *batch)).items()}
 
 
 def _to_float64(leaf: jax.Array) -> jax.Array:
@@ -264,50 +291,94 @@ def _to_float32_at_least(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.float32) if half else leaf
 
 
-def _compare(
-    path: str, param: jax.Array, found: Any, reference: np.ndarray, rtol: float | None, start: int
-) -> LeafAgreement:
-    dtype = str(param.dtype)
-    tolerance = RTOL.get(dtype, RTOL["bfloat16"]) if rtol is None else rtol
-    nan = float("nan")
-    if found is None:
-        return LeafAgreement(
-            path, "missing", "missing", param.shape, dtype, nan, nan, None, tolerance, nan, "is missing"
-        )
-    shape, found_dtype = tuple(np.shape(found))[1:], str(found.dtype)
-    if np.shape(found) != reference.shape:
-        problem = f"has shape {np.shape(found)}, expected {reference.shape}"
-        return LeafAgreement(path, shape, found_dtype, param.shape, dtype, nan, nan, None, tolerance, nan, problem)
-    with np.errstate(invalid="ignore", over="ignore"):
-        eps = float(jnp.finfo(reference.dtype).eps)
-        width = int(np.prod(param.shape))
-        c, r = (np.asarray(a).astype(np.float64).reshape(len(reference), width) for a in (found, reference))
+class _Measured(NamedTuple):
+    """One leaf on one part of the batch: what the verdict needs of every example."""
+
+    path: str
+    param: Any
+    shape: tuple[int, ...]
+    dtype: str
+    difference: np.ndarray  # ‖candidate - reference‖
+    norms: np.ndarray  # ‖reference‖
+    finite: Any
+    max_abs: np.ndarray
+    eps: float
+    problem: str
+
+
+def _measure(
+    params: dict[str, jax.Array], found: dict[str, Any], reference: dict[str, np.ndarray]
+) -> dict[str, "_Measured | LeafAgreement"]:
+    rows: dict[str, _Measured | LeafAgreement] = {}
+    for path, param in params.items():
+        if path not in found:
+            rows[path] = _without_numbers(path, "missing", "missing", param, "is missing")
+            continue
+        c, r = np.asarray(found[path]), reference[path]
+        if c.shape != r.shape:
+            problem = f"has shape {c.shape}, expected {r.shape}"
+            rows[path] = _without_numbers(path, c.shape[1:], str(c.dtype), param, problem)
+            continue
+        problem = "" if c.dtype == param.dtype else f"has dtype {c.dtype}, expected {param.dtype}"
+        eps, width = float(jnp.finfo(r.dtype).eps), int(np.prod(param.shape))
+        wide = np.complex128 if np.iscomplexobj(c) else np.float64
+        shape, dtype = c.shape[1:], str(c.dtype)
+        c, r = c.astype(wide).reshape(len(r), width), r.astype(np.float64).reshape(len(r), width)
         finite = np.isfinite(c).all(1) & np.isfinite(r).all(1)
-        difference, norms = _norms(c - r), _norms(r)
-        floor = _NOISE * eps * norms[finite].max(initial=0) + width**0.5 * _smallest(param.dtype)
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = np.abs(c - r)
+        max_abs = difference.max(axis=1, initial=0)
+        rows[path] = _Measured(path, param, shape, dtype, _norms(difference), _norms(r), finite, max_abs, eps, problem)
+    for path, leaf in found.items():
+        if path not in params:
+            rows[path] = _without_numbers(
+                path, np.shape(leaf)[1:], str(np.asarray(leaf).dtype), None, "is not a parameter"
+            )
+    return rows
+
+
+def _judge(parts: "list[_Measured | LeafAgreement]", rtol: float | None) -> LeafAgreement:
+    """One leaf, all parts of the batch together."""
+    first = parts[0]
+    if isinstance(first, LeafAgreement):
+        return first
+    measured = [part for part in parts if isinstance(part, _Measured)]
+    difference, norms, finite, max_abs = (
+        np.concatenate([getattr(part, field) for part in measured])
+        for field in ("difference", "norms", "finite", "max_abs")
+    )
+    dtype = str(first.param.dtype)
+    tolerance = RTOL.get(dtype, RTOL["bfloat16"]) if rtol is None else rtol
+    width = int(np.prod(first.param.shape))
+    floor = _NOISE * first.eps * norms[finite].max(initial=0) + width**0.5 * _smallest(first.param.dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
         relative = _ratio(difference, np.maximum(norms, floor))
         excess = np.where(finite, _ratio(difference, tolerance * norms + floor), np.nan)
-    problem = ""
-    if found_dtype != dtype:
-        problem = f"has dtype {found_dtype}, expected {dtype}"
-    elif not finite.all():
+    problem = first.problem
+    if not problem and not finite.all():
         problem = f"is not finite in {int((~finite).sum())} examples"
-    elif (excess > 1).any():
+    elif not problem and (excess > 1).any():
         problem = f"differs in {int((excess > 1).sum())} examples"
     worst = int(np.argmax(np.where(finite, excess, np.inf))) if len(excess) else None
     return LeafAgreement(
-        path=path,
-        shape=shape,
-        dtype=found_dtype,
-        expected_shape=param.shape,
+        path=first.path,
+        shape=first.shape,
+        dtype=first.dtype,
+        expected_shape=first.param.shape,
         expected_dtype=dtype,
-        max_abs=float(np.abs(c - r).max(initial=0)),
+        max_abs=float(max_abs.max(initial=0)),
         max_rel=float(relative.max(initial=0)),
-        worst_example=None if worst is None else worst + start,
+        worst_example=worst,
         rtol=tolerance,
         excess=0.0 if worst is None else float(excess[worst]),
         problem=problem,
     )
+
+
+def _without_numbers(path: str, shape: tuple[int, ...] | str, dtype: str, param: Any, problem: str) -> LeafAgreement:
+    nan = float("nan")
+    expected_shape, expected_dtype = ((), "none") if param is None else (param.shape, str(param.dtype))
+    return LeafAgreement(path, shape, dtype, expected_shape, expected_dtype, nan, nan, None, nan, nan, problem)
 
 
 def _smallest(dtype: jnp.dtype) -> float:
@@ -326,25 +397,3 @@ def _norms(rows: np.ndarray) -> np.ndarray:
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a / b with 0 / 0 = 0."""
     return np.divide(a, b, out=np.where(a == 0, 0.0, np.inf), where=b > 0)
-
-
-def _unexpected(path: str, found: Any) -> LeafAgreement:
-    nan = float("nan")
-    shape = tuple(np.shape(found))[1:]
-    return LeafAgreement(path, shape, str(found.dtype), (), "none", nan, nan, None, nan, nan, "is not a parameter")
-
-
-def _other_tree(gradients: PyTree, params: PyTree) -> LeafAgreement:
-    nan, found, expected = float("nan"), type(gradients).__name__, type(params).__name__
-    problem = f"is a {found}, expected the parameters' {expected} and the same containers in it"
-    return LeafAgreement("the tree", found, "", (), "", nan, nan, None, nan, nan, problem)
-
-
-def _worst(rows: Sequence[LeafAgreement]) -> LeafAgreement:
-    """The same leaf from several parts of a batch, as one row: the first of those furthest off."""
-    worst = max(rows, key=lambda row: (bool(row.problem), np.inf if np.isnan(row.excess) else row.excess))
-    largest = {
-        field: float(np.max([getattr(row, field) for row in rows]))  # NaN wins, as it should
-        for field in ("max_abs", "max_rel")
-    }
-    return LeafAgreement(**(worst.__dict__ | largest))

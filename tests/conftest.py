@@ -1,5 +1,7 @@
 """float64 on, and JAX as strict as it gets: no implicit promotion of dtypes or ranks."""
 
+import os
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
@@ -8,8 +10,10 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# The same seeded examples in every run; JAXGRAD_FUZZ=30 in the environment runs thirty times as many.
+FUZZ = int(os.environ.get("JAXGRAD_FUZZ", "1"))
 settings.register_profile(
-    "default", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+    "default", deadline=None, derandomize=True, max_examples=25 * FUZZ, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("default")
 

@@ -235,6 +235,40 @@ def test_gradients_that_materialize_are_materialized():
     assert jg.check_gradient(candidate, lambda w, x: (w @ x) ** 2, w, X).agrees
 
 
+def test_the_verdict_does_not_depend_on_how_the_batch_is_cut():
+    X = jnp.array([[1e4, 0.0], [1.0, 0.0], [1e-8, 0.0]])
+    w = jnp.ones(2)
+    flipped = lambda w, x: jnp.where(x < 1e-3, -1, 1).astype(x.dtype) * x  # noqa: E731
+    reports = [jg.check_gradient(flipped, lambda w, x: w @ x, w, X, batch_size=n) for n in (None, 1, 2)]
+    assert all(report == reports[0] for report in reports)
+    assert reports[0].leaves[0].worst_example == 2
+    assert not reports[0].agrees
+
+
+def test_candidates_in_numpy_of_one_example_or_of_a_batch():
+    w, X = jnp.array([1.0, 2.0, -1.0]), jnp.eye(3)
+    square = lambda w, x: (w @ x) ** 2  # noqa: E731
+
+    def one(w, x):
+        return np.asarray(2 * np.dot(np.asarray(w), np.asarray(x)) * np.asarray(x))
+
+    def many(w, X):
+        return 2 * (np.asarray(X) @ np.asarray(w))[:, None] * np.asarray(X)
+
+    for candidate, batched in ((one, None), (one, False), (many, None), (many, True)):
+        assert jg.check_gradient(candidate, square, w, X, batched=batched).agrees
+        assert jg.check_gradient(candidate, square, w, X[:0], batched=batched).agrees
+        assert not jg.check_gradient(lambda *a, f=candidate: -f(*a), square, w, X, batched=batched).agrees
+
+
+def test_python_scalars_and_complex_gradients_are_reported_and_not_tracebacks():
+    w, x = {"a": jnp.ones(())}, jnp.ones(1)
+    loss_of = lambda w, x: w["a"] * x  # noqa: E731
+    assert not jg.check_gradient(lambda w, x: {"a": 1.0}, loss_of, w, x, batched=True).agrees
+    complex_one = lambda w, x: {"a": x.astype(complex)}  # noqa: E731
+    assert "has dtype complex128" in jg.check_gradient(complex_one, loss_of, w, x).leaves[0].problem
+
+
 def test_the_tolerance_can_be_set_and_holds_norm_wise():
     w, X = jnp.array([1.0, 1e-6]), jnp.array([[1.0, 1e-6], [2.0, 1e-6]])
     square = lambda w, x: 0.5 * (w @ x) ** 2  # noqa: E731
@@ -256,13 +290,16 @@ def test_bad_input_is_named(data):
         jg.check_gradient(closed_form.grad, loss, params)
     with pytest.raises(TypeError, match=r"expected floating parameters, got int\d\d at params\.b"):
         jg.check_gradient(closed_form.grad, loss, params._replace(b=jnp.ones(3, int)), X, Y)
-    with pytest.raises(TypeError, match="expected oracle to be None or \"float64\", got 'float128'"):
+    with pytest.raises(ValueError, match="expected oracle to be None or \"float64\", got 'float128'"):
         jg.check_gradient(closed_form.grad, loss, params, X, Y, oracle="float128")
+    for rtol in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="expected 0 ≤ rtol < ∞"):
+            jg.check_gradient(closed_form.grad, loss, params, X, Y, rtol=rtol)
     with pytest.raises(ValueError, match="expected batch_size ≥ 1, got 0"):
         jg.check_gradient(closed_form.grad, loss, params, X, Y, batch_size=0)
 
     def broken(params, x, y):
         raise RuntimeError("not today")
 
-    with pytest.raises(ValueError, match=r"one that raises either way\. With one example: RuntimeError: not today"):
+    with pytest.raises(ValueError, match=r"got one that raises\. With one example: RuntimeError: not today"):
         jg.check_gradient(broken, loss, params, X, Y)

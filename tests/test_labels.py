@@ -22,6 +22,8 @@ pytestmark = pytest.mark.usefixtures("plain_types")
         np.array(["a", "b", "b", "a"], dtype=object),
         np.array([0, 1, 1, 0], dtype=ml_dtypes.bfloat16),
         np.array([0, 1, 1, 0], dtype=np.uint8),
+        [0, 1.0, np.float32(1), np.int8(0)],
+        np.array(["2020", "2021", "2021", "2020"], "M8[Y]"),
     ],
 )
 def test_two_classes_become_minus_one_and_one(labels):
@@ -47,6 +49,8 @@ def test_classes_can_be_named_for_a_batch_that_holds_one():
     assert signs([1, 1], classes=(1, 2)).tolist() == [-1, -1]
     assert signs(["no"], classes=("yes", "no")).tolist() == [1]
     assert signs([], classes=(0, 1)).shape == (0,)
+    assert signs(1, classes=(0, 1)).tolist() == 1
+    assert signs("no", classes=("yes", "no")).tolist() == 1
 
 
 @pytest.mark.parametrize(
@@ -57,20 +61,34 @@ def test_classes_can_be_named_for_a_batch_that_holds_one():
         (["a", "b", "c"], "expected two classes, got 3: 'a', 'b', 'c'"),
         (range(9), r"got 9: 0, 1, 2, 3, 4, …"),
         ([0.0, 1.0, np.nan], "got 1 NaN"),
-        (np.array([1, "a"], dtype=object), "expected labels of one kind, got int, str"),
-        (np.array([None, "a", "b"], dtype=object), "expected labels of one kind, got NoneType, str"),
+        (np.array([1, "a"], dtype=object), r"expected labels of one kind, got 1 \(int\), 'a' \(str\)"),
+        (np.array([None, "a", "b"], dtype=object), r"labels of one kind, got None \(NoneType\), 'a' \(str\)"),
+        (["a", 1], r"expected labels of one kind, got 'a' \(str\), 1 \(int\)"),
+        ([True, 0], r"expected labels of one kind, got True \(bool\), 0 \(int\)"),
+        (["a", np.nan], r"expected labels of one kind, got 'a' \(str\), nan \(float\)"),
+        (np.array(["2020", "NaT"], "M8[Y]"), "got 1 NaT"),
+        (np.array([1, "NaT"], "m8[s]"), "got 1 NaT"),
+        (np.array([0, 1, np.nan], complex), "got 1 NaN"),
+        ([[1], [1, 2]], "expected rows of labels of one length"),
+        ([np.ones(2), np.ones((2, 3))], "expected rows of labels of one length"),
+        ([None, None], r"expected numbers, booleans or strings, got None, None of dtype object"),
+        ({"a", "b"}, "expected numbers, booleans or strings, got {"),
+        ([0, 10**400], "expected numbers, booleans or strings, got 0, 1000"),
+        (np.zeros(2, [("a", int)]), "expected numbers, booleans or strings, got"),
+        (1, "expected two classes, got 1: 1"),
     ],
 )
 def test_anything_else_is_an_error_that_names_the_values(labels, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^signs: .*{message}"):
         signs(labels)
 
 
 def test_classes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"expected labels among \[0, 1\], got also 2"):
         signs([0, 2], classes=(0, 1))
-    with pytest.raises(ValueError, match="two different values"):
-        signs([0, 1], classes=(1, 1))
+    for classes in ((1, 1), (0, 1, 2), 5, {0, 1}, {"a": 0, "b": 1}, (np.zeros(2), np.ones(2))):
+        with pytest.raises(ValueError, match=r"^signs: .*two different values"):
+            signs([0, 1], classes=classes)
     with pytest.raises(TypeError, match="expected a floating dtype, got int32"):
         signs([0, 1], jnp.int32)
 

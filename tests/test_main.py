@@ -1,11 +1,13 @@
 """The main job from the shell: what it prints, writes and refuses."""
 
+import io
 import os
 import pty
 import re
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import jax
@@ -143,7 +145,7 @@ def test_results_are_those_of_each_example(capsys, tmp_path):
     assert list(saved.y) == [1.0 if v == "yes" else -1.0 for v in frame.label]
 
 
-def test_disagreement_ends_with_status_one(capsys, monkeypatch):
+def test_disagreement_ends_with_status_one(capsys, monkeypatch, tmp_path):
     right = closed_form.batched_grad
 
     def wrong(params, X, Y, activation):
@@ -154,6 +156,18 @@ def test_disagreement_ends_with_status_one(capsys, monkeypatch):
     assert status == 1
     assert "DISAGREES" in out
     assert "the gradients disagree" in err
+
+    def full(path, write):
+        raise data_module.InputError(f"{path}: cannot be written: No space left on device")
+
+    monkeypatch.setattr(output, "_whole", full)
+    status, out, err = run(capsys, "--steps", "5", "--save", tmp_path / "out.csv", "--plot", tmp_path / "out.png")
+    assert status == 1  # the verdict, whatever else failed
+    assert "DISAGREES" in out
+    assert "saved" not in out
+    assert "plotted" not in out
+    for message in ("out.csv: cannot be written", "out.png: cannot be written", "the gradients disagree"):
+        assert message in err
 
 
 def test_csv_with_any_label_column_and_numeric_labels(capsys, tmp_path):
@@ -189,17 +203,40 @@ CSV = {
     "no label column": (b"a,b\n1,2\n3,4\n", "which is the label column? there are a, b; say so with --label COLUMN"),
     "two label columns": (b"y,a,label\n1,2,0\n0,3,1\n", "several could be it: y, label"),
     "only a label": (b"label\n0\n1\n", "no column besides the label"),
-    "a non-numeric column": (b"a,b,label\n1,2,0\n3,x,1\n", "column 'b' is not numeric: data row 2 holds 'x'"),
-    "an empty cell": (b"a,b,label\n1,2,0\n3,,1\n", "NaN or an empty cell in data row 2, column 'b'"),
-    "a NaN cell": (b"a,b,label\n1,nan,0\n3,nan,1\n", "data row 1, column 'b' (1 more such cells)"),
-    "an infinite cell": (b"a,b,label\n1,2,0\ninf,4,1\n", "infinite in data row 2, column 'a'"),
-    "a missing label": (b"a,b,label\n1,2,0\n3,4,\n5,6,1\n", "missing label: column 'label' is empty in data row 2"),
-    "one class": (b"a,b,label\n1,2,0\n3,4,0\n", "two classes: signs: expected two classes, got 1: 0"),
+    "a non-numeric column": (
+        b"a,b,label\n1,2,0\n3,x,1\n",
+        "'b' is not numeric: data row 2 (blank lines not counted) holds 'x'",
+    ),
+    "an empty cell": (b"a,b,label\n1,2,0\n3,,1\n", "NaN or an empty cell in column 'b', data row 2 (blank lines"),
+    "a NaN cell": (b"a,b,label\n1,nan,0\n3,nan,1\n", "'b', data row 1 (blank lines not counted) (1 more such cells)"),
+    "an infinite cell": (b"a,b,label\n1,2,0\ninf,4,1\n", "infinite or too large in column 'a', data row 2"),
+    "a missing label": (
+        b"a,b,label\n1,2,0\n3,4,\n5,6,1\n",
+        "missing label: column 'label' is empty or NA in data row 2",
+    ),
+    "a label NA": (b"a,b,label\n1,2,0\n3,4,NA\n5,6,1\n", "column 'label' is empty or NA in data row 2"),
+    "blank lines": (b"a,b,label\n\n1,2,0\n\n3,x,1\n", "data row 2 (blank lines not counted) holds 'x'"),
+    "a huge integer": (b"a,b,label\n1,2,0\n3," + b"9" * 400 + b",1\n", "too large in column 'b', data row 2"),
+    "a huge integer and an empty cell": (
+        b"a,b,label\n1,,0\n3," + b"9" * 400 + b",1\n",
+        "empty cell in column 'b', data",
+    ),
+    "huge labels": (
+        b"a,label\n1," + b"9" * 400 + b"\n2,1\n",
+        "the label: expected numbers, booleans or strings, got 9999",
+    ),
+    "two columns of one name": (b"a,a,label\n1,2,0\n3,4,1\n", "several columns have the same name: a\n"),
+    "two label columns of one name": (b"label,label\n1,2\n3,4\n", "several columns have the same name: label\n"),
+    "a newline in a name": (b'"a\nb",c,label\n1,2,0\nx,3,1\n', "column 'a b' is not numeric"),
+    "one class": (b"a,b,label\n1,2,0\n3,4,0\n", "the label: expected two classes, got 1: 0; keep the rows of two"),
     "one boolean class": (b"a,b,label\n1,2,True\n3,4,True\n", "the label is constant: True"),
-    "three classes": (b"a,b,label\n1,2,u\n3,4,v\n5,6,w\n", "got 3: 'u', 'v', 'w'"),
+    "three classes": (
+        b"a,b,label\n1,2,u\n3,4,v\n5,6,w\n",
+        "got 3: 'u', 'v', 'w'; keep the rows of two classes or choose another --label\n",
+    ),
     "a row too long": (b"a,b,label\n1,2,0\n3,4,1,9\n", "not a table with a header"),
     "every row too long": (b"a,b,label\n1,2,0,9\n3,4,1,9\n", "not a table with a header"),
-    "a row too short": (b"a,label,b\n1,0,2\n3,1\n", "NaN or an empty cell in data row 2, column 'b'"),
+    "a row too short": (b"a,label,b\n1,0,2\n3,1\n", "NaN or an empty cell in column 'b', data row 2"),
     "not text": (b"\xff\xfe\x00a,\x81\n", "not a table with a header"),
     "numbers beyond all scale": (b"a,label\n1e308,0\n-1e308,1\n1.7e308,1\n", "too large to standardise"),
 }
@@ -222,16 +259,36 @@ def npz(**arrays):
     return lambda path: np.savez(path, **arrays)
 
 
+def npy() -> bytes:
+    file = io.BytesIO()
+    np.save(file, X)
+    return file.getvalue()
+
+
+def zipped(path: Path, y: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("X.npy", npy())
+        archive.writestr("y.npy", y)
+
+
 X = np.ones((3, 2))
 NPZ = {
     "not a zip": (lambda path: path.write_bytes(b"hello"), "not an NPZ file"),
     "empty": (lambda path: path.write_bytes(b""), "the file is empty"),
     "pickled": (npz(X=X, y=np.array([{}, 1, 2], object)), "not an NPZ file of plain arrays"),
+    "one array": (lambda path: path.write_bytes(npy()), "not an NPZ file but a single array"),
+    "another file in the zip": (lambda path: zipped(path, b"text"), "got (3, 2) and ()"),
+    "cut off": (lambda path: zipped(path, npy()[:-5]), "not an NPZ file of plain arrays"),
+    "a date missing": (
+        npz(X=X, y=np.array(["2020", "2021", "NaT"], "M8[Y]")),
+        "the label: expected two classes, got 1 NaT",
+    ),
+    "structured": (npz(X=X, y=np.zeros(3, [("u", int)])), "the label: expected numbers, booleans or strings, got"),
     "no label": (npz(X=X), "which is the label array? there are X"),
     "lengths": (npz(X=X, y=[0, 1]), "got (3, 2) and (2,)"),
     "rank": (npz(X=np.ones(3), y=[0, 1, 0]), "got (3,) and (3,)"),
     "text": (npz(X=X.astype(str), y=[0, 1, 0]), "X is not numeric"),
-    "nan": (npz(X=np.where(np.eye(3, 2) == 1, np.nan, 1), y=[0, 1, 0]), "data row 1, column '1' (1 more such cells)"),
+    "nan": (npz(X=np.where(np.eye(3, 2) == 1, np.nan, 1), y=[0, 1, 0]), "in column '1', row 1 (1 more such cells)"),
     "nan label": (npz(X=X, y=[0, 1, np.nan]), "missing label: y is NaN in row 3"),
     "constant": (npz(X=X, y=[1, 1, 1]), "got 1: 1"),
     "no columns": (npz(X=np.ones((3, 0)), y=[0, 1, 0]), "X is empty"),
@@ -254,11 +311,24 @@ def test_bad_npz_is_one_clear_line_and_status_two(capsys, tmp_path, case):
 
 def test_bad_options_are_one_clear_line_and_status_two(capsys, tmp_path):
     table(tmp_path / "in.csv")
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "link.csv").symlink_to("in.csv")
+    (tmp_path / "link.png").symlink_to("out.csv")
     for argv, message in [
         (["--data", tmp_path / "no.csv"], "no.csv: no such file"),
         (["--data", tmp_path], "not a file"),
         (["--data", tmp_path / "in.csv", "--label", "nope"], "there is no label column 'nope'; there are a, b, label"),
         (["--label", "a"], "no file was given"),
+        (["--data", tmp_path / "in.csv", "--label", "a\nb"], "there is no label column 'a b'; there"),
+        (["--data", tmp_path / "a\nb.csv"], "a b.csv: no such file"),
+        (["a\nb"], "unrecognized arguments: a b"),
+        (["--data", tmp_path / f"{'n' * 300}.csv"], "File name too long"),
+        (["--save", tmp_path / f"{'n' * 300}.csv"], "cannot be written: File name too long"),
+        (["--save", tmp_path / ("n" * 300) / "out.csv"], "cannot be written: File name too long"),
+        (["--save", tmp_path / "folder.csv"], "cannot be written: it is there and not a file"),
+        (["--data", tmp_path / "in.csv", "--save", tmp_path / "in.csv"], "the same file as --data"),
+        (["--data", tmp_path / "in.csv", "--save", tmp_path / "link.csv"], "link.csv: the same file as --data"),
+        (["--save", tmp_path / "out.csv", "--plot", tmp_path / "link.png"], "link.png: the same file as --save"),
         (["--hidden", "0"], "expected a whole number from 1"),
         (["--hidden", "many"], "got 'many'"),
         (["--steps", "-1"], "expected a whole number from 0"),
@@ -304,6 +374,54 @@ def test_a_file_that_is_written_appears_whole_or_not_at_all(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert target.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_link_stays_and_its_file_is_written(tmp_path):
+    link, target, long = tmp_path / "link.csv", tmp_path / "folder" / "out.csv", tmp_path / f"{'n' * 250}.csv"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for path in (link, long):
+        output.check_writable(path, output.TABLE_SUFFIXES, "--save")
+        output._whole(path, lambda file: file.write(b"after"))
+    assert link.is_symlink()
+    assert (target.read_text(), long.read_text()) == ("after", "after")
+
+
+def test_labels_and_names_are_printed_as_they_are(capsys, tmp_path):
+    path, saved = tmp_path / "x[bold].csv", tmp_path / "out[i].csv"
+    for classes in (("[/]", "[red]"), (":smile:", "[red]")):
+        table(path, classes=classes)
+        status, out, err = run(capsys, "--data", path, "--steps", "5", "--seed", "1", "--save", saved)
+        assert (status, err) == (0, "")
+        assert "x[bold].csv: 40 examples" in out
+        assert str(saved) in out
+        assert any(label in out for label in classes)
+        assert len(re.findall(r"example \d+ +(\[/\]|\[red\]|:smile:) ", out)) == 5
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "message"),
+    [
+        ("{} --steps 1", 0, ""),
+        ("PYTHONUNBUFFERED=1 {} --steps 1 >/dev/full", 2, "standard output: No space left on device"),
+        ("{} --steps 1 | true", 2, "standard output: Broken pipe"),
+        ("{} --help >/dev/full", 2, "standard output: No space left on device"),
+        ("{} --steps none 2>/dev/full", 2, ""),
+    ],
+)
+def test_whatever_standard_output_is(command, status, message):
+    root = Path(jaxgrad.__file__).parents[1]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        ["bash", "-c", f"{command.format(f'{sys.executable} -m jaxgrad')}; exit ${{PIPESTATUS[0]}}"],
+        env=environment | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (status, f"jaxgrad: error: {message}\n" if message else "")
+    if status == 0:
+        assert "569 examples ? 30 inputs" in done.stdout
 
 
 def test_help_names_every_option(capsys):

@@ -1,7 +1,10 @@
 """Load a two-class table: the breast-cancer data that scikit-learn ships, a CSV file, or an NPZ file."""
 
+import reprlib
 import warnings
 import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,11 +46,11 @@ def load(path: Path | None, label: str | None) -> Data:
             raise InputError("--label names a column of --data FILE, and no file was given")
         bunch = load_breast_cancer()
         return _finished(bunch.data, np.asarray(bunch.target_names)[bunch.target], "breast cancer (scikit-learn)")
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if not path.is_file():
-        raise InputError(f"{path}: not a file")
     try:
+        if not path.exists():
+            raise InputError(f"{path}: no such file")
+        if not path.is_file():
+            raise InputError(f"{path}: not a file")
         if path.stat().st_size == 0:
             raise InputError(f"{path}: the file is empty")
         readers = {".csv": _read_csv, ".npz": _read_npz}
@@ -63,6 +66,9 @@ def _read_csv(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
+            header = pd.read_csv(
+                path, encoding="utf-8-sig", header=None, nrows=1, dtype=str, keep_default_na=False
+            ).iloc[0]
             table = pd.read_csv(path, encoding="utf-8-sig", index_col=False, low_memory=False)
     except pd.errors.EmptyDataError as error:
         raise InputError(f"{path}: the file is empty") from error
@@ -72,34 +78,51 @@ def _read_csv(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
     table.columns = pd.Index(columns)
     if all(_is_number(column) for column in columns):
         raise InputError(f"{path}: the first line has to name the columns; it holds numbers: {_listed(columns)}")
+    twice = header[header.duplicated() & (header != "")]  # pandas would rename the second
+    if len(twice):
+        raise InputError(f"{path}: several columns have the same name: {_listed(list(twice.unique()))}")
     name = _choose(path, columns, label, LABEL_NAMES, "label column", "--label COLUMN")
     if table.empty:
         raise InputError(f"{path}: there are no rows below the header")
     missing = table[name].isna().to_numpy()
     if missing.any():
-        raise InputError(f"{path}: missing label: column '{name}' is empty in data row {int(missing.argmax()) + 1}")
+        raise InputError(f"{path}: missing label: column '{name}' is empty or NA in {_row(missing.argmax())}")
     features = table.drop(columns=name)
     if features.shape[1] == 0:
         raise InputError(f"{path}: there is no column besides the label '{name}'")
     X = np.empty(features.shape)
     for j, column in enumerate(features.columns):
-        values = pd.to_numeric(features[column], errors="coerce")
+        values = _numbers(features[column])
         strange = (values.isna() & features[column].notna()).to_numpy()
         if strange.any():
             row = int(strange.argmax())
-            raise InputError(
-                f"{path}: column '{column}' is not numeric: data row {row + 1} holds {features[column].iloc[row]!r}"
-            )
+            cell = reprlib.repr(features[column].iloc[row])
+            raise InputError(f"{path}: column '{column}' is not numeric: {_row(row)} holds {cell}")
         X[:, j] = values.to_numpy(dtype=float)
-    _refuse_non_finite(path, X, list(features.columns))
+    _refuse_non_finite(path, X, list(features.columns), _row)
     return X, table[name].to_numpy()
+
+
+def _numbers(cells: "pd.Series[Any]") -> "pd.Series[Any]":
+    """As numbers, NaN for what is none, infinite for what float64 cannot hold."""
+    try:
+        return pd.to_numeric(cells, errors="coerce")
+    except OverflowError:  # a Python integer of hundreds of digits; its text is read as infinite
+        return pd.to_numeric(cells.astype(str), errors="coerce")
+
+
+def _row(index: Any) -> str:
+    return f"data row {int(index) + 1} (blank lines not counted)"
 
 
 def _read_npz(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):  # one array, as np.save writes it
+            raise InputError(f"{path}: not an NPZ file but a single array; write it with np.savez(file, X=..., y=...)")
+        with archive:
+            arrays = {name: np.asarray(archive[name]) for name in archive.files}
+    except (ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, MemoryError) as error:
         raise InputError(f"{path}: not an NPZ file of plain arrays: {_one_line(error)}") from error
     key = _choose(path, list(arrays), label, LABEL_NAMES, "label array", "--label NAME")
     rest = [name for name in arrays if name != key]
@@ -116,7 +139,7 @@ def _read_npz(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
     if labels.dtype.kind == "f" and np.isnan(labels).any():
         raise InputError(f"{path}: missing label: {key} is NaN in row {int(np.isnan(labels).argmax()) + 1}")
     X = X.astype(float)
-    _refuse_non_finite(path, X, [str(j + 1) for j in range(X.shape[1])])
+    _refuse_non_finite(path, X, [str(j + 1) for j in range(X.shape[1])], lambda i: f"row {int(i) + 1}")
     return X, labels
 
 
@@ -132,20 +155,23 @@ def _choose(path: Path, names: list[str], given: str | None, usual: tuple[str, .
     return found[0]
 
 
-def _refuse_non_finite(path: Path, X: np.ndarray, columns: list[Any]) -> None:
+def _refuse_non_finite(path: Path, X: np.ndarray, columns: list[Any], named: Callable[[Any], str]) -> None:
     bad = ~np.isfinite(X)
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        what = "NaN or an empty cell" if np.isnan(X[row, column]) else "infinite"
+        what = "NaN or an empty cell" if np.isnan(X[row, column]) else "infinite or too large"
         others = f" ({int(bad.sum()) - 1} more such cells)" if bad.sum() > 1 else ""
-        raise InputError(f"{path}: {what} in data row {row + 1}, column '{columns[column]}'{others}")
+        raise InputError(f"{path}: {what} in column '{columns[column]}', {named(row)}{others}")
 
 
 def _finished(X: np.ndarray, labels: np.ndarray, name: str, path: Path | None = None) -> Data:
     try:
         Y = np.asarray(signs(labels))
     except ValueError as error:
-        raise InputError(f"{path}: the label has to have two classes: {_one_line(error)}") from error
+        what = _one_line(error).removeprefix("signs: ").rpartition(". ")[0]  # the last sentence is for Python
+        raise InputError(
+            f"{path}: the label: {what}; keep the rows of two classes or choose another --label"
+        ) from error
     if len(np.unique(Y)) < 2:  # booleans, all of them the same
         raise InputError(f"{path}: the label is constant: {labels[0]}")
     with np.errstate(all="ignore"):

@@ -1,6 +1,8 @@
 """What the main job writes to files: per-example results and a picture. A file appears whole or not at all."""
 
+import contextlib
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +25,28 @@ def check_writable(path: Path | None, suffixes: tuple[str, ...], option: str) ->
         return
     if path.suffix.lower() not in suffixes:
         raise InputError(f"{option} {path}: expected a file name ending in {' or '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise InputError(f"{option} {path}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    target = Path(os.path.realpath(path))
+    try:
+        if not target.parent.is_dir():
+            raise InputError(f"{option} {path}: there is no folder {target.parent}")
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(target.stat().st_mode):
+                raise InputError(f"{option} {path}: cannot be written: it is there and not a file")
+    except OSError as error:  # a name too long, say
+        raise InputError(f"{option} {path}: cannot be written: {error.strerror or error}") from error
+    if not os.access(target.parent, os.W_OK):
         raise InputError(f"{option} {path}: cannot be written")
+
+
+def check_distinct(paths: dict[str, Path | None]) -> None:
+    """Refuse to write over the input, or one output over the other; `paths` by their options."""
+    options: dict[str, str] = {}
+    for option, path in paths.items():
+        if path is None:
+            continue
+        other = options.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise InputError(f"{option} {path}: the same file as {other}")
 
 
 def save(path: Path, data: Data, results: PerExample) -> None:
@@ -80,10 +100,11 @@ def plot(path: Path, losses: np.ndarray, results: PerExample, report: AgreementR
 
 def _whole(path: Path, write: Callable[[Any], None]) -> None:
     """Write beside the file and rename: a reader, a crash or a full disk never sees half of it."""
+    target = Path(os.path.realpath(path))  # a link stays one
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".jaxgrad-")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -92,8 +113,8 @@ def _whole(path: Path, write: Callable[[Any], None]) -> None:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # mkstemp makes it private
-        os.replace(name, path)
+        os.replace(name, target)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         Path(name).unlink(missing_ok=True)

@@ -14,14 +14,14 @@ arithmetic in `tests/test_activations.py`:
 | softplus | 4 | 4 | 6 | |
 | relu, leaky_relu, identity | 1 | 1 | 1 | |
 | elu | 6 | 4 | 4 | value (z = 0): 2 |
-| gelu | 10 | 12 | 12 | slope (z = -0.75), curvature (z = ±1.41): 2 each |
-| gelu_tanh | 10 | 12 | 14 | slope (z = -0.75), curvature (z = ±1.42): 4 each |
-| silu | 6 | 8 | 10 | slope (z = -1.28), curvature (z = ±2.40): 2 each |
+| gelu | 10 | 12 | 16 | slope (z = -0.75), curvature (z = ±1.41): 2 each |
+| gelu_tanh | 10 | 12 | 20 | slope (z = -0.75), curvature (z = ±1.42): 4 each |
+| silu | 6 | 10 | 20 | slope (z = -1.28), curvature (z = ±2.40): 2 each |
 | sine | 2 | 2 | 2 | all three: 1, for any z |
 
-for float32 and float64. float16 and bfloat16 are computed in float32 and rounded once: 1 ulp, but 2 for the value of
-the logistic, which is a JAX primitive in the argument's own dtype. Where the
-true value is below the smallest normal number of the dtype, the result may be 0.
+for float32 and float64. float16 and bfloat16 are computed in float32 and rounded once: 1 ulp, but 3 for the value of
+the logistic, which is a JAX primitive in the argument's own dtype. Where the true value, or the argument, is below the
+smallest normal number of the dtype, it may be taken as 0.
 """
 
 import functools

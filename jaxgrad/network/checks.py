@@ -43,8 +43,7 @@ def _checked(function: Callable[P, R], check: Callable[..., dict[str, Any]], *, 
     name = f"{function.__module__.removeprefix('jaxgrad.')}.{function.__name__}"
     signature = inspect.signature(function)
 
-    @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+    def arguments(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
         try:
             given = signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -56,29 +55,34 @@ def _checked(function: Callable[P, R], check: Callable[..., dict[str, Any]], *, 
                 f"{name}: expected activation to be an Activation, got {activation!r}. "
                 "Use one of jaxgrad.network's, or Activation.from_function(f)."
             )
-        return function(**check(name, **given.arguments), activation=activation)  # type: ignore[call-arg,arg-type]
+        return check(name, **given.arguments) | {"activation": activation}
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        return function(**arguments(*args, **kwargs))  # type: ignore[call-arg,arg-type]
 
     if not jitted:
         return checked
     # The shapes are checked when a call is compiled, before the function itself is traced: a call with shapes seen
-    # before costs nothing. Where that check fails, or JAX cannot read the arguments at all, it is made once more on
-    # the arguments as they were given, so that the message shows those.
+    # before costs nothing. Where that fails, the check is made on the arguments as they were given, so that what is
+    # raised shows those and comes from here.
     compiled = jax.jit(checked, static_argnames=("activation",))
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return compiled(*args, **kwargs)
-        except (TypeError, ValueError):
-            checked(*args, **kwargs)
-            raise
+        except (TypeError, ValueError) as error:
+            failed = error
+        arguments(*args, **kwargs)
+        raise failed
 
     return call
 
 
 @functools.cache
 def _is_floating(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating)
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1  # not the 8-bit formats: they do not promote
 
 
 def _array(name: str, what: str, value: Any) -> jax.Array:
@@ -87,8 +91,8 @@ def _array(name: str, what: str, value: Any) -> jax.Array:
     hint = " Make y with jaxgrad.network.signs(labels)." if what in ("y", "Y") else " Convert it to a floating dtype."
     try:
         array = jnp.asarray(value)
-        if what == "y" and array.weak_type and array.dtype != bool:
-            array = array.astype(float)  # a literal 1 or -1; an integer array may hold {0, 1} and is refused below
+        if what == "y" and array.weak_type and jnp.issubdtype(array.dtype, jnp.integer):
+            array = array * 1.0  # a literal 1 or -1, still weakly typed; an integer array is refused below
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected {what} to be an array, got {type(value).__name__}.{hint}") from error
     if not _is_floating(array.dtype):
@@ -117,14 +121,17 @@ def _check_params(name: str, params: Any, what: str = "params") -> Params:
     return arrays
 
 
-def _check_one(name: str, params: Any, x: Any, y: Any = None) -> dict[str, Any]:
+_ABSENT: Any = object()
+
+
+def _check_one(name: str, params: Any, x: Any, y: Any = _ABSENT) -> dict[str, Any]:
     params, x = _check_params(name, params), _array(name, "x", x)
     if x.shape != params.W.shape[1:]:
         raise ValueError(
             f"{name}: expected x of shape {params.W.shape[1:]} to match params.W of shape {params.W.shape}, "
             f"got {x.shape}. Pass one example; for a batch use jax.vmap or the batched functions."
         )
-    if y is None:
+    if y is _ABSENT:
         return {"params": params, "x": x}
     y = _array(name, "y", y)
     if y.shape != ():
@@ -147,14 +154,14 @@ def _check_batch(name: str, params: Any, X: Any, Y: Any) -> dict[str, Any]:
     return {"params": params, "X": X, "Y": Y}
 
 
-def _check_mean(name: str, params: Any, X: Any, Y: Any, V: Any = None) -> dict[str, Any]:
+def _check_mean(name: str, params: Any, X: Any, Y: Any, V: Any = _ABSENT) -> dict[str, Any]:
     checked = _check_batch(name, params, X, Y)
     params, X = checked["params"], checked["X"]
     if X.shape[0] == 0:
         raise ValueError(
             f"{name}: expected at least one example, got X of shape {X.shape}. An empty mean is undefined."
         )
-    if V is None:
+    if V is _ABSENT:
         return checked
     V = _check_params(name, V, "V")
     if V.W.shape != params.W.shape:

@@ -26,8 +26,8 @@ def signs(
         An array of the shape of `labels`.
 
     Raises:
-        ValueError: not exactly two classes, a NaN, or a label that is not among `classes`; the message names the
-            values found.
+        ValueError: not exactly two classes, labels of mixed kinds (numbers and strings, say), a NaN or NaT, or a label
+            that is not among `classes`; the message names the values found.
         TypeError: `labels` is traced (JAX's own message), or `dtype` is not floating.
 
     Example:
@@ -38,26 +38,50 @@ def signs(
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"signs: expected a floating dtype, got {jnp.dtype(dtype)}. Pass jnp.float32, say.")
-    values = np.asarray(labels)
-    if values.dtype == object:
-        values = _without_objects(values)
-    if values.dtype.kind == "V":  # bfloat16
-        values = values.astype(np.float32)
-    if values.dtype.kind == "f" and np.isnan(values).any():
-        raise ValueError(f"signs: expected two classes, got {int(np.isnan(values).sum())} NaN. Drop those rows.")
+    values = _values(labels)
+    absent = values != values
+    if absent.any():
+        what = "NaT" if values.dtype.kind in "mM" else "NaN"
+        raise ValueError(f"signs: expected two classes, got {int(absent.sum())} {what}. Drop those rows.")
     found = np.unique(values)
     positive = _larger_of_two(found) if classes is None else _second_given(found, classes)
     return jnp.asarray(np.where(values == positive, 1, -1), dtype)
 
 
-def _without_objects(values: np.ndarray) -> np.ndarray:
-    kinds = sorted({type(v).__name__ for v in values.ravel().tolist()})
-    if len(kinds) != 1:
+def _values(labels: Any) -> np.ndarray:
+    try:
+        # As objects first: np.asarray(["a", 1]) would make the 1 a string.
+        values = np.asarray(labels) if hasattr(labels, "__array__") else np.array(labels, dtype=object)
+        if values.dtype.kind in "OT":
+            values = _without_objects(values)
+    except ValueError as error:
+        if str(error).startswith("signs:"):
+            raise
+        raise ValueError("signs: expected rows of labels of one length. Pad or flatten them.") from error
+    if values.dtype.kind == "V" and jnp.issubdtype(values.dtype, jnp.number):  # bfloat16
+        values = values.astype(np.float32)
+    if values.dtype.kind not in "biufcmMSU":
         raise ValueError(
-            f"signs: expected labels of one kind, got {', '.join(kinds) or 'none'}. "
-            "Make them all strings or all numbers."
+            f"signs: expected numbers, booleans or strings, got {_shown(values.ravel())} of dtype {values.dtype}. "
+            "Convert them."
         )
-    return np.asarray(values.tolist())
+    return values
+
+
+def _without_objects(values: np.ndarray) -> np.ndarray:
+    flat = values.ravel().tolist()
+    examples: dict[type, Any] = {}
+    for value in flat:
+        examples.setdefault(type(value), value)
+    if len({_kind(value) for value in examples.values()}) > 1:
+        found = ", ".join(f"{value!r} ({kind.__name__})" for kind, value in examples.items())
+        raise ValueError(f"signs: expected labels of one kind, got {found}. Make them all strings or all numbers.")
+    return np.asarray(flat).reshape(values.shape)
+
+
+def _kind(value: Any) -> str:
+    dtype = np.asarray(value).dtype
+    return "number" if jnp.issubdtype(dtype, jnp.number) else dtype.kind
 
 
 def _larger_of_two(found: np.ndarray) -> Any:
@@ -72,7 +96,11 @@ def _larger_of_two(found: np.ndarray) -> Any:
 
 
 def _second_given(found: np.ndarray, classes: Sequence[Any]) -> Any:
-    if len(classes) != 2 or classes[0] == classes[1]:
+    try:
+        two = len(classes) == 2 and bool(classes[0] != classes[1])
+    except (TypeError, ValueError, KeyError):  # a number, a set, arrays
+        two = False
+    if not two:
         raise ValueError(f"signs: expected classes=(negative, positive), two different values, got {classes!r}.")
     strange = [value for value in found.tolist() if value not in list(classes)]
     if strange:

@@ -3,6 +3,8 @@
 factors      what one parameter's gradients are made of: Outer, Rows, Dense
 pairs        inner products of two factors, for every pair of kinds
 chunks       loops that write out no more at once than a stated number of bytes
+norms        of one parameter's gradients, and of several together
+moments      second moment and variance, element by element
 gradients    PerExampleGrads: the algebra over a tree of factors
 """
 

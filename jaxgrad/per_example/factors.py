@@ -13,6 +13,7 @@ parameter's own shape each of them lies. A parameter's gradient is a sum of fact
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxgrad.precision import working_dtype
+from jaxgrad.sharding import gathered, replicated
 
 Precision = Any  # what jax.lax.dot_general takes as precision=
 
@@ -241,9 +243,10 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
     acc = accumulator(f)
     match wide(f if c is None else scale(f, c), acc):
         case Outer(left, right, layout):
-            return layout.from_matrix(jnp.einsum("bgtf,bgtk->gfk", left, right, precision=precision))
+            total = jnp.einsum("bgtf,bgtk->gfk", left, right, precision=precision, out_sharding=replicated(left))
+            return layout.from_matrix(total)
         case Rows() as rows:
-            ids, values = rows.valid()
+            ids, values = gathered(rows.valid())
             table = jnp.zeros(rows.layout.matrix[1:], acc)
             return rows.layout.from_matrix(table.at[ids.ravel()].add(values.reshape(-1, values.shape[2]))[None])
         case Dense(value, _):
@@ -259,7 +262,7 @@ def power_of_two(a: Array) -> Array:
 
 
 def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
-    """(f / unit, unit): every example's entries brought near 1, so that their squares neither overflow nor underflow."""
+    """(f / unit, unit): every example brought near 1, so that no square overflows or underflows."""
     f = wide(f, accumulator(f))
 
     def scaled(a: Array) -> tuple[Array, Array]:
@@ -270,15 +273,24 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
         case Outer(left, right, layout):
             (left, a), (right, b) = scaled(left), scaled(right)
             return Outer(left, right, layout), a * b
-        case Rows(ids, values, layout):
-            values, unit = scaled(values)
+        case Rows(ids, _, layout):
+            values, unit = scaled(f.valid()[1])  # what a padding id holds does not count
             return Rows(ids, values, layout), unit
         case Dense(value, layout):
             value, unit = scaled(value)
             return Dense(value, layout), unit
 
 
-def row_sums(a: Float[Array, "B *rest"]) -> Float[Array, " B"]:
-    """The sum of each example's entries, as a product with ones: faster on CPU than a reduction along rows."""
+def row_sums(a: Array) -> Float[Array, " B"]:
+    """[B, …] → [B]: each example's entries summed, as a product with ones: faster on CPU than a reduction."""
     flat = a.reshape(a.shape[0], math.prod(a.shape[1:]))
     return jnp.matmul(flat, jnp.ones(flat.shape[1], a.dtype), precision=lax.Precision.HIGHEST)
+
+
+def added(terms: Sequence[Array]) -> Array:
+    """The sum of arrays of float32 or float64, in the wider of the two."""
+    dtype = working_dtype(*(term.dtype for term in terms))
+    total = terms[0].astype(dtype)
+    for term in terms[1:]:
+        total = total + term.astype(dtype)
+    return total

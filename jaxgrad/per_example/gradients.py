@@ -1,4 +1,4 @@
-"""PerExampleGrads: the B × parameters matrix G of per-example gradients, as an algebra on factors that are not multiplied out."""
+"""PerExampleGrads: the B × parameters matrix G of per-example gradients, an algebra on factors."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.per_example import factors, moments, pairs
+from jaxgrad.per_example import factors, moments, norms, pairs
 from jaxgrad.per_example.chunks import CHUNK_BYTES
-from jaxgrad.per_example.factors import Factor, Precision
+from jaxgrad.per_example.factors import Factor, Precision, added
 
 Factors = tuple[Factor, ...]
 
@@ -18,12 +18,13 @@ Factors = tuple[Factor, ...]
 class PerExampleGrads:
     """The gradients of B examples with respect to a tree of parameters, each parameter's a sum of factors.
 
-    Think of it as the matrix G [B, parameters] that `jax.vmap(jax.grad(loss))` would return, spread over the tree; every
-    method is an operation on that matrix, and only `materialize` writes it out. It is a pytree of the factors' arrays,
-    all with the example axis first: it goes through `jit`, `vmap`, `grad`, `lax.scan` and `device_put` with shardings.
+    Think of it as the matrix G [B, parameters] that `jax.vmap(jax.grad(loss))` would return, spread over the tree;
+    every method is an operation on that matrix, and only `materialize` writes it out. It is a pytree of the factors'
+    arrays, all with the example axis first: it goes through `jit`, `vmap`, `grad`, `lax.scan` and `device_put` with
+    shardings.
 
-    Accuracy: sums are accumulated in float32 at least (float64 if a factor or a parameter is), and rounded once to the
-    parameter's dtype where the result has the parameter's shape. [B] and [B, B] results stay in the accumulator's dtype.
+    Accuracy: sums are accumulated in float32 at least (float64 if a factor or a parameter is), and rounded once to
+    the parameter's dtype where the result has the parameter's shape. [B] and [B, B] results stay in the accumulator's.
 
     Args:
         tree: the parameters' tree with each leaf replaced by a tuple of factors (`Outer`, `Rows`, `Dense`).
@@ -134,11 +135,11 @@ class PerExampleGrads:
             chunk_bytes: how much may be written out at once where the cheapest way writes something out.
             precision: as in `jax.lax.dot_general`, here and in every method that has it.
         """
-        return _added([_squared(leaf, chunk_bytes, precision) for leaf in self._leaves])
+        return added([norms.squared(leaf, chunk_bytes, precision) for leaf in self._leaves])
 
     def leaf_norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
         """The norm of each parameter's gradient by itself: the tree with a [B] at every leaf. As `norms`."""
-        return self._tree([_norm(leaf, chunk_bytes, precision) for leaf in self._leaves])
+        return self._tree([norms.norm(leaf, chunk_bytes, precision) for leaf in self._leaves])
 
     def norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> Float[Array, " B"]:
         """‖g_b‖ [B], over all parameters together.
@@ -147,13 +148,7 @@ class PerExampleGrads:
         Every example is scaled by powers of two on the way, so that nothing overflows or underflows unless the norm
         itself does. Differentiable; the derivative at a zero gradient is 0.
         """
-        each = [_norm(leaf, chunk_bytes, precision) for leaf in self._leaves]
-        if len(each) == 1:
-            return each[0]
-        dtype = jnp.result_type(*each)
-        stacked = jnp.stack([n.astype(dtype) for n in each])
-        unit = factors.power_of_two(stacked.max(0))
-        return unit * _safe_sqrt(((stacked / unit[None]) ** 2).sum(0))
+        return norms.together([norms.norm(leaf, chunk_bytes, precision) for leaf in self._leaves])
 
     # --- linear maps
 
@@ -164,9 +159,7 @@ class PerExampleGrads:
             tree: a direction, of the parameters' structure and shapes.
         """
         leaves = self._direction("dot", tree)
-        return _added(
-            [factors.dot(f, v, precision) for leaf, v in zip(self._leaves, leaves, strict=True) for f in leaf]
-        )
+        return added([factors.dot(f, v, precision) for leaf, v in zip(self._leaves, leaves, strict=True) for f in leaf])
 
     def weighted_sum(self, c: Float[Array, " B"], *, precision: Precision = None) -> PyTree:
         """Gᵀ c: Σ_b c_b g_b, a tree of the parameters' shapes and dtypes. One matrix product a factor."""
@@ -208,7 +201,7 @@ class PerExampleGrads:
         if other is not None:
             self._same_parameters("gram", other)
         second = self if other is None else other
-        return _added(
+        return added(
             [
                 pairs.gram(f, f_, chunk_bytes, precision)
                 for leaf, leaf_ in zip(self._leaves, second._leaves, strict=True)
@@ -256,9 +249,9 @@ class PerExampleGrads:
         leaves: list[Factors] = []
         for bound, group in zip(bounds, groups, strict=True):
             part = PerExampleGrads.tree_unflatten(jax.tree.structure([0] * len(group)), group)
-            norms = part.norms(chunk_bytes=chunk_bytes, precision=precision)
-            limit = jnp.asarray(bound, norms.dtype)
-            leaves += part.scale(limit / jnp.maximum(limit, norms))._leaves
+            lengths = part.norms(chunk_bytes=chunk_bytes, precision=precision)
+            limit = jnp.asarray(bound, lengths.dtype)
+            leaves += part.scale(limit / jnp.maximum(limit, lengths))._leaves
         return self._with(leaves)
 
     def where(self, mask: Array) -> "PerExampleGrads":
@@ -319,7 +312,7 @@ class PerExampleGrads:
     def materialize(self) -> PyTree:
         """G written out: the tree of [B, *shape] that `jax.vmap(jax.grad(loss))` returns. B × parameters numbers."""
         return self._tree(
-            [_added([factors.written_out(f) for f in leaf]).astype(leaf[0].layout.dtype) for leaf in self._leaves]
+            [added([factors.written_out(f) for f in leaf]).astype(leaf[0].layout.dtype) for leaf in self._leaves]
         )
 
     # --- what comes in
@@ -362,6 +355,7 @@ class PerExampleGrads:
                 )
 
     def _groups(self, max_norm: PyTree) -> tuple[list[Any], list[list[Factors]]]:
+        prefix: Any
         bounds, prefix = jax.tree.flatten(max_norm)
         for bound in bounds:
             if jnp.ndim(bound) != 0 or _known_not_positive(bound):
@@ -370,42 +364,14 @@ class PerExampleGrads:
             groups = prefix.flatten_up_to(self._tree(range(len(self._leaves))))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"PerExampleGrads.clip: expected a number or a tree prefix of the parameters, {self._treedef}, got {prefix}."
+                f"PerExampleGrads.clip: expected a number or a tree prefix of the parameters, {self._treedef}, "
+                f"got {prefix}."
             ) from error
         return bounds, [[self._leaves[i] for i in jax.tree.leaves(group)] for group in groups]
 
 
-def _added(terms: Sequence[Array]) -> Array:
-    dtype = jnp.dtype(jnp.float64 if any(t.dtype == jnp.float64 for t in terms) else jnp.float32)
-    total = terms[0].astype(dtype)
-    for term in terms[1:]:
-        total = total + term.astype(dtype)
-    return total
-
-
 def _total(leaf: Factors, c: Array | None, precision: Precision) -> Array:
-    return _added([factors.weighted_sum(f, c, precision) for f in leaf])
-
-
-def _squared(leaf: Factors, chunk_bytes: int, precision: Precision) -> Array:
-    terms = []
-    for i, f in enumerate(leaf):
-        terms.append(pairs.inner(f, f, chunk_bytes, precision))
-        terms += [2 * pairs.inner(f, f_, chunk_bytes, precision) for f_ in leaf[:i]]
-    total = _added(terms)
-    return total if len(leaf) == 1 else jnp.maximum(total, jnp.zeros_like(total))  # NaN stays NaN
-
-
-def _norm(leaf: Factors, chunk_bytes: int, precision: Precision) -> Array:
-    scaled = [factors.scaled_by_power_of_two(f) for f in leaf]
-    units = [unit for _, unit in scaled]
-    unit = units[0]
-    for u in units[1:]:
-        unit = jnp.maximum(unit, u)
-    if len(leaf) == 1:
-        return unit * _safe_sqrt(_squared((scaled[0][0],), chunk_bytes, precision))
-    balanced = tuple(factors.scale(f, u / unit) for f, u in scaled)
-    return unit * _safe_sqrt(_squared(balanced, chunk_bytes, precision))
+    return added([factors.weighted_sum(f, c, precision) for f in leaf])
 
 
 def _known_not_positive(bound: Any) -> bool:
@@ -413,12 +379,6 @@ def _known_not_positive(bound: Any) -> bool:
         return not bound > 0
     except jax.errors.TracerBoolConversionError:  # decided when it runs; a bound ≤ 0 then gives NaN or zeros
         return False
-
-
-def _safe_sqrt(a: Array) -> Array:
-    """√a with derivative 0 at 0."""
-    positive = jnp.where(a == 0, jnp.ones_like(a), a)
-    return jnp.where(a == 0, jnp.zeros_like(a), jnp.sqrt(positive))
 
 
 def _concatenated(same: tuple[Factor, ...]) -> Factor:

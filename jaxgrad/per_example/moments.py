@@ -16,6 +16,7 @@ from jaxgrad.per_example.factors import (
     wide,
     written_out,
 )
+from jaxgrad.sharding import replicated
 
 Factors = tuple[Factor, ...]
 
@@ -48,7 +49,7 @@ def variance(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Ar
         case (Outer(left, right, _),) if left.shape[2] == 1:
             total = layout.from_matrix(_outer_variance(left[:, :, 0], right[:, :, 0], precision))
         case (Dense(value, _),):
-            total = ((value - value.mean(0, keepdims=True)) ** 2).mean(0)
+            total = (_centred(value)[0] ** 2).mean(0)
         case _:
             terms = [weighted_sum(f, None, precision) for f in leaf]
             total = _sum_of_squares(leaf, sum(terms[1:], terms[0]) / B, chunk_bytes, precision) / B
@@ -58,31 +59,44 @@ def variance(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Ar
 def _outer_variance(left: Array, right: Array, precision: Precision) -> Array:
     """[B, G, F], [B, G, K] → [G, F, K]."""
     B = left.shape[0]
-    l_mean, r_mean = left.mean(0), right.mean(0)
-    l, r = left - l_mean[None], right - r_mean[None]
+    (dl, l_mean), (dr, r_mean) = _centred(left), _centred(right)
 
     def mean_of(a: Array, b: Array) -> Array:
-        return jnp.einsum("bgf,bgk->gfk", a, b, precision=precision) / B
+        return jnp.einsum("bgf,bgk->gfk", a, b, precision=precision, out_sharding=replicated(a)) / B
 
     l_mean, r_mean = l_mean[:, :, None], r_mean[:, None, :]
-    lr = mean_of(l, r)
-    squares = l_mean**2 * (r * r).mean(0)[:, None, :] + r_mean**2 * (l * l).mean(0)[:, :, None]
-    crossed = l_mean * r_mean * lr + l_mean * mean_of(l, r * r) + r_mean * mean_of(l * l, r)
-    total = squares + 2 * crossed + (mean_of(l * l, r * r) - lr**2)
+    cross = mean_of(dl, dr)
+    squares = l_mean**2 * (dr * dr).mean(0)[:, None, :] + r_mean**2 * (dl * dl).mean(0)[:, :, None]
+    crossed = l_mean * r_mean * cross + l_mean * mean_of(dl, dr * dr) + r_mean * mean_of(dl * dl, dr)
+    total = squares + 2 * crossed + (mean_of(dl * dl, dr * dr) - cross**2)
     return jnp.maximum(total, jnp.zeros_like(total))
 
 
+def _centred(a: Array) -> tuple[Array, Array]:
+    """(a - mean, mean) over the examples; centred twice, since the mean itself is rounded."""
+    mean = a.mean(0)
+    deviation = a - mean[None]
+    rest = deviation.mean(0)
+    return deviation - rest[None], mean + rest
+
+
 def _sum_of_squares(leaf: Factors, mean: Array | None, chunk_bytes: int, precision: Precision) -> Array:
-    """Σ_b (g_b - mean)², examples written out a block at a time."""
-    layout = leaf[0].layout
+    """Σ_b (g_b - mean)², examples written out a block at a time; what the mean's rounding left in is taken out."""
+    layout, B = leaf[0].layout, _count(leaf)
 
     def block(leaf: Factors) -> Array:
         terms = [written_out(f, precision) for f in leaf]
         gradients = sum(terms[1:], terms[0])
-        return ((gradients if mean is None else gradients - mean[None]) ** 2).sum(0)
+        if mean is None:
+            return (gradients**2).sum(0)
+        deviations = gradients - mean[None]
+        return jnp.stack([(deviations**2).sum(0), deviations.sum(0)])
 
-    size = chunk_size(2 * layout.size * accumulator(*leaf).itemsize, chunk_bytes, _count(leaf))
-    return sum_examples(block, size, leaf)
+    size = chunk_size(2 * layout.size * accumulator(*leaf).itemsize, chunk_bytes, B)
+    total = sum_examples(block, size, leaf)
+    if mean is None:
+        return total
+    return jnp.maximum(total[0] - total[1] ** 2 / B, jnp.zeros_like(total[0]))
 
 
 def _count(leaf: Factors) -> int:

@@ -32,6 +32,7 @@ from jaxgrad.per_example.factors import (
     wide,
     written_out,
 )
+from jaxgrad.sharding import gathered
 
 
 def inner(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -> Float[Array, " B"]:
@@ -55,9 +56,10 @@ def gram(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -
     """⟨f_b, f′_c⟩ of every pair of examples, in the accumulator's dtype."""
     acc = accumulator(f, f_)
     f, f_ = wide(f, acc), wide(f_, acc)
-    first, second = _ordered(f, f_)
+    first, _ = _ordered(f, f_)
     if first is not f:
         return gram(f_, f, chunk_bytes, precision).T
+    f_ = gathered(f_)  # the factors travel, never what they stand for
     match f, f_:
         case Outer(), Outer() if _same_matrix(f, f_) and _gram_through_positions(f, f_):
             if f.left.shape[1:3] == f_.left.shape[1:3] == (1, 1):  # G = T = 1: two matrix products
@@ -177,7 +179,7 @@ def _dense_outer(f: Dense, f_: Outer, chunk_bytes: int, precision: Precision) ->
         D = layout.to_matrix(value)
         return row_sums(f_.left * jnp.einsum(f"bgtk,{order}->bgtf", f_.right, D, precision=precision))
 
-    size = chunk_size((layout.size + f_.left[0].size) * f_.left.dtype.itemsize, chunk_bytes, _count(f))
+    size = chunk_size((layout.size + math.prod(f_.left.shape[1:])) * f_.left.dtype.itemsize, chunk_bytes, _count(f))
     return map_examples(contracted, size, f.value, f_)
 
 

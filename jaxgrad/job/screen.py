@@ -1,0 +1,53 @@
+"""What the main job prints."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from jaxgrad.job.data import InputError
+from jaxgrad.job.evaluation import PerExample, Timing
+
+_LARGEST = 5
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError at hand; rich would exit, with the status of a disagreement
+
+
+def console() -> Console:
+    """A console that shows labels and file names as they are, brackets and colons included."""
+    return _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def show(console: Console, parts: Iterable[RenderableType]) -> None:
+    """Print all of it.
+
+    Raises:
+        InputError: standard output does not take it.
+    """
+    try:
+        for part in parts:
+            console.print(part)
+    except OSError as error:
+        raise InputError(f"standard output: {error.strerror or error}") from error
+
+
+def clock(times: dict[str, Timing]) -> Table:
+    """The seconds that either way takes."""
+    table = Table("all gradients by", "compile and first call", "later calls (median)", box=box.SIMPLE_HEAD)
+    for way, timing in times.items():
+        table.add_row(way, f"{timing.first * 1e3:.1f} ms", f"{timing.later * 1e3:.2f} ms")
+    return table
+
+
+def largest(labels: np.ndarray, results: PerExample) -> Table:
+    """The examples with the largest gradients."""
+    table = Table("largest gradients", "label", "margin", "loss", "norm", box=box.SIMPLE_HEAD)
+    for i in np.argsort(-results.grad_norm, kind="stable")[:_LARGEST]:
+        numbers = (f"{v[i]:.4g}" for v in (results.margin, results.loss, results.grad_norm))
+        table.add_row(f"example {i}", str(labels[i]), *numbers)
+    return table

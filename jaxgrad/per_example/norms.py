@@ -1,0 +1,57 @@
+"""Norms of one parameter's gradients, and of several parameters together."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxgrad.per_example import pairs
+from jaxgrad.per_example.factors import (
+    Factor,
+    Precision,
+    added,
+    power_of_two,
+    scale,
+    scaled_by_power_of_two,
+)
+
+Factors = tuple[Factor, ...]
+
+
+def squared(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
+    """[B]: ‖Σ_i f_i‖² of one parameter's factors, cross terms included."""
+    terms = []
+    for i, f in enumerate(leaf):
+        terms.append(pairs.inner(f, f, chunk_bytes, precision))
+        terms += [2 * pairs.inner(f, f_, chunk_bytes, precision) for f_ in leaf[:i]]
+    total = added(terms)
+    return total if len(leaf) == 1 else jnp.maximum(total, jnp.zeros_like(total))  # NaN stays NaN
+
+
+def norm(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
+    """[B]: ‖Σ_i f_i‖ of one parameter's factors, each example scaled by powers of two on the way."""
+    scaled = [scaled_by_power_of_two(f) for f in leaf]
+    units = [unit for _, unit in scaled]
+    unit = units[0]
+    for u in units[1:]:
+        unit = jnp.maximum(unit, u)
+    if len(leaf) == 1:
+        return unit * _safe_sqrt(squared((scaled[0][0],), chunk_bytes, precision))
+    balanced = tuple(scale(f, u / unit) for f, u in scaled)
+    return unit * _safe_sqrt(squared(balanced, chunk_bytes, precision))
+
+
+def _safe_sqrt(a: Array) -> Array:
+    """√a with derivative 0 at 0."""
+    positive = jnp.where(a == 0, jnp.ones_like(a), a)
+    return jnp.where(a == 0, jnp.zeros_like(a), jnp.sqrt(positive))
+
+
+def together(each: Sequence[Array]) -> Array:
+    """√Σ n² of norms that may be huge or tiny."""
+    if len(each) == 1:
+        return each[0]
+    dtype = jnp.dtype(jnp.float64 if any(n.dtype == jnp.float64 for n in each) else jnp.float32)
+    stacked = jnp.stack([n.astype(dtype) for n in each])
+    unit = power_of_two(stacked.max(0))
+    return unit * _safe_sqrt(((stacked / unit[None]) ** 2).sum(0))

@@ -1,0 +1,303 @@
+"""PerExampleGrads as JAX users use it: transformations, trees, clipping, errors, the compiled program."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxgrad as jg
+from jaxgrad.network import ACTIVATIONS, Params, autodiff, closed_form, init_params, loss
+from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows
+
+B, H, D = 6, 3, 5
+
+
+def batch(dtype=jnp.float64, B=B, H=H, D=D):
+    kp, kx, ky = jax.random.split(jax.random.key(0), 3)
+    X = jax.random.normal(kx, (B, D), jnp.float64).astype(dtype)
+    return init_params(kp, D, H, dtype), X, jnp.where(jax.random.bernoulli(ky, shape=(B,)), 1, -1).astype(dtype)
+
+
+@pytest.fixture
+def g():
+    return closed_form.per_example_grads(*batch())
+
+
+def flat(tree):
+    """A tree of [B, …] as one matrix."""
+    return np.concatenate([np.asarray(a).reshape(len(a), -1) for a in jax.tree.leaves(tree)], axis=1)
+
+
+def close(a, b, rtol=1e-12):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_the_exercises_factors_are_its_gradients(name):
+    params, X, Y = batch()
+    g = closed_form.per_example_grads(params, X, Y, ACTIVATIONS[name])
+    close(g.materialize(), autodiff.batched_grad(params, X, Y, ACTIVATIONS[name]), 1e-11)
+    G = flat(closed_form.batched_grad(params, X, Y, ACTIVATIONS[name]))
+    close(g.norms(), np.linalg.norm(G, axis=1))
+    close(g.gram(), G @ G.T)
+    close(flat(jax.tree.map(lambda a: a[None], g.second_moment())), (G**2).mean(0)[None])
+    close(flat(jax.tree.map(lambda a: a[None], g.variance())), G.var(0)[None])
+    close(flat(jax.tree.map(lambda a: a[None], g.mean())), G.mean(0)[None])
+    close(g.mean(), closed_form.value_and_grad(params, X, Y, ACTIVATIONS[name])[1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_exercises_factors_in_low_precision(dtype):
+    params, X, Y = batch(dtype)
+    g = closed_form.per_example_grads(params, X, Y)
+    assert {leaf.dtype for leaf in g.sum()} == {jnp.dtype(dtype)}
+    wide = jax.tree.map(lambda a: a.astype(jnp.float64), (params, X, Y))
+    np.testing.assert_allclose(g.norms(), closed_form.per_example_grads(*wide).norms(), rtol=1e-5)
+
+
+def test_a_batch_of_factors_is_a_candidate_for_check_gradient():
+    report = jg.check_gradient(closed_form.per_example_grads, loss, *batch())
+    assert report.agrees
+    wrong = jg.check_gradient(lambda p, X, Y: closed_form.per_example_grads(p, X, -Y), loss, *batch())
+    assert not wrong.agrees
+
+
+def test_it_goes_through_jit_vmap_scan_and_tree_map(g):
+    close(jax.jit(lambda g: g.clip(0.3))(g).sum(), g.clip(0.3).sum())
+    several = jax.tree.map(lambda a: jnp.stack([a, 3 * a]), g)
+    norms = jax.vmap(lambda g: g.norms())(several)
+    close(norms[0], g.norms())
+    assert (norms[1] > norms[0]).all()
+
+    def step(total, i):
+        return jax.tree.map(jnp.add, total, g.scale(jnp.full(B, i)).sum()), None
+
+    total, _ = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, g.sum()), jnp.arange(3.0))
+    close(total, jax.tree.map(lambda a: 3 * a, g.sum()))
+    carried, _ = jax.lax.scan(lambda g, _: (g.scale(jnp.full(B, 2.0)), None), g, length=3)
+    close(carried.norms(), 8 * g.norms())
+
+
+def test_norms_are_differentiable_zero_gradients_included():
+    params, X, Y = batch()
+
+    def penalty(module_norms):
+        return lambda p: jnp.sum((module_norms(p) - 1) ** 2)
+
+    by_factors = jax.grad(penalty(lambda p: closed_form.per_example_grads(p, X, Y).norms()))(params)
+
+    def written_out(p):
+        G = autodiff.batched_grad(p, X, Y)
+        return jnp.sqrt(sum(jnp.sum(a.reshape(B, -1) ** 2, 1) for a in G))
+
+    close(by_factors, jax.grad(penalty(written_out))(params), 1e-10)
+
+    def through(c):  # every gradient zero at c = 0
+        return closed_form.per_example_grads(params, X, Y).scale(jnp.full(B, c)).norms().sum()
+
+    assert np.isfinite(jax.grad(through)(0.0))
+    assert closed_form.per_example_grads(params, X, Y).where(jnp.zeros(B, bool)).norms().tolist() == [0.0] * B
+    leaves = jax.grad(lambda c: sum(n.sum() for n in closed_form.per_example_grads(params, X, Y).scale(c).leaf_norms()))
+    assert np.isfinite(leaves(jnp.zeros(B))).all()
+
+
+def test_clip_bounds_the_norm_and_leaves_what_is_inside_alone(g):
+    norms = g.norms()
+    bound = float(jnp.median(norms))
+    clipped = g.clip(bound)
+    np.testing.assert_allclose(clipped.norms(), np.minimum(norms, bound), rtol=1e-12)
+    inside = np.asarray(norms) <= bound
+    np.testing.assert_array_equal(flat(clipped.materialize())[inside], flat(g.materialize())[inside])
+    np.testing.assert_allclose(jax.jit(lambda g, c: g.clip(c).norms())(g, bound), np.minimum(norms, bound), rtol=1e-12)
+
+
+def test_clip_is_exact_on_the_boundary_and_at_zero():
+    value = jnp.array([[3.0, 4.0], [0.0, 0.0], [30.0, 40.0]], jnp.float32)
+    g = PerExampleGrads({"v": (Dense.of(value, jnp.float32),)})
+    np.testing.assert_array_equal(g.clip(5.0).materialize()["v"], [[3, 4], [0, 0], [3, 4]])
+
+
+def test_clip_by_leaf_and_by_group():
+    f = lambda seed: (Dense.of(jax.random.normal(jax.random.key(seed), (4, 3)), jnp.float64),)  # noqa: E731
+    g = PerExampleGrads({"a": {"x": f(0), "y": f(1)}, "b": f(2)})
+    clipped = g.clip({"a": 0.5, "b": 0.1})
+    leaf = clipped.leaf_norms()
+    np.testing.assert_allclose(np.hypot(leaf["a"]["x"], leaf["a"]["y"]), 0.5)
+    np.testing.assert_allclose(leaf["b"], 0.1)
+    by_leaf = g.clip({"a": {"x": 0.1, "y": 0.2}, "b": 0.3}).leaf_norms()
+    close(
+        jax.tree.map(lambda n: n, by_leaf), {"a": {"x": jnp.full(4, 0.1), "y": jnp.full(4, 0.2)}, "b": jnp.full(4, 0.3)}
+    )
+
+
+@pytest.mark.usefixtures("plain_types")
+def test_what_is_held_is_shown(g):
+    assert g.batch_size == len(g) == B
+    assert g.nbytes == 8 * B * (H + D + H + H)
+    assert g.materialized_nbytes == 8 * B * (H * D + H + H)
+    assert repr(g).splitlines() == [
+        f"PerExampleGrads({B} examples, {g.nbytes} bytes held, {g.materialized_nbytes} if materialized)",
+        f"  .W float64[{H}, {D}]: Outer(float64[{B}, 1, 1, {H}], float64[{B}, 1, 1, {D}])",
+        f"  .b float64[{H}]: Dense(float64[{B}, {H}])",
+        f"  .w float64[{H}]: Dense(float64[{B}, {H}])",
+    ]
+    assert isinstance(g.factors, Params)
+    assert repr(jax.tree.map(lambda a: None, g))
+
+
+def test_an_embedding_tied_to_the_output_layer():
+    """Rows + Outer on one parameter: the cross term counts."""
+
+    def tied_loss(E, ids, target):
+        h = E[ids].mean(0)
+        return -jax.nn.log_softmax(E @ h)[target]
+
+    E = jax.random.normal(jax.random.key(0), (7, 3), jnp.float64)
+    ids = jax.random.randint(jax.random.key(1), (4, 5), 0, 7)
+    targets = jnp.array([0, 3, 3, 6])
+    G = jax.vmap(jax.grad(tied_loss), (None, 0, 0))(E, ids, targets)
+
+    def parts(ids, target):
+        h = E[ids].mean(0)
+        delta = jax.nn.softmax(E @ h) - jax.nn.one_hot(target, 7, dtype=E.dtype)
+        return delta, h, jnp.tile((E.T @ delta)[None] / 5, (5, 1))
+
+    delta, h, rows = jax.vmap(parts)(ids, targets)
+    g = PerExampleGrads((Outer.of_matrix(delta, h, E.dtype), Rows.of_table(ids, rows, 7, E.dtype)))
+    close(g.materialize(), G)
+    close(g.norms(), np.linalg.norm(flat(G), axis=1))
+    close(g.gram(), flat(G) @ flat(G).T)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_sharded_factors_give_the_same_numbers(kind, g):
+    mesh = jax.make_mesh((len(jax.devices()),), ("batch",), axis_types=(jax.sharding.AxisType[kind],))
+    n = B - B % len(jax.devices())
+    with jax.set_mesh(mesh):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+        sharded = jax.device_put(g[:n], sharding)
+        for of in (
+            lambda g: g.norms(),
+            lambda g: g.clip(0.3).sum(),
+            lambda g: g.gram(),
+            lambda g: g.second_moment(),
+            lambda g: g.variance(),
+            lambda g: g.mean(),
+        ):
+            found = jax.tree.map(np.asarray, jax.jit(of)(sharded))
+            close(found, of(g[:n]))
+
+
+# --- The compiled program --------------------------------------------------------------------------------------
+
+
+OPERATIONS = {
+    "norms": lambda g, params: g.norms(),
+    "squared_norms": lambda g, params: g.squared_norms(),
+    "leaf_norms": lambda g, params: g.leaf_norms(),
+    "dot": lambda g, params: g.dot(params),
+    "weighted_sum": lambda g, params: g.weighted_sum(g.norms()),
+    "sum": lambda g, params: g.sum(),
+    "mean": lambda g, params: g.mean(),
+    "gram": lambda g, params: g.gram(),
+    "second_moment": lambda g, params: g.second_moment(),
+    "variance": lambda g, params: g.variance(),
+    "scale": lambda g, params: g.scale(g.norms()),
+    "clip": lambda g, params: g.clip(1.0).sum(),
+    "where": lambda g, params: g.where(g.norms() > 0).sum(),
+    "indexing": lambda g, params: g[1:].sum(),
+    "concatenate": lambda g, params: PerExampleGrads.concatenate([g, g]).sum(),
+}
+
+
+def largest_array(function, *arguments):
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    shapes = re.findall(r"f32\[([\d,]*)\]", text)
+    return max(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_no_array_of_batch_times_parameters_is_in_the_compiled_program(name):
+    params, X, Y = batch(jnp.float32, B=29, H=31, D=37)
+
+    def program(params, X, Y):
+        return OPERATIONS[name](closed_form.per_example_grads(params, X, Y), params)
+
+    assert largest_array(program, params, X, Y) <= 2 * 31 * 37 + 2 * 29 * 37
+    assert largest_array(lambda *a: closed_form.per_example_grads(*a).materialize(), params, X, Y) == 29 * 31 * 37
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("plain_types")
+def test_bad_input_is_named(g):
+    matrix = (Dense.of(jnp.ones((2, 3)), jnp.float64),)
+    other = PerExampleGrads({"W": matrix})
+    cases = [
+        (
+            lambda: PerExampleGrads({"W": jnp.ones(3)}),
+            TypeError,
+            r"expected a tree of tuples of factors, got something",
+        ),
+        (lambda: PerExampleGrads({}), TypeError, "got none"),
+        (
+            lambda: PerExampleGrads([matrix, (Dense.of(jnp.ones((4, 3)), jnp.float64),)]),
+            ValueError,
+            r"expected one number of examples in every factor, got \[2, 4\]",
+        ),
+        (
+            lambda: PerExampleGrads((matrix[0], Dense.of(jnp.ones((2, 4)), jnp.float64))),
+            ValueError,
+            "expected factors of one parameter",
+        ),
+        (lambda: g.gram(other), ValueError, "gram: expected the same tree of parameters"),
+        (lambda: g.gram(3), TypeError, "gram: expected PerExampleGrads, got int"),
+        (
+            lambda: other.gram(PerExampleGrads({"W": (Dense.of(jnp.ones((2, 4)), jnp.float64),)})),
+            ValueError,
+            r"gram: expected float64\[3\] at \['W'\], got float64\[4\]",
+        ),
+        (
+            lambda: other.gram(PerExampleGrads({"W": (Dense.of(jnp.ones((2, 3)), jnp.float32),)})),
+            ValueError,
+            r"got float32\[3\]",
+        ),
+        (lambda: g.dot({"W": 1}), ValueError, "dot: expected a tree like the parameters'"),
+        (lambda: other.dot({"W": jnp.ones(4)}), ValueError, r"dot: expected shape \(3,\) at \['W'\], got \(4,\)"),
+        (lambda: g.weighted_sum(jnp.ones(B + 1)), ValueError, r"weighted_sum: expected one floating number an example"),
+        (lambda: g.scale(jnp.ones(B, int)), ValueError, "scale: expected one floating number an example"),
+        (lambda: g.where(jnp.ones(B)), ValueError, "where: expected a boolean mask"),
+        (lambda: g.clip(-1.0), ValueError, "clip: expected positive numbers as bounds, got -1.0"),
+        (lambda: g.clip([1.0, 2.0]), ValueError, "clip: expected a number or a tree prefix"),
+        (lambda: g[3], TypeError, r"For one example take g\[i : i \+ 1\]"),
+        (lambda: g[jnp.ones(B)], TypeError, "expected a slice or a one-dimensional array"),
+        (lambda: PerExampleGrads.concatenate([]), ValueError, "concatenate: expected at least one batch"),
+        (lambda: PerExampleGrads.concatenate([g, other]), ValueError, "concatenate: expected the same tree"),
+        (
+            lambda: PerExampleGrads.concatenate(
+                [
+                    other,
+                    PerExampleGrads(
+                        {
+                            "W": (
+                                Outer(
+                                    jnp.ones((1, 1, 1, 1)),
+                                    jnp.ones((1, 1, 1, 3)),
+                                    Layout((3,), jnp.dtype(jnp.float64), (0,), (1, 1, 3)),
+                                ),
+                            )
+                        }
+                    ),
+                ]
+            ),
+            ValueError,
+            "concatenate: expected the same factors",
+        ),
+    ]
+    for call, error, message in cases:
+        with pytest.raises(error, match=message):
+            call()
