@@ -45,7 +45,9 @@ def test_runs_from_top_to_bottom_and_puts_out_what_is_committed(path, tmp_path, 
         cell.outputs = []
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=ThisInterpreter())
     resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, km=kernel, kernel_name="python3", timeout=600, resources=resources).execute()
+    NotebookClient(notebook, km=kernel, kernel_name="python3", timeout=600, resources=resources).execute(
+        cleanup_kc=True
+    )
     for ran, kept in zip(code_cells(notebook), code_cells(committed), strict=True):
         assert kinds(ran) == kinds(kept), ran.source
 

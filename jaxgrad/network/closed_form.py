@@ -168,13 +168,13 @@ def per_example_grads(
         >>> per_example_grads(params, jnp.zeros((5, 2)), jnp.ones(5)).norms().shape
         (5,)
     """
-    f = _forward(params, X, Y, activation)
-    delta = _delta(params, f).T
+    # The example axis first, as the factors have it: a transposed copy of δ would cost as much as the products.
+    delta, minus_pi_gamma_s = jax.vmap(lambda x, y: _sides(params, _forward(params, x, y, activation)))(X, Y)
     return PerExampleGrads(
         Params(  # the parameters' tree, with factors for leaves
             W=(Outer.of_matrix(delta, X, params.W.dtype),),  # type: ignore[arg-type]
             b=(Dense.of(delta, params.b.dtype),),  # type: ignore[arg-type]
-            w=(Dense.of((f.minus_pi_gamma[None] * f.s).T, params.w.dtype),),  # type: ignore[arg-type]
+            w=(Dense.of(minus_pi_gamma_s, params.w.dtype),),  # type: ignore[arg-type]
         )
     )
 
@@ -276,6 +276,10 @@ def _delta(params: Params, f: _Forward) -> Array:
     if f.s.ndim == 1:
         return (f.minus_pi_gamma * w) * f.slope
     return (f.minus_pi_gamma[None] * w[:, None]) * f.slope
+
+
+def _sides(params: Params, f: _Forward) -> tuple[Array, Array]:
+    return _delta(params, f), f.minus_pi_gamma * f.s
 
 
 def _gradient(params: Params, x: Array, f: _Forward) -> Params:

@@ -243,7 +243,12 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
     acc = accumulator(f)
     match wide(f if c is None else scale(f, c), acc):
         case Outer(left, right, layout):
-            total = jnp.einsum("bgtf,bgtk->gfk", left, right, precision=precision, out_sharding=replicated(left))
+            lies = replicated(left)
+            if layout.matrix[0] == 1:
+                lefts, rights = left.reshape(-1, left.shape[3]), right.reshape(-1, right.shape[3])
+                total = jnp.matmul(lefts.T, rights, precision=precision, out_sharding=lies)[None]
+            else:
+                total = jnp.einsum("bgtf,bgtk->gfk", left, right, precision=precision, out_sharding=lies)
             return layout.from_matrix(total)
         case Rows() as rows:
             ids, values = gathered(rows.valid())
@@ -284,7 +289,7 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
 def row_sums(a: Array) -> Float[Array, " B"]:
     """[B, …] → [B]: each example's entries summed, as a product with ones: faster on CPU than a reduction."""
     flat = a.reshape(a.shape[0], math.prod(a.shape[1:]))
-    return jnp.matmul(flat, jnp.ones(flat.shape[1], a.dtype), precision=lax.Precision.HIGHEST)
+    return jnp.matmul(jnp.ones((1, flat.shape[1]), a.dtype), flat.T, precision=lax.Precision.HIGHEST)[0]
 
 
 def added(terms: Sequence[Array]) -> Array:
