@@ -1,7 +1,7 @@
-"""Operations on per-example gradients, kept as factors against written out: python -m benchmarks.factors [--write FILE.md]
+"""Operations on per-example gradients, as factors and written out: python -m benchmarks.factors [--write FILE.md]
 
-Plain, `jit(value_and_grad(mean loss))`, is 1.00. Each row is one interleaved run of plain, the operation on factors, the
-matrix products it cannot do without, and the operation after `jit(vmap(jax.grad))`; the two results agree before
+Plain, `jit(value_and_grad(mean loss))`, is 1.00. Each row is one interleaved run of plain, the operation on factors,
+the matrix products it cannot do without, and the operation after `jit(vmap(jax.grad))`; the two results agree before
 anything is timed. Memory is the compiled program's temporary memory. Goals: norms 0.60 and Gram matrix 1.00 on the two
 large sizes, norms + clipped sum and second moment 1.00; memory 1.25 × plain.
 """
@@ -29,8 +29,8 @@ def written_out(params: Params, X: jax.Array, Y: jax.Array) -> jax.Array:
     return jnp.concatenate([leaf.reshape(len(X), -1) for leaf in G], axis=1)
 
 
-def flat(params: Params) -> jax.Array:
-    return jnp.concatenate([leaf.ravel() for leaf in params])
+def flat(result: Any) -> jax.Array:
+    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(result)])
 
 
 def clipped_sum_of(G: jax.Array) -> jax.Array:
@@ -60,12 +60,12 @@ OPERATIONS: dict[str, tuple[Operation, Callable[[jax.Array], jax.Array], Operati
         one_product,
     ),
     "norms + clipped sum": (
-        lambda p, X, Y: flat(closed_form.per_example_grads(p, X, Y).clip(MAX_NORM).sum()),
+        lambda p, X, Y: closed_form.per_example_grads(p, X, Y).clip(MAX_NORM).sum(),
         clipped_sum_of,
         two_products,
     ),
     "second moment": (
-        lambda p, X, Y: flat(closed_form.per_example_grads(p, X, Y).second_moment()),
+        lambda p, X, Y: closed_form.per_example_grads(p, X, Y).second_moment(),
         lambda G: (G**2).mean(0),
         two_products,
     ),
@@ -100,9 +100,9 @@ def row(size: tuple[int, int, int], name: str, seconds: float, peers: bool) -> s
         del functions["written out"]
     else:
         chex.assert_trees_all_close(
-            functions["factors"](*arguments), functions["written out"](*arguments), rtol=1e-3, atol=1e-4
+            flat(functions["factors"](*arguments)), flat(functions["written out"](*arguments)), rtol=1e-3, atol=1e-4
         )
-    calls = {key: (lambda f=f: f(*arguments)) for key, f in functions.items()}
+    calls: dict[str, Callable[[], Any]] = {key: (lambda f=f: f(*arguments)) for key, f in functions.items()}
     fast = {key: call for key, call in calls.items() if key != "written out"}
     t = medians(fast, seconds)
     if peers:
@@ -118,7 +118,7 @@ def row(size: tuple[int, int, int], name: str, seconds: float, peers: bool) -> s
 
 def run(seconds: float) -> str:
     header = [
-        "| (B, D, H) | operation | plain, ms | factors | products alone | vmap(grad) | plain, MiB | factors | vmap(grad) |",
+        "| (B, D, H) | operation | plain, ms | factors | products | vmap(grad) | plain, MiB | factors | vmap(grad) |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines = [f"Medians of interleaved calls, float32, {environment()}. Ratios are to plain.", "", *header]
