@@ -7,6 +7,7 @@ large sizes, norms + clipped sum and second moment 1.00; memory 1.25 × plain.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def row(size: tuple[int, int, int], name: str, seconds: float, peers: bool) -> s
         chex.assert_trees_all_close(
             flat(functions["factors"](*arguments)), flat(functions["written out"](*arguments)), rtol=1e-3, atol=1e-4
         )
-    calls: dict[str, Callable[[], Any]] = {key: (lambda f=f: f(*arguments)) for key, f in functions.items()}
+    calls = {key: functools.partial(f, *arguments) for key, f in functions.items()}
     fast = {key: call for key, call in calls.items() if key != "written out"}
     t = medians(fast, seconds)
     if peers:

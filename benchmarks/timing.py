@@ -3,14 +3,14 @@
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 
-def medians(functions: dict[str, Callable[[], Any]], seconds: float = 3.0, least: int = 7) -> dict[str, float]:
+def medians(functions: Mapping[str, Callable[[], Any]], seconds: float = 3.0, least: int = 7) -> dict[str, float]:
     """Median seconds of each, all called in turn for about `seconds`, each turn starting with another one."""
     for function in functions.values():
         jax.block_until_ready(function())
