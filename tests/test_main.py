@@ -95,8 +95,9 @@ def test_a_progress_bar_on_a_terminal():
     assert b"training" in shown
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
-@pytest.mark.parametrize("activation", ["logistic", "gelu", "relu"])
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [("float32", "relu"), ("float64", "gelu"), ("bfloat16", "logistic"), ("float16", "tanh")]
+)
 def test_every_dtype_and_activation(capsys, dtype, activation):
     status, out, err = run(capsys, "--dtype", dtype, "--activation", activation, "--steps", "60", "--hidden", "5")
     assert (status, err) == (0, "")

@@ -39,6 +39,7 @@ def kinds(cell):
 def test_runs_from_top_to_bottom_and_puts_out_what_is_committed(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's own start-up files
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # figures belong in the notebook
     copy = shutil.copy(path, tmp_path)
     notebook, committed = nbformat.read(copy, as_version=4), nbformat.read(path, as_version=4)
     for cell in code_cells(notebook):
