@@ -38,7 +38,7 @@ def variance(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Ar
     """mean_b (g_b - ḡ) ⊙ (g_b - ḡ) of one parameter, in its dtype.
 
     Formula, of an Outer with T = 1: with left = l̄ + l, right = r̄ + r (l̄, r̄ their means over the examples),
-    g_b - ḡ = l̄ r + l r̄ + (l r - E[l r]), and the mean square of that is six matrix products of the centred sides. The
+    g_b - ḡ = l̄ r + l r̄ + (l r - E[l r]), and the mean square of that is four matrix products of the centred sides. The
     terms are as small as the deviations: examples that agree give 0, and not the difference of two large squares.
     """
     B, acc, layout = _count(leaf), accumulator(*leaf), leaf[0].layout
