@@ -241,6 +241,10 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
     Cost: Outer one matrix product of B·G·T·F·K operations; nothing of B × parameter size is formed.
     """
     acc = accumulator(f)
+    if isinstance(f, Dense) and c is not None:  # no weighted copy
+        value = f.value.reshape(f.value.shape[0], f.layout.size).astype(acc)
+        total = jnp.matmul(c.astype(acc), value, precision=lax.Precision.HIGHEST, out_sharding=replicated(value))
+        return total.reshape(f.layout.shape)
     match wide(f if c is None else scale(f, c), acc):
         case Outer(left, right, layout):
             lies = replicated(left)

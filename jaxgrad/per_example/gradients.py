@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.per_example import factors, moments, norms, pairs
+from jaxgrad.per_example import factors, norms
 from jaxgrad.per_example.chunks import CHUNK_BYTES
 from jaxgrad.per_example.factors import Factor, Precision, added
-
-Factors = tuple[Factor, ...]
+from jaxgrad.per_example.leaf import Leaf, concatenated
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -45,43 +44,41 @@ class PerExampleGrads:
         if strange or not leaves:
             where = f"something else at tree{strange[0]}" if strange else "none"
             raise TypeError(f"PerExampleGrads: expected a tree of tuples of factors, got {where}.")
-        self._leaves: tuple[Factors, ...] = tuple(leaf for _, leaf in leaves)
-        self._treedef: Any = treedef
-        self._check()
-
-    def _check(self) -> None:
-        sizes = {a.shape[0] for leaf in self._leaves for f in leaf for a in factors.arrays(f)}
+        sizes = {a.shape[0] for _, leaf in leaves for f in leaf for a in factors.arrays(f)}
         if len(sizes) != 1:
             raise ValueError(f"PerExampleGrads: expected one number of examples in every factor, got {sorted(sizes)}.")
-        for path, leaf in zip(self.paths, self._leaves, strict=True):
+        for path, leaf in leaves:
             shapes = {(f.layout.shape, f.layout.dtype) for f in leaf}
             if len(shapes) != 1:
                 raise ValueError(
-                    f"PerExampleGrads: expected factors of one parameter, got shapes and dtypes {shapes} at {path}."
+                    f"PerExampleGrads: expected factors of one parameter, got shapes and dtypes {shapes} "
+                    f"at {jax.tree_util.keystr(path)}."
                 )
+        self._leaves: tuple[Leaf, ...] = tuple(Leaf.of(leaf) for _, leaf in leaves)
+        self._treedef: Any = treedef
 
     # --- as a pytree
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Factors], ...], Any]:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Leaf], ...], Any]:
         """For JAX: the factors by their parameter's path, and the structure of the tree."""
         keys = [jax.tree_util.GetAttrKey(path) for path in self.paths]
         return tuple(zip(keys, self._leaves, strict=True)), self._treedef
 
     @classmethod
-    def tree_unflatten(cls, treedef: Any, leaves: Sequence[Factors]) -> "PerExampleGrads":
+    def tree_unflatten(cls, treedef: Any, leaves: Sequence[Leaf]) -> "PerExampleGrads":
         """For JAX: the inverse of flattening, unchecked."""
         g = object.__new__(cls)
         g._leaves, g._treedef = tuple(leaves), treedef
         return g
 
-    def _with(self, leaves: Sequence[Factors]) -> "PerExampleGrads":
+    def _with(self, leaves: Sequence[Leaf]) -> "PerExampleGrads":
         return self.tree_unflatten(self._treedef, leaves)
 
     def _tree(self, leaves: Sequence[Any]) -> PyTree:
         return jax.tree.unflatten(self._treedef, leaves)
 
-    def _map(self, function: Callable[[Factor], Factor]) -> "PerExampleGrads":
-        return self._with([tuple(function(f) for f in leaf) for leaf in self._leaves])
+    def _each(self, function: Callable[[Leaf], Any]) -> PyTree:
+        return self._tree([function(leaf) for leaf in self._leaves])
 
     # --- what is held
 
@@ -93,23 +90,24 @@ class PerExampleGrads:
 
     @property
     def factors(self) -> PyTree:
-        """The parameters' tree with each leaf replaced by its tuple of factors."""
-        return self._tree(self._leaves)
+        """The parameters' tree with each leaf replaced by its tuple of factors, scaled as the gradients are."""
+        return self._each(Leaf.weighted)
 
     @property
     def batch_size(self) -> int:
         """B."""
-        return factors.arrays(self._leaves[0][0])[0].shape[0]
+        return self._leaves[0].weight.shape[0]
 
     @property
     def nbytes(self) -> int:
         """Bytes held in the factors; an array that two factors share is counted twice."""
-        return sum(a.size * a.dtype.itemsize for leaf in self._leaves for f in leaf for a in factors.arrays(f))
+        held = [a for leaf in self._leaves for f in leaf.factors for a in factors.arrays(f)]
+        return sum(a.size * a.dtype.itemsize for a in held)
 
     @property
     def materialized_nbytes(self) -> int:
         """Bytes that `materialize` would write."""
-        return sum(self.batch_size * leaf[0].layout.size * leaf[0].layout.dtype.itemsize for leaf in self._leaves)
+        return sum(self.batch_size * leaf.layout.size * leaf.layout.dtype.itemsize for leaf in self._leaves)
 
     def __len__(self) -> int:
         return self.batch_size
@@ -117,8 +115,7 @@ class PerExampleGrads:
     def __repr__(self) -> str:
         try:
             lines = [
-                f"  {path or 'parameter'} {leaf[0].layout.dtype.name}{list(leaf[0].layout.shape)}: "
-                + " + ".join(_shown(f) for f in leaf)
+                f"  {path or 'parameter'} {leaf.layout.dtype.name}{list(leaf.layout.shape)}: " + repr(leaf)
                 for path, leaf in zip(self.paths, self._leaves, strict=True)
             ]
             held = f"{self.batch_size} examples, {self.nbytes} bytes held, {self.materialized_nbytes} if materialized"
@@ -135,11 +132,11 @@ class PerExampleGrads:
             chunk_bytes: how much may be written out at once where the cheapest way writes something out.
             precision: as in `jax.lax.dot_general`, here and in every method that has it.
         """
-        return added([norms.squared(leaf, chunk_bytes, precision) for leaf in self._leaves])
+        return added([leaf.squared_norm(chunk_bytes, precision) for leaf in self._leaves])
 
     def leaf_norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
         """The norm of each parameter's gradient by itself: the tree with a [B] at every leaf. As `norms`."""
-        return self._tree([norms.norm(leaf, chunk_bytes, precision) for leaf in self._leaves])
+        return self._each(lambda leaf: leaf.norm(chunk_bytes, precision))
 
     def norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> Float[Array, " B"]:
         """‖g_b‖ [B], over all parameters together.
@@ -148,7 +145,7 @@ class PerExampleGrads:
         Every example is scaled by powers of two on the way, so that nothing overflows or underflows unless the norm
         itself does. Differentiable; the derivative at a zero gradient is 0.
         """
-        return norms.together([norms.norm(leaf, chunk_bytes, precision) for leaf in self._leaves])
+        return norms.together([leaf.norm(chunk_bytes, precision) for leaf in self._leaves])
 
     # --- linear maps
 
@@ -159,7 +156,7 @@ class PerExampleGrads:
             tree: a direction, of the parameters' structure and shapes.
         """
         leaves = self._direction("dot", tree)
-        return added([factors.dot(f, v, precision) for leaf, v in zip(self._leaves, leaves, strict=True) for f in leaf])
+        return added([leaf.dot(v, precision) for leaf, v in zip(self._leaves, leaves, strict=True)])
 
     def weighted_sum(self, c: Float[Array, " B"], *, precision: Precision = None) -> PyTree:
         """Gᵀ c: Σ_b c_b g_b, a tree of the parameters' shapes and dtypes. One matrix product a factor."""
@@ -172,19 +169,17 @@ class PerExampleGrads:
 
     def mean(self, *, precision: Precision = None) -> PyTree:
         """Σ_b g_b / B, a tree of the parameters' shapes and dtypes; NaN for an empty batch, as jnp.mean."""
-        return self._tree(
-            [
-                (
-                    _total(leaf, None, precision) / self.batch_size
-                    if self.batch_size
-                    else jnp.full(leaf[0].layout.shape, jnp.nan)
-                ).astype(leaf[0].layout.dtype)
-                for leaf in self._leaves
-            ]
-        )
+
+        def mean(leaf: Leaf) -> Array:
+            total = leaf.sum(None, precision)
+            return (total / self.batch_size if self.batch_size else jnp.full_like(total, jnp.nan)).astype(
+                leaf.layout.dtype
+            )
+
+        return self._each(mean)
 
     def _summed(self, c: Array | None, precision: Precision) -> PyTree:
-        return self._tree([_total(leaf, c, precision).astype(leaf[0].layout.dtype) for leaf in self._leaves])
+        return self._each(lambda leaf: leaf.sum(c, precision).astype(leaf.layout.dtype))
 
     # --- products of examples
 
@@ -201,14 +196,8 @@ class PerExampleGrads:
         if other is not None:
             self._same_parameters("gram", other)
         second = self if other is None else other
-        return added(
-            [
-                pairs.gram(f, f_, chunk_bytes, precision)
-                for leaf, leaf_ in zip(self._leaves, second._leaves, strict=True)
-                for f in leaf
-                for f_ in leaf_
-            ]
-        )
+        pairs = zip(self._leaves, second._leaves, strict=True)
+        return added([leaf.gram(leaf_, chunk_bytes, precision) for leaf, leaf_ in pairs])
 
     def second_moment(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
         """mean_b g_b ⊙ g_b, a tree of the parameters' shapes and dtypes.
@@ -216,7 +205,7 @@ class PerExampleGrads:
         Formula: of an Outer with T = 1, (left²)ᵀ(right²)/B, one matrix product; otherwise examples are written out,
         `chunk_bytes` at a time.
         """
-        return self._tree([moments.second_moment(leaf, chunk_bytes, precision) for leaf in self._leaves])
+        return self._each(lambda leaf: leaf.second_moment(chunk_bytes, precision))
 
     def variance(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
         """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree of the parameters' shapes and dtypes.
@@ -224,14 +213,14 @@ class PerExampleGrads:
         Formula: not second_moment - mean², which cancels: of an Outer with T = 1 the sides are centred first
         (`moments.variance`); otherwise examples are written out, `chunk_bytes` at a time, with the mean subtracted.
         """
-        return self._tree([moments.variance(leaf, chunk_bytes, precision) for leaf in self._leaves])
+        return self._each(lambda leaf: leaf.variance(chunk_bytes, precision))
 
     # --- new batches
 
     def scale(self, c: Float[Array, " B"]) -> "PerExampleGrads":
         """c_b g_b, in float32 at least: what is multiplied keeps the digits that the parameter's dtype would drop."""
         c = self._per_example("scale", c)
-        return self._map(lambda f: factors.scale(f, c))
+        return self._with([Leaf(leaf.factors, leaf.weight * c.astype(leaf.weight.dtype)) for leaf in self._leaves])
 
     def clip(
         self, max_norm: PyTree, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None
@@ -246,7 +235,7 @@ class PerExampleGrads:
             ValueError: a bound that is not positive, or a tree that is not a prefix of the parameters.
         """
         bounds, groups = self._groups(max_norm)
-        leaves: list[Factors] = []
+        leaves: list[Leaf] = []
         for bound, group in zip(bounds, groups, strict=True):
             part = PerExampleGrads.tree_unflatten(jax.tree.structure([0] * len(group)), group)
             lengths = part.norms(chunk_bytes=chunk_bytes, precision=precision)
@@ -266,7 +255,7 @@ class PerExampleGrads:
                 f"PerExampleGrads.where: expected a boolean mask of shape {(self.batch_size,)}, "
                 f"got {mask.dtype} of shape {mask.shape}."
             )
-        return self._map(lambda f: factors.where(f, mask))
+        return self._with([leaf.where(mask) for leaf in self._leaves])
 
     def __getitem__(self, index: Any) -> "PerExampleGrads":
         """A subset of the examples: a slice, or an integer or boolean array."""
@@ -298,22 +287,16 @@ class PerExampleGrads:
             raise ValueError("PerExampleGrads.concatenate: expected at least one batch, got none.")
         for part in parts[1:]:
             parts[0]._same_parameters("concatenate", part)
-        kinds = [[[(type(f), f.layout) for f in leaf] for leaf in part._leaves] for part in parts]
+        kinds = [[[(type(f), f.layout) for f in leaf.factors] for leaf in part._leaves] for part in parts]
         if any(kind != kinds[0] for kind in kinds[1:]):
             raise ValueError(
                 "PerExampleGrads.concatenate: expected the same factors in every part, got different ones."
             )
-        leaves = [
-            tuple(_concatenated(same) for same in zip(*leaf, strict=True))
-            for leaf in zip(*(part._leaves for part in parts), strict=True)
-        ]
-        return parts[0]._with(leaves)
+        return parts[0]._with([concatenated(same) for same in zip(*(part._leaves for part in parts), strict=True)])
 
     def materialize(self) -> PyTree:
         """G written out: the tree of [B, *shape] that `jax.vmap(jax.grad(loss))` returns. B × parameters numbers."""
-        return self._tree(
-            [added([factors.written_out(f) for f in leaf]).astype(leaf[0].layout.dtype) for leaf in self._leaves]
-        )
+        return self._each(Leaf.materialize)
 
     # --- what comes in
 
@@ -333,9 +316,9 @@ class PerExampleGrads:
                 f"PerExampleGrads.{call}: expected a tree like the parameters', {self._treedef}, got {treedef}."
             )
         for path, leaf, v in zip(self.paths, self._leaves, leaves, strict=True):
-            if jnp.shape(v) != leaf[0].layout.shape:
+            if jnp.shape(v) != leaf.layout.shape:
                 raise ValueError(
-                    f"PerExampleGrads.{call}: expected shape {leaf[0].layout.shape} at {path}, got {jnp.shape(v)}."
+                    f"PerExampleGrads.{call}: expected shape {leaf.layout.shape} at {path}, got {jnp.shape(v)}."
                 )
         return [jnp.asarray(v) for v in leaves]
 
@@ -347,14 +330,14 @@ class PerExampleGrads:
                 f"PerExampleGrads.{call}: expected the same tree of parameters, {self._treedef}, got {other._treedef}."
             )
         for path, leaf, leaf_ in zip(self.paths, self._leaves, other._leaves, strict=True):
-            mine, theirs = leaf[0].layout, leaf_[0].layout
+            mine, theirs = leaf.layout, leaf_.layout
             if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
                 raise ValueError(
                     f"PerExampleGrads.{call}: expected {mine.dtype}{list(mine.shape)} at {path}, "
                     f"got {theirs.dtype}{list(theirs.shape)}."
                 )
 
-    def _groups(self, max_norm: PyTree) -> tuple[list[Any], list[list[Factors]]]:
+    def _groups(self, max_norm: PyTree) -> tuple[list[Any], list[list[Leaf]]]:
         prefix: Any
         bounds, prefix = jax.tree.flatten(max_norm)
         for bound in bounds:
@@ -370,30 +353,8 @@ class PerExampleGrads:
         return bounds, [[self._leaves[i] for i in jax.tree.leaves(group)] for group in groups]
 
 
-def _total(leaf: Factors, c: Array | None, precision: Precision) -> Array:
-    return added([factors.weighted_sum(f, c, precision) for f in leaf])
-
-
 def _known_not_positive(bound: Any) -> bool:
     try:
         return not bound > 0
     except jax.errors.TracerBoolConversionError:  # decided when it runs; a bound ≤ 0 then gives NaN or zeros
         return False
-
-
-def _concatenated(same: tuple[Factor, ...]) -> Factor:
-    """Along the example axis; the position axis T padded with zeros where it differs."""
-    if isinstance(same[0], factors.Dense):
-        return jax.tree.map(lambda *a: jnp.concatenate(a), *same)
-    axis = {factors.Outer: 2, factors.Rows: 1}[type(same[0])]
-    T = max(factors.arrays(f)[0].shape[axis] for f in same)
-
-    def padded(a: Array) -> Array:
-        return jnp.pad(a, [(0, T - a.shape[axis] if k == axis else 0) for k in range(a.ndim)])
-
-    return jax.tree.map(lambda *a: jnp.concatenate([padded(x) for x in a]), *same)
-
-
-def _shown(f: Factor) -> str:
-    shapes = ", ".join(f"{a.dtype.name}{list(a.shape)}" for a in factors.arrays(f))
-    return f"{type(f).__name__}({shapes})"

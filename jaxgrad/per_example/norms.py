@@ -1,19 +1,25 @@
 """Norms of one parameter's gradients, and of several parameters together."""
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from jaxgrad.per_example import pairs
 from jaxgrad.per_example.factors import (
+    Dense,
     Factor,
+    Outer,
     Precision,
     added,
     power_of_two,
+    row_sums,
     scale,
     scaled_by_power_of_two,
 )
+from jaxgrad.precision import working_dtype
 
 Factors = tuple[Factor, ...]
 
@@ -30,6 +36,11 @@ def squared(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Arr
 
 def norm(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
     """[B]: ‖Σ_i f_i‖ of one parameter's factors, each example scaled by powers of two on the way."""
+    match leaf:
+        case (Outer(left, right, _),) if left.shape[1:3] == (1, 1):
+            return _of_vectors(left) * _of_vectors(right)
+        case (Dense(value, _),):
+            return _of_vectors(value)
     scaled = [scaled_by_power_of_two(f) for f in leaf]
     units = [unit for _, unit in scaled]
     unit = units[0]
@@ -39,6 +50,13 @@ def norm(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
         return unit * _safe_sqrt(squared((scaled[0][0],), chunk_bytes, precision))
     balanced = tuple(scale(f, u / unit) for f, u in scaled)
     return unit * _safe_sqrt(squared(balanced, chunk_bytes, precision))
+
+
+def _of_vectors(a: Array) -> Array:
+    """‖a_b‖ of a [B, …] as one vector an example. Flat: what two parameters share is then computed once."""
+    a = a.reshape(a.shape[0], math.prod(a.shape[1:])).astype(working_dtype(a.dtype))
+    unit = power_of_two(row_sums(jnp.abs(lax.stop_gradient(a))))
+    return unit * _safe_sqrt(row_sums((a / unit[:, None]) ** 2))
 
 
 def _safe_sqrt(a: Array) -> Array:

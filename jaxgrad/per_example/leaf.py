@@ -1,0 +1,110 @@
+"""The gradients of one parameter: a sum of factors, times one number an example."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxgrad.per_example import factors, moments, norms, pairs
+from jaxgrad.per_example.factors import Dense, Factor, Layout, Outer, Precision, Rows, added
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("factors", "weight"), meta_fields=())
+@dataclass(frozen=True)
+class Leaf:
+    """weight_b Σ_i factors_i,b. The weight is what `scale` and `clip` change; no factor is written again for it.
+
+    Attributes:
+        factors: of one layout shape and dtype.
+        weight: [B], in the accumulator's dtype.
+    """
+
+    factors: tuple[Factor, ...]
+    weight: Array
+
+    @staticmethod
+    def of(parts: tuple[Factor, ...]) -> "Leaf":
+        """With weight 1."""
+        return Leaf(parts, jnp.ones(factors.arrays(parts[0])[0].shape[0], factors.accumulator(*parts)))
+
+    @property
+    def layout(self) -> Layout:
+        """The first factor's: the parameter's shape and dtype are the same in all."""
+        return self.factors[0].layout
+
+    def weighted(self) -> tuple[Factor, ...]:
+        """The factors with the weight multiplied in."""
+        return tuple(factors.scale(f, self.weight) for f in self.factors)
+
+    def map(self, function: Callable[[Factor], Factor], weight: Array) -> "Leaf":
+        """Every factor through `function`, under another weight."""
+        return Leaf(tuple(function(f) for f in self.factors), weight)
+
+    def squared_norm(self, chunk_bytes: int, precision: Precision) -> Float[Array, " B"]:
+        """[B]: ‖·‖²."""
+        return norms.squared(self.weighted(), chunk_bytes, precision)
+
+    def norm(self, chunk_bytes: int, precision: Precision) -> Float[Array, " B"]:
+        """[B]: ‖·‖, without overflow on the way."""
+        return jnp.abs(self.weight) * norms.norm(self.factors, chunk_bytes, precision)
+
+    def dot(self, V: Array, precision: Precision) -> Float[Array, " B"]:
+        """[B]: ⟨·, V⟩ for a V of the parameter's shape."""
+        return added([factors.dot(f, V, precision) for f in self.weighted()])
+
+    def sum(self, c: Float[Array, " B"] | None, precision: Precision) -> Array:
+        """Σ_b c_b · example b (c None: their sum), in the accumulator's dtype."""
+        c = self.weight if c is None else c.astype(self.weight.dtype) * self.weight
+        return added([factors.weighted_sum(f, c, precision) for f in self.factors])
+
+    def gram(self, other: "Leaf", chunk_bytes: int, precision: Precision) -> Float[Array, "B C"]:
+        """[B, C]: every pair of examples."""
+        return added([pairs.gram(f, f_, chunk_bytes, precision) for f in self.weighted() for f_ in other.weighted()])
+
+    def second_moment(self, chunk_bytes: int, precision: Precision) -> Array:
+        """mean_b of the squared entries, in the parameter's dtype."""
+        return moments.second_moment(self.weighted(), chunk_bytes, precision)
+
+    def variance(self, chunk_bytes: int, precision: Precision) -> Array:
+        """mean_b of the squared deviations, in the parameter's dtype."""
+        return moments.variance(self.weighted(), chunk_bytes, precision)
+
+    def where(self, mask: Array) -> "Leaf":
+        """Exactly zero where the mask is False, whatever was there."""
+        return self.map(lambda f: factors.where(f, mask), jnp.where(mask, self.weight, jnp.zeros_like(self.weight)))
+
+    def materialize(self) -> Array:
+        """[B, *shape] in the parameter's dtype."""
+        return added([factors.written_out(f) for f in self.weighted()]).astype(self.layout.dtype)
+
+    def __repr__(self) -> str:
+        return " + ".join(_shown(f) for f in self.factors)
+
+
+def concatenated(parts: Sequence[Leaf]) -> Leaf:
+    """Along the example axis, for leaves of the same kinds of factors."""
+    same = zip(*(part.factors for part in parts), strict=True)
+    dtype = factors.working_dtype(*(part.weight.dtype for part in parts))
+    weight = jnp.concatenate([part.weight.astype(dtype) for part in parts])
+    return Leaf(tuple(_concatenated(each) for each in same), weight)
+
+
+def _concatenated(same: tuple[Factor, ...]) -> Factor:
+    """The position axis T is padded with zeros where it differs."""
+    if isinstance(same[0], Dense):
+        return jax.tree.map(lambda *a: jnp.concatenate(a), *same)
+    axis = {Outer: 2, Rows: 1}[type(same[0])]
+    T = max(factors.arrays(f)[0].shape[axis] for f in same)
+
+    def padded(a: Array) -> Array:
+        return jnp.pad(a, [(0, T - a.shape[axis] if k == axis else 0) for k in range(a.ndim)])
+
+    return jax.tree.map(lambda *a: jnp.concatenate([padded(x) for x in a]), *same)
+
+
+def _shown(f: Factor) -> str:
+    shapes = ", ".join(f"{a.dtype.name}{list(a.shape)}" for a in factors.arrays(f))
+    return f"{type(f).__name__}({shapes})"
