@@ -10,5 +10,15 @@ gradients    PerExampleGrads: the algebra over a tree of factors
 
 from jaxgrad.per_example.factors import Dense, Factor, Layout, Outer, Rows
 from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.transform import per_example_grad, per_example_value_and_grad
 
-__all__ = ["Dense", "Factor", "Layout", "Outer", "PerExampleGrads", "Rows"]
+__all__ = [
+    "Dense",
+    "Factor",
+    "Layout",
+    "Outer",
+    "PerExampleGrads",
+    "Rows",
+    "per_example_grad",
+    "per_example_value_and_grad",
+]

@@ -24,6 +24,7 @@ from jaxgrad.per_example.chunks import chunk_size, map_examples, sum_examples
 from jaxgrad.per_example.factors import (
     Dense,
     Factor,
+    Layout,
     Outer,
     Precision,
     Rows,
@@ -39,10 +40,13 @@ def inner(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) 
     """⟨f_b, f′_b⟩ of every example, in the accumulator's dtype."""
     acc = accumulator(f, f_)
     f, f_ = _ordered(wide(f, acc), wide(f_, acc))
+    if f.layout.disjoint(f_.layout):
+        return jnp.zeros(_count(f), acc)
+    f, f_ = _in_matrix_order(f, f_)
     match f, f_:
         case Outer(), Outer() if _same_matrix(f, f_) and _inner_through_positions(f, f_):
             return _outer_outer(f, f_, chunk_bytes, precision)
-        case Rows(), Rows() if f.layout == f_.layout and _rows_through_positions(f, f_):
+        case Rows(), Rows() if f.layout.same_place(f_.layout) and _rows_through_positions(f, f_):
             return _rows_rows(f, f_, chunk_bytes, precision)
         case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
             return _rows_outer(f, turned, chunk_bytes, precision)
@@ -56,10 +60,12 @@ def gram(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -
     """⟨f_b, f′_c⟩ of every pair of examples, in the accumulator's dtype."""
     acc = accumulator(f, f_)
     f, f_ = wide(f, acc), wide(f_, acc)
+    if f.layout.disjoint(f_.layout):
+        return jnp.zeros((_count(f), _count(f_)), acc)
     first, _ = _ordered(f, f_)
     if first is not f:
         return gram(f_, f, chunk_bytes, precision).T
-    f_ = gathered(f_)  # the factors travel, never what they stand for
+    f, f_ = _in_matrix_order(f, gathered(f_))  # the factors travel, never what they stand for
     match f, f_:
         case Outer(), Outer() if _same_matrix(f, f_) and _gram_through_positions(f, f_):
             if f.left.shape[1:3] == f_.left.shape[1:3] == (1, 1):  # G = T = 1: two matrix products
@@ -68,7 +74,7 @@ def gram(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -
             return _by_blocks(_outer_outer, f, f_, 2 * each * acc.itemsize, chunk_bytes, precision)
         case Outer(), Outer() if _same_matrix(f, f_):
             return _through_matrix(f, f_, chunk_bytes, precision)
-        case Rows(), Rows() if f.layout == f_.layout and _rows_through_positions(f, f_):
+        case Rows(), Rows() if f.layout.same_place(f_.layout) and _rows_through_positions(f, f_):
             each = f.ids.shape[1] * f_.ids.shape[1]
             return _by_blocks(_rows_rows, f, f_, 2 * each * acc.itemsize, chunk_bytes, precision)
         case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
@@ -91,7 +97,15 @@ def _ordered(f: Factor, f_: Factor) -> tuple[Factor, Factor]:
 
 
 def _same_matrix(f: Outer, f_: Outer) -> bool:
-    return (f.layout.axes, f.layout.matrix) == (f_.layout.axes, f_.layout.matrix)
+    return f.layout.same_place(f_.layout)
+
+
+def _in_matrix_order(f: Factor, f_: Factor) -> tuple[Factor, Factor]:
+    """Two factors that lie alike, as factors of a parameter that is [G, F, K] itself: nothing is moved or padded."""
+    if isinstance(f, Dense) or isinstance(f_, Dense) or not f.layout.same_place(f_.layout):
+        return f, f_
+    layout = Layout(f.layout.matrix, f.layout.dtype, (0, 1, 2), f.layout.matrix)
+    return dataclasses.replace(f, layout=layout), dataclasses.replace(f_, layout=layout)
 
 
 def _inner_through_positions(f: Outer, f_: Outer) -> bool:
@@ -110,18 +124,13 @@ def _rows_through_positions(f: Rows, f_: Rows) -> bool:
 
 def _turned_to_table(rows: Rows, outer: Outer) -> Outer | None:
     """The Outer with its sides so that `left` runs over the table's rows; None if its layout is another one."""
-    if outer.layout.matrix[0] != 1:
-        return None
-    if _same_table(rows, outer.layout.axes, outer.layout.matrix[1:]):
+    if rows.layout.same_place(outer.layout):
         return outer
-    swapped = Outer(outer.right, outer.left, rows.layout)
-    if len(outer.layout.shape) == 2 and _same_table(rows, outer.layout.axes[::-1], outer.layout.matrix[:0:-1]):
-        return swapped
+    G, F, K = outer.layout.matrix
+    swapped = dataclasses.replace(outer.layout, axes=outer.layout.axes[::-1], matrix=(G, K, F))
+    if G == 1 and len(outer.layout.axes) == 2 and rows.layout.same_place(swapped):
+        return Outer(outer.right, outer.left, swapped)
     return None
-
-
-def _same_table(rows: Rows, axes: tuple[int, ...], matrix: tuple[int, ...]) -> bool:
-    return rows.layout.axes == axes and rows.layout.matrix[1:] == matrix
 
 
 # --- Through positions: each treats one pair of examples, or b with b -----------------------------------------------

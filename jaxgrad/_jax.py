@@ -1,0 +1,113 @@
+"""What jaxgrad takes from `jax.extend`, and every reading of a primitive's parameters: the only file of that kind.
+
+tests/test_jax.py pins each layout that is read here. When JAX changes one, that file fails.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+from jax import lax
+from jax.extend.core import primitives
+
+Literal = jex.Literal
+Var = jex.Var
+Jaxpr = jex.Jaxpr
+Equation = jex.JaxprEqn
+Primitive = jex.Primitive
+
+jit_p = primitives.jit_p
+remat_p = primitives.remat_p
+add_any_p = primitives.add_jaxvals_p
+scan_p, cond_p = lax.scan_p, lax.cond_p
+
+_JAX = os.path.dirname(os.path.abspath(jax.__file__))
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class Program(NamedTuple):
+    """A jaxpr with the values of its constants."""
+
+    jaxpr: Jaxpr
+    consts: Sequence[Any]
+
+
+def program_of(closed: Any) -> Program:
+    """Of a ClosedJaxpr, of an open one without constants, and of the one kind there is since JAX 0.11."""
+    return Program(getattr(closed, "jaxpr", closed), tuple(getattr(closed, "consts", ())))
+
+
+def body(eqn: Equation) -> Program:
+    """The program of a jit, remat or scan equation."""
+    return program_of(eqn.params["jaxpr"])
+
+
+def branches(eqn: Equation) -> list[Program]:
+    """The programs of a cond equation; its first operand is the index of the branch."""
+    return [program_of(branch) for branch in eqn.params["branches"]]
+
+
+class ScanParts(NamedTuple):
+    """How many of a scan's operands and results are what: operands consts + carry + xs, results carry + ys."""
+
+    consts: int
+    carry: int
+    length: int
+    reverse: bool
+    unroll: Any
+
+
+def scan_parts(eqn: Equation) -> ScanParts:
+    """Read from ranks and not from the params, whose names changed in JAX 0.11: a step sees one axis less."""
+    jaxpr = body(eqn).jaxpr
+    xs = sum(_rank(v) > _rank(w) for v, w in zip(eqn.invars, jaxpr.invars, strict=True))
+    ys = sum(_rank(v) > _rank(w) for v, w in zip(eqn.outvars, jaxpr.outvars, strict=True))
+    carry = len(eqn.outvars) - ys
+    p = eqn.params
+    return ScanParts(len(eqn.invars) - xs - carry, carry, p["length"], p["reverse"], p["unroll"])
+
+
+def _rank(v: Any) -> int:
+    return len(v.aval.shape)
+
+
+def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """The equation's results. One with programs or functions of its own is bound whole, as a program of one equation."""
+    if not any(_is_program(p) for p in eqn.params.values()):
+        results = eqn.primitive.bind(*values, **eqn.params)
+        return list(results) if eqn.primitive.multiple_results else [results]
+    variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, Literal)))
+    known = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)}
+    return jex.jaxpr_as_fun(_alone(eqn, tuple(variables)))(*(known[v] for v in variables))
+
+
+def _is_program(p: Any) -> bool:
+    if isinstance(p, tuple | list):
+        return any(_is_program(q) for q in p)
+    return isinstance(p, jex.Jaxpr | jex.ClosedJaxpr)
+
+
+@functools.lru_cache(1024)
+def _template() -> Any:
+    return jax.make_jaxpr(lambda: ())()
+
+
+def _alone(eqn: Equation, variables: tuple[Any, ...]) -> Any:
+    jaxpr = program_of(_template()).jaxpr
+    jaxpr = jaxpr.replace(
+        constvars=[], invars=list(variables), outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects, debug_info=None
+    )
+    return jex.ClosedJaxpr(jaxpr, ())
+
+
+def source_line(eqn: Equation) -> str:
+    """file:line of the innermost frame that is neither JAX's nor ours; empty if JAX kept none."""
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        inside = os.path.abspath(frame.file_name)
+        if not inside.startswith((_JAX + os.sep, _HERE + os.sep)) and not frame.file_name.startswith("<"):
+            return f"{frame.file_name}:{frame.line_num}"
+    return ""

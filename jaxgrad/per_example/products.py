@@ -1,0 +1,140 @@
+"""The primitives that end a matrix's gradient: their result is a product, and stays one."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxgrad import _jax
+from jaxgrad.per_example import undone
+from jaxgrad.per_example.undone import Term, carried_out
+from jaxgrad.per_example.values import Broadcast, Undone, Value, array_of, is_zero
+
+
+def _dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+    p = eqn.params
+    (lhs_c, rhs_c), (lhs_b, rhs_b) = p["dimension_numbers"]
+    contracted, batch = list(zip(lhs_c, rhs_c, strict=True)), list(zip(lhs_b, rhs_b, strict=True))
+    return undone.product(array_of(values[0]), array_of(values[1]), contracted, batch, p["precision"])
+
+
+def _outer(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+    """mul of a column and a row, both broadcast: an elementwise outer product."""
+    a, b = values
+    if not isinstance(a, Broadcast) or not isinstance(b, Broadcast) or a.shape != b.shape:
+        return None
+    if not set(a.varies) - set(b.varies) or not set(b.varies) - set(a.varies):
+        return None
+    nowhere = [k for k, n in enumerate(a.shape) if n != 1 and k not in a.varies and k not in b.varies]
+    if nowhere:
+        return None
+    both = [(a.varies.index(k), b.varies.index(k)) for k in a.varies if k in b.varies]
+    term = undone.product(jnp.asarray(a.compact), jnp.asarray(b.compact), [], both)
+    order = [k for k in a.varies if k in b.varies]
+    order += [k for k in a.varies if k not in b.varies] + [k for k in b.varies if k not in a.varies]
+    dims = dict(zip(order, term.dims, strict=True))
+    return undone.replace(term, dims=tuple(dims.get(k, ()) for k in range(len(a.shape))))
+
+
+def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+    """Rows added to a table of zeros at one index each, along any one axis."""
+    operand, indices, updates = values
+    numbers, mode = eqn.params["dimension_numbers"], str(eqn.params["mode"]).lower()
+    shape = eqn.outvars[0].aval.shape
+    batched = numbers.operand_batching_dims or numbers.scatter_indices_batching_dims
+    axes = numbers.scatter_dims_to_operand_dims
+    if not is_zero(operand) or batched or len(axes) != 1 or tuple(numbers.inserted_window_dims) != tuple(axes):
+        return None
+    ids, values_ = array_of(indices)[..., 0], array_of(updates)
+    window = numbers.update_window_dims
+    if tuple(values_.shape[k] for k in window) != tuple(n for k, n in enumerate(shape) if k != axes[0]):
+        return None
+    if "clip" in mode:
+        ids = jnp.clip(ids, 0, shape[axes[0]] - 1)
+    rest = iter(window)
+    dims = [None if k == axes[0] else next(rest) for k in range(len(shape))]
+    return undone.lookup(ids, values_, [k for k in range(values_.ndim) if k not in window], dims, shape[axes[0]])
+
+
+def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+    """The gradient of a kernel: the cotangents slide over the input, and each place of the kernel is a product.
+
+    The places are few and the positions many. Where positions · (fan-out + fan-in · places) is less than the kernel,
+    the windows of the input are unfolded and the product is kept; otherwise it is formed here, place by place, as
+    matrix products: under vmap a convolution of two batched operands would become one with a group for each example.
+    """
+    p, out = eqn.params, eqn.outvars[0].aval
+    lhs, rhs = array_of(values[0]), array_of(values[1])
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        return None
+    numbers = p["dimension_numbers"]
+    lhs = lhs.transpose(numbers.lhs_spec)  # [N, C, *spatial]
+    rhs = rhs.transpose(numbers.rhs_spec)  # [O, I, *window]
+    groups, batch_groups = p["feature_group_count"], p["batch_group_count"]
+    edges = [(0, 0, 0), (0, 0, 0), *((lo, hi, d - 1) for (lo, hi), d in zip(p["padding"], p["lhs_dilation"], strict=True))]
+    lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), edges)
+    if groups > 1 and batch_groups > 1:
+        return None
+    G = groups * batch_groups
+    N, C = lhs.shape[0] // batch_groups, lhs.shape[1] // groups
+    lhs = lhs.reshape(batch_groups, N, groups, C, *lhs.shape[2:])
+    lhs = lhs.transpose(0, 2, 1, *range(3, lhs.ndim)).reshape(G, N, C, *lhs.shape[4:])  # [G, N, C, *spatial]
+    rhs = rhs.reshape(G, rhs.shape[0] // G, *rhs.shape[1:])  # [G, O, C, *window]
+    window = rhs.shape[3:]
+    places = tuple(out.shape[k] for k in numbers.out_spec[2:])
+    T, F, K = C * math.prod(window), rhs.shape[1], N * math.prod(places)
+
+    def at(place: Sequence[int]) -> Array:  # [G, N, C, *window]: what the window meets there
+        starts = [i * s for i, s in zip(place, p["window_strides"], strict=True)]
+        limits = [a + (n - 1) * d + 1 for a, n, d in zip(starts, window, p["rhs_dilation"], strict=True)]
+        return lax.slice(lhs, (0, 0, 0, *starts), (*lhs.shape[:3], *limits), (1, 1, 1, *p["rhs_dilation"]))
+
+    ranges = jnp.indices(places).reshape(len(places), -1).T.tolist() if not places else _all_places(places)
+    if not ranges or 0 in window:
+        return None
+    flat_rhs = rhs.reshape(G, F, T)
+    windows = [at(place).reshape(G, N, T) for place in ranges]
+    # the result is [N, G·O, *places] as out_spec orders it: labels g, o (rhs), n and places (lhs)
+    if T * (F + K) < F * K:
+        unfolded = jnp.stack(windows, 2).reshape(G, N, *places, T)
+        spatial = tuple(range(4, 4 + len(places)))
+        term = Term(
+            flat_rhs, unfolded, (0, 1, 2), (0, 3, *spatial, 2), ((3,), (0, 1), *((k,) for k in spatial)),
+            precision=p["precision"],
+        )
+    else:
+        work = jnp.promote_types(out.dtype, jnp.float32)
+        parts = [
+            lax.dot_general(flat_rhs, w, (((2,), (2,)), ((0,), (0,))), p["precision"], work) for w in windows
+        ]  # each [G, O, N]
+        array = jnp.stack(parts, -1).astype(out.dtype).transpose(2, 0, 1, 3).reshape(N, G * F, *places)
+        term = carried_out(array, None)
+    inverse = sorted(range(len(places) + 2), key=numbers.out_spec.__getitem__)
+    return undone.transpose(term, inverse)
+
+
+def _all_places(places: tuple[int, ...]) -> list[tuple[int, ...]]:
+    total: list[tuple[int, ...]] = [()]
+    for n in places:
+        total = [(*place, i) for place in total for i in range(n)]
+    return total
+
+
+PRODUCTS: dict[Any, Callable[[_jax.Equation, Sequence[Value]], Term | None]] = {
+    lax.dot_general_p: _dot_general,
+    lax.mul_p: _outer,
+    lax.scatter_add_p: _scatter_add,
+    lax.conv_general_dilated_p: _convolution,
+}
+
+
+def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | None:
+    """The equation's result as a product; None if it is not one of these, or not in a form that is known."""
+    make, out = PRODUCTS.get(eqn.primitive), eqn.outvars[0].aval
+    if make is None or not jnp.issubdtype(out.dtype, jnp.floating):
+        return None
+    term = make(eqn, values)
+    return None if term is None else Undone((term,), tuple(out.shape), out.dtype)

@@ -1,0 +1,288 @@
+"""One rule per primitive: what it does to an undone product. A rule that cannot say so returns None.
+
+Rules are keyed by the primitive object. A primitive that is not here is evaluated, never guessed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxgrad import _jax
+from jaxgrad.per_example import undone
+from jaxgrad.per_example.undone import Term
+from jaxgrad.per_example.values import (
+    Broadcast,
+    Undone,
+    Value,
+    added,
+    array_of,
+    as_broadcast,
+    is_zero,
+    mapped,
+    zero,
+)
+from jaxgrad.precision import working_dtype
+
+Rule = Callable[[_jax.Equation, Sequence[Value]], Sequence[Value] | None]
+
+
+def _each(eqn: _jax.Equation, value: Undone, function: Callable[[Term], Any], out: int = 0) -> Undone | None:
+    aval = eqn.outvars[out].aval
+    return mapped(value, aval.shape, aval.dtype, function)
+
+
+def _on_first(function: Callable[[_jax.Equation, Term], Any]) -> Rule:
+    """A rule for a primitive with one result, that moves about its first operand."""
+
+    def rule(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+        if not isinstance(values[0], Undone):
+            return None
+        result = _each(eqn, values[0], lambda term: function(eqn, term))
+        return None if result is None else [result]
+
+    return rule
+
+
+def _reshape(eqn: _jax.Equation, term: Term) -> Term | None:
+    return undone.reshape(term, eqn.outvars[0].aval.shape)
+
+
+def _broadcast(eqn: _jax.Equation, term: Term) -> Term | None:
+    """Only where axes of size 1 are added."""
+    out = eqn.outvars[0].aval
+    return undone.reshape(term, out.shape) if out.size == np.prod(term.shape) else None
+
+
+def _cast(eqn: _jax.Equation, term: Term) -> Term | None:
+    """Nothing is rounded: the operands keep their digits."""
+    return term if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating) else None
+
+
+def _pad(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    value, padding = values
+    if not isinstance(value, Undone) or not is_zero(padding):
+        return None
+    result = _each(eqn, value, lambda term: undone.pad(term, eqn.params["padding_config"]))
+    return None if result is None else [result]
+
+
+def _slice(eqn: _jax.Equation, term: Term) -> tuple[Term, ...] | None:
+    p = eqn.params
+    return undone.cut_out(term, p["start_indices"], p["limit_indices"], p["strides"] or [1] * len(term.dims))
+
+
+def _split(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    value, axis = values[0], eqn.params["axis"]
+    results: list[Value] = []
+    start = 0
+    for k, n in enumerate(eqn.params["sizes"]):
+        starts, limits = [0] * len(value.shape), list(value.shape)
+        starts[axis], limits[axis] = start, start + int(n)
+        start += int(n)
+        part = _each(eqn, value, lambda term, a=starts, b=limits: undone.cut_out(term, a, b, [1] * len(a)), k)
+        if part is None:
+            return None
+        results.append(part)
+    return results
+
+
+def _concatenate(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    axis, out = eqn.params["dimension"], eqn.outvars[0].aval
+    total: Value = zero(out.shape, out.dtype)
+    start = 0
+    for v, value in zip(eqn.invars, values, strict=True):
+        n = v.aval.shape[axis]
+        edges = [(start, out.shape[axis] - start - n, 0) if k == axis else (0, 0, 0) for k in range(len(out.shape))]
+        start += n
+        if is_zero(value):
+            continue
+        placed = _each(eqn, value, lambda t, e=edges: undone.pad(t, e)) if isinstance(value, Undone) else None
+        if placed is None:
+            return None
+        total = added(total, placed)
+    return [total]
+
+
+def _add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    if any(v.aval.shape != eqn.outvars[0].aval.shape for v in eqn.invars):
+        return None
+    return [added(*values)]
+
+
+def _scaled(term: Term, other: Broadcast, operation: Callable[[Any, Any], Any]) -> Term | None:
+    """operation(term, other), entry by entry, where other varies along axes of one operand only."""
+
+    def apply(a: Any, b: Any) -> Any:
+        if a.dtype != b.dtype:
+            dtype = working_dtype(a.dtype, b.dtype)
+            a, b = a.astype(dtype), b.astype(dtype)
+        return operation(a, jnp.broadcast_to(b, a.shape))
+
+    value = jnp.asarray(other.compact)
+    if not other.varies:
+        return undone.on_smaller(term, lambda a: apply(a, value))
+    side = undone.aligned(term, value, other.varies)
+    if side is None:
+        return None
+    name, value = side
+    return undone.replace(term, **{name: apply(getattr(term, name), value)})
+
+
+def _mul(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    value, other = values if isinstance(values[0], Undone) else values[::-1]
+    scale = as_broadcast(other)
+    result = None if scale is None else _each(eqn, value, lambda term: _scaled(term, scale, lax.mul))
+    return None if result is None else [result]
+
+
+def _div(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    value, scale = values[0], as_broadcast(values[1])
+    if not isinstance(value, Undone) or scale is None:
+        return None
+    result = _each(eqn, value, lambda term: _scaled(term, scale, lax.div))
+    return None if result is None else [result]
+
+
+def _select(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    predicate, cases = as_broadcast(values[0]), values[1:]
+    out = eqn.outvars[0].aval
+    total: Value = zero(out.shape, out.dtype)
+    for k, case in enumerate(cases):
+        if is_zero(case):
+            continue
+        if not isinstance(case, Undone):
+            return None
+        which = predicate.compact
+        keep = which == k if which.dtype != bool else which if k else jnp.logical_not(which)
+        kept = _each(eqn, case, lambda term, keep=keep: _masked(term, keep, predicate.varies))
+        if kept is None:
+            return None
+        total = added(total, kept)
+    return [total]
+
+
+def _masked(term: Term, keep: Any, varies: tuple[int, ...]) -> Term | None:
+    if not varies:  # both operands, so that nothing of what is dropped is left, NaN or not
+        left = term.left if term.row else jnp.where(keep, term.left, jnp.zeros_like(term.left))
+        return undone.replace(term, left=left, right=jnp.where(keep, term.right, jnp.zeros_like(term.right)))
+    side = undone.aligned(term, keep, varies)
+    if side is None:
+        return None
+    name, mask = side
+    operand = getattr(term, name)
+    return undone.replace(term, **{name: jnp.where(mask, operand, jnp.zeros_like(operand))})
+
+
+def _dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    """A product with a matrix: it moves onto one operand."""
+    (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
+    first = isinstance(values[0], Undone)
+    value, other = values if first else values[::-1]
+    if isinstance(other, Undone):
+        return None
+    contracted = list(zip(lhs_c, rhs_c, strict=True) if first else zip(rhs_c, lhs_c, strict=True))
+    batch = list(zip(lhs_b, rhs_b, strict=True) if first else zip(rhs_b, lhs_b, strict=True))
+    C, precision = array_of(other), eqn.params["precision"]
+    result = _each(eqn, value, lambda term: undone.contract(term, C, contracted, batch, first, precision))
+    return None if result is None else [result]
+
+
+def _dynamic_update_slice(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    operand, update, *starts = values
+    if not is_zero(operand) or not isinstance(update, Undone):
+        return None
+    shape = eqn.outvars[0].aval.shape
+    for k, (full, n, start) in enumerate(zip(shape, update.shape, starts, strict=True)):
+        if n == full:
+            continue
+        at = jnp.asarray(array_of(start))
+        placed = mapped(
+            update,
+            tuple(full if i == k else m for i, m in enumerate(update.shape)),
+            update.dtype,
+            lambda term, k=k, at=at, full=full: undone.embedded(term, k, at, full, "clip"),
+        )
+        if placed is None:
+            return None
+        update = placed
+    return [update]
+
+
+def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    """One block put at one index: the transpose of taking a part at an index that depends on the example."""
+    operand, indices, update = values
+    numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+    index = array_of(indices)
+    batched = numbers.operand_batching_dims or numbers.scatter_indices_batching_dims
+    if not is_zero(operand) or not isinstance(update, Undone) or batched or index.ndim != 1:
+        return None
+    shape = eqn.outvars[0].aval.shape
+    inserted = numbers.inserted_window_dims
+    window = iter(update.shape)
+    expanded = tuple(1 if k in inserted else next(window) for k in range(len(shape)))
+    if any(m != n for k, (m, n) in enumerate(zip(expanded, shape, strict=True)) if k not in inserted):
+        return None
+    update = mapped(update, expanded, update.dtype, lambda term: undone.reshape(term, expanded))
+    how = "drop" if "fill_or_drop" in str(mode).lower() else "clip"
+    for i, k in enumerate(numbers.scatter_dims_to_operand_dims):
+        if update is None:
+            return None
+        if k not in inserted:
+            return None
+        update = mapped(
+            update,
+            tuple(n if j == k else m for j, (m, n) in enumerate(zip(update.shape, shape, strict=True))),
+            update.dtype,
+            lambda term, k=k, i=i: undone.embedded(term, k, index[i], shape[k], how),
+        )
+    return None if update is None else [update]
+
+
+RULES: dict[_jax.Primitive, Rule] = {
+    lax.transpose_p: _on_first(lambda eqn, term: undone.transpose(term, eqn.params["permutation"])),
+    lax.reshape_p: _on_first(_reshape),
+    lax.squeeze_p: _on_first(_reshape),
+    lax.broadcast_in_dim_p: _on_first(_broadcast),
+    lax.convert_element_type_p: _on_first(_cast),
+    lax.copy_p: _on_first(lambda eqn, term: term),
+    lax.neg_p: _on_first(lambda eqn, term: undone.on_smaller(term, lax.neg)),
+    lax.reduce_sum_p: _on_first(lambda eqn, term: undone.sums(term, eqn.params["axes"])),
+    lax.rev_p: _on_first(lambda eqn, term: undone.reverse(term, eqn.params["dimensions"])),
+    lax.slice_p: _on_first(_slice),
+    lax.pad_p: _pad,
+    lax.split_p: _split,
+    lax.concatenate_p: _concatenate,
+    _jax.add_any_p: _add,
+    lax.add_p: _add,
+    lax.mul_p: _mul,
+    lax.div_p: _div,
+    lax.select_n_p: _select,
+    lax.dot_general_p: _dot_general,
+    lax.dynamic_update_slice_p: _dynamic_update_slice,
+    lax.scatter_add_p: _scatter_add,
+}
+
+# Which operands may be undone products, for the search from the gradients backwards; the first one elsewhere.
+_OPERANDS: dict[_jax.Primitive, Callable[[int], range]] = {
+    lax.concatenate_p: range,
+    _jax.add_any_p: range,
+    lax.add_p: range,
+    lax.mul_p: range,
+    lax.dot_general_p: range,
+    lax.select_n_p: lambda n: range(1, n),
+    lax.dynamic_update_slice_p: lambda n: range(1, 2),
+    lax.scatter_add_p: lambda n: range(2, 3),
+}
+
+# Where zeros go in, zeros come out.
+KEEPS_ZERO = frozenset(RULES) - {lax.mul_p, lax.div_p, lax.dot_general_p, lax.dynamic_update_slice_p, lax.scatter_add_p}
+
+
+def operands(eqn: _jax.Equation) -> range:
+    """The operands of an equation that its rule takes as undone products."""
+    if eqn.primitive not in RULES:
+        return range(0)
+    return _OPERANDS.get(eqn.primitive, lambda n: range(1))(len(eqn.invars))

@@ -1,0 +1,167 @@
+"""per_example_grad: the gradients of a batch as factors, for any pure JAX loss of one example."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from jaxgrad import _jax
+from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
+from jaxgrad.per_example.finish import Finished, finish
+from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.walk import evaluate
+
+
+def per_example_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    in_axes: Any = None,
+    has_aux: bool = False,
+    strict: bool = False,
+) -> Callable[..., Any]:
+    """The gradient of every example of a batch, kept as factors: `jax.vmap(jax.grad(fun))` without its memory.
+
+    `fun` is differentiated by JAX, and whatever JAX says is its gradient is what comes out: custom rules, remat,
+    stop_gradient and control flow mean what they mean there. What differs is that the last product of each gradient is
+    not carried out. Where a parameter's gradient is no product, it is evaluated as `jax.vmap(jax.grad(fun))` would, the
+    direct route; `explain` names each such parameter, and `check_gradient(per_example_grad(fun), fun, params, *batch)`
+    holds the result against `jax.grad` on your own model: do that first.
+
+    Args:
+        fun: a pure function of one example to a real scalar, or to (scalar, aux) with has_aux.
+        argnums: which arguments to differentiate with respect to, one or several, as in `jax.grad`; they are the same
+            for all examples.
+        in_axes: as in `jax.vmap`, for the arguments that are not differentiated: a number, or a sequence with one entry
+            for each of them, each a number, None for an argument that all examples share, or a tree prefix. None:
+            axis 0 of all of them. Keyword arguments are batched along axis 0.
+        has_aux: whether fun returns (scalar, aux).
+        strict: whether to raise an error where a parameter takes the direct route.
+
+    Returns:
+        A function of fun's arguments, the batched ones with an example axis, that returns `PerExampleGrads` over the tree
+        of the differentiated argument (a tuple of trees for several), with has_aux (PerExampleGrads, aux of every example).
+
+    Raises:
+        TypeError: a loss that is not a real scalar, or a parameter that is not of a real floating dtype.
+        ValueError: no batched argument, batch sizes that differ, argnums or in_axes that do not fit the arguments; with
+            strict, a parameter whose gradient takes the direct route.
+
+    Example:
+        >>> loss = lambda params, x, y: (jnp.tanh(params["W"] @ x).sum() - y) ** 2
+        >>> params = {"W": jnp.ones((3, 5)), "unused": jnp.ones(7)}
+        >>> g = per_example_grad(loss)(params, jnp.ones((4, 5)), jnp.zeros(4))
+        >>> g.norms().shape, g.sum()["W"].shape, type(g.factors["W"][0]).__name__
+        ((4,), (3, 5), 'Outer')
+    """
+    transformed = _Transformed("per_example_grad", fun, argnums, in_axes, has_aux, strict)
+
+    @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
+    def gradients(*args: Any, **kwargs: Any) -> Any:
+        _, aux, g = transformed(args, kwargs)
+        return (g, aux) if has_aux else g
+
+    return gradients
+
+
+def per_example_value_and_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    in_axes: Any = None,
+    has_aux: bool = False,
+    strict: bool = False,
+) -> Callable[..., Any]:
+    """As `per_example_grad`, with the values too: a function that returns (values [B], PerExampleGrads).
+
+    Args:
+        fun, argnums, in_axes, has_aux, strict: as in `per_example_grad`.
+
+    Returns:
+        (values, PerExampleGrads), with has_aux ((values, aux), PerExampleGrads), as `jax.value_and_grad`.
+
+    Raises:
+        TypeError, ValueError: as in `per_example_grad`.
+
+    Example:
+        >>> loss = lambda w, x: jnp.sin(w @ x)
+        >>> values, g = per_example_value_and_grad(loss)(jnp.ones(3), jnp.zeros((4, 3)))
+        >>> values.shape, g.batch_size
+        ((4,), 4)
+    """
+    transformed = _Transformed("per_example_value_and_grad", fun, argnums, in_axes, has_aux, strict)
+
+    @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
+    def values_and_gradients(*args: Any, **kwargs: Any) -> Any:
+        values, aux, g = transformed(args, kwargs)
+        return ((values, aux), g) if has_aux else (values, g)
+
+    return values_and_gradients
+
+
+class _Transformed:
+    """A loss, and how it is to be called."""
+
+    def __init__(self, call: str, fun: Any, argnums: Any, in_axes: Any, has_aux: bool, strict: bool):
+        if not callable(fun):
+            raise TypeError(f"{call}: expected a function of one example, got {type(fun).__name__}.")
+        self.call, self.fun, self.argnums, self.in_axes = call, fun, argnums, in_axes
+        self.has_aux, self.strict = has_aux, strict
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, PerExampleGrads]:
+        values, aux, g, _ = self.explained(args, kwargs)
+        return values, aux, g
+
+    def explained(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any, PerExampleGrads, list[Finished]]:
+        """(values, aux, gradients, what was done for each parameter)."""
+        arguments = arguments_of(self.call, args, kwargs, self.argnums, self.in_axes)
+        program, out_tree, count = self._program(arguments)
+        finished: list[Finished] = []
+
+        def one(examples: Sequence[Any]) -> Any:
+            leaves = [*arguments.params, *examples]
+            n = len(program.jaxpr.outvars)
+            wanted = [k >= n - count for k in range(n)]
+            results = evaluate(program, leaves, wanted, [True] * n)
+            finished[:] = [
+                finish(value, jnp.shape(p), jnp.result_type(p))
+                for value, p in zip(results[n - count :], arguments.params, strict=True)
+            ]
+            return results[: n - count], [f.factors for f in finished]
+
+        others, parts = jax.vmap(one, in_axes=(arguments.axes,), axis_size=arguments.batch_size)(arguments.batch)
+        if self.strict:
+            self._refuse_direct(arguments, finished)
+        values, aux = jax.tree.unflatten(out_tree, others)
+        return values, aux, PerExampleGrads(jax.tree.unflatten(arguments.params_tree, parts)), finished
+
+    def _program(self, arguments: Arguments) -> tuple[_jax.Program, Any, int]:
+        """The gradient's program for one example: results (value, aux …, gradients …)."""
+
+        def scalar(params: Sequence[Any], examples: Sequence[Any]) -> Any:
+            args, kwargs = arguments.put_back(params, examples)
+            result = self.fun(*args, **kwargs)
+            value, aux = result if self.has_aux else (result, None)
+            return checked_scalar(self.call, value), (value, aux)
+
+        def program(params: Sequence[Any], examples: Sequence[Any]) -> Any:
+            (_, others), gradients = jax.value_and_grad(scalar, has_aux=True)(params, examples)
+            return others, gradients
+
+        closed, shape = jax.make_jaxpr(program, return_shape=True)(arguments.params, arguments.example)
+        return _jax.program_of(closed), jax.tree.structure(shape[0]), len(arguments.params)
+
+    def _refuse_direct(self, arguments: Arguments, finished: Sequence[Finished]) -> None:
+        for path, f in zip(arguments.paths, finished, strict=True):
+            if f.how == "direct" and f.reason is not None:
+                at = f" at {f.reason.source}" if f.reason.source else ""
+                raise ValueError(
+                    f"{self.call}: with strict=True expected a product for the gradient of every matrix, got the direct "
+                    f"route for {path or 'the parameter'}: {f.reason.primitive}{at}: {f.reason.why}. Write the use of the "
+                    f"parameter as a matrix product, convolution or lookup, or drop strict=True: the result is the same."
+                )

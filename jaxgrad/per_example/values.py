@@ -1,0 +1,161 @@
+"""What a variable of a gradient program may stand for while `walk` evaluates it: an array, or one of these."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from jaxgrad import _jax
+from jaxgrad.per_example.undone import Reason, Term, carried_out, form
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("terms",), meta_fields=("shape", "dtype"))
+@dataclass(frozen=True)
+class Undone:
+    """A sum of products that are not carried out; zero if there is none.
+
+    Attributes:
+        terms: the products, each of this shape.
+        shape, dtype: of the variable.
+    """
+
+    terms: tuple[Term, ...]
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+
+    @property
+    def held(self) -> int:
+        """How many numbers the operands are."""
+        return sum(term.held for term in self.terms)
+
+    @property
+    def size(self) -> int:
+        """How many numbers the sum is."""
+        return math.prod(self.shape)
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why some of it was carried out, if it was."""
+        return next((term.reason for term in self.terms if term.reason is not None), None)
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """lax.broadcast_in_dim(source, shape, dims), remembered: what is the same along an axis need not be an operand there.
+
+    Attributes:
+        source: the array that is repeated.
+        dims: the axis of the result that each axis of source is.
+        shape: of the result.
+        zero: whether the program writes a zero there.
+    """
+
+    source: Array
+    dims: tuple[int, ...]
+    shape: tuple[int, ...]
+    zero: bool = False
+
+    @property
+    def varies(self) -> tuple[int, ...]:
+        """The axes of the result along which it is not repeated."""
+        return tuple(d for d, n in zip(self.dims, self.source.shape, strict=True) if n != 1)
+
+    @property
+    def compact(self) -> Array:
+        """The source with the axes `varies` only."""
+        return self.source.reshape([n for n in self.source.shape if n != 1])
+
+
+@dataclass(frozen=True)
+class Plain:
+    """An array on the way to a gradient that is not a product, and why."""
+
+    array: Array
+    reason: Reason
+
+
+Value = Any  # an Array, Undone, Broadcast or Plain
+
+
+def array_of(value: Value) -> Array:
+    """The array, whatever it takes."""
+    match value:
+        case Undone(terms, shape, dtype):
+            total = None
+            for term in terms:
+                part = form(term, dtype)
+                total = part if total is None else total + part
+            return jnp.zeros(shape, dtype) if total is None else total
+        case Broadcast(source, dims, shape, _):
+            if source.shape == shape:
+                return source
+            return lax.broadcast_in_dim(source, shape, dims)
+        case Plain(array, _):
+            return array
+    return value
+
+
+def is_zero(value: Value) -> bool:
+    """Whether the program says that it is zero everywhere."""
+    return (isinstance(value, Broadcast) and value.zero) or (isinstance(value, Undone) and not value.terms)
+
+
+def zero(shape: Sequence[int], dtype: Any) -> Broadcast:
+    """Zeros that are known to be."""
+    return Broadcast(jnp.zeros((), dtype), (), tuple(shape), True)
+
+
+def literal(value: Any, dtype: Any) -> Value:
+    """A number written in the program."""
+    if np.ndim(value) == 0 and isinstance(value, int | float | np.number | np.bool_ | np.ndarray) and not value:
+        return Broadcast(np.asarray(value, dtype), (), (), True)
+    return value
+
+
+def as_broadcast(value: Value) -> Broadcast | None:
+    """The value as something repeated, if it is, with the axes along which it varies; a whole array varies along all."""
+    if isinstance(value, Broadcast):
+        return value
+    if isinstance(value, Undone):
+        return None
+    array = array_of(value)
+    return Broadcast(array, tuple(range(np.ndim(array))), tuple(np.shape(array)))
+
+
+def added(value: Value, other: Value) -> Value:
+    """The sum, undone as far as one of them is."""
+    if is_zero(value):
+        return other
+    if is_zero(other):
+        return value
+    first, second = (v if isinstance(v, Undone) else _as_undone(v) for v in (value, other))
+    return Undone((*first.terms, *second.terms), first.shape, first.dtype)
+
+
+def _as_undone(value: Value) -> Undone:
+    array = array_of(value)
+    reason = value.reason if isinstance(value, Plain) else Reason("add_any", "", "added to something that is no product")
+    return Undone((carried_out(array, reason),), tuple(array.shape), array.dtype)
+
+
+def mapped(value: Undone, shape: Sequence[int], dtype: Any, function: Callable[[Term], Any]) -> Undone | None:
+    """Every term through a function that gives a term, several, or None if it cannot."""
+    terms: list[Term] = []
+    for term in value.terms:
+        result = function(term)
+        if result is None:
+            return None
+        terms += result if isinstance(result, tuple) else (result,)
+    return Undone(tuple(terms), tuple(shape), dtype)
+
+
+def reason_at(eqn: _jax.Equation, why: str) -> Reason:
+    """A reason that names the equation."""
+    return Reason(eqn.primitive.name, _jax.source_line(eqn), why)

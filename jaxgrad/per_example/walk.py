@@ -1,0 +1,339 @@
+"""Evaluate a gradient's program for one example, leaving its last products undone.
+
+`tail` finds, backwards from the gradients, the variables that only bookkeeping stands between them and the results.
+`evaluate` goes forwards: a product in the tail is kept as its operands, bookkeeping on it is done by rule, and
+whatever has no rule is evaluated as it stands. Programs within the program (jit, remat, scan, cond) are walked likewise.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxgrad import _jax
+from jaxgrad.per_example import undone
+from jaxgrad.per_example.products import undone_product
+from jaxgrad.per_example.rules import KEEPS_ZERO, RULES, operands
+from jaxgrad.per_example.undone import Term
+from jaxgrad.per_example.values import (
+    Broadcast,
+    Plain,
+    Undone,
+    Value,
+    added,
+    array_of,
+    is_zero,
+    literal,
+    reason_at,
+    zero,
+)
+
+
+class Tail(NamedTuple):
+    """Of a program: which variables have no use but bookkeeping that leads to a gradient, and which equations count."""
+
+    variables: frozenset[Any]
+    live: tuple[bool, ...]
+    used: frozenset[Any]
+
+    def of(self, eqn: _jax.Equation) -> list[bool]:
+        """Which results are in the tail."""
+        return [v in self.variables for v in eqn.outvars]
+
+
+def tail(jaxpr: _jax.Jaxpr, wanted: Sequence[bool], used: Sequence[bool]) -> Tail:
+    """Backwards through a program.
+
+    Args:
+        wanted: which results are gradients, or lead to one through bookkeeping alone.
+        used: which results are used at all.
+    """
+    good: dict[Any, bool] = {}
+
+    def use(v: Any, as_gradient: bool) -> None:
+        if not isinstance(v, _jax.Literal):
+            good[v] = good.get(v, True) and as_gradient
+
+    for v, want, use_ in zip(jaxpr.outvars, wanted, used, strict=True):
+        if use_:
+            use(v, want)
+    live = [False] * len(jaxpr.eqns)
+    for i in reversed(range(len(jaxpr.eqns))):
+        eqn = jaxpr.eqns[i]
+        live[i] = bool(eqn.effects) or any(v in good for v in eqn.outvars)
+        if not live[i]:
+            continue
+        outs = [good.get(v, False) for v in eqn.outvars]
+        if any(outs) and _inlined(eqn):
+            sub = _jax.body(eqn).jaxpr
+            inner = tail(sub, outs, [v in good for v in eqn.outvars])
+            for v, w in zip(eqn.invars, sub.invars, strict=True):
+                if w in inner.used:
+                    use(v, w in inner.variables)
+            continue
+        taken = operands(eqn) if all(outs) else range(0)
+        for k, v in enumerate(eqn.invars):
+            use(v, k in taken)
+    return Tail(frozenset(v for v, ok in good.items() if ok), tuple(live), frozenset(good))
+
+
+def _inlined(eqn: _jax.Equation) -> bool:
+    return eqn.primitive in (_jax.jit_p, _jax.remat_p)
+
+
+def evaluate(
+    program: _jax.Program, values: Sequence[Value], wanted: Sequence[bool], used: Sequence[bool]
+) -> list[Value]:
+    """The program's results; those in `wanted` may be undone products.
+
+    Args:
+        program: of one example.
+        values: of its operands.
+        wanted, used: as in `tail`.
+    """
+    jaxpr = program.jaxpr
+    found = tail(jaxpr, wanted, used)
+    known: dict[Any, Value] = dict(zip(jaxpr.constvars, program.consts, strict=True))
+    known |= dict(zip(jaxpr.invars, values, strict=True))
+
+    def read(v: Any) -> Value:
+        return literal(v.val, v.aval.dtype) if isinstance(v, _jax.Literal) else known[v]
+
+    for eqn, live in zip(jaxpr.eqns, found.live, strict=True):
+        if live:
+            here = [v in found.used for v in eqn.outvars]
+            results = _step(eqn, [read(v) for v in eqn.invars], found.of(eqn), here)
+            known |= dict(zip(eqn.outvars, results, strict=True))
+    return [read(v) if use else None for v, use in zip(jaxpr.outvars, used, strict=True)]
+
+
+def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]) -> Sequence[Value]:
+    if any(wanted):
+        if eqn.primitive is _jax.jit_p:
+            return evaluate(_jax.body(eqn), values, wanted, used)
+        if eqn.primitive is _jax.remat_p:
+            return evaluate(_jax.body(eqn), _behind_barrier(eqn, values), wanted, used)
+        if eqn.primitive is _jax.scan_p:
+            return _scan(eqn, values, wanted, used)
+        if eqn.primitive is _jax.cond_p:
+            return _cond(eqn, values, wanted)
+    taken = operands(eqn)
+    if taken and eqn.primitive in KEEPS_ZERO and all(is_zero(values[k]) for k in taken):
+        return [zero(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+    if any(isinstance(value, Undone) for value in values):
+        results = RULES[eqn.primitive](eqn, values) if eqn.primitive in RULES else None
+        if results is not None:
+            return results
+    elif all(wanted):
+        product = undone_product(eqn, values)
+        if product is not None:
+            return [product]
+    repeated = _repeated(eqn, values)
+    if repeated is not None:
+        return [repeated]
+    arrays = _jax.bind(eqn, [array_of(value) for value in values])
+    reason = _inherited(eqn, [values[k] for k in taken])
+    return [Plain(a, reason) if want else a for a, want in zip(arrays, wanted, strict=True)]
+
+
+def _inherited(eqn: _jax.Equation, values: Sequence[Value]) -> undone.Reason:
+    for value in values:
+        if isinstance(value, Plain):
+            return value.reason
+    for value in values:
+        if isinstance(value, Undone):
+            return value.reason or reason_at(eqn, "what it does here cannot be done to the product's operands")
+    return reason_at(eqn, "its result is not a product of two smaller arrays")
+
+
+def _repeated(eqn: _jax.Equation, values: Sequence[Value]) -> Broadcast | None:
+    """Something repeated along an axis is remembered as that, through what is done entry by entry with one number."""
+    out = eqn.outvars[0].aval
+    if eqn.primitive is lax.broadcast_in_dim_p and len(values) == 1:
+        dims, value = eqn.params["broadcast_dimensions"], values[0]
+        if isinstance(value, Broadcast):
+            return Broadcast(value.source, tuple(dims[d] for d in value.dims), tuple(out.shape), value.zero)
+        return Broadcast(array_of(value), tuple(dims), tuple(out.shape), is_zero(value))
+    if not isinstance(values[0], Broadcast) and not (len(values) > 1 and isinstance(values[1], Broadcast)):
+        return None
+    if eqn.primitive in (lax.neg_p, lax.convert_element_type_p):
+        value = values[0]
+        return Broadcast(_jax.bind(eqn, [value.source])[0], value.dims, value.shape, value.zero)
+    if eqn.primitive is lax.mul_p:
+        for value, other in (values, values[::-1]):
+            if isinstance(value, Broadcast) and value.shape == out.shape and not is_zero(value):
+                scale = other.source if isinstance(other, Broadcast) else array_of(other)
+                if jnp.size(scale) == 1 and not is_zero(other):
+                    return Broadcast(value.source * jnp.reshape(scale, ()), value.dims, value.shape)
+    return None
+
+
+def _behind_barrier(eqn: _jax.Equation, values: list[Value]) -> list[Value]:
+    """What is computed a second time to save memory is not to be merged with the first."""
+    if not eqn.params.get("prevent_cse", True):
+        return values
+    at = [k for k, value in enumerate(values) if not is_zero(value)]
+    arrays = lax.optimization_barrier(tuple(jnp.asarray(array_of(values[k])) for k in at))
+    values = list(values)
+    for k, array in zip(at, arrays, strict=True):
+        values[k] = array
+    return values
+
+
+# --- Control flow -------------------------------------------------------------------------------------------------
+
+
+def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]) -> Sequence[Value]:
+    """A carry that is only added to is an accumulated gradient: its products are emitted at every step, and T grows
+    by the scan's axis. A stacked result (weights scanned over) gains a group axis. Unless what is emitted would be more
+    than the gradient."""
+    parts, program = _jax.scan_parts(eqn), _jax.body(eqn)
+    jaxpr, S = program.jaxpr, parts.length
+    consts, init, xs = (
+        values[: parts.consts],
+        values[parts.consts : parts.consts + parts.carry],
+        [array_of(v) for v in values[parts.consts + parts.carry :]],
+    )
+    kept = [
+        want and (k >= parts.carry or _accumulates(jaxpr, jaxpr.invars[parts.consts + k], jaxpr.outvars[k]))
+        for k, want in enumerate(wanted)
+    ]
+    # What is in the loop is used; a carry always is.
+    used = [use or k < parts.carry for k, use in enumerate(used)]
+
+    def body(carry: Sequence[Any], xs: Sequence[Any], kept: Sequence[bool]) -> list[Value]:
+        carried = iter(carry)
+        full = [
+            zero(v.aval.shape, v.aval.dtype) if kept[k] else next(carried)
+            for k, v in enumerate(jaxpr.invars[parts.consts : parts.consts + parts.carry])
+        ]
+        return evaluate(program, [*consts, *full, *xs], kept, used)
+
+    def emitted(kept: Sequence[bool]) -> Any:
+        def step(carry: Any, xs: Any) -> Any:
+            results = body(carry, xs, kept)
+            arrays = [
+                None if not use else result if keep and isinstance(result, Undone) else array_of(result)
+                for result, keep, use in zip(results, kept, used, strict=True)
+            ]
+            onward = [jnp.asarray(a) for a, keep in zip(arrays[: parts.carry], kept, strict=False) if not keep]
+            stays = [a if keep else None for a, keep in zip(arrays[: parts.carry], kept, strict=False)]
+            return onward, (stays, arrays[parts.carry :])
+
+        return step
+
+    def starts(kept: Sequence[bool]) -> list[Any]:
+        return [jnp.asarray(array_of(v)) for v, keep in zip(init, kept, strict=False) if not keep]
+
+    if any(kept) and S > 0:  # what comes out of a step is known when one has been traced
+        _, (stays, ys) = jax.eval_shape(emitted(kept), starts(kept), jax.tree.map(lambda a: _first(a), xs))
+        kept = [
+            keep and isinstance(v, Undone) and _worth_emitting(v, S if k < parts.carry else 1, k >= parts.carry)
+            for k, (keep, v) in enumerate(zip(kept, [*stays, *ys], strict=True))
+        ]
+    if not any(kept) or S == 0:
+        arrays = _jax.bind(eqn, [array_of(value) for value in values])
+        reason = reason_at(eqn, "no product of a step is smaller than the gradient it adds to")
+        return [Plain(a, reason) if want else a for a, want in zip(arrays, wanted, strict=True)]
+    onward, (stays, ys) = lax.scan(
+        emitted(kept), starts(kept), xs, length=S, reverse=parts.reverse, unroll=parts.unroll
+    )
+    carried = iter(onward)
+    results: list[Value] = [
+        added(_along(stays[k], S, False), init[k]) if kept[k] else next(carried) for k in range(parts.carry)
+    ]
+    return results + [
+        _along(y, S, True) if isinstance(y, Undone) else y for y in ys
+    ]
+
+
+def _worth_emitting(value: Undone, steps: int, stacked: bool) -> bool:
+    if any(term.carried or (stacked and term.row is not None) for term in value.terms):
+        return False
+    return not value.terms or steps * value.held < value.size
+
+
+def _first(a: Any) -> Any:
+    return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
+
+
+def _along(value: Undone, S: int, group: bool) -> Undone:
+    """Stacked products: the new first axis is a position, or a group and an axis of the result."""
+
+    def one(term: Term) -> Term:
+        label = term.fresh()
+        changes: dict[str, Any] = {
+            "left_labels": (label, *term.left_labels),
+            "right_labels": (label, *term.right_labels),
+        }
+        if group:
+            changes["dims"] = ((label,), *term.dims)
+            changes["box"] = None if term.box is None else ((0, 1, S), *term.box)
+        return undone.dataclasses.replace(term, **changes)
+
+    shape = (S, *value.shape) if group else value.shape
+    return Undone(tuple(one(term) for term in value.terms), shape, value.dtype)
+
+
+def _accumulates(jaxpr: _jax.Jaxpr, into: Any, out: Any) -> bool:
+    """Whether a carry is added to, and nothing else: add_any after add_any from `into` to `out`."""
+    v = into
+    while v is not out:
+        uses = [eqn for eqn in jaxpr.eqns if any(w is v for w in eqn.invars)]
+        if len(uses) != 1 or uses[0].primitive is not _jax.add_any_p or any(w is v for w in jaxpr.outvars):
+            return False
+        if uses[0].invars[0] is uses[0].invars[1]:
+            return False
+        v = uses[0].outvars[0]
+    used_again = any(any(w is v for w in eqn.invars) for eqn in jaxpr.eqns)
+    return not used_again and sum(w is v for w in jaxpr.outvars) == 1
+
+
+def _cond(eqn: _jax.Equation, values: list[Value], wanted: list[bool]) -> Sequence[Value]:
+    """Each branch gives its own products, and zeros in the place of the other branches'."""
+    programs, (index, *rest) = _jax.branches(eqn), values
+    used = [True] * len(wanted)
+
+    def branch(program: _jax.Program, wanted: Sequence[bool]) -> Any:
+        def run() -> list[Value]:
+            results = evaluate(program, rest, wanted, used)
+            return [
+                (Undone((), v.shape, dtype) if is_zero(v) else v) if want and (is_zero(v) or isinstance(v, Undone)) else jnp.asarray(array_of(v))
+                for v, want, dtype in zip(results, wanted, [w.aval.dtype for w in eqn.outvars], strict=True)
+            ]
+
+        return run
+
+    traced = [jax.eval_shape(branch(program, wanted)) for program in programs]
+    kept = []
+    for k, want in enumerate(wanted):
+        each = [results[k] for results in traced]
+        kept.append(
+            want
+            and all(isinstance(v, Undone) and not any(t.carried for t in v.terms) for v in each)
+            and (sum(v.held for v in each) < each[0].size)
+        )
+    if not any(kept):
+        arrays = _jax.bind(eqn, [array_of(value) for value in values])
+        reason = reason_at(eqn, "not every branch gives a product that is smaller than the gradient")
+        return [Plain(a, reason) if want else a for a, want in zip(arrays, wanted, strict=True)]
+    traced = [jax.eval_shape(branch(program, kept)) for program in programs]
+
+    def padded(i: int) -> Any:
+        def run() -> Any:
+            mine = branch(programs[i], kept)()
+            nothing = [[jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), v) for v in results] for results in traced]
+            return [
+                [mine[k] if j == i else nothing[j][k] for j in range(len(programs))] if keep else mine[k]
+                for k, keep in enumerate(kept)
+            ]
+
+        return run
+
+    results = lax.switch(array_of(index), [padded(i) for i in range(len(programs))])
+    return [
+        Undone(tuple(t for v in result for t in v.terms), result[0].shape, result[0].dtype) if keep else result
+        for result, keep in zip(results, kept, strict=True)
+    ]
