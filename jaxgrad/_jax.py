@@ -98,7 +98,12 @@ def _template() -> Any:
 def _alone(eqn: Equation, variables: tuple[Any, ...]) -> Any:
     jaxpr = program_of(_template()).jaxpr
     jaxpr = jaxpr.replace(
-        constvars=[], invars=list(variables), outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects, debug_info=None
+        constvars=[],
+        invars=list(variables),
+        outvars=list(eqn.outvars),
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=None,
     )
     return jex.ClosedJaxpr(jaxpr, ())
 

@@ -44,7 +44,11 @@ def arguments_of(call: str, args: tuple[Any, ...], kwargs: dict[str, Any], argnu
     if not params:
         raise ValueError(f"{call}: expected parameters in argument {argnums}, got a tree without leaves.")
     others = [k for k in range(len(args)) if k not in numbers]
-    axes = [*_axes(call, in_axes, [args[k] for k in others]), 0] if kwargs else _axes(call, in_axes, [args[k] for k in others])
+    axes = (
+        [*_axes(call, in_axes, [args[k] for k in others]), 0]
+        if kwargs
+        else _axes(call, in_axes, [args[k] for k in others])
+    )
     rest = [args[k] for k in others] + ([kwargs] if kwargs else [])
     flat_axes = [_broadcast(call, axis, tree) for axis, tree in zip(axes, rest, strict=True)]
     flat = [jax.tree_util.tree_flatten_with_path(tree) for tree in rest]

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from jaxgrad.per_example.factors import Dense, Factor, Layout, Outer, Rows
 from jaxgrad.per_example.undone import Reason, Term
-from jaxgrad.per_example.values import Plain, Undone, Value, array_of, is_zero
+from jaxgrad.per_example.values import FORMED, Plain, Undone, Value, array_of, is_zero
 
 MERGED = 3  # more products of one layout than this become one, its positions one after another
 
@@ -41,7 +41,7 @@ def finish(value: Value, shape: tuple[int, ...], dtype: Any) -> Finished:
     if isinstance(value, Undone) and value.held < size:
         return Finished(_merged([_factor(term, shape, dtype) for term in value.terms]), "factored", None)
     reason = value.reason if isinstance(value, Plain | Undone) else None
-    how = "vector" if not matrix else "direct" if reason is not None else "formed"
+    how = "vector" if not matrix else "formed" if reason in (None, FORMED) else "direct"
     array = array_of(value)
     layout = Layout(shape, jnp.dtype(dtype), tuple(range(len(shape))), (1, 1, size))
     return Finished((Dense(jnp.asarray(array), layout),), how, reason if how == "direct" else None)
@@ -92,7 +92,15 @@ def _kind(term: Term, label: int) -> str:
 
 def _turned(term: Term) -> Term:
     return Term(
-        term.right, term.left, term.right_labels, term.left_labels, term.dims, term.box, None, term.precision, term.reason
+        term.right,
+        term.left,
+        term.right_labels,
+        term.left_labels,
+        term.dims,
+        term.box,
+        None,
+        term.precision,
+        term.reason,
     )
 
 
@@ -121,7 +129,9 @@ def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
 
 
 def _joined(arrays: Sequence[Array], axis: int) -> Array:
-    dtype = jnp.result_type(*arrays) if len({a.dtype for a in arrays}) == 1 else jnp.promote_types(
-        max((a.dtype for a in arrays), key=lambda d: d.itemsize), jnp.float32
+    dtype = (
+        jnp.result_type(*arrays)
+        if len({a.dtype for a in arrays}) == 1
+        else jnp.promote_types(max((a.dtype for a in arrays), key=lambda d: d.itemsize), jnp.float32)
     )
     return jnp.concatenate([a.astype(dtype) for a in arrays], axis)

@@ -10,8 +10,9 @@ from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example import undone
-from jaxgrad.per_example.undone import Term, carried_out
-from jaxgrad.per_example.values import Broadcast, Undone, Value, array_of, is_zero
+from jaxgrad.per_example.undone import Term
+from jaxgrad.per_example.values import FORMED, Plain, Undone, Value, array_of, as_broadcast, is_zero
+from jaxgrad.precision import working_dtype
 
 
 def _dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
@@ -23,20 +24,20 @@ def _dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
 
 def _outer(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
     """mul of a column and a row, both broadcast: an elementwise outer product."""
-    a, b = values
-    if not isinstance(a, Broadcast) or not isinstance(b, Broadcast) or a.shape != b.shape:
+    a, b = (as_broadcast(value) for value in values)
+    shape = tuple(eqn.outvars[0].aval.shape)
+    if a is None or b is None or not len(a.shape) == len(b.shape) == len(shape):
         return None
     if not set(a.varies) - set(b.varies) or not set(b.varies) - set(a.varies):
         return None
-    nowhere = [k for k, n in enumerate(a.shape) if n != 1 and k not in a.varies and k not in b.varies]
-    if nowhere:
+    if any(n != 1 and k not in a.varies and k not in b.varies for k, n in enumerate(shape)):
         return None
     both = [(a.varies.index(k), b.varies.index(k)) for k in a.varies if k in b.varies]
     term = undone.product(jnp.asarray(a.compact), jnp.asarray(b.compact), [], both)
     order = [k for k in a.varies if k in b.varies]
     order += [k for k in a.varies if k not in b.varies] + [k for k in b.varies if k not in a.varies]
     dims = dict(zip(order, term.dims, strict=True))
-    return undone.replace(term, dims=tuple(dims.get(k, ()) for k in range(len(a.shape))))
+    return undone.replace(term, dims=tuple(dims.get(k, ()) for k in range(len(shape))))
 
 
 def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
@@ -59,7 +60,7 @@ def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
     return undone.lookup(ids, values_, [k for k in range(values_.ndim) if k not in window], dims, shape[axes[0]])
 
 
-def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | Array | None:
     """The gradient of a kernel: the cotangents slide over the input, and each place of the kernel is a product.
 
     The places are few and the positions many. Where positions · (fan-out + fan-in · places) is less than the kernel,
@@ -74,7 +75,11 @@ def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
     lhs = lhs.transpose(numbers.lhs_spec)  # [N, C, *spatial]
     rhs = rhs.transpose(numbers.rhs_spec)  # [O, I, *window]
     groups, batch_groups = p["feature_group_count"], p["batch_group_count"]
-    edges = [(0, 0, 0), (0, 0, 0), *((lo, hi, d - 1) for (lo, hi), d in zip(p["padding"], p["lhs_dilation"], strict=True))]
+    edges = [
+        (0, 0, 0),
+        (0, 0, 0),
+        *((lo, hi, d - 1) for (lo, hi), d in zip(p["padding"], p["lhs_dilation"], strict=True)),
+    ]
     lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), edges)
     if groups > 1 and batch_groups > 1:
         return None
@@ -92,28 +97,22 @@ def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
         limits = [a + (n - 1) * d + 1 for a, n, d in zip(starts, window, p["rhs_dilation"], strict=True)]
         return lax.slice(lhs, (0, 0, 0, *starts), (*lhs.shape[:3], *limits), (1, 1, 1, *p["rhs_dilation"]))
 
-    ranges = jnp.indices(places).reshape(len(places), -1).T.tolist() if not places else _all_places(places)
+    ranges = _all_places(places)
     if not ranges or 0 in window:
         return None
     flat_rhs = rhs.reshape(G, F, T)
     windows = [at(place).reshape(G, N, T) for place in ranges]
-    # the result is [N, G·O, *places] as out_spec orders it: labels g, o (rhs), n and places (lhs)
+    order = sorted(range(len(places) + 2), key=numbers.out_spec.__getitem__)  # from [N, G·F, *places]
     if T * (F + K) < F * K:
         unfolded = jnp.stack(windows, 2).reshape(G, N, *places, T)
         spatial = tuple(range(4, 4 + len(places)))
-        term = Term(
-            flat_rhs, unfolded, (0, 1, 2), (0, 3, *spatial, 2), ((3,), (0, 1), *((k,) for k in spatial)),
-            precision=p["precision"],
-        )
-    else:
-        work = jnp.promote_types(out.dtype, jnp.float32)
-        parts = [
-            lax.dot_general(flat_rhs, w, (((2,), (2,)), ((0,), (0,))), p["precision"], work) for w in windows
-        ]  # each [G, O, N]
-        array = jnp.stack(parts, -1).astype(out.dtype).transpose(2, 0, 1, 3).reshape(N, G * F, *places)
-        term = carried_out(array, None)
-    inverse = sorted(range(len(places) + 2), key=numbers.out_spec.__getitem__)
-    return undone.transpose(term, inverse)
+        dims = ((3,), (0, 1), *((k,) for k in spatial))
+        term = Term(flat_rhs, unfolded, (0, 1, 2), (0, 3, *spatial, 2), dims, precision=p["precision"])
+        return undone.transpose(term, order)
+    work = working_dtype(out.dtype)
+    parts = [lax.dot_general(flat_rhs, w, (((2,), (2,)), ((0,), (0,))), p["precision"], work) for w in windows]
+    array = jnp.stack(parts, -1).astype(out.dtype).transpose(2, 0, 1, 3).reshape(N, G * F, *places)
+    return array.transpose(order)
 
 
 def _all_places(places: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -123,7 +122,7 @@ def _all_places(places: tuple[int, ...]) -> list[tuple[int, ...]]:
     return total
 
 
-PRODUCTS: dict[Any, Callable[[_jax.Equation, Sequence[Value]], Term | None]] = {
+PRODUCTS: dict[Any, Callable[[_jax.Equation, Sequence[Value]], Term | Array | None]] = {
     lax.dot_general_p: _dot_general,
     lax.mul_p: _outer,
     lax.scatter_add_p: _scatter_add,
@@ -131,10 +130,12 @@ PRODUCTS: dict[Any, Callable[[_jax.Equation, Sequence[Value]], Term | None]] = {
 }
 
 
-def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | None:
-    """The equation's result as a product; None if it is not one of these, or not in a form that is known."""
+def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | Plain | None:
+    """The equation's result as a product, or formed if that is the smaller thing; None if it is neither."""
     make, out = PRODUCTS.get(eqn.primitive), eqn.outvars[0].aval
     if make is None or not jnp.issubdtype(out.dtype, jnp.floating):
         return None
     term = make(eqn, values)
-    return None if term is None else Undone((term,), tuple(out.shape), out.dtype)
+    if isinstance(term, Term):
+        return Undone((term,), tuple(out.shape), out.dtype) if term.held < out.size else None
+    return None if term is None else Plain(term, FORMED)

@@ -134,13 +134,17 @@ def _scaled(term: Term, other: Broadcast, operation: Callable[[Any, Any], Any]) 
 def _mul(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     value, other = values if isinstance(values[0], Undone) else values[::-1]
     scale = as_broadcast(other)
-    result = None if scale is None else _each(eqn, value, lambda term: _scaled(term, scale, lax.mul))
+    result = (
+        None
+        if scale is None or value.shape != eqn.outvars[0].aval.shape
+        else _each(eqn, value, lambda term: _scaled(term, scale, lax.mul))
+    )
     return None if result is None else [result]
 
 
 def _div(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     value, scale = values[0], as_broadcast(values[1])
-    if not isinstance(value, Undone) or scale is None:
+    if not isinstance(value, Undone) or scale is None or value.shape != eqn.outvars[0].aval.shape:
         return None
     result = _each(eqn, value, lambda term: _scaled(term, scale, lax.div))
     return None if result is None else [result]

@@ -134,7 +134,9 @@ def product(
     right_labels = tuple(shared.get(k, left.ndim + k) for k in range(right.ndim))
     met = {k for k, _ in (*contracted, *batch)}
     free = [k for k in left_labels if k not in met] + [k for k in right_labels if k not in met]
-    return Term(left, right, left_labels, right_labels, tuple((k,) for k in [b for b, _ in batch] + free), precision=precision)
+    return Term(
+        left, right, left_labels, right_labels, tuple((k,) for k in [b for b, _ in batch] + free), precision=precision
+    )
 
 
 def lookup(ids: Array, values: Array, positions: Sequence[int], dims: Sequence[int | None], rows: int) -> Term:
@@ -356,7 +358,9 @@ def cut_out(
             return None
         if taken is None:
             return None
-        box = tuple(place if i == k else taken.place(i) if term.box is None else term.box[i] for i in range(len(starts)))
+        box = tuple(
+            place if i == k else taken.place(i) if term.box is None else term.box[i] for i in range(len(starts))
+        )
         term = replace(taken, box=box)
     return (term,)
 
@@ -405,7 +409,10 @@ def reverse(term: Term, dims: Sequence[int]) -> Term | None:
 
     box = term.box
     if box is not None:
-        turned = [(full - 1 - (start + (n - 1) * stride), stride, full) for (start, stride, full), n in zip(box, term.sizes, strict=True)]
+        turned = [
+            (full - 1 - (start + (n - 1) * stride), stride, full)
+            for (start, stride, full), n in zip(box, term.sizes, strict=True)
+        ]
         box = tuple(turned[k] if k in dims else box[k] for k in range(len(box)))
     return replace(term, left=side(term.left, term.left_labels), right=side(term.right, term.right_labels), box=box)
 
@@ -460,15 +467,24 @@ def sums(term: Term, dims: Sequence[int]) -> Term | None:
     kept = [k for k in range(len(term.dims)) if k not in dims]
     box = None if term.box is None else tuple(term.box[k] for k in kept)
     changed = dataclasses.replace(
-        term, left=left, right=right, left_labels=left_labels, right_labels=right_labels,
-        dims=tuple(term.dims[k] for k in kept), box=None,
+        term,
+        left=left,
+        right=right,
+        left_labels=left_labels,
+        right_labels=right_labels,
+        dims=tuple(term.dims[k] for k in kept),
+        box=None,
     )
     return replace(changed, box=box)
 
 
 def contract(
-    term: Term, C: Array, contracted: Sequence[tuple[int, int]], batch: Sequence[tuple[int, int]],
-    undone_first: bool, precision: object,
+    term: Term,
+    C: Array,
+    contracted: Sequence[tuple[int, int]],
+    batch: Sequence[tuple[int, int]],
+    undone_first: bool,
+    precision: object,
 ) -> Term | None:
     """dot_general of the product with an array: (δ aᵀ) C = δ (Cᵀ a)ᵀ, the array moves onto one operand.
 

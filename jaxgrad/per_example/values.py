@@ -81,6 +81,9 @@ class Plain:
     reason: Reason
 
 
+FORMED = Reason("", "", "the product is smaller than its operands")
+"""The reason of a product that was carried out because it is smaller so: no direct route."""
+
 Value = Any  # an Array, Undone, Broadcast or Plain
 
 
@@ -141,7 +144,9 @@ def added(value: Value, other: Value) -> Value:
 
 def _as_undone(value: Value) -> Undone:
     array = array_of(value)
-    reason = value.reason if isinstance(value, Plain) else Reason("add_any", "", "added to something that is no product")
+    reason = (
+        value.reason if isinstance(value, Plain) else Reason("add_any", "", "added to something that is no product")
+    )
     return Undone((carried_out(array, reason),), tuple(array.shape), array.dtype)
 
 

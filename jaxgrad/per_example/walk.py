@@ -18,6 +18,7 @@ from jaxgrad.per_example.products import undone_product
 from jaxgrad.per_example.rules import KEEPS_ZERO, RULES, operands
 from jaxgrad.per_example.undone import Term
 from jaxgrad.per_example.values import (
+    FORMED,
     Broadcast,
     Plain,
     Undone,
@@ -134,17 +135,22 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
     if repeated is not None:
         return [repeated]
     arrays = _jax.bind(eqn, [array_of(value) for value in values])
+    if not any(wanted):
+        return arrays
     reason = _inherited(eqn, [values[k] for k in taken])
     return [Plain(a, reason) if want else a for a, want in zip(arrays, wanted, strict=True)]
 
 
 def _inherited(eqn: _jax.Equation, values: Sequence[Value]) -> undone.Reason:
+    """Why a result in the tail is no product: what was so already, or what cannot be done to a product, or no product."""
+    size = max(v.aval.size for v in eqn.outvars)
     for value in values:
-        if isinstance(value, Plain):
+        if isinstance(value, Plain) and value.array.size >= size:
             return value.reason
-    for value in values:
         if isinstance(value, Undone):
             return value.reason or reason_at(eqn, "what it does here cannot be done to the product's operands")
+    if eqn.primitive in (lax.dot_general_p, lax.conv_general_dilated_p, lax.scatter_add_p):
+        return FORMED
     return reason_at(eqn, "its result is not a product of two smaller arrays")
 
 
@@ -244,9 +250,7 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
     results: list[Value] = [
         added(_along(stays[k], S, False), init[k]) if kept[k] else next(carried) for k in range(parts.carry)
     ]
-    return results + [
-        _along(y, S, True) if isinstance(y, Undone) else y for y in ys
-    ]
+    return results + [_along(y, S, True) if isinstance(y, Undone) else y for y in ys]
 
 
 def _worth_emitting(value: Undone, steps: int, stacked: bool) -> bool:
@@ -300,7 +304,9 @@ def _cond(eqn: _jax.Equation, values: list[Value], wanted: list[bool]) -> Sequen
         def run() -> list[Value]:
             results = evaluate(program, rest, wanted, used)
             return [
-                (Undone((), v.shape, dtype) if is_zero(v) else v) if want and (is_zero(v) or isinstance(v, Undone)) else jnp.asarray(array_of(v))
+                (Undone((), v.shape, dtype) if is_zero(v) else v)
+                if want and (is_zero(v) or isinstance(v, Undone))
+                else jnp.asarray(array_of(v))
                 for v, want, dtype in zip(results, wanted, [w.aval.dtype for w in eqn.outvars], strict=True)
             ]
 
