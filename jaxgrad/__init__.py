@@ -8,13 +8,14 @@ PerExampleGrads             a batch of per-example gradients as factors: norms, 
 
 from jaxgrad import network
 from jaxgrad.agreement import assert_agree, check_gradient
-from jaxgrad.per_example import PerExampleGrads, per_example_grad, per_example_value_and_grad
+from jaxgrad.per_example import PerExampleGrads, explain, per_example_grad, per_example_value_and_grad
 
 __version__ = "0.1.0"
 __all__ = [
     "PerExampleGrads",
     "assert_agree",
     "check_gradient",
+    "explain",
     "network",
     "per_example_grad",
     "per_example_value_and_grad",

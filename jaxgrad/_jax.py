@@ -23,6 +23,7 @@ jit_p = primitives.jit_p
 remat_p = primitives.remat_p
 add_any_p = primitives.add_jaxvals_p
 scan_p, cond_p = lax.scan_p, lax.cond_p
+unstack_p = getattr(lax, "unstack_p", None)  # since JAX 0.10.1
 
 _JAX = os.path.dirname(os.path.abspath(jax.__file__))
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -70,12 +71,32 @@ def scan_parts(eqn: Equation) -> ScanParts:
     return ScanParts(len(eqn.invars) - xs - carry, carry, p["length"], p["reverse"], p["unroll"])
 
 
+def scatter_axes(eqn: Equation) -> tuple[int, ...]:
+    """The axes of the operand that the indices of a scatter-add are along."""
+    return tuple(eqn.params["dimension_numbers"].scatter_dims_to_operand_dims)
+
+
+def scatter_window(eqn: Equation) -> list[int | None] | None:
+    """For each axis of the operand the axis of the updates, None for one that is put in; None if there is a batch."""
+    numbers = eqn.params["dimension_numbers"]
+    if numbers.operand_batching_dims or numbers.scatter_indices_batching_dims:
+        return None
+    window = iter(numbers.update_window_dims)
+    inserted = set(numbers.inserted_window_dims)
+    return [None if k in inserted else next(window) for k in range(_rank(eqn.outvars[0]))]
+
+
+def scatter_clips(eqn: Equation) -> bool:
+    """Whether an index out of range is brought into it, or there is none; otherwise it adds nothing."""
+    return eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+
+
 def _rank(v: Any) -> int:
     return len(v.aval.shape)
 
 
 def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """The equation's results. One with programs or functions of its own is bound whole, as a program of one equation."""
+    """The equation's results. One that holds programs of its own is bound whole, as a program of one equation."""
     if not any(_is_program(p) for p in eqn.params.values()):
         results = eqn.primitive.bind(*values, **eqn.params)
         return list(results) if eqn.primitive.multiple_results else [results]
@@ -90,22 +111,18 @@ def _is_program(p: Any) -> bool:
     return isinstance(p, jex.Jaxpr | jex.ClosedJaxpr)
 
 
-@functools.lru_cache(1024)
-def _template() -> Any:
-    return jax.make_jaxpr(lambda: ())()
+@functools.lru_cache(256)
+def _template(operands: int, results: int) -> Any:
+    """A program with so many operands and results: its debug information is what one of our own needs."""
+    return jax.make_jaxpr(lambda *operands: (0.0,) * results)(*[0.0] * operands)
 
 
 def _alone(eqn: Equation, variables: tuple[Any, ...]) -> Any:
-    jaxpr = program_of(_template()).jaxpr
-    jaxpr = jaxpr.replace(
-        constvars=[],
-        invars=list(variables),
-        outvars=list(eqn.outvars),
-        eqns=[eqn],
-        effects=eqn.effects,
-        debug_info=None,
+    jaxpr = program_of(_template(len(variables), len(eqn.outvars))).jaxpr
+    results, invars = list(eqn.outvars), list(variables)
+    return jex.ClosedJaxpr(
+        jaxpr.replace(constvars=[], invars=invars, outvars=results, eqns=[eqn], effects=eqn.effects), ()
     )
-    return jex.ClosedJaxpr(jaxpr, ())
 
 
 def source_line(eqn: Equation) -> str:

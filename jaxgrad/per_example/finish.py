@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from jaxgrad.per_example.factors import Dense, Factor, Layout, Outer, Rows
 from jaxgrad.per_example.undone import Reason, Term
-from jaxgrad.per_example.values import FORMED, Plain, Undone, Value, array_of, is_zero
+from jaxgrad.per_example.values import FORMED, Broadcast, Plain, Undone, Value, array_of, is_zero, spread
 
 MERGED = 3  # more products of one layout than this become one, its positions one after another
 
@@ -38,6 +38,8 @@ def finish(value: Value, shape: tuple[int, ...], dtype: Any) -> Finished:
     size, matrix = math.prod(shape), sum(n != 1 for n in shape) > 1
     if is_zero(value):
         return Finished((_nothing(shape, dtype),), "unused", None)
+    if isinstance(value, Broadcast):
+        value = spread(value, dtype) or value
     if isinstance(value, Undone) and value.held < size:
         return Finished(_merged([_factor(term, shape, dtype) for term in value.terms]), "factored", None)
     reason = value.reason if isinstance(value, Plain | Undone) else None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -13,13 +14,13 @@ from jaxgrad.per_example.factors import (
     Factor,
     Outer,
     Precision,
+    accumulator,
     added,
     power_of_two,
     row_sums,
     scale,
     scaled_by_power_of_two,
 )
-from jaxgrad.precision import working_dtype
 
 Factors = tuple[Factor, ...]
 
@@ -38,9 +39,9 @@ def norm(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
     """[B]: ‖Σ_i f_i‖ of one parameter's factors, each example scaled by powers of two on the way."""
     match leaf:
         case (Outer(left, right, _),) if left.shape[1:3] == (1, 1):
-            return _of_vectors(left) * _of_vectors(right)
+            return _of_vectors(left, accumulator(*leaf)) * _of_vectors(right, accumulator(*leaf))
         case (Dense(value, _),):
-            return _of_vectors(value)
+            return _of_vectors(value, accumulator(*leaf))
     scaled = [scaled_by_power_of_two(f) for f in leaf]
     units = [unit for _, unit in scaled]
     unit = units[0]
@@ -52,9 +53,9 @@ def norm(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
     return unit * _safe_sqrt(squared(balanced, chunk_bytes, precision))
 
 
-def _of_vectors(a: Array) -> Array:
+def _of_vectors(a: Array, dtype: jax.typing.DTypeLike) -> Array:
     """‖a_b‖ of a [B, …] as one vector an example. Flat: what two parameters share is then computed once."""
-    a = a.reshape(a.shape[0], math.prod(a.shape[1:])).astype(working_dtype(a.dtype))
+    a = a.reshape(a.shape[0], math.prod(a.shape[1:])).astype(dtype)
     unit = power_of_two(row_sums(jnp.abs(lax.stop_gradient(a))))
     return unit * _safe_sqrt(row_sums((a / unit[:, None]) ** 2))
 

@@ -83,6 +83,23 @@ def gram(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -
     return _written_out_blocks(f, f_, chunk_bytes, precision)
 
 
+def way(f: Factor, f_: Factor) -> str:
+    """How `inner` goes about two factors: "sides", "positions", "matrix", "entries" (one is written out) or "apart"."""
+    f, f_ = _in_matrix_order(*_ordered(f, f_))
+    if f.layout.disjoint(f_.layout):
+        return "apart"
+    match f, f_:
+        case Outer(), Outer() if _same_matrix(f, f_) and _inner_through_positions(f, f_):
+            return "sides" if f.left.shape[2] == f_.left.shape[2] == 1 else "positions"
+        case Rows(), Rows() if f.layout.same_place(f_.layout) and _rows_through_positions(f, f_):
+            return "positions"
+        case Rows(), Outer() if _turned_to_table(f, f_) is not None:
+            return "positions"
+        case Dense(), _:
+            return "entries"
+    return "matrix"
+
+
 # --- Which way ---------------------------------------------------------------------------------------------------
 
 

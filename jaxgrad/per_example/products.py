@@ -19,7 +19,8 @@ def _dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
     p = eqn.params
     (lhs_c, rhs_c), (lhs_b, rhs_b) = p["dimension_numbers"]
     contracted, batch = list(zip(lhs_c, rhs_c, strict=True)), list(zip(lhs_b, rhs_b, strict=True))
-    return undone.product(array_of(values[0]), array_of(values[1]), contracted, batch, p["precision"])
+    left, right = (jnp.asarray(array_of(value)) for value in values)
+    return undone.product(left, right, contracted, batch, p["precision"])
 
 
 def _outer(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
@@ -43,21 +44,44 @@ def _outer(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
 def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
     """Rows added to a table of zeros at one index each, along any one axis."""
     operand, indices, updates = values
-    numbers, mode = eqn.params["dimension_numbers"], str(eqn.params["mode"]).lower()
-    shape = eqn.outvars[0].aval.shape
-    batched = numbers.operand_batching_dims or numbers.scatter_indices_batching_dims
-    axes = numbers.scatter_dims_to_operand_dims
-    if not is_zero(operand) or batched or len(axes) != 1 or tuple(numbers.inserted_window_dims) != tuple(axes):
+    shape, window, axes = eqn.outvars[0].aval.shape, _jax.scatter_window(eqn), _jax.scatter_axes(eqn)
+    if not is_zero(operand) or window is None:
         return None
-    ids, values_ = array_of(indices)[..., 0], array_of(updates)
-    window = numbers.update_window_dims
-    if tuple(values_.shape[k] for k in window) != tuple(n for k, n in enumerate(shape) if k != axes[0]):
+    added = jnp.asarray(array_of(updates))
+    sizes = [1 if k is None else added.shape[k] for k in window]
+    axis = next((k for k, (n, m) in enumerate(zip(shape, sizes, strict=True)) if n != m), axes[0])
+    clipped = _jax.scatter_clips(eqn)
+    # An index along an axis that is there as a whole is 0, whatever it says, unless what is out of range is dropped.
+    if axis not in axes or sizes[axis] != 1 or (len(axes) > 1 and not clipped):
         return None
-    if "clip" in mode:
-        ids = jnp.clip(ids, 0, shape[axes[0]] - 1)
-    rest = iter(window)
-    dims = [None if k == axes[0] else next(rest) for k in range(len(shape))]
-    return undone.lookup(ids, values_, [k for k in range(values_.ndim) if k not in window], dims, shape[axes[0]])
+    if any(n != m for k, (n, m) in enumerate(zip(shape, sizes, strict=True)) if k != axis):
+        return None
+    ids = jnp.asarray(array_of(indices))[..., axes.index(axis)]
+    if clipped:
+        ids = jnp.clip(ids, 0, shape[axis] - 1)
+    positions = [k for k in range(added.ndim) if k not in window]
+    dims = [None if k == axis else window[k] for k in range(len(shape))]
+    spare = window[axis]
+    if spare is not None:  # an axis of size 1 for the row that is added
+        added = added.reshape([n for k, n in enumerate(added.shape) if k != spare])
+        shift = lambda k: k if k is None or k < spare else k - 1  # noqa: E731
+        positions, dims = [shift(k) for k in positions], [shift(k) for k in dims]
+    if any(k is None for j, k in enumerate(dims) if j != axis):  # an axis of size 1 that the updates do not have
+        return None
+    return undone.lookup(ids, added, positions, dims, shape[axis])
+
+
+def _dynamic_update_slice(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+    """One row put into a table of zeros, along any one axis."""
+    operand, update, *starts = values
+    shape, part = eqn.outvars[0].aval.shape, eqn.invars[1].aval.shape
+    axes = [k for k, (n, m) in enumerate(zip(shape, part, strict=True)) if n != m]
+    if not is_zero(operand) or len(axes) != 1 or part[axes[0]] != 1:
+        return None
+    axis = axes[0]
+    ids = jnp.clip(jnp.asarray(array_of(starts[axis])), 0, shape[axis] - 1)[None]
+    dims = [None if k == axis else k for k in range(len(shape))]
+    return undone.lookup(ids, jnp.asarray(array_of(update)), [axis], dims, shape[axis])
 
 
 def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | Array | None:
@@ -68,7 +92,7 @@ def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | Array | 
     matrix products: under vmap a convolution of two batched operands would become one with a group for each example.
     """
     p, out = eqn.params, eqn.outvars[0].aval
-    lhs, rhs = array_of(values[0]), array_of(values[1])
+    lhs, rhs = (jnp.asarray(array_of(value)) for value in values)
     if not jnp.issubdtype(out.dtype, jnp.floating):
         return None
     numbers = p["dimension_numbers"]
@@ -126,6 +150,7 @@ PRODUCTS: dict[Any, Callable[[_jax.Equation, Sequence[Value]], Term | Array | No
     lax.dot_general_p: _dot_general,
     lax.mul_p: _outer,
     lax.scatter_add_p: _scatter_add,
+    lax.dynamic_update_slice_p: _dynamic_update_slice,
     lax.conv_general_dilated_p: _convolution,
 }
 
@@ -133,9 +158,11 @@ PRODUCTS: dict[Any, Callable[[_jax.Equation, Sequence[Value]], Term | Array | No
 def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | Plain | None:
     """The equation's result as a product, or formed if that is the smaller thing; None if it is neither."""
     make, out = PRODUCTS.get(eqn.primitive), eqn.outvars[0].aval
-    if make is None or not jnp.issubdtype(out.dtype, jnp.floating):
+    if make is None or out.size == 0 or not jnp.issubdtype(out.dtype, jnp.floating):
         return None
     term = make(eqn, values)
     if isinstance(term, Term):
-        return Undone((term,), tuple(out.shape), out.dtype) if term.held < out.size else None
+        if term.held < out.size:
+            return Undone((term,), tuple(out.shape), out.dtype)
+        return Plain(_jax.bind(eqn, [array_of(value) for value in values])[0], FORMED)
     return None if term is None else Plain(term, FORMED)

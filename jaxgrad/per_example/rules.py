@@ -65,17 +65,19 @@ def _pad(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     value, padding = values
     if not isinstance(value, Undone) or not is_zero(padding):
         return None
-    result = _each(eqn, value, lambda term: undone.pad(term, eqn.params["padding_config"]))
+    config = [(int(lo), int(hi), int(step)) for lo, hi, step in eqn.params["padding_config"]]
+    result = _each(eqn, value, lambda term: undone.pad(term, config))
     return None if result is None else [result]
 
 
 def _slice(eqn: _jax.Equation, term: Term) -> tuple[Term, ...] | None:
     p = eqn.params
-    return undone.cut_out(term, p["start_indices"], p["limit_indices"], p["strides"] or [1] * len(term.dims))
+    strides = p["strides"] or [1] * len(term.dims)
+    return undone.cut_out(term, *([int(k) for k in part] for part in (p["start_indices"], p["limit_indices"], strides)))
 
 
 def _split(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
-    value, axis = values[0], eqn.params["axis"]
+    value, axis = values[0], int(eqn.params["axis"])
     results: list[Value] = []
     start = 0
     for k, n in enumerate(eqn.params["sizes"]):
@@ -89,8 +91,22 @@ def _split(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | Non
     return results
 
 
+def _unstack(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    value, axis = values[0], int(eqn.params["axis"])
+    results: list[Value] = []
+    for k, v in enumerate(eqn.outvars):
+        starts, limits = [0] * len(value.shape), list(value.shape)
+        starts[axis], limits[axis] = k, k + 1
+        cut = _each(eqn, value, lambda term, a=starts, b=limits: undone.cut_out(term, a, b, [1] * len(a)), k)
+        part = None if cut is None else _each(eqn, cut, lambda term, v=v: undone.reshape(term, v.aval.shape), k)
+        if part is None:
+            return None
+        results.append(part)
+    return results
+
+
 def _concatenate(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
-    axis, out = eqn.params["dimension"], eqn.outvars[0].aval
+    axis, out = int(eqn.params["dimension"]), eqn.outvars[0].aval
     total: Value = zero(out.shape, out.dtype)
     start = 0
     for v, value in zip(eqn.invars, values, strict=True):
@@ -159,7 +175,7 @@ def _select(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
             continue
         if not isinstance(case, Undone):
             return None
-        which = predicate.compact
+        which = jnp.asarray(predicate.compact)
         keep = which == k if which.dtype != bool else which if k else jnp.logical_not(which)
         kept = _each(eqn, case, lambda term, keep=keep: _masked(term, keep, predicate.varies))
         if kept is None:
@@ -189,7 +205,7 @@ def _dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value]
         return None
     contracted = list(zip(lhs_c, rhs_c, strict=True) if first else zip(rhs_c, lhs_c, strict=True))
     batch = list(zip(lhs_b, rhs_b, strict=True) if first else zip(rhs_b, lhs_b, strict=True))
-    C, precision = array_of(other), eqn.params["precision"]
+    C, precision = jnp.asarray(array_of(other)), eqn.params["precision"]
     result = _each(eqn, value, lambda term: undone.contract(term, C, contracted, batch, first, precision))
     return None if result is None else [result]
 
@@ -218,31 +234,27 @@ def _dynamic_update_slice(eqn: _jax.Equation, values: Sequence[Value]) -> Sequen
 def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     """One block put at one index: the transpose of taking a part at an index that depends on the example."""
     operand, indices, update = values
-    numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
-    index = array_of(indices)
-    batched = numbers.operand_batching_dims or numbers.scatter_indices_batching_dims
-    if not is_zero(operand) or not isinstance(update, Undone) or batched or index.ndim != 1:
+    index, window = jnp.asarray(array_of(indices)), _jax.scatter_window(eqn)
+    if not is_zero(operand) or not isinstance(update, Undone) or window is None or index.ndim != 1:
         return None
-    shape = eqn.outvars[0].aval.shape
-    inserted = numbers.inserted_window_dims
-    window = iter(update.shape)
-    expanded = tuple(1 if k in inserted else next(window) for k in range(len(shape)))
-    if any(m != n for k, (m, n) in enumerate(zip(expanded, shape, strict=True)) if k not in inserted):
-        return None
-    update = mapped(update, expanded, update.dtype, lambda term: undone.reshape(term, expanded))
-    how = "drop" if "fill_or_drop" in str(mode).lower() else "clip"
-    for i, k in enumerate(numbers.scatter_dims_to_operand_dims):
+    shape, mode = eqn.outvars[0].aval.shape, "clip" if _jax.scatter_clips(eqn) else "drop"
+    sizes = tuple(1 if k is None else update.shape[k] for k in window)
+    update = mapped(update, sizes, update.dtype, lambda term: undone.reshape(term, sizes))
+    for i, axis in enumerate(_jax.scatter_axes(eqn)):
         if update is None:
             return None
-        if k not in inserted:
+        if update.shape[axis] == shape[axis] and mode == "clip":
+            continue
+        if update.shape[axis] != 1:
             return None
+        sizes = tuple(shape[axis] if k == axis else n for k, n in enumerate(update.shape))
         update = mapped(
             update,
-            tuple(n if j == k else m for j, (m, n) in enumerate(zip(update.shape, shape, strict=True))),
+            sizes,
             update.dtype,
-            lambda term, k=k, i=i: undone.embedded(term, k, index[i], shape[k], how),
+            lambda term, k=axis, i=i: undone.embedded(term, k, index[i], shape[k], mode),
         )
-    return None if update is None else [update]
+    return None if update is None or update.shape != tuple(shape) else [update]
 
 
 RULES: dict[_jax.Primitive, Rule] = {
@@ -258,6 +270,7 @@ RULES: dict[_jax.Primitive, Rule] = {
     lax.slice_p: _on_first(_slice),
     lax.pad_p: _pad,
     lax.split_p: _split,
+    **({} if _jax.unstack_p is None else {_jax.unstack_p: _unstack}),
     lax.concatenate_p: _concatenate,
     _jax.add_any_p: _add,
     lax.add_p: _add,

@@ -57,7 +57,7 @@ def per_example_grad(
         >>> g.norms().shape, g.sum()["W"].shape, type(g.factors["W"][0]).__name__
         ((4,), (3, 5), 'Outer')
     """
-    transformed = _Transformed("per_example_grad", fun, argnums, in_axes, has_aux, strict)
+    transformed = Transformed("per_example_grad", fun, argnums, in_axes, has_aux, strict)
 
     @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
     def gradients(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +92,7 @@ def per_example_value_and_grad(
         >>> values.shape, g.batch_size
         ((4,), 4)
     """
-    transformed = _Transformed("per_example_value_and_grad", fun, argnums, in_axes, has_aux, strict)
+    transformed = Transformed("per_example_value_and_grad", fun, argnums, in_axes, has_aux, strict)
 
     @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
     def values_and_gradients(*args: Any, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ def per_example_value_and_grad(
     return values_and_gradients
 
 
-class _Transformed:
+class Transformed:
     """A loss, and how it is to be called."""
 
     def __init__(self, call: str, fun: Any, argnums: Any, in_axes: Any, has_aux: bool, strict: bool):

@@ -51,8 +51,8 @@ class Term:
         reason: why this term was carried out after all; None if it is a product.
     """
 
-    left: Array
-    right: Array
+    left: Any
+    right: Any
     left_labels: Labels
     right_labels: Labels
     dims: tuple[Labels, ...]
@@ -223,7 +223,7 @@ def transpose(term: Term, permutation: Sequence[int]) -> Term:
 
 def reshape(term: Term, shape: Sequence[int]) -> Term | None:
     """Axes merged and divided, as far as the operands' own axes can be divided alike."""
-    if 0 in term.shape:
+    if 0 in term.shape or 0 in shape:
         return None
     dims: list[Labels] = []
     box: list[tuple[int, int, int]] = []
@@ -340,6 +340,8 @@ def cut_out(
     for k, (a, b, step) in enumerate(zip(starts, limits, strides, strict=True)):
         if (a, b, step) == (0, term.shape[k], 1):
             continue
+        if not len(range(a, b, step)):
+            return ()
         start, stride, _ = term.place(k)
         n = term.sizes[k]
         if term.whole(k):
@@ -374,7 +376,7 @@ def _take(term: Term, dim: int, start: int, limit: int, stride: int) -> Term | N
     if len(labels) == 0:
         return None  # an empty slice
     inner = math.prod(term.size_of(label) for label in labels[1:])
-    if stride != 1 and inner != 1 or start % inner or limit % inner:
+    if (stride != 1 and inner != 1) or start % inner or limit % inner:
         return None
     label, start, limit = labels[0], start // inner, limit // inner
     if limit <= start:

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.undone import Reason, Term, carried_out, form
+from jaxgrad.per_example.undone import Reason, Term, carried_out, form, product, replace
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("terms",), meta_fields=("shape", "dtype"))
@@ -57,7 +57,7 @@ class Broadcast:
         zero: whether the program writes a zero there.
     """
 
-    source: Array
+    source: Any
     dims: tuple[int, ...]
     shape: tuple[int, ...]
     zero: bool = False
@@ -68,7 +68,7 @@ class Broadcast:
         return tuple(d for d, n in zip(self.dims, self.source.shape, strict=True) if n != 1)
 
     @property
-    def compact(self) -> Array:
+    def compact(self) -> Any:
         """The source with the axes `varies` only."""
         return self.source.reshape([n for n in self.source.shape if n != 1])
 
@@ -87,8 +87,8 @@ FORMED = Reason("", "", "the product is smaller than its operands")
 Value = Any  # an Array, Undone, Broadcast or Plain
 
 
-def array_of(value: Value) -> Array:
-    """The array, whatever it takes."""
+def array_of(value: Value) -> Any:
+    """The array, whatever it takes; a number that the program writes as it stands there."""
     match value:
         case Undone(terms, shape, dtype):
             total = None
@@ -132,6 +132,18 @@ def as_broadcast(value: Value) -> Broadcast | None:
     return Broadcast(array, tuple(range(np.ndim(array))), tuple(np.shape(array)))
 
 
+def spread(value: Broadcast, dtype: Any) -> Undone | None:
+    """Something repeated as a product with ones; None where that is not the smaller thing."""
+    there = value.varies or tuple(k for k, n in enumerate(value.shape) if n != 1)[:1]
+    left = value.compact.astype(dtype) * jnp.ones([value.shape[k] for k in there], dtype)
+    ones = [k for k, n in enumerate(value.shape) if n != 1 and k not in there]
+    term = product(left, jnp.ones([value.shape[k] for k in ones], dtype), [], [])
+    dims = dict(zip((*there, *ones), term.dims, strict=True))
+    term = replace(term, dims=tuple(dims.get(k, ()) for k in range(len(value.shape))))
+    result = Undone((term,), value.shape, jnp.dtype(dtype))
+    return result if ones and result.held < result.size else None
+
+
 def added(value: Value, other: Value) -> Value:
     """The sum, undone as far as one of them is."""
     if is_zero(value):
@@ -143,6 +155,10 @@ def added(value: Value, other: Value) -> Value:
 
 
 def _as_undone(value: Value) -> Undone:
+    if isinstance(value, Broadcast):
+        repeated = spread(value, value.source.dtype)
+        if repeated is not None:
+            return repeated
     array = array_of(value)
     reason = (
         value.reason if isinstance(value, Plain) else Reason("add_any", "", "added to something that is no product")

@@ -25,6 +25,7 @@ from jaxgrad.per_example.values import (
     Value,
     added,
     array_of,
+    as_broadcast,
     is_zero,
     literal,
     reason_at,
@@ -67,21 +68,20 @@ def tail(jaxpr: _jax.Jaxpr, wanted: Sequence[bool], used: Sequence[bool]) -> Tai
         if not live[i]:
             continue
         outs = [good.get(v, False) for v in eqn.outvars]
-        if any(outs) and _inlined(eqn):
-            sub = _jax.body(eqn).jaxpr
-            inner = tail(sub, outs, [v in good for v in eqn.outvars])
-            for v, w in zip(eqn.invars, sub.invars, strict=True):
-                if w in inner.used:
-                    use(v, w in inner.variables)
+        if any(outs) and eqn.primitive in (_jax.jit_p, _jax.remat_p, _jax.cond_p):
+            is_cond = eqn.primitive is _jax.cond_p
+            for program in _jax.branches(eqn) if is_cond else [_jax.body(eqn)]:
+                inner = tail(program.jaxpr, outs, [v in good for v in eqn.outvars])
+                for v, w in zip(eqn.invars[is_cond:], program.jaxpr.invars, strict=True):
+                    if w in inner.used:
+                        use(v, w in inner.variables)
+            if is_cond:
+                use(eqn.invars[0], False)
             continue
         taken = operands(eqn) if all(outs) else range(0)
         for k, v in enumerate(eqn.invars):
             use(v, k in taken)
     return Tail(frozenset(v for v, ok in good.items() if ok), tuple(live), frozenset(good))
-
-
-def _inlined(eqn: _jax.Equation) -> bool:
-    return eqn.primitive in (_jax.jit_p, _jax.remat_p)
 
 
 def evaluate(
@@ -119,16 +119,17 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         if eqn.primitive is _jax.scan_p:
             return _scan(eqn, values, wanted, used)
         if eqn.primitive is _jax.cond_p:
-            return _cond(eqn, values, wanted)
+            return _cond(eqn, values, wanted, used)
     taken = operands(eqn)
     if taken and eqn.primitive in KEEPS_ZERO and all(is_zero(values[k]) for k in taken):
         return [zero(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
     if any(isinstance(value, Undone) for value in values):
         results = RULES[eqn.primitive](eqn, values) if eqn.primitive in RULES else None
         if results is not None:
-            return results
-    elif all(wanted):
-        product = undone_product(eqn, values)
+            return [_settled(result) for result in results]
+    if all(wanted):
+        settled = [Plain(array_of(v), _refused(eqn, v)) if isinstance(v, Undone) else v for v in values]
+        product = undone_product(eqn, settled)
         if product is not None:
             return [product]
     repeated = _repeated(eqn, values)
@@ -141,6 +142,17 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
     return [Plain(a, reason) if want else a for a, want in zip(arrays, wanted, strict=True)]
 
 
+def _settled(value: Value) -> Value:
+    """A sum of products that holds more than it stands for is carried out."""
+    if isinstance(value, Undone) and value.terms and value.held >= value.size:
+        return Plain(array_of(value), value.reason or FORMED)
+    return value
+
+
+def _refused(eqn: _jax.Equation, value: Undone) -> undone.Reason:
+    return value.reason or reason_at(eqn, "what it does here cannot be done to the product's operands")
+
+
 def _inherited(eqn: _jax.Equation, values: Sequence[Value]) -> undone.Reason:
     """Why a result in the tail is no product: what was so already, or what cannot be done to a product, or no product."""
     size = max(v.aval.size for v in eqn.outvars)
@@ -148,9 +160,7 @@ def _inherited(eqn: _jax.Equation, values: Sequence[Value]) -> undone.Reason:
         if isinstance(value, Plain) and value.array.size >= size:
             return value.reason
         if isinstance(value, Undone):
-            return value.reason or reason_at(eqn, "what it does here cannot be done to the product's operands")
-    if eqn.primitive in (lax.dot_general_p, lax.conv_general_dilated_p, lax.scatter_add_p):
-        return FORMED
+            return _refused(eqn, value)
     return reason_at(eqn, "its result is not a product of two smaller arrays")
 
 
@@ -158,21 +168,21 @@ def _repeated(eqn: _jax.Equation, values: Sequence[Value]) -> Broadcast | None:
     """Something repeated along an axis is remembered as that, through what is done entry by entry with one number."""
     out = eqn.outvars[0].aval
     if eqn.primitive is lax.broadcast_in_dim_p and len(values) == 1:
-        dims, value = eqn.params["broadcast_dimensions"], values[0]
+        dims, value = [int(d) for d in eqn.params["broadcast_dimensions"]], values[0]
         if isinstance(value, Broadcast):
             return Broadcast(value.source, tuple(dims[d] for d in value.dims), tuple(out.shape), value.zero)
         return Broadcast(array_of(value), tuple(dims), tuple(out.shape), is_zero(value))
-    if not isinstance(values[0], Broadcast) and not (len(values) > 1 and isinstance(values[1], Broadcast)):
-        return None
-    if eqn.primitive in (lax.neg_p, lax.convert_element_type_p):
+    if eqn.primitive in (lax.neg_p, lax.convert_element_type_p) and isinstance(values[0], Broadcast):
         value = values[0]
         return Broadcast(_jax.bind(eqn, [value.source])[0], value.dims, value.shape, value.zero)
-    if eqn.primitive is lax.mul_p:
+    if eqn.primitive is lax.mul_p and any(isinstance(value, Broadcast) for value in values):
         for value, other in (values, values[::-1]):
-            if isinstance(value, Broadcast) and value.shape == out.shape and not is_zero(value):
-                scale = other.source if isinstance(other, Broadcast) else array_of(other)
-                if jnp.size(scale) == 1 and not is_zero(other):
-                    return Broadcast(value.source * jnp.reshape(scale, ()), value.dims, value.shape)
+            value, scale = as_broadcast(value), as_broadcast(other)
+            if value is None or scale is None or scale.varies or len(value.shape) != len(out.shape):
+                continue
+            if jnp.size(value.source) < out.size and not value.zero and not scale.zero:
+                source = value.source * jnp.reshape(scale.source, ())
+                return Broadcast(source, value.dims, tuple(out.shape))
     return None
 
 
@@ -295,10 +305,9 @@ def _accumulates(jaxpr: _jax.Jaxpr, into: Any, out: Any) -> bool:
     return not used_again and sum(w is v for w in jaxpr.outvars) == 1
 
 
-def _cond(eqn: _jax.Equation, values: list[Value], wanted: list[bool]) -> Sequence[Value]:
+def _cond(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]) -> Sequence[Value]:
     """Each branch gives its own products, and zeros in the place of the other branches'."""
     programs, (index, *rest) = _jax.branches(eqn), values
-    used = [True] * len(wanted)
 
     def branch(program: _jax.Program, wanted: Sequence[bool]) -> Any:
         def run() -> list[Value]:

@@ -1,0 +1,181 @@
+"""explain: what per_example_grad does with each parameter, before anything is computed."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgrad.per_example.factors import arrays
+from jaxgrad.per_example.finish import Finished
+from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.pairs import way
+from jaxgrad.per_example.transform import Transformed
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is done for one parameter.
+
+    Attributes:
+        path: as `jax.tree_util.keystr` writes it.
+        shape, dtype: the parameter's.
+        how: "factored"; "formed", a product that is smaller than its operands; "vector", at most one axis, written out
+            as it is no larger than an activation; "unused"; "direct", written out as vmap(jax.grad) would.
+        factors: the kinds and shapes of what is held, with the example axis.
+        norm: how the norm is computed, a part for each pair of factors.
+        nbytes: bytes held.
+        materialized_nbytes: bytes of the gradients written out.
+        primitive, source, why: of a direct route, where the gradient ceases to be a product: the primitive, file and line
+            in the loss, and the reason. Empty otherwise.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    how: str
+    factors: tuple[str, ...]
+    norm: tuple[str, ...]
+    nbytes: int
+    materialized_nbytes: int
+    primitive: str = ""
+    source: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A row for each parameter; printed, a table.
+
+    Attributes:
+        rows: in the order of the parameters' tree.
+        batch_size: B.
+    """
+
+    rows: tuple[Row, ...]
+    batch_size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for all parameters."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def materialized_nbytes(self) -> int:
+        """Bytes of all gradients written out."""
+        return sum(row.materialized_nbytes for row in self.rows)
+
+    @property
+    def direct(self) -> tuple[Row, ...]:
+        """The parameters that take the direct route."""
+        return tuple(row for row in self.rows if row.how == "direct")
+
+    def __getitem__(self, path: str) -> Row:
+        for row in self.rows:
+            if row.path == path:
+                return row
+        raise KeyError(path)
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "how", "held as", "norm", "held", "written out")
+        lines = [head, *(_cells(row) for row in self.rows)]
+        lines.append(("all", "", "", "", "", _bytes(self.nbytes), _bytes(self.materialized_nbytes)))
+        widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
+        table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        table.insert(1, "-" * max(len(line) for line in table))
+        for row in self.direct:
+            at = f" at {row.source}" if row.source else ""
+            table.append(f"{row.path or 'parameter'}: written out, for {row.primitive}{at}: {row.why}")
+        return "\n".join([f"{self.batch_size} examples", *table])
+
+
+def explain(
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, in_axes: Any = None, has_aux: bool = False
+) -> Callable[..., Explanation]:
+    """What `per_example_grad(fun)` does with each parameter: a function of its arguments, that computes nothing.
+
+    Args:
+        fun, argnums, in_axes, has_aux: as in `per_example_grad`.
+
+    Returns:
+        A function of the same arguments (arrays, or `jax.ShapeDtypeStruct`s) that returns an `Explanation`.
+
+    Raises:
+        TypeError, ValueError: as in `per_example_grad`.
+
+    Example:
+        >>> loss = lambda W, x: jnp.tanh(W @ x).sum() + jnp.exp(W).sum()
+        >>> row = explain(loss)(jnp.ones((30, 20)), jnp.ones((4, 20))).rows[0]
+        >>> row.how, row.primitive
+        ('direct', 'mul')
+    """
+    transformed = Transformed("explain", fun, argnums, in_axes, has_aux, False)
+
+    def explained(*args: Any, **kwargs: Any) -> Explanation:
+        done: list[Finished] = []
+        paths: list[str] = []
+
+        def run(leaves: Sequence[Any]) -> PerExampleGrads:
+            whole = [leaf if k not in traced else leaves[traced.index(k)] for k, leaf in enumerate(flat)]
+            args, kwargs = jax.tree.unflatten(treedef, whole)
+            _, _, g, finished = transformed.explained(args, kwargs)
+            done[:], paths[:] = finished, g.paths
+            return g
+
+        flat, treedef = jax.tree.flatten((args, kwargs))
+        traced = [k for k, leaf in enumerate(flat) if hasattr(leaf, "dtype") and hasattr(leaf, "shape")]
+        g = jax.eval_shape(run, [flat[k] for k in traced])
+        rows = [
+            _row(path, leaf.factors, f)
+            for path, leaf, f in zip(paths, jax.tree.leaves(g, is_leaf=_is_leaf), done, strict=True)
+        ]
+        return Explanation(tuple(rows), g.batch_size)
+
+    return explained
+
+
+def _is_leaf(node: Any) -> bool:
+    return hasattr(node, "factors") and hasattr(node, "weight")
+
+
+def _row(path: str, factors: Sequence[Any], finished: Finished) -> Row:
+    layout = factors[0].layout
+    held = [a for f in factors for a in arrays(f)]
+    B = held[0].shape[0]
+    reason = finished.reason
+    norm = tuple(way(f, f_) for i, f in enumerate(factors) for f_ in factors[: i + 1])
+    return Row(
+        path=path,
+        shape=layout.shape,
+        dtype=layout.dtype,
+        how=finished.how,
+        factors=tuple(f"{type(f).__name__}({', '.join(str(list(a.shape)) for a in arrays(f))})" for f in factors),
+        norm=norm,
+        nbytes=sum(math.prod(a.shape) * a.dtype.itemsize for a in held),
+        materialized_nbytes=B * layout.size * layout.dtype.itemsize,
+        **({} if reason is None else {"primitive": reason.primitive, "source": reason.source, "why": reason.why}),
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    kinds = " + ".join(row.factors)
+    norm = ", ".join(dict.fromkeys(row.norm))
+    return (
+        row.path or "parameter",
+        str(list(row.shape)),
+        row.how,
+        kinds,
+        norm,
+        _bytes(row.nbytes),
+        _bytes(row.materialized_nbytes),
+    )
+
+
+def _bytes(n: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n = n / 1024  # type: ignore[assignment]
+    return f"{n:.1f} GiB"

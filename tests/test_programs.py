@@ -1,0 +1,75 @@
+"""per_example_grad against vmap(jax.grad) on random programs; JAXGRAD_FUZZ=20 runs 2,000 of them."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import programs
+import pytest
+from conftest import FUZZ
+
+from jaxgrad import per_example_grad
+from jaxgrad.per_example.factors import Dense
+
+QUICK = {"xla_backend_optimization_level": "0"}  # compiling is most of the time
+
+
+def disagreements(p: programs.Program) -> list[str]:
+    """What is further off than p.rtol of the largest there is of its kind, a line each."""
+    c = np.linspace(-1, 2, programs.B)
+
+    def both(params, batch):
+        g = per_example_grad(p.loss)(params, *batch)
+        G = jax.vmap(jax.grad(p.loss), (None, *[0] * len(batch)))(params, *batch)
+        return G, (g.materialize(), g.norms(), g.gram(), g.weighted_sum(jnp.asarray(c)), g.second_moment())
+
+    G, (written, norms, gram, weighted, second) = jax.jit(both, compiler_options=QUICK)(p.params, p.batch)
+    wide = {n: np.asarray(v, np.float64).reshape(programs.B, -1) for n, v in G.items()}
+    every = np.concatenate(list(wide.values()), 1)
+    top = np.linalg.norm(every, axis=1).max()
+    cases = [("norms", norms, np.linalg.norm(every, axis=1), top), ("gram", gram, every @ every.T, top**2)]
+    for n, g in wide.items():
+        size = max(np.abs(g).max(), 1e-3 * np.abs(every).max())
+        cases += [(f"materialize {n}", written[n], g, size), (f"weighted_sum {n}", weighted[n], c @ g, size)]
+        cases += [(f"second_moment {n}", second[n], (g * g).mean(0), size**2)]
+    lines = [f"dtype {n}: {written[n].dtype}, not {G[n].dtype}" for n in G if written[n].dtype != G[n].dtype]
+    for name, found, expected, size in cases:
+        off = np.abs(np.asarray(found, np.float64).reshape(expected.shape) - expected).max()
+        if not off <= p.rtol * size:
+            lines.append(f"{name}: off by {off}, where the largest is {size}")
+    return lines
+
+
+def census(seeds) -> tuple[Counter, Counter]:
+    """(How many parameters stay factored, partly, or are written out; how often each kind of step was drawn.)"""
+    parameters, kinds = Counter(), Counter()
+    for seed in seeds:
+        p = programs.program(seed)
+        kinds += p.kinds
+        g = jax.eval_shape(per_example_grad(p.loss), p.params, *p.batch)
+        for leaf in (g.factors[n] for n in p.params):
+            dense = {isinstance(f, Dense) for f in leaf}
+            parameters["partly" if len(dense) == 2 else "Dense" if True in dense else "factored"] += 1
+    return parameters, kinds
+
+
+@pytest.mark.parametrize("seed", range(100 * FUZZ))
+def test_a_random_program_agrees(seed):
+    p = programs.program(seed)
+    try:
+        lines = disagreements(p)
+    except Exception as error:
+        error.add_note(p.text)
+        raise
+    finally:
+        if seed % 50 == 49:
+            jax.clear_caches()
+    assert not lines, "\n".join([*lines, p.text])
+
+
+def test_the_programs_cover_every_step_and_both_outcomes():
+    parameters, kinds = census(range(60))
+    print(dict(parameters), dict(kinds.most_common()))
+    assert set(programs.TRANSFORMS) | set(programs.USES) | set(programs.CONTROLS) <= set(kinds)
+    assert min(parameters["factored"] + parameters["partly"], parameters["Dense"]) > 20

@@ -1,0 +1,147 @@
+"""Every loss of the zoo: each operation on its gradients is its image on the matrix that jax.grad writes out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import ENTRIES
+from zoo.base import Loss
+
+from jaxgrad import PerExampleGrads, per_example_grad
+from jaxgrad.per_example import Dense
+
+# Most of the time here would go into optimising code that runs once.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_use_fusion_emitters": False,
+    },
+)
+
+
+@pytest.fixture
+def users_settings():
+    """JAX as it comes, but in float64."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def axes_of(entry: Loss) -> tuple:
+    return (0,) * len(entry.batch) if entry.in_axes is None else entry.in_axes
+
+
+def first_example(entry: Loss, batch: tuple) -> tuple:
+    axes = jax.tree.flatten(axes_of(entry), is_leaf=lambda axis: axis is None)[0]
+    leaves, treedef = jax.tree.flatten(batch)
+    return treedef.unflatten(
+        [a if k is None else a[(slice(None),) * k + (0,)] for a, k in zip(leaves, axes, strict=True)]
+    )
+
+
+def algebra(g: PerExampleGrads, V, c, mask, bound) -> dict:
+    return {
+        "materialize": g.materialize(),
+        "norms": g.norms(),
+        "squared_norms": g.squared_norms(),
+        "leaf_norms": g.leaf_norms(),
+        "dot": g.dot(V),
+        "weighted_sum": g.weighted_sum(c),
+        "sum": g.sum(),
+        "mean": g.mean(),
+        "gram": g.gram(),
+        "second_moment": g.second_moment(),
+        "variance": g.variance(),
+        "clip": g.clip(bound).sum(),
+        "where": g.where(mask).sum(),
+        "index": g[1:].materialize(),
+    }
+
+
+def images(leaves: list, V, c, mask, bound) -> dict:
+    """The same, of the matrix: every result with the size that its rounding errors are relative to."""
+    G = [np.asarray(a).reshape(len(a), -1) for a in leaves]
+    whole, direction = np.concatenate(G, 1), np.concatenate([np.ravel(v) for v in V])
+    lengths, size = np.linalg.norm(whole, axis=1), [np.abs(a).sum() for a in G]
+    clipped = np.minimum(1, bound / np.where(lengths > 0, lengths, bound))
+    largest = [np.abs(a).max(initial=0) for a in G]
+
+    def mapped(function, scales):
+        return [(function(a), scale) for a, scale in zip(leaves, scales, strict=True)]
+
+    return {
+        "materialize": mapped(lambda a: a, largest),
+        "norms": [(lengths, lengths)],
+        "squared_norms": [(lengths**2, lengths**2)],
+        "leaf_norms": [(np.linalg.norm(a, axis=1), scale) for a, scale in zip(G, largest, strict=True)],
+        "dot": [(whole @ direction, lengths * np.linalg.norm(direction))],
+        "weighted_sum": mapped(lambda a: np.tensordot(c, a, 1), [n * np.abs(c).max() for n in size]),
+        "sum": mapped(lambda a: a.sum(0), size),
+        "mean": mapped(lambda a: a.mean(0), largest),
+        "gram": [(whole @ whole.T, np.outer(lengths, lengths))],
+        "second_moment": mapped(lambda a: (a**2).mean(0), [n**2 for n in largest]),
+        "variance": mapped(lambda a: a.var(0), [n**2 for n in largest]),
+        "clip": mapped(lambda a: np.tensordot(clipped, a, 1), size),
+        "where": mapped(lambda a: a[mask].sum(0), size),
+        "index": mapped(lambda a: a[1:], largest),
+    }
+
+
+def close(found, expected, scale, rtol, message):
+    found, error = np.asarray(found), np.abs(np.asarray(found) - expected)
+    assert found.shape == np.shape(expected), f"{message}: shape {found.shape}, expected {np.shape(expected)}"
+    assert np.all(error <= rtol * scale), f"{message}: {np.max(error / np.maximum(scale, 1e-300)):.1e} of its size away"
+
+
+@pytest.mark.usefixtures("users_settings")
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_agrees_with_the_written_out_gradients(entry):
+    params, batch, grad = entry.params, entry.batch, jax.grad(entry.loss)
+
+    @quick_jit
+    def reference(params, batch):
+        all_examples = jax.vmap(grad, in_axes=(None, *axes_of(entry)))(params, *batch)
+        return all_examples, grad(params, *first_example(entry, batch))
+
+    expected, of_one = jax.tree.map(np.asarray, reference(params, batch))
+    leaves, treedef = jax.tree.flatten(expected)
+    B, rng = len(leaves[0]), np.random.default_rng(0)
+    assert all(np.isfinite(a).all() for a in leaves)
+    for one, a in zip(jax.tree.leaves(of_one), leaves, strict=True):
+        close(a[0], one, np.abs(a).max(initial=0), max(entry.rtol, 1e-12), "jax.vmap")
+
+    lengths = np.sqrt(sum(np.square(a).reshape(B, -1).sum(1) for a in leaves))
+    V = [rng.normal(size=a.shape[1:]) for a in leaves]
+    c, mask, bound = rng.normal(size=B), np.arange(B) % 2 == 0, lengths.mean()
+
+    @quick_jit
+    def run(params, batch, V, c, mask, bound):
+        g = per_example_grad(entry.loss, in_axes=entry.in_axes)(params, *batch)
+        return g, algebra(g, V, c, mask, bound)
+
+    g, found = run(params, batch, treedef.unflatten(V), c, mask, bound)
+    assert isinstance(g, PerExampleGrads)
+    assert jax.tree.map(jnp.result_type, found["materialize"]) == jax.tree.map(jnp.result_type, params)
+    for name, results in images(leaves, V, c, mask, bound).items():
+        for a, (b, scale) in zip(jax.tree.leaves(found[name]), results, strict=True):
+            close(a, b, scale, entry.rtol, name)
+
+    factors = dict(zip(g.paths, treedef.flatten_up_to(g.factors), strict=True))
+    written_out = [path for path in entry.factored if any(isinstance(f, Dense) for f in factors[path])]
+    assert not written_out, f"written out, but should be factored: {written_out}\n{g!r}"
+
+
+def test_the_zoo_is_large_and_its_names_are_unique():
+    names = [entry.name for entry in ENTRIES]
+    assert len(names) == len(set(names)) >= 60
+    assert sum(bool(entry.factored) for entry in ENTRIES) >= 60
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_an_entry_names_parameters_that_it_has(entry):
+    leaves = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(entry.params)}
+    assert set(entry.factored) <= set(leaves)
+    assert all(a.dtype == np.float64 for a in leaves.values())
