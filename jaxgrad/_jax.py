@@ -73,7 +73,7 @@ def scan_parts(eqn: Equation) -> ScanParts:
 
 def scatter_axes(eqn: Equation) -> tuple[int, ...]:
     """The axes of the operand that the indices of a scatter-add are along."""
-    return tuple(eqn.params["dimension_numbers"].scatter_dims_to_operand_dims)
+    return tuple(int(k) for k in eqn.params["dimension_numbers"].scatter_dims_to_operand_dims)
 
 
 def scatter_window(eqn: Equation) -> list[int | None] | None:
@@ -81,14 +81,14 @@ def scatter_window(eqn: Equation) -> list[int | None] | None:
     numbers = eqn.params["dimension_numbers"]
     if numbers.operand_batching_dims or numbers.scatter_indices_batching_dims:
         return None
-    window = iter(numbers.update_window_dims)
+    window = iter([int(k) for k in numbers.update_window_dims])
     inserted = set(numbers.inserted_window_dims)
     return [None if k in inserted else next(window) for k in range(_rank(eqn.outvars[0]))]
 
 
 def scatter_clips(eqn: Equation) -> bool:
-    """Whether an index out of range is brought into it, or there is none; otherwise it adds nothing."""
-    return eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+    """Whether an index out of range is brought into it; otherwise it adds nothing, promised to be in range or not."""
+    return eqn.params["mode"] == lax.GatherScatterMode.CLIP
 
 
 def _rank(v: Any) -> int:

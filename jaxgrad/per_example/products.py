@@ -51,14 +51,17 @@ def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
     sizes = [1 if k is None else added.shape[k] for k in window]
     axis = next((k for k, (n, m) in enumerate(zip(shape, sizes, strict=True)) if n != m), axes[0])
     clipped = _jax.scatter_clips(eqn)
-    # An index along an axis that is there as a whole is 0, whatever it says, unless what is out of range is dropped.
-    if axis not in axes or sizes[axis] != 1 or (len(axes) > 1 and not clipped):
+    if axis not in axes or sizes[axis] != 1:
         return None
     if any(n != m for k, (n, m) in enumerate(zip(shape, sizes, strict=True)) if k != axis):
         return None
-    ids = jnp.asarray(array_of(indices))[..., axes.index(axis)]
+    index = jnp.asarray(array_of(indices))
+    ids = index[..., axes.index(axis)]
     if clipped:
         ids = jnp.clip(ids, 0, shape[axis] - 1)
+    elif len(axes) > 1:  # an axis that is there as a whole has room for index 0 alone
+        others = jnp.stack([index[..., k] == 0 for k in range(len(axes)) if axes[k] != axis]).all(0)
+        ids = jnp.where(others, ids, jnp.full_like(ids, shape[axis]))
     positions = [k for k in range(added.ndim) if k not in window]
     dims = [None if k == axis else window[k] for k in range(len(shape))]
     spare = window[axis]

@@ -169,7 +169,10 @@ def form(term: Term, dtype: jax.typing.DTypeLike) -> Array:
     values = values.reshape(term.left.size, *(term.size_of(label) for label in others)).astype(work)
     ids = jnp.where((term.left < 0) | (term.left >= rows), rows, term.left).ravel()
     table = jnp.zeros((rows, *values.shape[1:]), work).at[ids].add(values, mode="drop")
-    table = table.transpose([(row, *others).index(label) for label in term.out])
+    labels = (row, *others)
+    table = table.sum([k for k, label in enumerate(labels) if label not in term.out])  # of size 1
+    labels = tuple(label for label in labels if label in term.out)
+    table = table.transpose([labels.index(label) for label in term.out])
     return _placed(table.astype(dtype).reshape(term.sizes), term)
 
 

@@ -73,8 +73,8 @@ def tail(jaxpr: _jax.Jaxpr, wanted: Sequence[bool], used: Sequence[bool]) -> Tai
             for program in _jax.branches(eqn) if is_cond else [_jax.body(eqn)]:
                 inner = tail(program.jaxpr, outs, [v in good for v in eqn.outvars])
                 for v, w in zip(eqn.invars[is_cond:], program.jaxpr.invars, strict=True):
-                    if w in inner.used:
-                        use(v, w in inner.variables)
+                    if w in inner.used or is_cond:
+                        use(v, w in inner.variables or w not in inner.used)
             if is_cond:
                 use(eqn.invars[0], False)
             continue
@@ -100,7 +100,8 @@ def evaluate(
     known |= dict(zip(jaxpr.invars, values, strict=True))
 
     def read(v: Any) -> Value:
-        return literal(v.val, v.aval.dtype) if isinstance(v, _jax.Literal) else known[v]
+        # What is not known is an operand of an inner program that has no use for it.
+        return literal(v.val, v.aval.dtype) if isinstance(v, _jax.Literal) else known.get(v)
 
     for eqn, live in zip(jaxpr.eqns, found.live, strict=True):
         if live:
@@ -190,7 +191,7 @@ def _behind_barrier(eqn: _jax.Equation, values: list[Value]) -> list[Value]:
     """What is computed a second time to save memory is not to be merged with the first."""
     if not eqn.params.get("prevent_cse", True):
         return values
-    at = [k for k, value in enumerate(values) if not is_zero(value)]
+    at = [k for k, value in enumerate(values) if value is not None and not is_zero(value)]
     arrays = lax.optimization_barrier(tuple(jnp.asarray(array_of(values[k])) for k in at))
     values = list(values)
     for k, array in zip(at, arrays, strict=True):
@@ -311,13 +312,18 @@ def _cond(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
 
     def branch(program: _jax.Program, wanted: Sequence[bool]) -> Any:
         def run() -> list[Value]:
-            results = evaluate(program, rest, wanted, used)
-            return [
-                (Undone((), v.shape, dtype) if is_zero(v) else v)
-                if want and (is_zero(v) or isinstance(v, Undone))
-                else jnp.asarray(array_of(v))
-                for v, want, dtype in zip(results, wanted, [w.aval.dtype for w in eqn.outvars], strict=True)
-            ]
+            results: list[Value] = []
+            for v, value in enumerate(evaluate(program, rest, wanted, used)):
+                aval = eqn.outvars[v].aval
+                if not used[v]:
+                    results.append(None)
+                elif wanted[v] and is_zero(value):
+                    results.append(Undone((), tuple(aval.shape), aval.dtype))
+                elif wanted[v] and isinstance(value, Undone):
+                    results.append(value)
+                else:
+                    results.append(jnp.asarray(array_of(value)))
+            return results
 
         return run
 
