@@ -1,9 +1,11 @@
 """Time functions side by side: interleaved, medians, ready results."""
 
+import argparse
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,3 +37,16 @@ def environment() -> str:
         f"{device.platform} ({device.device_kind}), {len(os.sched_getaffinity(0))} threads, jax {jax.__version__}, "
         f"Python {platform.python_version()}"
     )
+
+
+def command_line(doc: str | None, title: str, module: str, run: Callable[..., str], note: str = "") -> None:
+    """The options that every benchmark has: how long, what, and a file for the table."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each row")
+    parser.add_argument("--only", default="", help="rows whose name holds this word")
+    parser.add_argument("--write", type=Path, help="also write the table to this file")
+    options = parser.parse_args()
+    table = run(options.seconds, options.only)
+    if options.write:
+        command = f"`python -m {module} --write {options.write}`"
+        options.write.write_text(f"# {title}\n\nWritten by {command}.\n\n{table}{note}")

@@ -9,8 +9,7 @@ import pytest
 from zoo import ENTRIES
 from zoo.base import Loss
 
-from jaxgrad import PerExampleGrads, per_example_grad
-from jaxgrad.per_example import Dense
+from jaxgrad import PerExampleGrads, explain, per_example_grad
 
 # Most of the time here would go into optimising code that runs once.
 quick_jit = functools.partial(
@@ -129,19 +128,24 @@ def test_agrees_with_the_written_out_gradients(entry):
         for a, (b, scale) in zip(jax.tree.leaves(found[name]), results, strict=True):
             close(a, b, scale, entry.rtol, name)
 
-    factors = dict(zip(g.paths, treedef.flatten_up_to(g.factors), strict=True))
-    written_out = [path for path in entry.factored if any(isinstance(f, Dense) for f in factors[path])]
-    assert not written_out, f"written out, but should be factored: {written_out}\n{g!r}"
+
+
+@pytest.mark.usefixtures("users_settings")
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.factored or e.formed], ids=lambda entry: entry.name)
+def test_matrices_do_not_take_the_direct_route(entry):
+    told = explain(entry.loss, in_axes=entry.in_axes)(entry.params, *entry.batch)
+    assert {path: told[path].how for path in entry.factored} == dict.fromkeys(entry.factored, "factored"), f"\n{told}"
+    assert all(told[path].how in ("factored", "formed") for path in entry.formed), f"\n{told}"
 
 
 def test_the_zoo_is_large_and_its_names_are_unique():
     names = [entry.name for entry in ENTRIES]
     assert len(names) == len(set(names)) >= 60
-    assert sum(bool(entry.factored) for entry in ENTRIES) >= 60
+    assert sum(bool(entry.factored or entry.formed) for entry in ENTRIES) >= 60
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_an_entry_names_parameters_that_it_has(entry):
     leaves = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(entry.params)}
-    assert set(entry.factored) <= set(leaves)
+    assert {*entry.factored, *entry.formed} <= set(leaves)
     assert all(a.dtype == np.float64 for a in leaves.values())

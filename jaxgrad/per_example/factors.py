@@ -139,8 +139,8 @@ class Outer:
         layout: where [G, F, K] lies in the parameter.
     """
 
-    left: Array
-    right: Array
+    left: Any  # an Array, or what jax.eval_shape makes of one
+    right: Any
     layout: Layout
 
     @staticmethod
@@ -161,8 +161,8 @@ class Rows:
         layout: where [1, F, K] lies in the parameter; F is the number of rows.
     """
 
-    ids: Array
-    values: Array
+    ids: Any
+    values: Any
     layout: Layout
 
     @staticmethod
@@ -192,7 +192,7 @@ class Dense:
         layout: the parameter's shape and dtype; its matrix is (1, 1, size).
     """
 
-    value: Array
+    value: Any
     layout: Layout
 
     @staticmethod
@@ -298,7 +298,8 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
         case Outer(left, right, layout):
             lies = replicated(left)
             if layout.matrix[0] == 1:
-                lefts, rights = left.reshape(-1, left.shape[3]), right.reshape(-1, right.shape[3])
+                count = left.shape[0] * left.shape[2]
+                lefts, rights = left.reshape(count, left.shape[3]), right.reshape(count, right.shape[3])
                 total = jnp.matmul(lefts.T, rights, precision=precision, out_sharding=lies)[None]
             else:
                 total = jnp.einsum("bgtf,bgtk->gfk", left, right, precision=precision, out_sharding=lies)
@@ -306,7 +307,7 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
         case Rows() as rows:
             ids, values = gathered(rows.valid())
             table = jnp.zeros(rows.layout.matrix[1:], acc)
-            return rows.layout.from_matrix(table.at[ids.ravel()].add(values.reshape(-1, values.shape[2]))[None])
+            return rows.layout.from_matrix(table.at[ids.ravel()].add(values.reshape(ids.size, values.shape[2]))[None])
         case Dense(value, _):
             return value.sum(0)
 

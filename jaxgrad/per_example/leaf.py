@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ class Leaf:
     """
 
     factors: tuple[Factor, ...]
-    weight: Array
+    weight: Any  # an Array, or what jax.eval_shape makes of one
 
     @staticmethod
     def of(parts: tuple[Factor, ...]) -> "Leaf":

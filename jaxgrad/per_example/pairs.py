@@ -157,9 +157,10 @@ def _outer_outer(f: Outer, f_: Outer, chunk_bytes: int, precision: Precision) ->
     _, G, T, F = f.left.shape
     S = f_.left.shape[2]
     if T == S == 1:
-        lefts = (f.left * f_.left).reshape(-1, F)
-        rights = (f.right * f_.right).reshape(-1, f.right.shape[3])
-        return (row_sums(lefts) * row_sums(rights)).reshape(-1, G).sum(1)
+        count = _count(f) * G
+        lefts = (f.left * f_.left).reshape(count, F)
+        rights = (f.right * f_.right).reshape(count, f.right.shape[3])
+        return (row_sums(lefts) * row_sums(rights)).reshape(_count(f), G).sum(1)
 
     def positions(f: Outer, f_: Outer) -> Array:
         lefts = jnp.einsum("bgtf,bgsf->bgts", f.left, f_.left, precision=precision)
@@ -251,7 +252,7 @@ def _through_matrix(f: Outer, f_: Outer, chunk_bytes: int, precision: Precision)
                 jnp.einsum("fbgt,bgtk->bgfk", a[0], right, precision=precision)
                 for a, right in ((slices, f.right), (slices_, f_.right))
             )
-        return jnp.matmul(P.reshape(P.shape[0], -1), P_.reshape(P_.shape[0], -1).T, precision=precision)
+        return lax.dot_general(P, P_, (((1, 2, 3), (1, 2, 3)), ((), ())), precision=precision)
 
     return sum_examples(part, size, sliced(f), sliced(f_))
 

@@ -17,6 +17,7 @@ class Loss:
         params: float64 arrays.
         batch: the examples' arguments, with the example axis where `in_axes` says.
         factored: the parameters, as `jax.tree_util.keystr` prints them, whose gradients are not to be written out.
+        formed: the parameters whose gradients are products, kept as such or formed where that is the smaller thing.
         in_axes: one entry an argument of the batch; None for 0 throughout.
         rtol: relative error that is allowed.
     """
@@ -26,6 +27,7 @@ class Loss:
     params: Any
     batch: tuple[Any, ...]
     factored: tuple[str, ...] = ()
+    formed: tuple[str, ...] = ()
     in_axes: tuple[Any, ...] | None = None
     rtol: float = 1e-12
 
@@ -34,9 +36,9 @@ def collection() -> tuple[list[Loss], Callable[..., Any]]:
     """A list and the decorator that adds the loss below it, under the function's name."""
     entries: list[Loss] = []
 
-    def entry(params, batch, factored=(), in_axes=None, rtol=1e-12):
+    def entry(params, batch, factored=(), formed=(), in_axes=None, rtol=1e-12):
         def add(loss):
-            entries.append(Loss(loss.__name__, loss, params, batch, factored, in_axes, rtol))
+            entries.append(Loss(loss.__name__, loss, params, batch, factored, formed, in_axes, rtol))
             return loss
 
         return add

@@ -1,0 +1,164 @@
+"""The models of benchmarks.transform in plain JAX: loss(params, *example) of one example, params, batch, float32."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+class Model(NamedTuple):
+    name: str
+    loss: Callable[..., jax.Array]
+    params: Any
+    batch: tuple[Any, ...]
+    goal: float
+
+
+def models() -> Iterator[Model]:
+    """With the goal for norms + clipped sum, as a multiple of a plain gradient."""
+    yield mlp()
+    for D, T, B in ((512, 16, 64), (512, 128, 8), (256, 64, 32)):
+        yield transformer(D, T, B)
+    yield conv_net()
+    yield gru()
+    yield embedding()
+    yield language_model()
+
+
+class Draw:
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(0)
+
+    def weight(self, *shape: int) -> jax.Array:
+        return jnp.asarray(self.rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1])), jnp.float32)
+
+    def data(self, *shape: int) -> jax.Array:
+        return jnp.asarray(self.rng.normal(size=shape), jnp.float32)
+
+    def ids(self, high: int, *shape: int) -> jax.Array:
+        return jnp.asarray(self.rng.integers(0, high, shape), jnp.int32)
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, label[..., None], -1)[..., 0]
+
+
+def mlp(sizes: tuple[int, ...] = (256, 512, 512, 512, 10), B: int = 256) -> Model:
+    draw = Draw()
+    params = [{"W": draw.weight(m, n), "b": jnp.zeros(n)} for m, n in zip(sizes, sizes[1:], strict=False)]
+
+    def loss(params: Any, x: jax.Array, label: jax.Array) -> jax.Array:
+        for layer in params[:-1]:
+            x = jax.nn.relu(x @ layer["W"] + layer["b"])
+        return cross_entropy(x @ params[-1]["W"] + params[-1]["b"], label)
+
+    name = f"MLP {'-'.join(map(str, sizes))}, B={B}"
+    return Model(name, loss, params, (draw.data(B, sizes[0]), draw.ids(sizes[-1], B)), 1.0)
+
+
+def block_params(draw: Draw, D: int) -> dict[str, jax.Array]:
+    return {
+        "qkv": draw.weight(D, 3 * D),
+        "out": draw.weight(D, D),
+        "up": draw.weight(D, 4 * D),
+        "down": draw.weight(4 * D, D),
+        "scale_1": jnp.ones(D),
+        "scale_2": jnp.ones(D),
+        "b_up": jnp.zeros(4 * D),
+        "b_down": jnp.zeros(D),
+    }
+
+
+def normalised(h: jax.Array, scale: jax.Array) -> jax.Array:
+    h = h - h.mean(-1, keepdims=True)
+    return h * lax.rsqrt((h * h).mean(-1, keepdims=True) + 1e-5) * scale
+
+
+def block(p: dict[str, jax.Array], h: jax.Array, heads: int = 8) -> jax.Array:
+    T, D = h.shape
+    q, k, v = jnp.split(normalised(h, p["scale_1"]) @ p["qkv"], 3, axis=-1)
+    q, k, v = (a.reshape(T, heads, D // heads) for a in (q, k, v))
+    scores = jnp.einsum("thd,shd->hts", q, k) / np.sqrt(D // heads)
+    scores = jnp.where(np.tril(np.ones((T, T), bool)), scores, -1e9)
+    h = h + jnp.einsum("hts,shd->thd", jax.nn.softmax(scores), v).reshape(T, D) @ p["out"]
+    up = jax.nn.gelu(normalised(h, p["scale_2"]) @ p["up"] + p["b_up"])
+    return h + up @ p["down"] + p["b_down"]
+
+
+def transformer(D: int, T: int, B: int) -> Model:
+    draw = Draw()
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean(block(params, x) ** 2)
+
+    return Model(f"transformer block D={D} T={T}, B={B}", loss, block_params(draw, D), (draw.data(B, T, D),), 1.0)
+
+
+def conv_net(B: int = 128) -> Model:
+    draw = Draw()
+    params = {
+        "k1": draw.weight(3, 3, 1, 16),
+        "k2": draw.weight(3, 3, 16, 32),
+        "k3": draw.weight(3, 3, 32, 64),
+        "b1": jnp.zeros(16),
+        "b2": jnp.zeros(32),
+        "b3": jnp.zeros(64),
+        "W": draw.weight(64, 10),
+        "b": jnp.zeros(10),
+    }
+
+    def conv(h: jax.Array, k: jax.Array, b: jax.Array, stride: int) -> jax.Array:
+        y = lax.conv_general_dilated(h[None], k, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.nn.relu(y[0] + b)
+
+    def loss(p: Any, image: jax.Array, label: jax.Array) -> jax.Array:
+        h = conv(image, p["k1"], p["b1"], 1)
+        h = conv(h, p["k2"], p["b2"], 2)
+        h = conv(h, p["k3"], p["b3"], 2)
+        return cross_entropy(h.mean((0, 1)) @ p["W"] + p["b"], label)
+
+    return Model(f"conv net 28×28 to 64 channels, B={B}", loss, params, (draw.data(B, 28, 28, 1), draw.ids(10, B)), 1.5)
+
+
+def gru(H: int = 256, T: int = 64, B: int = 32) -> Model:
+    draw = Draw()
+    params = {"x": draw.weight(H, 3 * H), "h": draw.weight(H, 3 * H), "b": jnp.zeros(3 * H), "out": draw.weight(H, 10)}
+
+    def loss(p: Any, xs: jax.Array, label: jax.Array) -> jax.Array:
+        def step(h: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
+            xr, xz, xn = jnp.split(x @ p["x"] + p["b"], 3)
+            hr, hz, hn = jnp.split(h @ p["h"], 3)
+            z = jax.nn.sigmoid(xz + hz)
+            n = jnp.tanh(xn + jax.nn.sigmoid(xr + hr) * hn)
+            return (1 - z) * n + z * h, None
+
+        h, _ = lax.scan(step, jnp.zeros(H), xs)
+        return cross_entropy(h @ p["out"], label)
+
+    return Model(f"GRU H={H} T={T}, B={B}", loss, params, (draw.data(B, T, H), draw.ids(10, B)), 1.1)
+
+
+def embedding(V: int = 50_000, E: int = 256, T: int = 32, B: int = 64) -> Model:
+    draw = Draw()
+    params = {"E": draw.data(V, E), "W": draw.weight(E, 10)}
+
+    def loss(p: Any, ids: jax.Array, label: jax.Array) -> jax.Array:
+        return cross_entropy(jnp.tanh(p["E"][ids].mean(0)) @ p["W"], label)
+
+    return Model(f"embedding {V} × {E} T={T}, B={B}", loss, params, (draw.ids(V, B, T), draw.ids(10, B)), 1.1)
+
+
+def language_model(V: int = 4096, D: int = 256, T: int = 64, B: int = 16) -> Model:
+    draw = Draw()
+    params = {"E": draw.weight(V, D), "blocks": [block_params(draw, D) for _ in range(2)], "scale": jnp.ones(D)}
+
+    def loss(p: Any, ids: jax.Array) -> jax.Array:
+        h = p["E"][ids[:-1]] * np.sqrt(D)
+        for layer in p["blocks"]:
+            h = block(layer, h)
+        return cross_entropy(normalised(h, p["scale"]) @ p["E"].T, ids[1:]).mean()
+
+    return Model(f"tied language model V={V} D={D} T={T}, B={B}", loss, params, (draw.ids(V, B, T + 1),), 1.1)

@@ -1,0 +1,267 @@
+"""per_example_grad on models as people write them: plain trees, Equinox, Flax linen and Flax nnx.
+
+Every example is small and complete, to copy: how to get from the framework's model to a loss of one example whose first
+argument is the tree of parameters. What comes out is held against jax.vmap(jax.grad(loss)).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgrad import check_gradient, explain, per_example_grad
+
+B = 4
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # what is compiled runs once
+
+
+@pytest.fixture(autouse=True)
+def users_settings():
+    """JAX as it comes, but in float64; the frameworks make float32 where they do not ask."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def eqx():
+    return pytest.importorskip("equinox")
+
+
+@pytest.fixture
+def linen():
+    return pytest.importorskip("flax.linen")
+
+
+@pytest.fixture
+def nnx():
+    return pytest.importorskip("flax.nnx")
+
+
+def normal(seed, *shape, dtype=float):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def labels(seed, *shape, classes):
+    return jax.random.randint(jax.random.key(seed), shape, 0, classes)
+
+
+def cross_entropy(logits, label):
+    return jax.nn.logsumexp(logits) - logits[label]
+
+
+def agrees(loss, params, *batch, in_axes=None):
+    """Hold the factors against the gradients written out; no matrix may take the direct route."""
+    axes = (0,) * len(batch) if in_axes is None else in_axes
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def both(params, *batch):
+        g = per_example_grad(loss, in_axes=in_axes)(params, *batch)
+        written_out = jax.vmap(jax.grad(loss), (None, *axes))(params, *batch)
+        norms = jnp.sqrt(sum((a.reshape(B, -1) ** 2).sum(1) for a in jax.tree.leaves(written_out)))
+        clipped = jax.tree.map(lambda a: jnp.tensordot(1 / jnp.maximum(1, norms), a, 1), written_out)
+        return (g.materialize(), g.norms(), g.clip(1.0).sum()), (written_out, norms, clipped)
+
+    found, wanted = both(params, *batch)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        rtol = 1e-10 if b.dtype == jnp.float64 else 1e-4
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()))
+    assert (wanted[1] > 1).any(), "the bound should bind"
+
+    explanation = explain(loss, in_axes=in_axes)(params, *batch)
+    assert {row.path: row.shape for row in explanation.rows} == {
+        jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert not [row.path for row in explanation.rows if len(row.shape) > 1 and row.how == "direct"], explanation
+    return explanation
+
+
+def test_plain_tree_and_the_check_to_do_first():
+    params = {"layers": [(normal(0, 16, 8), jnp.zeros(16)), (normal(1, 3, 16), jnp.zeros(3))], "scale": jnp.ones(8)}
+
+    def loss(params, x, label):
+        x = x * params["scale"]
+        for W, b in params["layers"]:
+            x = jnp.tanh(W @ x + b)
+        return cross_entropy(3 * x, label)
+
+    batch = normal(2, B, 8), labels(3, B, classes=3)
+    report = check_gradient(per_example_grad(loss), loss, params, *batch)
+    assert report.agrees, report
+    assert agrees(loss, params, *batch)["['layers'][0][0]"].how == "factored"
+
+
+# --- Equinox: differentiate the array part, put the rest back inside the loss
+
+
+def test_equinox_with_the_static_part_closed_over(eqx):
+    model = eqx.nn.MLP(8, 3, 16, depth=2, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss(params, x, label):
+        return 5 * cross_entropy(eqx.combine(params, static)(x), label)
+
+    batch = normal(1, B, 8), labels(2, B, classes=3)
+    report = check_gradient(per_example_grad(loss), loss, params, *batch)
+    assert report.agrees, report
+    assert agrees(loss, params, *batch)[".layers[1].weight"].how == "factored"
+
+
+def test_equinox_with_the_static_part_as_an_argument(eqx):
+    """Without its functions, which are no arrays, the static part may be a shared argument: here a frozen layer."""
+    keys = jax.random.split(jax.random.key(0))
+    model = eqx.nn.Sequential([eqx.nn.Linear(8, 16, key=keys[0]), eqx.nn.Linear(16, 3, key=keys[1])])
+    last = jax.tree.map(lambda _: False, model)
+    last = eqx.tree_at(lambda m: (m[1].weight, m[1].bias), last, (True, True))
+    params, frozen = eqx.partition(model, last)
+
+    def loss(params, frozen, x, label):
+        return 5 * cross_entropy(eqx.combine(params, frozen)(x), label)
+
+    batch = normal(2, B, 8), labels(3, B, classes=3)
+    rows = agrees(loss, params, frozen, *batch, in_axes=(None, 0, 0)).rows
+    assert [row.path for row in rows] == [".layers[1].weight", ".layers[1].bias"]
+
+
+def test_equinox_convolutions(eqx):
+    keys = jax.random.split(jax.random.key(0), 3)
+    model = eqx.nn.Sequential(
+        [
+            eqx.nn.Conv2d(2, 6, 3, padding=1, key=keys[0]),
+            eqx.nn.Lambda(jax.nn.relu),
+            eqx.nn.MaxPool2d(2, 2),
+            eqx.nn.Conv2d(6, 4, 2, stride=2, groups=2, key=keys[1]),
+            eqx.nn.Lambda(jnp.ravel),
+            eqx.nn.Linear(16, 3, key=keys[2]),
+        ]
+    )
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss(params, x, label):
+        return 5 * cross_entropy(eqx.combine(params, static)(x), label)
+
+    agrees(loss, params, normal(1, B, 2, 8, 8), labels(2, B, classes=3))
+
+
+def test_equinox_attention_with_a_mask_and_layer_norm(eqx):
+    T, D = 6, 8
+    keys = jax.random.split(jax.random.key(0), 3)
+    model = {
+        "embed": eqx.nn.Embedding(11, D, key=keys[0]),
+        "norm": eqx.nn.LayerNorm(D),
+        "attention": eqx.nn.MultiheadAttention(2, D, key=keys[1]),
+        "out": eqx.nn.Linear(D, 11, key=keys[2]),
+    }
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    causal = jnp.tril(jnp.ones((T, T), bool))
+
+    def loss(params, tokens, targets):
+        m = eqx.combine(params, static)
+        x = jax.vmap(m["embed"])(tokens)
+        h = jax.vmap(m["norm"])(x)
+        logits = jax.vmap(m["out"])(x + m["attention"](h, h, h, mask=causal))
+        return jax.vmap(cross_entropy)(logits, targets).sum()
+
+    tokens = labels(1, B, T + 1, classes=11)
+    explanation = agrees(loss, params, tokens[:, :-1], tokens[:, 1:])
+    assert explanation["['embed'].weight"].how == "factored"
+
+
+def test_equinox_recurrent_cell_in_a_scan(eqx):
+    model = eqx.nn.GRUCell(3, 8, key=jax.random.key(0)), eqx.nn.Linear(8, 1, key=jax.random.key(1))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss(params, xs, y):
+        cell, readout = eqx.combine(params, static)
+        h, _ = jax.lax.scan(lambda h, x: (cell(x, h), None), jnp.zeros(8), xs)
+        return 20 * jnp.square(readout(h)[0] - y)
+
+    agrees(loss, params, normal(1, B, 5, 3), normal(2, B))
+
+
+def test_equinox_dropout_with_a_key_for_every_example(eqx):
+    keys = jax.random.split(jax.random.key(0))
+    layers = [eqx.nn.Linear(8, 32, key=keys[0]), eqx.nn.Dropout(0.5), eqx.nn.Linear(32, 3, key=keys[1])]
+    model = eqx.nn.Sequential(layers)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss(params, x, label, key):
+        return 5 * cross_entropy(eqx.combine(params, static)(x, key=key), label)
+
+    agrees(loss, params, normal(2, B, 8), labels(3, B, classes=3), jax.random.split(jax.random.key(4), B))
+
+
+# --- Flax linen: model.apply of one example, without a batch axis
+
+
+def test_linen_dense_with_the_variables_of_init(linen):
+    model = linen.Sequential([linen.Dense(16), linen.tanh, linen.LayerNorm(), linen.Dense(3)])
+    params = model.init(jax.random.key(0), jnp.zeros(8, jnp.float32))
+
+    def loss(params, x, label):
+        return 5 * cross_entropy(model.apply(params, x), label)
+
+    agrees(loss, params, normal(1, B, 8, dtype=jnp.float32), labels(2, B, classes=3))
+
+
+def test_linen_convolutions(linen):
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, image):
+            x = linen.relu(linen.Conv(6, (3, 3))(image))
+            x = linen.avg_pool(x, (2, 2), (2, 2))
+            x = linen.relu(linen.Conv(8, (3, 3), strides=2, feature_group_count=2)(x))
+            return linen.Dense(3)(x.reshape(-1))
+
+    model = Net()
+    params = model.init(jax.random.key(0), jnp.zeros((8, 8, 1), jnp.float32))
+
+    def loss(params, x, label):
+        return 5 * cross_entropy(model.apply(params, x), label)
+
+    explanation = agrees(loss, params, normal(1, B, 8, 8, 1, dtype=jnp.float32), labels(2, B, classes=3))
+    assert explanation["['params']['Dense_0']['kernel']"].how == "factored"
+
+
+def test_linen_embedding_tied_to_the_output(linen):
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, tokens):
+            embed = linen.Embed(13, 8)
+            x = linen.LayerNorm()(embed(tokens))
+            x = x + linen.Dense(8)(linen.gelu(linen.Dense(16)(x)))
+            return embed.attend(x)
+
+    model, tokens = Net(), labels(1, B, 7, classes=13)
+    params = model.init(jax.random.key(0), tokens[0, :-1])
+
+    def loss(params, tokens):
+        return jax.vmap(cross_entropy)(model.apply(params, tokens[:-1]), tokens[1:]).sum()
+
+    assert len(agrees(loss, params, tokens)["['params']['Embed_0']['embedding']"].factors) == 2
+
+
+# --- Flax nnx: split into the parameters and the rest, merge inside the loss
+
+
+def test_nnx_linear_and_convolution(nnx):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(1, 6, (3, 3), rngs=rngs)
+            self.hidden = nnx.Linear(96, 16, rngs=rngs)
+            self.out = nnx.Linear(16, 3, rngs=rngs)
+
+        def __call__(self, image):
+            x = nnx.avg_pool(nnx.relu(self.conv(image)), (2, 2), (2, 2))
+            return self.out(nnx.tanh(self.hidden(x.reshape(-1))))
+
+    graph, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss(params, x, label):
+        return 5 * cross_entropy(nnx.merge(graph, params, rest)(x), label)
+
+    batch = normal(1, B, 8, 8, 1, dtype=jnp.float32), labels(2, B, classes=3)
+    explanation = agrees(loss, params, *batch)
+    assert explanation["['hidden']['kernel'].value"].how == "factored"
