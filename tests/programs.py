@@ -3,7 +3,8 @@
 The source is Python: params, batch, and loss(params, *example) line by line, so that a failure can be cut down by hand.
 Every line is a template below, an f-string that is evaluated when it is drawn: {w} is a weight of shape {s},
 {like(shape)} another weight, {given(shape)} a value that depends on the example, {const(*shape)} one that does not,
-{ids(n)} integers, some of them out of range, {flag()} a boolean.
+{ids(n)} integers, some of them out of range, {flag()} a boolean. After what is marked with ! the gradient of w is no
+product any more; two programs in three have none of these.
 """
 
 import itertools
@@ -36,10 +37,10 @@ slice: {w}[{slices(s)}] | {w}[{slices(s)}] | {w}[{int(0, s[0])}] | jnp.split({w}
 reverse: jnp.flip({w}, {axis}) | jnp.roll({w}, {int(1, 4)}, {axis})
 dynamic_slice: lax.dynamic_slice_in_dim({w}, {ids(1)}[0], {int(1, s[axis] + 1)}, {axis}) |
     lax.dynamic_slice_in_dim({w}, jnp.int32(1), {int(1, s[axis] + 1)}, {axis}) |
-    lax.dynamic_update_index_in_dim({w}, {given(s[1:])}, {ids(1)}[0], 0) |
-    lax.dynamic_update_index_in_dim({w}, {like(s[1:])}, {ids(1)}[0], 0)
-at: {w}.at[{int(0, s[0])}].set({like(s[1:])}) | {w}.at[{int(0, s[0])}].add({like(s[1:])}) |
-    {w}.at[{ids(2)}].add({like((2, *s[1:]))}) | {w}.at[..., :1].multiply({number})
+    lax.dynamic_update_index_in_dim({w}, {given(s[1:])}, {ids(1)}[0], 0) ! |
+    lax.dynamic_update_index_in_dim({w}, {like(s[1:])}, {ids(1)}[0], 0) !
+at: {w}.at[{int(0, s[0])}].set({like(s[1:])}) ! | {w}.at[{int(0, s[0])}].add({like(s[1:])}) |
+    {w}.at[{ids(2)}].add({like((2, *s[1:]))}) | {w}.at[..., :1].multiply({number}) !
 pad: lax.pad({w}, jnp.float64(0.5), {widths(s)})
 concatenate: jnp.concatenate([{w}, {w}], {axis}) | jnp.concatenate([{like(s)}, {w}], {axis}) |
     jnp.concatenate([{w}, {const(*s)}, {like(s)}], {axis}) | jnp.concatenate([{given(s)}, {w}], {axis}) |
@@ -47,38 +48,40 @@ concatenate: jnp.concatenate([{w}, {w}], {axis}) | jnp.concatenate([{like(s)}, {
     jnp.stack([{w}, {like(s)}], {int(0, len(s) + 1)}) | jnp.stack([{w}, 0.5 * {w}], {int(0, len(s) + 1)})
 tile: jnp.broadcast_to({w}[None], {(2, *s)}) | jnp.repeat({w}, 2, {axis}) |
     jnp.tile({w}, {(1,) * (len(s) - 1) + (2,)}) | jnp.broadcast_to({w}[..., None], {(*s, 3)})
-cast: f64(f32({w})) | f64(f32({w}).T) | f64(jnp.tanh(f32({w}))) | f64(f32({w}) * np.float32(2)) |
-    f64(f32({w} * {given(s)}))
+cast: f64(f32({w})) | f64(f32({w}).T) | f64(jnp.tanh(f32({w}))) ! | f64(f32({w}) * np.float32(2)) |
+    f64(f32({w} * {given(s)})) !
 scale: -{w} | {w} * {number} | {number} - {w} / 3 | {scalar()} * {w} | jnp.broadcast_to({scalar()}, {s}) * {w} |
-    {given(())} * {w} | {w} * {const(*along)} | {w} * {const(*s)} | {w} * f64({const(*s)} > 0) | {w} * {given(s)} |
-    {w} * {given(along)} | {w} * {like(along)} | {w} / (2 + {like(s)} ** 2) | {w} * {like(s)}
-where: jnp.where({const(*s)} > 0, {w}, 0.0) | jnp.where({const(*s)} > 0, 0.3, {w}) |
-    jnp.where({const(*s)} > 0, {w}, {like(s)}) | jnp.where({flag()}, {w}, 0.0) | jnp.where({flag()}, {w}, {like(s)}) |
-    jnp.where({given(s)} > 0, {w}, {like(s)}) | jnp.where({given(along)} > 0, {w}, 0.0) |
-    jnp.where({w} > 0, {w}, 0.1 * {w}) | lax.select_n({ids(1)}[0] % 3, {w}, {like(s)}, -{w})
+    {given(())} * {w} | {w} * {const(*along)} | {w} * {const(*s)} ! | {w} * f64({const(*s)} > 0) ! |
+    {w} * {given(s)} ! | {w} * {given(along)} | {w} * {like(along)} | {w} / (2 + {like(s)} ** 2) ! | {w} * {like(s)} !
+where: jnp.where({const(*s)} > 0, {w}, 0.0) ! | jnp.where({const(*s)} > 0, 0.3, {w}) ! |
+    jnp.where({const(*s)} > 0, {w}, {like(s)}) ! | jnp.where({flag()}, {w}, 0.0) |
+    jnp.where({flag()}, {w}, {like(s)}) | jnp.where({given(s)} > 0, {w}, {like(s)}) ! |
+    jnp.where({given(along)} > 0, {w}, 0.0) | jnp.where({w} > 0, {w}, 0.1 * {w}) ! |
+    lax.select_n({ids(1)}[0] % 3, {w}, {like(s)}, -{w})
 matrix/2: {w} @ {like((s[1], m))} / {s[1]} ** 0.5 | {w}.T @ {w} / {s[0]} ** 0.5 |
     {const(m, s[0])} @ {w} / {s[0]} ** 0.5 | {const(s[0], s[0])} @ {w} @ {given((s[1], m))} / {n} ** 0.5 |
     {w} + {like((s[0], 1))} @ {like((1, s[1]))} |
     (lambda q: (q + q.T) / 2)(jnp.pad({w}, {[(0, max(s) - s[0]), (0, max(s) - s[1])]})) |
-    jnp.einsum('ij,kj->kij', {w}, {like((2, s[1]))}) | jnp.kron({const(1, 2)}, {w}) | jnp.kron({w}, {like((2, 1))}) |
-    jnp.tril({w}) + jnp.triu({like(s)}, 1) | jnp.tril({w})
+    jnp.einsum('ij,kj->kij', {w}, {like((2, s[1]))}) ! | jnp.kron({const(1, 2)}, {w}) | jnp.kron({w}, {like((2, 1))}) |
+    jnp.tril({w}) + jnp.triu({like(s)}, 1) ! | jnp.tril({w}) !
 add: {w} + {like(s)} | {w} - 0.5 * {given(s)} | {w} - 0.5 * lax.stop_gradient({like(s)}) |
-    jnp.maximum({w}, {like(s)}) | ({w} + jnp.flip({w})) / 2
-curve: jnp.tanh({w}) | jnp.exp({w} / 2) | jax.nn.softmax({w}, {axis}) | jnp.cumsum({w}, {axis}) / {s[axis]} ** 0.5 |
-    jnp.sort({w}, {axis}) | {w} / jnp.sqrt(({w} * {w}).sum({axis}, keepdims=True) + 0.1) |
-    {w} - {w}.mean({axis}, keepdims=True) | lax.optimization_barrier({w}) | {w} ** 2 | {w}.max({axis}) |
-    {w}.sum({axis}) / {s[axis]} ** 0.5 | jnp.clip({w}, -1, 1)
+    jnp.maximum({w}, {like(s)}) ! | ({w} + jnp.flip({w})) / 2
+curve: jnp.tanh({w}) ! | jnp.exp({w} / 2) ! | jax.nn.softmax({w}, {axis}) ! |
+    jnp.cumsum({w}, {axis}) / {s[axis]} ** 0.5 ! | jnp.sort({w}, {axis}) ! |
+    {w} / jnp.sqrt(({w} * {w}).sum({axis}, keepdims=True) + 0.1) ! | {w} - {w}.mean({axis}, keepdims=True) ! |
+    lax.optimization_barrier({w}) | {w} ** 2 ! | {w}.max({axis}) ! | {w}.sum({axis}) / {s[axis]} ** 0.5 ! |
+    jnp.clip({w}, -1, 1) !
 gather: jnp.take({w}, np.array({perm(s[axis])}), {axis}) |
-    jnp.take({w}, np.array({perm(s[axis])[:2]}), {axis}, mode='clip') | jnp.take({w}, {ids(3)}, {axis}, mode='wrap') |
-    jnp.take({w}, {ids(3)}, {axis}, mode='fill', fill_value=0.0) | {w}[np.array({perm(s[0])})] |
-    jnp.take_along_axis({w}, np.argsort({const(*s)}, {axis}), {axis})
+    jnp.take({w}, np.array({perm(s[axis])[:2]}), {axis}, mode='clip') |
+    jnp.take({w}, {ids(3)}, {axis}, mode='wrap') ! | jnp.take({w}, {ids(3)}, {axis}, mode='fill', fill_value=0.0) |
+    {w}[np.array({perm(s[0])})] | jnp.take_along_axis({w}, np.argsort({const(*s)}, {axis}), {axis})
 inside: jax.jit({t})({w}) | jax.jit(jax.jit({t}))({w}) | (lambda t: t({w}) + t({like(s)}))(jax.jit({t})) |
-    (lambda t: t({w}) * t({given(s)}))(jax.jit({t})) | jax.checkpoint({t})({w}) |
+    (lambda t: t({w}) * t({given(s)}))(jax.jit({t})) ! | jax.checkpoint({t})({w}) |
     lax.cond({flag()}, {t}, lambda w: {t}(2 * w), {w}) | lax.cond({flag()}, lambda: {w}, lambda: 0.5 * {like(s)}) |
     jax.vmap({t})(jnp.stack([{w}, {like(s)}])) | jax.vmap({t}, -1, -1)(jnp.stack([{w}, {like(s)}], -1)) |
-    lax.map({t}, jnp.stack([{w}, {like(s)}])) | lax.scan(lambda w, _: (w * 0.5, {t}(w)), {w}, length=3)[1] |
+    lax.map({t}, jnp.stack([{w}, {like(s)}])) ! | lax.scan(lambda w, _: (w * 0.5, {t}(w)), {w}, length=3)[1] ! |
     lax.scan(lambda w, x: (w, w * x), {w}, {given((3,))})[1] |
-    lax.fori_loop(0, 2, lambda i, w: w - 0.1 * {like(s)}, {w})
+    lax.fori_loop(0, 2, lambda i, w: w - 0.1 * {like(s)}, {w}) !
 """)
 
 # --- (b) where a weight meets the example
@@ -93,19 +96,19 @@ bilinear/2: {given(s[:1])} @ {w} @ {given(s[1:])} / {n} ** 0.5 | {like(s[:1])} @
 outer/1: {given((T, 1))} * {w}[None] | jnp.outer({w}, {given((T,))})
 lookup: {w}[{ids(T)}] | {w}.at[{ids(T)}].get(mode='fill', fill_value=0.0) |
     jnp.take({w}, {ids(T)}, {axis}, mode='clip') | jnp.tensordot(jax.nn.one_hot({ids(T)}, {s[0]}), {w}, 1) |
-    jnp.zeros({(3, *s[1:])}).at[{ids(s[0])}].add({w}) |
+    jnp.zeros({(3, *s[1:])}).at[{ids(s[0])}].add({w}) ! |
     jnp.zeros({(3, *s[1:])}).at[{ids(T)} % 3].add({w}[{ids(T)}] * {given((T, *s[1:]))}) |
     {w}[{ids(T)}] * jnp.expand_dims({given((T,))}, {(*range(1, len(s)),)})
-lookup/2: {w}[{ids(T)}, {ids(T)}] | {w}[{ids(T)}[:, None], {ids(2)}[None]] |
-    {w}[:, {ids(T)}] | {w}[{ids(T)}[:, None], :1]
+lookup/2: {w}[{ids(T)}, {ids(T)}] | {w}[{ids(T)}[:, None], {ids(2)}[None]] | {w}[:, {ids(T)}] |
+    {w}[{ids(T)}[:, None], :1]
 tied/2: jax.nn.log_softmax(jnp.tanh({w}[{ids(m)}] + {given((m, s[1]))}) @ {w}.T) |
     jnp.tanh({w}.at[{ids(m)}].get(mode='clip') * {given((1, s[1]))}) @ {w}.T / {s[1]} ** 0.5 |
     jnp.tanh({given((m, s[0]))} @ {w} / {s[0]} ** 0.5) @ {w}.T / {s[1]} ** 0.5
 conv_1d/3: lax.conv_general_dilated({conv(w, s)})
 conv_2d/4: lax.conv_general_dilated({conv(w, s)})
-elementwise: {w} * {given(s)} | ({w} * {given(along)}).sum({axis}) / {s[axis]} ** 0.5 | {w} * {given(())} |
-    {w} + {given(along)} | {given((2, *s))} * {w}[None] | ({given((T, *s))} * {w}[None]).sum({axis}) |
-    jnp.maximum({w}, {given(s)})
+elementwise: {w} * {given(s)} ! | ({w} * {given(along)}).sum({axis}) / {s[axis]} ** 0.5 | {w} * {given(())} ! |
+    {w} + {given(along)} ! | {given((2, *s))} * {w}[None] ! | ({given((T, *s))} * {w}[None]).sum({axis}) ! |
+    jnp.maximum({w}, {given(s)}) !
 scalar/0: {w} * {given((T,))} | {w} + {given((T,))}
 attention/2: (lambda x: jax.nn.softmax((x @ {w}) @ (x @ {like(s)}).T / {n} ** 0.5, 1) @ x)({given((T, s[0]))}) |
     (lambda q: jax.nn.softmax(q @ q.T / {s[1]} ** 0.5, 1) @ q)({given((T, s[0]))} @ {w} / {s[0]} ** 0.5) |
@@ -118,29 +121,29 @@ norm/1: jax.nn.standardize({given((T, *s))}, axis=1, epsilon=0.1) * (1 + {w})[No
 CONTROLS = table("""
 jit: jax.jit({f})({w}, {x}) | jax.jit(lambda x: {f}({w}, x))({x}) |
     (lambda f: f({w}, {x}) + f({w}, {y}))(jax.jit({f})) | (lambda f: f({w}, {x}) * f({v}, {x}))(jax.jit({f})) |
-    (lambda f: f({w}, {x}) + f(jnp.sin({w}), {x} / 2))(jax.jit({f})) |
+    (lambda f: f({w}, {x}) + f(jnp.sin({w}), {x} / 2))(jax.jit({f})) ! |
     (lambda f: f({w}, f({v}, f({w}, {x}))))(jax.jit({f})) | jax.jit(lambda w, x: jax.jit({f})(2 * w, x))({w}, {x}) |
     (lambda u, y: {f}(u, y))(*jax.jit(lambda w, x: (0.5 * w, {f}(w, x)))({w}, {x}))
 checkpoint: jax.checkpoint({f})({w}, {x}) |
     jax.checkpoint(lambda x: {f}({w}, x), policy=jax.checkpoint_policies.dots_saveable)({x}) |
     jax.checkpoint(jax.jit({f}))({w}, {x}) + {f}({w}, {y})
-custom: custom_jvp({closed})({w}, {x}) | custom_vjp({closed})({w}, {x}) | product({w}.ravel(), {given((n,))})
+custom: custom_jvp({closed})({w}, {x}) | custom_vjp({closed})({w}, {x}) | product({w}.ravel(), {given((n,))}) !
 scan: scan(lambda h, x: 2 * ({f}({w}, h + x),), {h}, {xs}, {options}) |
     scan(lambda h, x: ({f}({w}, h) + {f}({v}, x), None), {h}, {xs}, {options}) |
-    scan(lambda h, x: ({f}({w} * {v}, h + x), h), {h}, {xs}, {options}) |
+    scan(lambda h, x: ({f}({w} * {v}, h + x), h), {h}, {xs}, {options}) ! |
     scan(lambda h, x: ({f}({w} * x[0], h), x), {h}, {xs}, {options}) |
     scan(lambda c, x: ((c[0], {f}(c[0], c[1] + x)), c[1]), ({w}, {h}), {xs}, {options}) |
-    scan(lambda c, x: (({v}, {f}(c[0], c[1] + x)), c[1]), ({w}, {h}), {xs}, {options}) |
-    scan(lambda c, x: (({carried}, {f}(c[0], c[1] + x)), c[1]), ({w}, {h}), {xs}, {options}) |
-    scan(lambda c, x: ((c[1], c[0], {f}(c[0], c[2] + x)), c[2]), ({w}, {v}, {h}), {xs}, {options}) |
-    scan(lambda c, x: (learnt({f}, *c, x), c[1]), ({w}, {h}), {xs}, {options}) |
+    scan(lambda c, x: (({v}, {f}(c[0], c[1] + x)), c[1]), ({w}, {h}), {xs}, {options}) ! |
+    scan(lambda c, x: (({carried}, {f}(c[0], c[1] + x)), c[1]), ({w}, {h}), {xs}, {options}) ! |
+    scan(lambda c, x: ((c[1], c[0], {f}(c[0], c[2] + x)), c[2]), ({w}, {v}, {h}), {xs}, {options}) ! |
+    scan(lambda c, x: (learnt({f}, *c, x), c[1]), ({w}, {h}), {xs}, {options}) ! |
     scan(lambda h, x: (lax.cond(x[0] > 0, lambda: {f}({w}, h + x), lambda: h), h), {h}, {xs}, {options}) |
     scan(lambda h, x: (jax.checkpoint({f})({w}, h + x), h), {h}, {xs}, {options}) |
     scan(lambda h, x: (scan(lambda h, y: ({f}({w}, h * y), y), h, {xs}[:2] + x[None]), h), {h}, {xs}) |
     scan(lambda h, ux: ({f}(ux[0], h + ux[1]), h), {h}, (jnp.stack([{w}, {v}, -{w}]), {given((3, k))}), {options}) |
     scan(lambda h, i: ({f}(jnp.stack([{w}, {v}])[i], h), h), {h}, {ids(3)}, {options})
 layers: scan(lambda h, w: ({part}(w, h), h), {h}, jnp.moveaxis({w}, {axis}, 0), {options}) |
-    lax.fori_loop(0, {s[axis]}, lambda i, h: {part}(lax.dynamic_index_in_dim({w}, i, {axis}, False), h), {h}) |
+    lax.fori_loop(0, {s[axis]}, lambda i, h: {part}(lax.dynamic_index_in_dim({w}, i, {axis}, False), h), {h}) ! |
     jax.vmap({part}, ({axis}, None), {int(0, 2)})({w}, {x}) |
     jax.vmap({part}, ({axis}, 1), {int(0, 2)})({w}, {given((k, s[axis]))})
 positions: jax.vmap({f}, (None, 0), {int(0, 2)})({w}, {xs}) |
@@ -155,10 +158,9 @@ branches: lax.cond({flag()}, {f}, {g}, {w}, {x}) | lax.cond({flag()}, lambda: {f
 loops: lax.fori_loop(0, 3, lambda i, h: {f}({w}, h), {h}) |
     lax.fori_loop(0, 3, lambda i, c: (c[0], {f}(*c)), ({w}, {h}))[1] |
     {f}({w}, {x}) * lax.while_loop(lambda c: abs(c) > 0.5, lambda c: c / 2, lax.stop_gradient({x}[0]))
-derivative: sum(jax.jvp(lambda x: {f}({w}, x), ({x},), ({y},))) |
-    sum(jax.jvp(lambda w: {f}(w, {x}), ({w},), ({v},))) | jax.grad(lambda x: jnp.sin({f}({w}, x)).sum())({x}) |
-    jax.grad(lambda w: jnp.sin({f}(w, {x})).sum())({w}) |
-    learnt({f}, {w}, {x}, {y})[1] + {f}(learnt({f}, {w}, {x}, {y})[0], {y}) | jax.jacfwd({f}, 1)({w}, {x})
+derivative: sum(jax.jvp(lambda x: {f}({w}, x), ({x},), ({y},))) | sum(jax.jvp(lambda w: {f}(w, {x}), ({w},), ({v},))) |
+    jax.grad(lambda x: jnp.sin({f}({w}, x)).sum())({x}) | jax.grad(lambda w: jnp.sin({f}(w, {x})).sum())({w}) ! |
+    learnt({f}, {w}, {x}, {y})[1] + {f}(learnt({f}, {w}, {x}, {y})[0], {y}) ! | jax.jacfwd({f}, 1)({w}, {x})
 """)
 
 LAST = table("""
@@ -219,25 +221,26 @@ class Program(NamedTuple):
 
 def program(seed: int) -> Program:
     b = Builder(np.random.default_rng(seed))
-    a, c, T, narrow = b.dim(), b.dim(), b.dim(), b.coin(0.08)
-    shapes = {"W": (a, c), "V": (a, c), "U": (c, b.dim()), "E": (b.dim(), c), "R": (b.int(2, 5), a, c), "g": (c,)}
-    shapes |= {"K": tuple(b.int(1, 5) for _ in range(4)), "J": tuple(b.int(1, 6) for _ in range(3)), "r": ()}
-    chosen = {b.pick(["W", "U", "E"]), *b.perm(list(shapes))[: b.int(1, 4)]}
-    params = {n: f"{'f32' * narrow}({b.const(*shapes[n])})" for n in shapes if n in chosen}
+    a, c, T = b.side(), b.side(), b.dim()
+    shapes = {"W": (a, c), "V": (a, c), "U": (c, b.side()), "E": (b.side(), c), "R": (b.int(2, 4), a, c), "g": (c,)}
+    shapes |= {"K": (b.int(1, 4), b.side(), 2, b.side()), "J": (b.side(), b.int(1, 4), b.side()), "r": ()}
+    chosen = {b.pick(["W", "U", "E", "R", "K", "J"]), *b.perm(list(shapes))[: b.int(0, 3)]}
     batch = {"x": b.const(B, c), "z": b.const(B, T, c), "image": b.const(B, b.int(3, 7), 5, 2), "q": b.const(B)}
     batch |= {"ids": f"np.random.default_rng({seed}).integers(-2, 9, ({B}, {T}), np.int32)"}
     batch |= {"flag": f"np.array([True, False, {b.coin()}])"}
-    for n in params:
-        b.declare(n, shapes[n], "weights")
+    for n in shapes:
+        if n in chosen:
+            b.parameter(n, shapes[n])
     for n, code in batch.items():
         v = eval(code, GLOBALS)
         b.declare(n, v.shape[1:], "data" if v.dtype == float else None, v.dtype)
     b.used |= set(batch)
     b.steps(b.int(2, 7))
     b.lines.append(f"return {b.close(None)}")
+    narrow = b.coin(0.08)
+    params = {n: f"f32({b.const(*s)})" if narrow else f"np.asarray({b.const(*s)})" for n, s in b.params.items()}
     given = [f"{n} = dict({', '.join(map('='.join, d.items()))})" for n, d in (("params", params), ("batch", batch))]
-    body = [*(f"{n} = f64(params['{n}'])" for n in params), *b.lines]
-    text = "\n".join([f"# program({seed})", *given, f"def loss(params, {', '.join(batch)}):", *indented(body)])
+    text = "\n".join([f"# program({seed})", *given, f"def loss(params, {', '.join(batch)}):", *indented(b.lines)])
     names = dict(GLOBALS)
     exec(text, names)
     rtol = 1e-4 if "f32(" in text else 1e-10
@@ -276,10 +279,12 @@ class Names(dict):
 class Builder:
     """The lines of one function."""
 
-    def __init__(self, rng, depth=0, kinds=None, numbers=None):
-        self.rng, self.depth, self.kinds = rng, depth, Counter() if kinds is None else kinds
-        self.numbers = numbers or itertools.count()
+    def __init__(self, rng, outer=None):
+        self.rng, self.gentle = rng, outer.gentle if outer else rng.random() < 2 / 3
+        self.depth, self.kinds = (outer.depth + 1, outer.kinds) if outer else (0, Counter())
+        self.numbers, self.params = (outer.numbers, outer.params) if outer else (itertools.count(), {})
         self.shapes, self.weights, self.data, self.lines, self.functions, self.used = {}, [], [], [], {}, set()
+        self.closed = False
 
     def int(self, low, high):
         return int(self.rng.integers(low, high))
@@ -291,7 +296,10 @@ class Builder:
         return options[self.int(0, len(options))]
 
     def dim(self):
-        return self.int(2, 8) if self.coin(0.8) else self.int(12, 19)
+        return self.int(1, 4) if self.coin(0.8) else self.int(4, 15)
+
+    def side(self):
+        return self.int(9, 20) if self.coin(0.85) else self.int(2, 9)
 
     def perm(self, items):
         return self.rng.permutation(items).tolist()
@@ -306,6 +314,12 @@ class Builder:
 
     # --- lines
 
+    def parameter(self, name, shape):
+        self.params[name] = shape
+        self.lines.append(f"{name} = f64(params['{name}'])  # {list(shape)}")
+        self.declare(name, shape, "weights")
+        return name
+
     def line(self, kind, template, pool=None, like=None, **names):
         """A new value: the template filled in. like: its shape, where that is known."""
         code = eval(f'f"""{template}"""', {}, Names(b=self, **names))
@@ -314,7 +328,7 @@ class Builder:
         source = "\n".join([*(text for f, text in self.functions.items() if f in words), f"{name} = {code}"])
 
         def value(env):
-            names = GLOBALS | env
+            names = GLOBALS | env | {"params": {n: np.zeros(s) for n, s in self.params.items()}}
             exec(source, names)
             return names[name]
 
@@ -327,7 +341,8 @@ class Builder:
 
     def inner(self, out, closed=False, **arguments):
         """The name of a new function of a weight and a value, to the shape out; None: of one weight, to another."""
-        b = Builder(self.rng, self.depth + 1, self.kinds, self.numbers)
+        b = Builder(self.rng, self)
+        b.closed = closed or self.closed
         names = {n: f"{n}{next(self.numbers)}" for n in arguments}
         for n, shape in arguments.items():
             b.declare(names[n], shape, "weights" if n == "w" else "data")
@@ -354,7 +369,12 @@ class Builder:
             self.step(self.pick([TRANSFORMS, TRANSFORMS, USES, CONTROLS if self.depth < 2 else USES]))
 
     def step(self, family, w=None):
-        kind = self.pick([k for k in family if k != "scalar/0"])
+        ranks = {len(self.shape(v)) for v in ([w] if w else self.weights)}
+        allowed = {k: v for k, v in family.items() if k != "scalar/0"}
+        if self.gentle:
+            fitting = {k: [v for v in vs if not v.endswith(" !")] for k, vs in allowed.items()}
+            allowed = {k: v for k, v in fitting.items() if v and ("/" not in k or int(k[-1]) in ranks)}
+        kind = self.pick(list(allowed))
         rank = int(kind[-1]) if "/" in kind else None
         w = w or self.weight(rank)
         s = self.shape(w)
@@ -364,7 +384,9 @@ class Builder:
             rank = rank or 1
             w = self.line("fit", f"{w}.reshape{(*s[: rank - 1], *[1] * (rank - 1 - len(s)), -1)}", "weights")
         pool = "weights" if family is TRANSFORMS else None
-        name = self.line(kind, self.pick(family[kind]), pool, w=w, s=self.shape(w))
+        name = self.line(
+            kind, self.pick(allowed.get(kind, family[kind])).removesuffix(" !"), pool, w=w, s=self.shape(w)
+        )
         if pool:
             return name
         if self.coin(0.3):
@@ -384,15 +406,20 @@ class Builder:
     # --- arguments
 
     def weight(self, rank=None):
-        """A weight that is not large, a later one more often; of this rank if there is one."""
-        small = [w for w in self.weights if prod(self.shape(w)) <= 500 and self.shape(w)] or self.weights
+        """A weight that is not large, one not used yet more often; of this rank if there is one."""
+        small = [w for w in self.weights if prod(self.shape(w)) <= 1200 and self.shape(w)] or self.weights
         fitting = [w for w in small if rank in (None, len(self.shape(w)))] or small
-        return fitting[max(self.int(0, len(fitting)), self.int(0, len(fitting)))]
+        unused = [w for w in fitting if w not in self.used]
+        return self.pick(unused if unused and self.coin(0.7) else fitting)
 
     def like(self, shape):
-        """A weight of this shape: one there is, or a piece of another."""
+        """A weight of this shape: one there is, a new parameter, or a piece of another weight."""
         same = [w for w in self.weights if self.shape(w) == shape]
-        return self.pick(same) if same and self.coin(0.8) else self.fit(self.weight(), shape, "weights")
+        if same and self.coin(0.8):
+            return self.pick(same)
+        if self.coin(0.6) and len(self.params) < 6 and not self.closed:
+            return self.parameter(f"P{len(self.params)}", shape)
+        return self.fit(self.weight(), shape, "weights")
 
     def given(self, shape):
         """A value of this shape that depends on the example."""
@@ -400,12 +427,19 @@ class Builder:
         return self.pick(same) if same and self.coin(0.7) else self.fit(self.pick(self.data), shape)
 
     def fit(self, name, shape, pool=None):
-        n, have = prod(shape), prod(self.shape(name))
-        if self.shape(name) == shape:
+        s, n, have = self.shape(name), prod(shape), prod(self.shape(name))
+        if s == shape:
             return name
+        if pool and self.coin(0.8):  # cut or padded axis by axis, so that its gradient is
+            k = len(shape) - len(s)
+            kept = (*[1] * k, *s) if k > 0 else s[-k:]
+            edges = [(0, to - of, 0) for to, of in zip(shape, kept, strict=True)]
+            return self.line(
+                "fit", f"lax.pad({name}[{', '.join(['None'] * k + ['0'] * -k) or '...'}], 0.0, {edges})", pool, shape
+            )
         code = f"{name}.ravel()" if n <= have else f"jnp.concatenate([{name}.ravel()] * {-(-n // have)})"
         code = f"{code}[:{n}]" if n != have else code
-        if n * have < 3000 and n != have and self.coin(0.7 if n < have else 0.2):
+        if pool is None and n * have < 3000 and n != have and self.coin(0.7 if n < have else 0.2):
             code = f"({self.const(n, have)} @ {name}.ravel() / {have} ** 0.5)"
         return self.line("fit", f"{code}.reshape{shape}", pool, shape)
 
@@ -436,7 +470,7 @@ class Builder:
 
     def einsum(self, w, s):
         own, more = "ijklmno"[: len(s)], "".join(self.perm(list("abc"))[: self.int(0, 3)])
-        sizes = dict(zip(own, s, strict=True)) | {n: self.int(2, 5) for n in more}
+        sizes = dict(zip(own, s, strict=True)) | {n: self.int(1, 4) for n in more}
         shared = [n for n in own if self.coin(0.6)] or [own[0]]
         x = "".join(self.perm([*shared, *more]))
         out = [n for n in self.perm(list(own + more)) if self.coin(0.3 if n in shared else 0.8)]
@@ -445,15 +479,18 @@ class Builder:
         return f"'{pairs[0][0]},{pairs[1][0]}->{''.join(out)}', {pairs[0][1]}, {pairs[1][1]}) / ({k} ** 0.5"
 
     def conv(self, w, s):
-        spec = tuple("".join(self.perm(list(n + "HW"[: len(s) - 2]))) for n in ("NC", "OI", "NC"))
+        spec = ["".join(self.perm(list(n + "HW"[: len(s) - 2]))) for n in ("NC", "OI", "NC")]
+        if self.coin(0.7):  # a small window, as is usual
+            letters = ["HW"[: len(s) - 2], *self.perm(["O", "I"])]
+            spec[1] = "".join("".join(letters)[k] for k in np.argsort(np.argsort(s)))
         size, spatial = dict(zip(spec[1], s, strict=True)), [n for n in spec[1] if n in "HW"]
         parts = [k for k in range(1, size["O"] + 1) if size["O"] % k == 0]
         groups, examples = self.pick([(1, 1), (self.pick(parts), 1), (1, self.pick(parts))])
         stride, base, dilation = ([self.pick([1, 1, 2]) for _ in spatial] for _ in range(3))
         pads = [(self.int(0, 3), self.pick([0, 1, -1])) for _ in spatial]
-        image = {n: (size[n] - 1) * d + self.int(2, 5) for n, d in zip(spatial, dilation, strict=True)}
+        image = {n: (size[n] - 1) * d + self.int(2, 4) for n, d in zip(spatial, dilation, strict=True)}
         image |= {"N": examples * self.int(1, 3), "C": size["I"] * groups}
-        options = f"{stride}, {pads}, lhs_dilation={base}, rhs_dilation={dilation}, dimension_numbers={spec}"
+        options = f"{stride}, {pads}, lhs_dilation={base}, rhs_dilation={dilation}, dimension_numbers={tuple(spec)}"
         options += f", feature_group_count={groups}, batch_group_count={examples}"
         return f"{self.given(tuple(image[n] for n in spec[0]))}, {w} / {prod(s) // size['O']} ** 0.5, {options}"
 

@@ -129,7 +129,6 @@ def test_agrees_with_the_written_out_gradients(entry):
             close(a, b, scale, entry.rtol, name)
 
 
-
 @pytest.mark.usefixtures("users_settings")
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.factored or e.formed], ids=lambda entry: entry.name)
 def test_matrices_do_not_take_the_direct_route(entry):

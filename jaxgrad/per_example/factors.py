@@ -205,7 +205,7 @@ class Dense:
 Factor = Outer | Rows | Dense
 
 
-def arrays(f: Factor) -> list[Array]:
+def arrays(f: Factor) -> list[Any]:
     """The arrays a factor holds."""
     return jax.tree.leaves(f)
 
@@ -221,7 +221,7 @@ def wide(f: Factor, dtype: jnp.dtype) -> Factor:
     return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, f)
 
 
-def scale(f: Factor, c: Float[Array, " B"]) -> Factor:
+def scale(f: Factor, c: Any) -> Factor:
     """c_b times example b, in float32 at least. The smaller of two arrays is multiplied."""
     c = c.astype(accumulator(f))
     f = wide(f, c.dtype)
@@ -325,7 +325,7 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
     f = wide(f, accumulator(f))
 
     def scaled(a: Array) -> tuple[Array, Array]:
-        unit = power_of_two(row_sums(jnp.abs(lax.stop_gradient(a))))
+        unit = power_of_two(largest(a))
         return a / _examples(unit, a), unit
 
     match f:
@@ -340,10 +340,21 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
             return Dense(value, layout), unit
 
 
+LONG_ROW = 512  # from here on a reduction is as fast as a product with ones, and nothing is written for it
+
+
 def row_sums(a: Array) -> Float[Array, " B"]:
-    """[B, …] → [B]: each example's entries summed, as a product with ones: faster on CPU than a reduction."""
+    """[B, …] → [B]: each example's entries summed; short rows as a product with ones, which is faster on CPU."""
     flat = a.reshape(a.shape[0], math.prod(a.shape[1:]))
+    if flat.shape[1] >= LONG_ROW:
+        return flat.sum(1)
     return jnp.matmul(jnp.ones((1, flat.shape[1]), a.dtype), flat.T, precision=lax.Precision.HIGHEST)[0]
+
+
+def largest(a: Array) -> Float[Array, " B"]:
+    """[B, …] → [B]: a number near each example's largest entry, no smaller than it; not differentiated."""
+    flat = jnp.abs(lax.stop_gradient(a)).reshape(a.shape[0], math.prod(a.shape[1:]))
+    return flat.max(1) if flat.shape[1] >= LONG_ROW else row_sums(flat)
 
 
 def added(terms: Sequence[Array]) -> Array:

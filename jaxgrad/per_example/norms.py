@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from jaxgrad.per_example import pairs
@@ -16,6 +15,7 @@ from jaxgrad.per_example.factors import (
     Precision,
     accumulator,
     added,
+    largest,
     power_of_two,
     row_sums,
     scale,
@@ -56,7 +56,7 @@ def norm(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
 def _of_vectors(a: Array, dtype: jax.typing.DTypeLike) -> Array:
     """‖a_b‖ of a [B, …] as one vector an example. Flat: what two parameters share is then computed once."""
     a = a.reshape(a.shape[0], math.prod(a.shape[1:])).astype(dtype)
-    unit = power_of_two(row_sums(jnp.abs(lax.stop_gradient(a))))
+    unit = power_of_two(largest(a))
     return unit * _safe_sqrt(row_sums((a / unit[:, None]) ** 2))
 
 

@@ -1,5 +1,6 @@
 """The primitives that end a matrix's gradient: their result is a product, and stays one."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -96,57 +97,58 @@ def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | Array | 
     """
     p, out = eqn.params, eqn.outvars[0].aval
     lhs, rhs = (jnp.asarray(array_of(value)) for value in values)
-    if not jnp.issubdtype(out.dtype, jnp.floating):
+    numbers, groups, batch_groups = p["dimension_numbers"], p["feature_group_count"], p["batch_group_count"]
+    if not jnp.issubdtype(out.dtype, jnp.floating) or (groups > 1 and batch_groups > 1):
         return None
-    numbers = p["dimension_numbers"]
-    lhs = lhs.transpose(numbers.lhs_spec)  # [N, C, *spatial]
-    rhs = rhs.transpose(numbers.rhs_spec)  # [O, I, *window]
-    groups, batch_groups = p["feature_group_count"], p["batch_group_count"]
-    edges = [
-        (0, 0, 0),
-        (0, 0, 0),
-        *((lo, hi, d - 1) for (lo, hi), d in zip(p["padding"], p["lhs_dilation"], strict=True)),
-    ]
-    lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), edges)
-    if groups > 1 and batch_groups > 1:
+    (n, c, *spatial), (o, i, *window) = numbers.lhs_spec, numbers.rhs_spec
+    lhs = lhs.transpose(c, *spatial, n)  # what is summed first: for images with channels last nothing moves
+    rhs = rhs.transpose(i, *window, o)
+    edges = [(lo, hi, d - 1) for (lo, hi), d in zip(p["padding"], p["lhs_dilation"], strict=True)]
+    lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    lhs, rhs = _grouped(lhs, groups, batch_groups), _grouped(rhs, 1, groups * batch_groups)
+    sizes, places = rhs.shape[2:-1], tuple(out.shape[k] for k in numbers.out_spec[2:])
+    G, C, N, F = *lhs.shape[:2], lhs.shape[-1], rhs.shape[-1]
+    T, K = C * math.prod(sizes), N * math.prod(places)
+    if 0 in (T, F, K) or not places:
         return None
-    G = groups * batch_groups
-    N, C = lhs.shape[0] // batch_groups, lhs.shape[1] // groups
-    lhs = lhs.reshape(batch_groups, N, groups, C, *lhs.shape[2:])
-    lhs = lhs.transpose(0, 2, 1, *range(3, lhs.ndim)).reshape(G, N, C, *lhs.shape[4:])  # [G, N, C, *spatial]
-    rhs = rhs.reshape(G, rhs.shape[0] // G, *rhs.shape[1:])  # [G, O, C, *window]
-    window = rhs.shape[3:]
-    places = tuple(out.shape[k] for k in numbers.out_spec[2:])
-    T, F, K = C * math.prod(window), rhs.shape[1], N * math.prod(places)
 
-    def at(place: Sequence[int]) -> Array:  # [G, N, C, *window]: what the window meets there
-        starts = [i * s for i, s in zip(place, p["window_strides"], strict=True)]
-        limits = [a + (n - 1) * d + 1 for a, n, d in zip(starts, window, p["rhs_dilation"], strict=True)]
-        return lax.slice(lhs, (0, 0, 0, *starts), (*lhs.shape[:3], *limits), (1, 1, 1, *p["rhs_dilation"]))
+    def windows(image: Array, places: tuple[int, ...]) -> Array:  # [G, T, places · N]: what the window meets there
+        def at(place: Sequence[int]) -> Array:
+            starts = [k * s for k, s in zip(place, p["window_strides"], strict=True)]
+            limits = [a + (m - 1) * d + 1 for a, m, d in zip(starts, sizes, p["rhs_dilation"], strict=True)]
+            part = lax.slice(image, (0, 0, *starts, 0), (G, C, *limits, N), (1, 1, *p["rhs_dilation"], 1))
+            return part.reshape(G, T, N)
 
-    ranges = _all_places(places)
-    if not ranges or 0 in window:
-        return None
-    flat_rhs = rhs.reshape(G, F, T)
-    windows = [at(place).reshape(G, N, T) for place in ranges]
-    order = sorted(range(len(places) + 2), key=numbers.out_spec.__getitem__)  # from [N, G·F, *places]
-    if T * (F + K) < F * K:
-        unfolded = jnp.stack(windows, 2).reshape(G, N, *places, T)
-        spatial = tuple(range(4, 4 + len(places)))
-        dims = ((3,), (0, 1), *((k,) for k in spatial))
-        term = Term(flat_rhs, unfolded, (0, 1, 2), (0, 3, *spatial, 2), dims, precision=p["precision"])
+        return jnp.concatenate([at(place) for place in itertools.product(*map(range, places))], 2)
+
+    order = sorted(range(len(places) + 2), key=numbers.out_spec.__getitem__)  # from [N, G · F, *places]
+    flat = rhs.reshape(G, T, F)
+    if 2 * T * (F + K) < F * K:
+        # labels: 0 group, 1 position, 2 fan-out, then the places and the channels of the window
+        at = tuple(range(3, 4 + len(places)))
+        unfolded = windows(lhs, places).reshape(G, T, *places, N)
+        dims = (at[-1:], (0, 2), *((k,) for k in at[:-1]))
+        term = Term(flat, unfolded, (0, 1, 2), (0, 1, *at), dims, precision=p["precision"])
         return undone.transpose(term, order)
-    work = working_dtype(out.dtype)
-    parts = [lax.dot_general(flat_rhs, w, (((2,), (2,)), ((0,), (0,))), p["precision"], work) for w in windows]
-    array = jnp.stack(parts, -1).astype(out.dtype).transpose(2, 0, 1, 3).reshape(N, G * F, *places)
-    return array.transpose(order)
+
+    def of_row(start: Array) -> Array:  # [G, places · N, F]
+        image = lax.dynamic_slice_in_dim(lhs, start, (sizes[0] - 1) * p["rhs_dilation"][0] + 1, 2)
+        met, work = windows(image, (1, *places[1:])), working_dtype(out.dtype)
+        return lax.dot_general(met, flat, (((1,), (1,)), ((0,), (0,))), p["precision"], work).astype(out.dtype)
+
+    # A row of places after another: what is unfolded is no more than a row's windows.
+    formed = lax.map(of_row, p["window_strides"][0] * jnp.arange(places[0]))
+    formed = formed.reshape(places[0], G, *places[1:], N, F)
+    axes = range(formed.ndim)
+    formed = formed.transpose(axes[-2], 1, axes[-1], 0, *axes[2:-2]).reshape(N, G * F, *places)
+    return formed.transpose(order)
 
 
-def _all_places(places: tuple[int, ...]) -> list[tuple[int, ...]]:
-    total: list[tuple[int, ...]] = [()]
-    for n in places:
-        total = [(*place, i) for place in total for i in range(n)]
-    return total
+def _grouped(a: Array, first: int, last: int) -> Array:
+    """The groups of the first axis, or of the last one, in front: [G, first / G, …, last / G]."""
+    a = a.reshape(first, a.shape[0] // first, *a.shape[1:-1], last, a.shape[-1] // last)
+    a = jnp.moveaxis(a, -2, 1)
+    return a.reshape(first * last, *a.shape[2:])
 
 
 PRODUCTS: dict[Any, Callable[[_jax.Equation, Sequence[Value]], Term | Array | None]] = {

@@ -140,7 +140,11 @@ def pool(x, start, operation):
     return lax.reduce_window(x, start, operation, (2, 2, 1), (2, 2, 1), "VALID")
 
 
-@entry({"k": w(3, 3, 7, 8), "m": w(3, 2, 8, 9), "W": w(9, 10)}, (x(3, 4, 5, 7), draws.ids(10, 3)), formed=paths("k", "m", "W"))
+@entry(
+    {"k": w(3, 3, 7, 8), "m": w(3, 2, 8, 9), "W": w(9, 10)},
+    (x(3, 4, 5, 7), draws.ids(10, 3)),
+    formed=paths("k", "m", "W"),
+)
 def convnet_with_pooling(p, x, label):
     h = pool(jnp.tanh(conv(x, p["k"])), -jnp.inf, lax.max)
     h = pool(jnp.tanh(conv(h, p["m"])), 0.0, lax.add) / 4
