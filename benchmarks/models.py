@@ -1,5 +1,6 @@
 """The models of benchmarks.transform in plain JAX: loss(params, *example) of one example, params, batch, float32."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 def mlp(sizes: tuple[int, ...] = (256, 512, 512, 512, 10), B: int = 256) -> Model:
     draw = Draw()
-    params = [{"W": draw.weight(m, n), "b": jnp.zeros(n)} for m, n in zip(sizes, sizes[1:], strict=False)]
+    params = [{"W": draw.weight(m, n), "b": jnp.zeros(n)} for m, n in itertools.pairwise(sizes)]
 
     def loss(params: Any, x: jax.Array, label: jax.Array) -> jax.Array:
         for layer in params[:-1]:

@@ -1,9 +1,9 @@
 """per_example_grad against a plain gradient: python -m benchmarks.transform [--write FILE.md] [--only WORD]
 
-Plain, `jit(value_and_grad(mean loss))`, is 1.00. Each row is one interleaved run of plain, the norms and the clipped sum
-of the per-example gradients as factors, and the same after `vmap(jax.grad)`, where that fits into memory; the clipped
-sums agree before anything is timed. Memory is the compiled program's temporary memory; compiling is tracing and compiling
-together. The last row is the exercise: the transformation against the hand-written factors.
+Plain, `jit(value_and_grad(mean loss))`, is 1.00. Each row is one interleaved run of plain, the norms and the clipped
+sum of the per-example gradients as factors, and the same after `vmap(jax.grad)`, where that fits into memory; the
+clipped sums agree before anything is timed. Memory is the compiled program's temporary memory; compiling is tracing and
+compiling together. The last row is the exercise: the transformation against the hand-written factors.
 """
 
 import functools
@@ -84,8 +84,8 @@ def exercise(seconds: float) -> str:
     chex.assert_trees_all_close(by_hand(*arguments), found(*arguments), rtol=1e-3, atol=1e-5)
     t = medians({"by hand": lambda: by_hand(*arguments), "found": lambda: found(*arguments)}, seconds)
     return (
-        f"The exercise's own loss, (B, D, H) = (256, 784, 1024), norms + clipped sum: by hand {t['by hand'] * 1e3:.2f} ms, "
-        f"by per_example_grad {t['found'] / t['by hand']:.2f} × that."
+        f"The exercise's own loss, (B, D, H) = (256, 784, 1024), norms + clipped sum: by hand "
+        f"{t['by hand'] * 1e3:.2f} ms, by per_example_grad {t['found'] / t['by hand']:.2f} × that."
     )
 
 

@@ -13,10 +13,9 @@ import jax.extend.core as jex
 from jax import lax
 from jax.extend.core import primitives
 
-Literal = jex.Literal
-Var = jex.Var
-Jaxpr = jex.Jaxpr
-Equation = jex.JaxprEqn
+Literal: Any = jex.Literal
+Jaxpr = Any  # a jex.Jaxpr
+Equation = Any  # a jex.JaxprEqn, whose variables' avals have a shape and a dtype
 Primitive = jex.Primitive
 
 jit_p = primitives.jit_p

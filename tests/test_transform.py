@@ -81,7 +81,7 @@ def theirs(loss, argnums=0, vmap_axes=(None, 0, 0)):
     return results
 
 
-# --- Which argument is what -----------------------------------------------------------------------------------------
+# --- Which argument is what
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_values_auxiliary_results_and_numpy_arrays():
     close((found, g.materialize()), (values, G))
 
 
-# --- Under JAX's transformations ------------------------------------------------------------------------------------
+# --- Under JAX's transformations
 
 
 def fitted(results, p, X, Y):
@@ -187,14 +187,13 @@ def over_a_closure(results, p, X, Y):
 
 
 def penalty(results, X, Y):
-    loss = many if X.dtype == jnp.int32 else mlp
-    return lambda p: jnp.sum((results(loss)(p, X, Y)[2] - 1) ** 2)
+    return lambda p: jnp.sum((results(p, X, Y)[2] - 1) ** 2)
 
 
 TRANSFORMED = {
     "vmap": (many_data, lambda results, p, X, Y: jax.vmap(lambda c: results(many)({**p, "R": c * p["R"]}, X, Y))(Y)),
-    "grad": (many_data, lambda results, p, X, Y: jax.grad(penalty(results, X, Y))(p)),
-    "jvp": (mlp_data, lambda results, p, X, Y: jax.jvp(penalty(results, X, Y), (p,), (jax.tree.map(jnp.cos, p),))),
+    "grad": (many_data, lambda results, p, X, Y: jax.grad(penalty(results(many), X, Y))(p)),
+    "jvp": (mlp_data, lambda results, p, X, Y: jax.jvp(penalty(results(mlp), X, Y), (p,), (jax.tree.map(jnp.cos, p),))),
     "scan": (mlp_data, fitted),
     "closure": (mlp_data, over_a_closure),
 }
@@ -232,24 +231,18 @@ def test_a_sharded_batch(kind, unused):
 
 
 def test_the_loss_is_traced_once():
-    count, args = 0, mlp_data()
-
     def loss(*args):
-        nonlocal count
-        count += 1
+        count.append(1)
         return mlp(*args)
 
     under_grad = jax.grad(lambda *args: per_example_grad(loss)(*args).norms().sum())
-    calls = (per_example_grad(loss), per_example_value_and_grad(loss), explain(loss), under_grad, jit(under_grad))
-    for call in calls:
-        count = 0
-        call(*args)
-        assert count == 1
-    calls[-1](*args)
-    assert count == 1
+    for call in (jit(per_example_grad(loss)), jit(per_example_value_and_grad(loss)), explain(loss), jit(under_grad)):
+        count = []
+        call(*mlp_data())
+        assert count == [1]
 
 
-# --- Batches --------------------------------------------------------------------------------------------------------
+# --- Batches
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -257,7 +250,7 @@ def test_the_loss_is_traced_once():
 def test_batches_of_none_and_of_one(loss, data, n):
     p, X, Y = data()
     close(jit(ours(loss))(p, X[:n], Y[:n]), jit(theirs(loss))(p, X[:n], Y[:n]))
-    assert per_example_value_and_grad(loss)(p, X[:n], Y[:n])[0].shape == (n,)
+    assert jax.eval_shape(per_example_value_and_grad(loss), p, X[:n], Y[:n])[0].shape == (n,)
 
 
 def test_all_examples_masked():
@@ -315,38 +308,32 @@ def test_the_exercise_has_the_factors_of_its_closed_form():
         close(jax.tree.leaves(a), jax.tree.leaves(b))
 
 
-# --- What is done, and what is refused ------------------------------------------------------------------------------
+# --- What is done, and what is refused
 
-ROWS = {  # how, factors, norm
-    "['D']": ("direct", ("Dense([6, 4, 3])",), ("entries",)),
-    "['E']": ("factored", ("Rows([6, 3], [6, 3, 8])",), ("positions",)),
-    "['F']": ("formed", ("Dense([6, 2, 2])",), ("entries",)),
-    "['R']": ("factored", ("Outer([6, 1, 3, 12], [6, 1, 3, 12])",), ("positions",)),
-    "['W']": (
-        "factored",
-        ("Outer([6, 1, 1, 12], [6, 1, 1, 8])", "Outer([6, 1, 3, 12], [6, 1, 3, 8])"),
-        ("sides", "positions", "positions"),
-    ),
-    "['b']": ("vector", ("Dense([6, 12])",), ("entries",)),
-    "['k']": ("factored", ("Outer([6, 1, 3, 24], [6, 1, 3, 10])",), ("positions",)),
-    "['unused']": ("unused", ("Outer([6, 1, 0, 1], [6, 1, 0, 6])",), ("positions",)),
+HELD = {
+    "['D']": ("direct", "Dense([6, 4, 3])"),
+    "['E']": ("factored", "Rows([6, 3], [6, 3, 8])"),
+    "['F']": ("formed", "Dense([6, 2, 2])"),
+    "['R']": ("factored", "Outer([6, 1, 3, 12], [6, 1, 3, 12])"),
+    "['W']": ("factored", "Outer([6, 1, 1, 12], [6, 1, 1, 8]) + Outer([6, 1, 3, 12], [6, 1, 3, 8])"),
+    "['b']": ("vector", "Dense([6, 12])"),
+    "['k']": ("factored", "Outer([6, 1, 3, 24], [6, 1, 3, 10])"),
+    "['unused']": ("unused", "Outer([6, 1, 0, 1], [6, 1, 0, 6])"),
 }
 
 
 def test_explain():
     p, X, Y = many_data()
     e, g = explain(many)(p, X, Y), jit(per_example_grad(many))(p, X, Y)
-    assert {row.path: (row.how, row.factors, row.norm) for row in e.rows} == ROWS
-    assert [row.path for row in e.rows] == g.paths
+    assert {row.path: (row.how, " + ".join(row.factors)) for row in e.rows} == HELD
+    assert (e["['W']"].norm, e["['D']"].norm) == (("sides", "positions", "positions"), ("entries",))
     assert all((row.shape, row.dtype) == (p[row.path[2:-2]].shape, jnp.float64) for row in e.rows)
     assert (e.batch_size, e.nbytes, e.materialized_nbytes) == (B, g.nbytes, g.materialized_nbytes)
     assert (e["['R']"].nbytes, e["['R']"].materialized_nbytes) == (8 * B * 3 * 24, 8 * B * 144)
-    assert e.direct == (e["['D']"],)
-    assert (e["['D']"].primitive, e["['D']"].source) == ("mul", DIRECT)
+    assert [(row.path, row.primitive, row.source) for row in e.direct] == [("['D']", "mul", DIRECT)]
     assert all(row.primitive == row.source == row.why == "" for row in e.rows if row.path != "['D']")
     lines = str(e).splitlines()
-    assert lines[0] == f"{B} examples"
-    assert re.fullmatch(r"parameter +shape +how +held as +norm +held +written out", lines[1])
+    assert (lines[0], lines[1].split()[:3]) == ("6 examples", ["parameter", "shape", "how"])
     assert re.fullmatch(r"\['b'\] +\[12\] +vector +Dense\(\[6, 12\]\) +entries +576 B +576 B", lines[8])
     assert lines[-1].startswith(f"['D']: written out, for mul at {DIRECT}: ")
     with pytest.raises(KeyError, match="nothing"):
@@ -358,11 +345,13 @@ def test_explain():
 
 def test_strict():
     close(jit(per_example_grad(mlp, strict=True))(*mlp_data()).sum(), jit(ours(mlp))(*mlp_data())[1])
-    message = rf"per_example_grad: .*\['D'\]: mul at {re.escape(DIRECT)}: .* drop strict=True"
-    with pytest.raises(ValueError, match=message):
-        per_example_grad(many, strict=True)(*many_data())
-    with pytest.raises(ValueError, match=message.replace("grad:", "value_and_grad:")):
-        per_example_value_and_grad(many, strict=True)(*many_data())
+    for transform in (per_example_grad, per_example_value_and_grad):
+        message = rf"{transform.__name__}: .*\['D'\]: mul at {re.escape(DIRECT)}: .*Write the use .* drop strict=True"
+        with pytest.raises(ValueError, match=message):
+            jit(transform(many, strict=True))(*many_data())
+
+
+SCALAR = "expected a loss that returns a real scalar for one example"
 
 
 @pytest.mark.usefixtures("plain_types")
@@ -373,18 +362,18 @@ def test_strict():
             lambda p, x, y: p["W"] @ x,
             {},
             TypeError,
-            r"returns a real scalar for one example, got float64 of shape \(9,\)",
+            rf"{SCALAR}, got float64 of shape \(9,\)",
         ),
-        (lambda p, x, y: 1, {}, TypeError, r"returns a real scalar for one example, got int64 of shape \(\)"),
-        (lambda p, x, y: mlp(p, x, y) * 1j, {}, TypeError, r"returns a real scalar for one example, got complex128"),
+        (lambda p, x, y: 1, {}, TypeError, rf"{SCALAR}, got int64 of shape \(\)"),
+        (lambda p, x, y: lax.complex(y, y), {}, TypeError, f"{SCALAR}, got complex128"),
         (
             lambda p, x, y: (mlp(p, x, y), x),
             {},
             TypeError,
-            "returns a real scalar for one example, .* set has_aux=True",
+            f"{SCALAR}, .* set has_aux=True",
         ),
-        (lambda p, x, y: {"a": mlp(p, x, y)}, {}, TypeError, "returns a real scalar for one example"),
-        (lambda p, x, y: None, {}, TypeError, "returns a real scalar for one example"),
+        (lambda p, x, y: {"a": mlp(p, x, y)}, {}, TypeError, SCALAR),
+        (lambda p, x, y: None, {}, TypeError, SCALAR),
         (mlp, {"has_aux": True}, TypeError, "has_aux"),
         (lambda p, x, y: (mlp(p, x, y), x, y), {"has_aux": True}, TypeError, "has_aux"),
         (3, {}, TypeError, "expected a function of one example, got int"),
@@ -411,13 +400,11 @@ def test_what_cannot_be_is_named(loss, options, error, message):
 @pytest.mark.usefixtures("plain_types")
 def test_arguments_that_cannot_be_are_named():
     p, X, Y = mlp_data()
-    for leaf, got in ((3, "int64"), (jnp.arange(3), "int64"), (1j, "complex128"), (jax.random.key(0), "key<fry>")):
+    for leaf, got in ((3, "int64"), (np.arange(3), "int64"), (1j, "complex128"), (jax.random.key(0), "key<fry>")):
         with pytest.raises(TypeError, match=rf"parameters of a real floating dtype, got {got} at \['a'\]\['n'\]"):
-            per_example_grad(lambda p, x, y: mlp(p, x, y))({**p, "a": {"n": leaf}}, X, Y)
-    with pytest.raises(TypeError, match="with an example axis in keyword arguments\\['y'\\], got str"):
+            per_example_grad(mlp)({**p, "a": {"n": leaf}}, X, Y)
+    with pytest.raises(TypeError, match=r"per_example_grad: .*example axis in keyword arguments\['y'\], got str"):
         per_example_grad(mlp)(p, X, y="on")
-    with pytest.raises(ValueError, match="got a tree without leaves"):
-        per_example_grad(mlp)({}, X, Y)
 
 
 def attention(p, x):

@@ -1,4 +1,4 @@
-"""The arguments of a loss over a batch: which are parameters, which carry examples and along which axis, which are shared."""
+"""The arguments of a loss over a batch: parameters, what carries examples and along which axis, what all share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ def arguments_of(call: str, args: tuple[Any, ...], kwargs: dict[str, Any], argnu
     batched = [i for i, axis in enumerate(along) if axis is not None]
     names = [_name(others, k, path, bool(kwargs)) for k, path, _ in leaves]
     batch = [_array(call, names[i], leaves[i][2], along[i]) for i in batched]
-    taken = [int(along[i]) % batch[j].ndim for j, i in enumerate(batched)]
+    taken = [int(along[i] or 0) % batch[j].ndim for j, i in enumerate(batched)]
     sizes = {names[i]: batch[j].shape[taken[j]] for j, i in enumerate(batched)}
     if not sizes:
         raise ValueError(f"{call}: expected at least one batched argument beside the parameters, got none.")
@@ -90,8 +90,9 @@ def checked_scalar(call: str, value: Any) -> Any:
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"{call}: expected a loss that returns a real scalar for one example, got {dtype} of shape {shape}. A loss that "
-            f"is already a mean over a batch is to be given for one example; with auxiliary results set has_aux=True."
+            f"{call}: expected a loss that returns a real scalar for one example, got {dtype} of shape {shape}. "
+            f"A loss that is already a mean over a batch is to be given for one example; with auxiliary results set "
+            f"has_aux=True."
         )
     return value
 
@@ -129,8 +130,8 @@ def _axes(call: str, in_axes: Any, others: list[Any]) -> list[Any]:
         return [0 if in_axes is None else int(in_axes)] * len(others)
     if not isinstance(in_axes, tuple | list) or len(in_axes) != len(others):
         raise ValueError(
-            f"{call}: expected in_axes to be a number or a sequence with an entry for each of the {len(others)} arguments "
-            f"that are not differentiated, got {in_axes!r}."
+            f"{call}: expected in_axes to be a number or a sequence with an entry for each of the {len(others)} "
+            f"arguments that are not differentiated, got {in_axes!r}."
         )
     return list(in_axes)
 
@@ -139,6 +140,7 @@ def _broadcast(call: str, axis: Any, tree: Any) -> list[int | None]:
     """The example axis of every leaf, from a tree prefix."""
     none = lambda node: node is None  # noqa: E731
     try:
+        structure: Any
         prefixes, structure = jax.tree.flatten(axis, is_leaf=none)
         parts = structure.flatten_up_to(tree)
     except (ValueError, TypeError, KeyError) as error:

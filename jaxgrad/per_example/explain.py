@@ -22,14 +22,15 @@ class Row:
     Attributes:
         path: as `jax.tree_util.keystr` writes it.
         shape, dtype: the parameter's.
-        how: "factored"; "formed", a product that is smaller than its operands; "vector", at most one axis, written out
-            as it is no larger than an activation; "unused"; "direct", written out as vmap(jax.grad) would.
+        how: "factored"; "formed", a product that is smaller than its operands; "vector", at most one axis,
+            written out as it is no larger than an activation; "unused"; "direct", written out as
+            vmap(jax.grad) would.
         factors: the kinds and shapes of what is held, with the example axis.
         norm: how the norm is computed, a part for each pair of factors.
         nbytes: bytes held.
         materialized_nbytes: bytes of the gradients written out.
-        primitive, source, why: of a direct route, where the gradient ceases to be a product: the primitive, file and line
-            in the loss, and the reason. Empty otherwise.
+        primitive, source, why: of a direct route, where the gradient ceases to be a product: the primitive, file and
+            line in the loss, and the reason. Empty otherwise.
     """
 
     path: str

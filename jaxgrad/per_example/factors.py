@@ -30,7 +30,7 @@ Precision = Any  # what jax.lax.dot_general takes as precision=
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the entries of [G, F, K] lie in a parameter: parameter[box].reshape(split).transpose(axes).reshape(G, F, K).
+    """Where the entries of [G, F, K] lie: parameter[box].reshape(split).transpose(axes).reshape(G, F, K).
 
     Outside its box the factor's gradient is zero: only a part of the parameter was used.
 

@@ -1,6 +1,6 @@
 """From undone products to factors: what is kept as a product, and what is carried out because it is smaller so.
 
-The cost model, on shapes alone: a parameter's gradient is kept as factors if those hold fewer numbers than the gradient,
+The cost model, on shapes alone: a parameter's gradient is kept as factors if those hold fewer numbers than it does,
 Σ T·(F + K) < F·K for one example, and is formed otherwise. So nothing that is kept is larger than what it stands for.
 """
 
@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -23,8 +24,8 @@ class Finished(NamedTuple):
 
     Attributes:
         factors: without the example axis.
-        how: "factored", "formed" (a product, carried out because it is smaller so), "vector" (at most one axis), "unused"
-            or "direct" (as vmap(jax.grad) would).
+        how: "factored", "formed" (a product, carried out because it is smaller so), "vector" (at most one axis),
+            "unused" or "direct" (as vmap(jax.grad) would).
         reason: why it is direct, or what was added to the product.
     """
 
@@ -75,7 +76,7 @@ def _factor(term: Term, shape: tuple[int, ...], dtype: Any) -> Factor:
     box = None
     if term.box is not None:
         box = tuple((start, n, stride) for (start, stride, _), n in zip(term.box, term.sizes, strict=True))
-    layout = Layout(shape, jnp.dtype(dtype), axes, count[:3], split, box)
+    layout = Layout(shape, jnp.dtype(dtype), axes, (count[0], count[1], count[2]), split, box)
     if term.row is not None:
         values = _ordered(term.right, term.right_labels, [*T, *K]).reshape(count[3], count[2])
         return Rows(_ordered(term.left, term.left_labels, T).reshape(count[3]), values, layout)
@@ -123,10 +124,10 @@ def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
     for (kind, layout), same in alike.items():
         if len(same) <= MERGED:
             merged += same
-        elif kind is Outer:
-            merged.append(Outer(_joined([f.left for f in same], 1), _joined([f.right for f in same], 1), layout))
-        else:
-            merged.append(Rows(_joined([f.ids for f in same], 0), _joined([f.values for f in same], 0), layout))
+        else:  # positions are the second axis of Outer's arrays, the first of Rows'
+            held = [jax.tree.leaves(f) for f in same]
+            joined = [_joined(parts, 1 if kind is Outer else 0) for parts in zip(*held, strict=True)]
+            merged.append(kind(*joined, layout))
     return tuple(merged)
 
 

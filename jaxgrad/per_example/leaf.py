@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxgrad.per_example import factors, moments, norms, pairs
 from jaxgrad.per_example.factors import Dense, Factor, Layout, Outer, Precision, Rows, added
+from jaxgrad.precision import working_dtype
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("factors", "weight"), meta_fields=())
@@ -88,7 +89,7 @@ class Leaf:
 def concatenated(parts: Sequence[Leaf]) -> Leaf:
     """Along the example axis, for leaves of the same kinds of factors."""
     same = zip(*(part.factors for part in parts), strict=True)
-    dtype = factors.working_dtype(*(part.weight.dtype for part in parts))
+    dtype = working_dtype(*(part.weight.dtype for part in parts))
     weight = jnp.concatenate([part.weight.astype(dtype) for part in parts])
     return Leaf(tuple(_concatenated(each) for each in same), weight)
 

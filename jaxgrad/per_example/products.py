@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example import undone
+from jaxgrad.per_example import moves, undone
 from jaxgrad.per_example.undone import Term
 from jaxgrad.per_example.values import FORMED, Plain, Undone, Value, array_of, as_broadcast, is_zero
 from jaxgrad.precision import working_dtype
@@ -129,7 +129,7 @@ def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | Array | 
         unfolded = windows(lhs, places).reshape(G, T, *places, N)
         dims = (at[-1:], (0, 2), *((k,) for k in at[:-1]))
         term = Term(flat, unfolded, (0, 1, 2), (0, 1, *at), dims, precision=p["precision"])
-        return undone.transpose(term, order)
+        return moves.transpose(term, order)
 
     def of_row(start: Array) -> Array:  # [G, places · N, F]
         image = lax.dynamic_slice_in_dim(lhs, start, (sizes[0] - 1) * p["rhs_dilation"][0] + 1, 2)

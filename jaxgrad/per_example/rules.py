@@ -4,6 +4,7 @@ Rules are keyed by the primitive object. A primitive that is not here is evaluat
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from jaxgrad import _jax
-from jaxgrad.per_example import undone
+from jaxgrad.per_example import linear, moves, undone
 from jaxgrad.per_example.undone import Term
 from jaxgrad.per_example.values import (
     Broadcast,
@@ -47,13 +48,13 @@ def _on_first(function: Callable[[_jax.Equation, Term], Any]) -> Rule:
 
 
 def _reshape(eqn: _jax.Equation, term: Term) -> Term | None:
-    return undone.reshape(term, eqn.outvars[0].aval.shape)
+    return moves.reshape(term, eqn.outvars[0].aval.shape)
 
 
 def _broadcast(eqn: _jax.Equation, term: Term) -> Term | None:
     """Only where axes of size 1 are added."""
     out = eqn.outvars[0].aval
-    return undone.reshape(term, out.shape) if out.size == np.prod(term.shape) else None
+    return moves.reshape(term, out.shape) if out.size == np.prod(term.shape) else None
 
 
 def _cast(eqn: _jax.Equation, term: Term) -> Term | None:
@@ -66,14 +67,18 @@ def _pad(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     if not isinstance(value, Undone) or not is_zero(padding):
         return None
     config = [(int(lo), int(hi), int(step)) for lo, hi, step in eqn.params["padding_config"]]
-    result = _each(eqn, value, lambda term: undone.pad(term, config))
+    result = _each(eqn, value, lambda term: moves.pad(term, config))
     return None if result is None else [result]
 
 
 def _slice(eqn: _jax.Equation, term: Term) -> tuple[Term, ...] | None:
     p = eqn.params
     strides = p["strides"] or [1] * len(term.dims)
-    return undone.cut_out(term, *([int(k) for k in part] for part in (p["start_indices"], p["limit_indices"], strides)))
+    return moves.cut_out(term, *([int(k) for k in part] for part in (p["start_indices"], p["limit_indices"], strides)))
+
+
+def _cut(starts: Sequence[int], limits: Sequence[int]) -> Callable[[Term], Any]:
+    return partial(moves.cut_out, starts=starts, limits=limits, strides=[1] * len(starts))
 
 
 def _split(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
@@ -84,7 +89,7 @@ def _split(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | Non
         starts, limits = [0] * len(value.shape), list(value.shape)
         starts[axis], limits[axis] = start, start + int(n)
         start += int(n)
-        part = _each(eqn, value, lambda term, a=starts, b=limits: undone.cut_out(term, a, b, [1] * len(a)), k)
+        part = _each(eqn, value, _cut(starts, limits), k)
         if part is None:
             return None
         results.append(part)
@@ -97,8 +102,8 @@ def _unstack(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | N
     for k, v in enumerate(eqn.outvars):
         starts, limits = [0] * len(value.shape), list(value.shape)
         starts[axis], limits[axis] = k, k + 1
-        cut = _each(eqn, value, lambda term, a=starts, b=limits: undone.cut_out(term, a, b, [1] * len(a)), k)
-        part = None if cut is None else _each(eqn, cut, lambda term, v=v: undone.reshape(term, v.aval.shape), k)
+        cut = _each(eqn, value, _cut(starts, limits), k)
+        part = None if cut is None else _each(eqn, cut, partial(moves.reshape, shape=v.aval.shape), k)
         if part is None:
             return None
         results.append(part)
@@ -115,7 +120,7 @@ def _concatenate(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value]
         start += n
         if is_zero(value):
             continue
-        placed = _each(eqn, value, lambda t, e=edges: undone.pad(t, e)) if isinstance(value, Undone) else None
+        placed = _each(eqn, value, partial(moves.pad, config=edges)) if isinstance(value, Undone) else None
         if placed is None:
             return None
         total = added(total, placed)
@@ -139,8 +144,8 @@ def _scaled(term: Term, other: Broadcast, operation: Callable[[Any, Any], Any]) 
 
     value = jnp.asarray(other.compact)
     if not other.varies:
-        return undone.on_smaller(term, lambda a: apply(a, value))
-    side = undone.aligned(term, value, other.varies)
+        return linear.on_smaller(term, lambda a: apply(a, value))
+    side = linear.aligned(term, value, other.varies)
     if side is None:
         return None
     name, value = side
@@ -169,6 +174,8 @@ def _div(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
 def _select(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     predicate, cases = as_broadcast(values[0]), values[1:]
     out = eqn.outvars[0].aval
+    if predicate is None:
+        return None
     total: Value = zero(out.shape, out.dtype)
     for k, case in enumerate(cases):
         if is_zero(case):
@@ -177,7 +184,7 @@ def _select(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
             return None
         which = jnp.asarray(predicate.compact)
         keep = which == k if which.dtype != bool else which if k else jnp.logical_not(which)
-        kept = _each(eqn, case, lambda term, keep=keep: _masked(term, keep, predicate.varies))
+        kept = _each(eqn, case, partial(_masked, keep=keep, varies=predicate.varies))
         if kept is None:
             return None
         total = added(total, kept)
@@ -188,7 +195,7 @@ def _masked(term: Term, keep: Any, varies: tuple[int, ...]) -> Term | None:
     if not varies:  # both operands, so that nothing of what is dropped is left, NaN or not
         left = term.left if term.row else jnp.where(keep, term.left, jnp.zeros_like(term.left))
         return undone.replace(term, left=left, right=jnp.where(keep, term.right, jnp.zeros_like(term.right)))
-    side = undone.aligned(term, keep, varies)
+    side = linear.aligned(term, keep, varies)
     if side is None:
         return None
     name, mask = side
@@ -206,7 +213,7 @@ def _dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value]
     contracted = list(zip(lhs_c, rhs_c, strict=True) if first else zip(rhs_c, lhs_c, strict=True))
     batch = list(zip(lhs_b, rhs_b, strict=True) if first else zip(rhs_b, lhs_b, strict=True))
     C, precision = jnp.asarray(array_of(other)), eqn.params["precision"]
-    result = _each(eqn, value, lambda term: undone.contract(term, C, contracted, batch, first, precision))
+    result = _each(eqn, value, lambda term: linear.contract(term, C, contracted, batch, first, precision))
     return None if result is None else [result]
 
 
@@ -223,7 +230,7 @@ def _dynamic_update_slice(eqn: _jax.Equation, values: Sequence[Value]) -> Sequen
             update,
             tuple(full if i == k else m for i, m in enumerate(update.shape)),
             update.dtype,
-            lambda term, k=k, at=at, full=full: undone.embedded(term, k, at, full, "clip"),
+            partial(linear.embedded, dim=k, start=at, full=full, mode="clip"),
         )
         if placed is None:
             return None
@@ -239,7 +246,7 @@ def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value]
         return None
     shape, mode = eqn.outvars[0].aval.shape, "clip" if _jax.scatter_clips(eqn) else "drop"
     sizes = tuple(1 if k is None else update.shape[k] for k in window)
-    update = mapped(update, sizes, update.dtype, lambda term: undone.reshape(term, sizes))
+    update = mapped(update, sizes, update.dtype, lambda term: moves.reshape(term, sizes))
     for i, axis in enumerate(_jax.scatter_axes(eqn)):
         if update is None:
             return None
@@ -252,21 +259,21 @@ def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value]
             update,
             sizes,
             update.dtype,
-            lambda term, k=axis, i=i: undone.embedded(term, k, index[i], shape[k], mode),
+            partial(linear.embedded, dim=axis, start=index[i], full=shape[axis], mode=mode),
         )
     return None if update is None or update.shape != tuple(shape) else [update]
 
 
 RULES: dict[_jax.Primitive, Rule] = {
-    lax.transpose_p: _on_first(lambda eqn, term: undone.transpose(term, eqn.params["permutation"])),
+    lax.transpose_p: _on_first(lambda eqn, term: moves.transpose(term, eqn.params["permutation"])),
     lax.reshape_p: _on_first(_reshape),
     lax.squeeze_p: _on_first(_reshape),
     lax.broadcast_in_dim_p: _on_first(_broadcast),
     lax.convert_element_type_p: _on_first(_cast),
     lax.copy_p: _on_first(lambda eqn, term: term),
-    lax.neg_p: _on_first(lambda eqn, term: undone.on_smaller(term, lax.neg)),
-    lax.reduce_sum_p: _on_first(lambda eqn, term: undone.sums(term, eqn.params["axes"])),
-    lax.rev_p: _on_first(lambda eqn, term: undone.reverse(term, eqn.params["dimensions"])),
+    lax.neg_p: _on_first(lambda eqn, term: linear.on_smaller(term, lax.neg)),
+    lax.reduce_sum_p: _on_first(lambda eqn, term: linear.sums(term, eqn.params["axes"])),
+    lax.rev_p: _on_first(lambda eqn, term: moves.reverse(term, eqn.params["dimensions"])),
     lax.slice_p: _on_first(_slice),
     lax.pad_p: _pad,
     lax.split_p: _split,

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from jaxgrad import _jax
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
@@ -42,8 +41,9 @@ def per_example_grad(
         strict: whether to raise an error where a parameter takes the direct route.
 
     Returns:
-        A function of fun's arguments, the batched ones with an example axis, that returns `PerExampleGrads` over the tree
-        of the differentiated argument (a tuple of trees for several), with has_aux (PerExampleGrads, aux of every example).
+        A function of fun's arguments, the batched ones with an example axis, that returns `PerExampleGrads` over the
+        tree of the differentiated argument (a tuple of trees for several), with has_aux (PerExampleGrads, aux of every
+        example).
 
     Raises:
         TypeError: a loss that is not a real scalar, or a parameter that is not of a real floating dtype.
@@ -112,6 +112,7 @@ class Transformed:
         self.has_aux, self.strict = has_aux, strict
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, PerExampleGrads]:
+        """(values, aux, gradients)."""
         values, aux, g, _ = self.explained(args, kwargs)
         return values, aux, g
 
@@ -161,7 +162,8 @@ class Transformed:
             if f.how == "direct" and f.reason is not None:
                 at = f" at {f.reason.source}" if f.reason.source else ""
                 raise ValueError(
-                    f"{self.call}: with strict=True expected a product for the gradient of every matrix, got the direct "
-                    f"route for {path or 'the parameter'}: {f.reason.primitive}{at}: {f.reason.why}. Write the use of the "
-                    f"parameter as a matrix product, convolution or lookup, or drop strict=True: the result is the same."
+                    f"{self.call}: with strict=True expected a product for the gradient of every matrix, got the "
+                    f"direct route for {path or 'the parameter'}: {f.reason.primitive}{at}: {f.reason.why}. Write "
+                    f"the use of the parameter as a matrix product, convolution or lookup, or drop strict=True: the result is "
+                    f"the same."
                 )

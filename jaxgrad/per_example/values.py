@@ -48,7 +48,7 @@ class Undone:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """lax.broadcast_in_dim(source, shape, dims), remembered: what is the same along an axis need not be an operand there.
+    """lax.broadcast_in_dim(source, shape, dims), remembered: what is the same along an axis is no operand there.
 
     Attributes:
         source: the array that is repeated.
@@ -123,7 +123,7 @@ def literal(value: Any, dtype: Any) -> Value:
 
 
 def as_broadcast(value: Value) -> Broadcast | None:
-    """The value as something repeated, if it is, with the axes along which it varies; a whole array varies along all."""
+    """The value as something repeated along the axes in which it does not vary; None for an undone product."""
     if isinstance(value, Broadcast):
         return value
     if isinstance(value, Undone):

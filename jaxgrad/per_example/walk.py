@@ -2,9 +2,10 @@
 
 `tail` finds, backwards from the gradients, the variables that only bookkeeping stands between them and the results.
 `evaluate` goes forwards: a product in the tail is kept as its operands, bookkeeping on it is done by rule, and
-whatever has no rule is evaluated as it stands. Programs within the program (jit, remat, scan, cond) are walked likewise.
+whatever has no rule is evaluated as it stands. Programs within the program (jit, remat, scan, cond) are walked too.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -155,7 +156,7 @@ def _refused(eqn: _jax.Equation, value: Undone) -> undone.Reason:
 
 
 def _inherited(eqn: _jax.Equation, values: Sequence[Value]) -> undone.Reason:
-    """Why a result in the tail is no product: what was so already, or what cannot be done to a product, or no product."""
+    """Why a result in the tail is no product: one was none before, cannot be one here, or there is none."""
     size = max(v.aval.size for v in eqn.outvars)
     for value in values:
         if isinstance(value, Plain) and value.array.size >= size:
@@ -286,7 +287,7 @@ def _along(value: Undone, S: int, group: bool) -> Undone:
         if group:
             changes["dims"] = ((label,), *term.dims)
             changes["box"] = None if term.box is None else ((0, 1, S), *term.box)
-        return undone.dataclasses.replace(term, **changes)
+        return dataclasses.replace(term, **changes)
 
     shape = (S, *value.shape) if group else value.shape
     return Undone(tuple(one(term) for term in value.terms), shape, value.dtype)

@@ -1,0 +1,157 @@
+"""An undone product scaled, masked, summed over an axis, multiplied by a matrix, or put at an index that is data.
+
+A function here that cannot say its result as an undone product returns None.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxgrad.per_example.undone import Labels, Term, einsum, replace
+from jaxgrad.precision import working_dtype
+
+
+def on_smaller(term: Term, function: Callable[[Any], Any]) -> Term:
+    """A linear function of the entries, one by one, applied to the smaller operand."""
+    if term.row is None and term.left.size < term.right.size:
+        return replace(term, left=function(term.left))
+    return replace(term, right=function(term.right))
+
+
+def aligned(term: Term, value: Array, dims: Sequence[int]) -> tuple[str, Array] | None:
+    """`value`, with an axis for each of these axes of the result, brought to the axes of one operand.
+
+    Returns:
+        ("left" or "right", the value with an axis of size n or 1 for each of that operand's), None if it varies along
+        axes of both.
+    """
+    labels = [label for k in dims for label in term.dims[k]]
+    side = "right" if all(label in term.right_labels for label in labels) else "left"
+    of = term.right_labels if side == "right" else term.left_labels
+    if not all(label in of for label in labels) or (term.row is not None and side == "left"):
+        return None
+    if term.box is not None:
+        for axis, k in enumerate(dims):
+            start, stride, _ = term.box[k]
+            value = lax.slice_in_dim(value, start, start + (term.sizes[k] - 1) * stride + 1, stride, axis)
+    value = value.reshape([term.size_of(label) for label in labels])
+    present = [label for label in of if label in labels]
+    value = value.transpose([labels.index(label) for label in present])
+    return side, value.reshape([term.size_of(label) if label in labels else 1 for label in of])
+
+
+def sums(term: Term, dims: Sequence[int]) -> Term | None:
+    """Summed over axes of the result."""
+    gone = {label for k in dims for label in term.dims[k]}
+    if term.row is not None and term.row[0] in gone:
+        return None
+
+    def side(a: Array, labels: Labels, others: Labels) -> tuple[Array, Labels]:
+        alone = [label for label in labels if label in gone and label not in others]
+        if not alone:
+            return a, labels
+        total = a.sum([labels.index(label) for label in alone], dtype=working_dtype(a.dtype))
+        return total, tuple(label for label in labels if label not in alone)
+
+    left, left_labels = side(term.left, term.left_labels, term.right_labels)
+    right, right_labels = side(term.right, term.right_labels, term.left_labels)
+    kept = [k for k in range(len(term.dims)) if k not in dims]
+    box = None if term.box is None else tuple(term.box[k] for k in kept)
+    changed = dataclasses.replace(
+        term,
+        left=left,
+        right=right,
+        left_labels=left_labels,
+        right_labels=right_labels,
+        dims=tuple(term.dims[k] for k in kept),
+        box=None,
+    )
+    return replace(changed, box=box)
+
+
+def contract(
+    term: Term,
+    C: Array,
+    contracted: Sequence[tuple[int, int]],
+    batch: Sequence[tuple[int, int]],
+    undone_first: bool,
+    precision: object,
+) -> Term | None:
+    """dot_general of the product with an array: (δ aᵀ) C = δ (Cᵀ a)ᵀ, the array moves onto one operand.
+
+    Args:
+        contracted, batch: (axis of the product, axis of C).
+        undone_first: whether the product is dot_general's first operand.
+    """
+    met = [label for k, _ in (*contracted, *batch) for label in term.dims[k]]
+    if term.row is not None and term.row[0] in met:
+        return None
+    for k, axis in contracted:
+        if not term.whole(k):
+            start, stride, _ = term.place(k)
+            C = lax.slice_in_dim(C, start, start + (term.sizes[k] - 1) * stride + 1, stride, axis)
+    if not all(term.whole(k) for k, _ in batch):
+        return None
+    sides = [s for s in ("left", "right") if all(label in getattr(term, f"{s}_labels") for label in met)]
+    if term.row is not None:
+        sides = [s for s in sides if s == "right"]
+    if not sides:
+        return None
+    side = min(sides, key=lambda s: getattr(term, s).size)
+    of, operand = getattr(term, f"{side}_labels"), getattr(term, side)
+    other = term.right_labels if side == "left" else term.left_labels
+    free = [axis for axis in range(C.ndim) if axis not in {b for _, b in (*contracted, *batch)}]
+    new = {axis: term.fresh() + i for i, axis in enumerate(free)}
+    # C's axes, divided as the product's are
+    at = {axis: term.dims[k] for k, axis in (*contracted, *batch)}
+    C_labels = tuple(label for axis in range(C.ndim) for label in at.get(axis, (new[axis],) if axis in new else ()))
+    sizes = [[term.size_of(label) for label in at[k]] if k in at else [C.shape[k]] for k in range(C.ndim)]
+    C = C.reshape([n for part in sizes for n in part])
+    gone = {label for k, _ in contracted for label in term.dims[k]} - set(other)
+    kept = tuple(label for label in of if label not in gone)
+    out = (*kept, *new.values())
+    work = working_dtype(operand.dtype, C.dtype)
+    dtype = operand.dtype if operand.dtype == C.dtype else work
+    value = einsum(operand, of, C, C_labels, out, work, precision).astype(dtype)
+    used = {k for k, _ in (*contracted, *batch)}
+    mine = [k for k in range(len(term.dims)) if k not in used]
+    ours = [(term.dims[k], term.place(k)) for k in mine]
+    theirs = [((new[axis],), (0, 1, C.shape[C_labels.index(new[axis])])) for axis in free]
+    both = [(term.dims[k], term.place(k)) for k, _ in batch]
+    order = [*both, *ours, *theirs] if undone_first else [*both, *theirs, *ours]
+    changes: dict[str, Any] = {side: value, f"{side}_labels": out}
+    changed = dataclasses.replace(term, **changes, dims=tuple(labels for labels, _ in order), box=None)
+    return replace(changed, box=tuple(place for _, place in order))
+
+
+def embedded(term: Term, dim: int, start: Array, full: int, mode: str) -> Term | None:
+    """Put along one axis at an index that is only known when it runs; mode "clip" or "drop" for one out of range."""
+    if not term.whole(dim) or term.row is not None:
+        return None
+    n = term.sizes[dim]
+    place = [term.place(k) for k in range(len(term.dims))]
+    if n == 1:  # a one-hot vector beside the smaller operand
+        if mode == "clip":
+            start = jnp.clip(start, 0, full - 1)
+        hot = jnp.arange(full, dtype=start.dtype) == start
+        new, side = term.fresh(), "left" if term.left.size <= term.right.size else "right"
+        a, labels = getattr(term, side), getattr(term, f"{side}_labels")
+        a = jnp.where(hot.reshape(full, *[1] * a.ndim), a[None], jnp.zeros_like(a)[None])
+        changes: dict[str, Any] = {side: a, f"{side}_labels": (new, *labels)}
+        dims = tuple((new,) if k == dim else d for k, d in enumerate(term.dims))
+    else:
+        label = term.dims[dim]
+        sides = [s for s in ("left", "right") if all(x in getattr(term, f"{s}_labels") for x in label)]
+        if len(label) != 1 or len(sides) != 1 or mode != "clip":
+            return None
+        a, labels = getattr(term, sides[0]), getattr(term, f"{sides[0]}_labels")
+        axis = labels.index(label[0])
+        zeros = jnp.zeros((*a.shape[:axis], full, *a.shape[axis + 1 :]), a.dtype)
+        changes = {sides[0]: lax.dynamic_update_slice_in_dim(zeros, a, start, axis)}
+        dims = term.dims
+    box = tuple((0, 1, full) if k == dim else p for k, p in enumerate(place))
+    return replace(dataclasses.replace(term, **changes, dims=dims, box=None), box=box)
