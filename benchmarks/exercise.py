@@ -4,16 +4,14 @@ Every pair is held to agree before it is timed. Each row is one interleaved run;
 to jax.grad. Goals: value_and_grad 1.00, batched_grad 1.05, hessian_vector_product 0.90.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from benchmarks.timing import environment, medians
+from benchmarks.timing import command_line, environment, medians
 from jaxgrad.network import Params, closed_form, init_params, loss
 
 SIZES = ((256, 784, 1024), (1024, 784, 512), (4096, 64, 64), (4096, 30, 16))  # B, D, H
@@ -92,7 +90,7 @@ def rows(
     ]
 
 
-def run(seconds: float, sizes: tuple[tuple[int, int, int], ...] = SIZES) -> str:
+def run(seconds: float, only: str = "") -> str:
     """The whole table, as Markdown."""
     lines = [
         f"Medians of interleaved calls, float32, {environment()}.",
@@ -100,8 +98,10 @@ def run(seconds: float, sizes: tuple[tuple[int, int, int], ...] = SIZES) -> str:
         "| (B, D, H) | closed form | against | closed form, ms | jax.grad, ms | ratio | goal |",
         "|---|---|---|---:|---:|---:|---:|",
     ]
-    for size in sizes:
+    for size in SIZES:
         for what, against, goal, ours, theirs, comparable in rows(*size):
+            if only not in what:
+                continue
             chex.assert_trees_all_close(ours(), comparable(), rtol=1e-3, atol=1e-5)
             t = medians({"ours": ours, "theirs": theirs}, seconds)
             ratio = t["ours"] / t["theirs"]
@@ -114,18 +114,5 @@ def run(seconds: float, sizes: tuple[tuple[int, int, int], ...] = SIZES) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each row")
-    parser.add_argument("--write", type=Path, help="also write the table to this file")
-    options = parser.parse_args()
-    table = run(options.seconds)
-    if options.write:
-        command = f"`python -m benchmarks.exercise --write {options.write}`"
-        options.write.write_text(
-            f"# The exercise: closed form against jax.grad\n\nWritten by {command}.\n\n{table}{NOTE}"
-        )
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, "The exercise: closed form against jax.grad", "benchmarks.exercise", run, NOTE)

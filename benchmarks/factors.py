@@ -6,10 +6,8 @@ anything is timed. Memory is the compiled program's temporary memory. Goals: nor
 large sizes, norms + clipped sum and second moment 1.00; memory 1.25 × plain.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -17,8 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.exercise import SIZES, mean_loss
-from benchmarks.timing import environment, medians
+from benchmarks.timing import command_line, environment, medians
 from jaxgrad.network import Params, closed_form, init_params, loss
+
+NOTE = """
+Where the floor is. `products` is the time of the matrix products alone. Norms + clipped sum needs two, Z = W Xᵀ and
+(c δ)ᵀ X, and between them what makes δ from Z, the norms of δ and of x, and one scaled copy of the smaller of δ and x;
+plain needs the same but for the norms and the copy. That copy is the memory beyond plain: B·min(D, H) numbers, to which
+the norms add their squares of one side. The second moment is the product of both sides squared, which have to be
+written as they are operands: B·(D + H) numbers. A Gram matrix has two products of B × B numbers each; where B is larger
+than D and H that is more than everything else, time and memory.
+"""
 
 Operation = Callable[[Params, jax.Array, jax.Array], Any]
 MAX_NORM = 0.1
@@ -117,7 +124,7 @@ def row(size: tuple[int, int, int], name: str, seconds: float, peers: bool) -> s
     return "| " + " | ".join(cells) + " |"
 
 
-def run(seconds: float) -> str:
+def run(seconds: float, only: str = "") -> str:
     header = [
         "| (B, D, H) | operation | plain, ms | factors | products | vmap(grad) | plain, MiB | factors | vmap(grad) |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -125,7 +132,7 @@ def run(seconds: float) -> str:
     lines = [f"Medians of interleaved calls, float32, {environment()}. Ratios are to plain.", "", *header]
     for size in SIZES:
         for name in OPERATIONS:
-            if name == "Gram matrix" and size[0] > 1024:
+            if only not in name or (name == "Gram matrix" and size[0] > 1024):
                 continue  # B × B is larger than anything else there
             lines.append(row(size, name, seconds, peers=True))
             print(lines[-1], flush=True)
@@ -138,18 +145,5 @@ def run(seconds: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each row")
-    parser.add_argument("--write", type=Path, help="also write the table to this file")
-    options = parser.parse_args()
-    table = run(options.seconds)
-    if options.write:
-        command = f"`python -m benchmarks.factors --write {options.write}`"
-        options.write.write_text(
-            f"# Per-example gradients as factors, and written out\n\nWritten by {command}.\n\n{table}"
-        )
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, "Per-example gradients as factors, and written out", "benchmarks.factors", run, NOTE)

@@ -70,6 +70,11 @@ def scan_parts(eqn: Equation) -> ScanParts:
     return ScanParts(len(eqn.invars) - xs - carry, carry, p["length"], p["reverse"], p["unroll"])
 
 
+def padding(eqn: Equation) -> list[tuple[int, int, int]]:
+    """Of a pad, for each axis: zeros before, after, and between entries."""
+    return [(int(lo), int(hi), int(step)) for lo, hi, step in eqn.params["padding_config"]]
+
+
 def scatter_axes(eqn: Equation) -> tuple[int, ...]:
     """The axes of the operand that the indices of a scatter-add are along."""
     return tuple(int(k) for k in eqn.params["dimension_numbers"].scatter_dims_to_operand_dims)

@@ -357,7 +357,7 @@ class Builder:
             end = b.step(TRANSFORMS, end) if self.coin() else end
         else:
             b.steps(self.int(1, 3))
-            end = b.close(out)
+            end = f"jnp.sin({b.close(out)})"  # bounded: it may become a carry
         f = f"fun{next(self.numbers)}"
         lines = [f"def {f}({', '.join(names.values())}):", *indented([*b.lines, f"return {end}"])]
         self.functions[f] = "\n".join(lines)
@@ -479,20 +479,31 @@ class Builder:
         return f"'{pairs[0][0]},{pairs[1][0]}->{''.join(out)}', {pairs[0][1]}, {pairs[1][1]}) / ({k} ** 0.5"
 
     def conv(self, w, s):
-        spec = ["".join(self.perm(list(n + "HW"[: len(s) - 2]))) for n in ("NC", "OI", "NC")]
+        axes = "HW"[: len(s) - 2]
+        spec = ["".join(self.perm(list(n + axes))) for n in ("NC", "OI", "NC")]
+        kernel = self.coin(0.8)  # or the weight is the image
         if self.coin(0.7):  # a small window, as is usual
-            letters = ["HW"[: len(s) - 2], *self.perm(["O", "I"])]
-            spec[1] = "".join("".join(letters)[k] for k in np.argsort(np.argsort(s)))
-        size, spatial = dict(zip(spec[1], s, strict=True)), [n for n in spec[1] if n in "HW"]
-        parts = [k for k in range(1, size["O"] + 1) if size["O"] % k == 0]
-        groups, examples = self.pick([(1, 1), (self.pick(parts), 1), (1, self.pick(parts))])
-        stride, base, dilation = ([self.pick([1, 1, 2]) for _ in spatial] for _ in range(3))
-        pads = [(self.int(0, 3), self.pick([0, 1, -1])) for _ in spatial]
-        image = {n: (size[n] - 1) * d + self.int(2, 4) for n, d in zip(spatial, dilation, strict=True)}
-        image |= {"N": examples * self.int(1, 3), "C": size["I"] * groups}
+            letters = axes + "".join(self.perm(list("OI" if kernel else "NC")))
+            spec[kernel] = "".join(letters[k] for k in np.argsort(np.argsort(s)))
+        size, axes = dict(zip(spec[kernel], s, strict=True)), [n for n in spec[1] if n in axes]
+        parts = [k for k in range(1, s[0] * s[1] + 1) if size["O" if kernel else "C"] % k == 0]
+        groups, examples = self.pick([(1, 1), (self.pick(parts), 1), (1, self.pick(parts) if kernel else 1)])
+        if not kernel:
+            examples = self.pick([k for k in range(1, size["N"] + 1) if size["N"] % k == 0 and groups == 1] or [1])
+        stride, base, dilation = ([self.pick([1, 1, 2]) for _ in axes] for _ in range(3))
+        pads = [(self.int(0, 3), self.pick([0, 1, -1])) for _ in axes]
+        if kernel:
+            other = {n: (size[n] - 1) * d + self.int(2, 4) for n, d in zip(axes, dilation, strict=True)}
+            other |= {"N": examples * self.int(1, 3), "C": size["I"] * groups}
+        else:
+            other = {n: self.int(1, max(2, (size[n] + 1) // 2)) for n in axes}
+            other |= {"O": examples * groups * self.int(1, 4), "I": size["C"] // groups}
+            pads = [(a, abs(b)) for a, b in pads]
+        x = self.given(tuple(other[n] for n in spec[not kernel]))
         options = f"{stride}, {pads}, lhs_dilation={base}, rhs_dilation={dilation}, dimension_numbers={tuple(spec)}"
         options += f", feature_group_count={groups}, batch_group_count={examples}"
-        return f"{self.given(tuple(image[n] for n in spec[0]))}, {w} / {prod(s) // size['O']} ** 0.5, {options}"
+        scale = (size["I"] if kernel else other["I"]) ** 0.5
+        return f"{x}, {w} / {scale}, {options}" if kernel else f"{w}, {x} / {scale}, {options}"
 
 
 def indented(lines):

@@ -81,41 +81,31 @@ def theirs(loss, argnums=0, vmap_axes=(None, 0, 0)):
     return results
 
 
-# --- Which argument is what
+# --- Which argument is what ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("argnums", "in_axes"),
-    [*((k, (0, None, 0)) for k in (1, 2, -3, (1,), [-2])), ((1, 2), None), ((2, 1), 0), ((-2, 1), [0, 0])],
+    ("argnums", "in_axes", "axes"),
+    [
+        *((k, (0, None, 0), (0, 0)) for k in (1, 2, -3, (1,), [-2])),
+        *((k, n, (0, 0)) for k, n in (((1, 2), None), ((2, 1), 0), ((-2, 1), np.int32(0)))),
+        *(((1, 2), k, (k, k)) for k in (1, -1)),
+        *(((1, 2), [k, n], (k, n)) for k, n in ((0, -1), (-2, 1), ({"x": 0, "more": None}, 0))),
+        ((1, 2), ({"x": -1, "more": [1, {"y": None, "z": 0}]}, 0), ({"x": -1, "more": [1, {"y": None, "z": 0}]}, 0)),
+    ],
 )
-def test_argnums(argnums, in_axes):
+def test_argnums_and_in_axes(argnums, in_axes, axes):
     def loss(x, p, q, y):
-        return mlp(p | q, x, y)
+        shift, others = x["more"]
+        return mlp(p | q, x["x"], y.sum() + shift.sum() + jnp.sum(others["y"]) * others["z"].sum())
 
-    p, X, Y = mlp_data()
-    args = (X, p, {"v": p.pop("v")}, Y)
-    close(jit(ours(loss, argnums, in_axes))(*args), jit(theirs(loss, argnums, (0, None, None, 0)))(*args))
+    def placed(axis, tree):
+        return tree if axis is None else jax.tree.map(lambda a: jnp.moveaxis(a, 0, axis), tree)
 
-
-@pytest.mark.parametrize(
-    ("in_axes", "vmap_axes"),
-    [(None, (0, 0)), (0, (0, 0)), (np.int32(1), (1, 1)), (-1, (-1, -1)), ([0, -1], (0, 1)), ((-2, 0), (0, 0))],
-)
-def test_in_axes(in_axes, vmap_axes):
-    loss, (p, X, Y) = (lambda p, x, y: mlp(p, x, y.sum())), mlp_data()
-    args = (p, X if vmap_axes[0] == 0 else X.T, Y[:, None] if vmap_axes[1] == 0 else Y[None])
-    close(jit(ours(loss, in_axes=in_axes))(*args), jit(theirs(loss, vmap_axes=(None, *vmap_axes)))(*args))
-
-
-@pytest.mark.parametrize("more", [None, [1, None], [-1, {"y": None, "z": 0}]])
-def test_in_axes_as_a_tree_prefix(more):
-    def loss(p, data):
-        shift, others = data["more"]
-        return mlp(p, data["x"], shift.sum() + jnp.sum(others["y"] * others["z"]))
-
-    (p, X, Y), axes = mlp_data(), {"x": 0, "more": more}
-    args = (p, {"x": X, "more": [normal(5, 3, B), {"y": Y, "z": Y}]})
-    close(jit(ours(loss, in_axes=(axes,)))(*args), jit(theirs(loss, vmap_axes=(None, axes)))(*args))
+    (p, X, Y), axes = mlp_data(), (axes[0], None, None, axes[1])
+    x = {"x": X, "more": [normal(5, B, 3), {"y": normal(6, B, 2), "z": normal(7, B, 4)}]}
+    args = jax.tree.map(placed, axes, (x, p, {"v": p.pop("v")}, Y[:, None]), is_leaf=lambda axis: axis is None)
+    close(jit(ours(loss, argnums, in_axes))(*args), jit(theirs(loss, argnums, axes))(*args))
 
 
 @pytest.mark.parametrize("transform", [per_example_grad, explain])
@@ -136,9 +126,8 @@ def test_keyword_arguments_are_batched():
 
     (p, X, Y), extra = mlp_data(), {"a": normal(5, B, 2)}
     g = per_example_grad(loss)(p, X, y=Y, extra=extra)
-    close(
-        g.materialize(), jit(theirs(lambda p, x, y, e: loss(p, x, y=y, extra=e), 0, (None, 0, 0, 0)))(p, X, Y, extra)[0]
-    )
+    expected = jit(theirs(lambda p, x, y, e: loss(p, x, y=y, extra=e), 0, (None, 0, 0, 0)))(p, X, Y, extra)
+    close(g.materialize(), expected[0])
     assert (len(g), per_example_grad(loss).__name__) == (B, "loss")
 
 
@@ -167,7 +156,7 @@ def test_values_auxiliary_results_and_numpy_arrays():
     close((found, g.materialize()), (values, G))
 
 
-# --- Under JAX's transformations
+# --- Under JAX's transformations -------------------------------------------------------------------------------------
 
 
 def fitted(results, p, X, Y):
@@ -186,14 +175,13 @@ def over_a_closure(results, p, X, Y):
     return norms(scale, shift), jax.grad(norms, (0, 1))(scale, shift), jax.hessian(norms)(scale, shift), several
 
 
-def penalty(results, X, Y):
-    return lambda p: jnp.sum((results(p, X, Y)[2] - 1) ** 2)
-
-
 TRANSFORMED = {
     "vmap": (many_data, lambda results, p, X, Y: jax.vmap(lambda c: results(many)({**p, "R": c * p["R"]}, X, Y))(Y)),
-    "grad": (many_data, lambda results, p, X, Y: jax.grad(penalty(results(many), X, Y))(p)),
-    "jvp": (mlp_data, lambda results, p, X, Y: jax.jvp(penalty(results(mlp), X, Y), (p,), (jax.tree.map(jnp.cos, p),))),
+    "grad": (
+        many_data,
+        lambda results, *a: jax.grad(lambda p: jnp.square(results(many)(p, *a[1:])[2] - 1).sum())(a[0]),
+    ),
+    "jvp": (mlp_data, lambda results, p, X, Y: jax.jvp(lambda p: results(mlp)(p, X, Y)[:3], (p,), (p,))),
     "scan": (mlp_data, fitted),
     "closure": (mlp_data, over_a_closure),
 }
@@ -205,29 +193,20 @@ def test_under_transformations(name):
     close(*(jit(functools.partial(function, results))(*data()) for results in (ours, theirs)), 1e-11)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_in_shard_map(check_vma):
-    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
-    each, none = PartitionSpec("batch"), PartitionSpec()
-
-    def mapped(results):
-        specs = {"in_specs": (none, each, each), "out_specs": each, "check_vma": check_vma}
-        return jit(jax.shard_map(lambda *args: results(mlp)(*args)[::2], mesh=mesh, **specs))(*mlp_data())
-
-    close(mapped(ours), mapped(theirs))
-
-
 @pytest.mark.parametrize("unused", [{}, {"unused": np.ones((3, 4))}], ids=["", "unused parameter"])
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit", "shard_map", "shard_map unchecked"])
 def test_a_sharded_batch(kind, unused):
     devices = max(n for n in range(1, B + 1) if B % n == 0 and n <= len(jax.devices()))
-    mesh = jax.make_mesh((devices,), ("batch",), axis_types=(jax.sharding.AxisType[kind],))
-    p, X, Y = mlp_data()
-    expected = jit(theirs(mlp))(p | unused, X, Y)
+    types = (jax.sharding.AxisType["Explicit" if kind == "Explicit" else "Auto"],)
+    mesh, each, whole = jax.make_mesh((devices,), ("batch",), axis_types=types), PartitionSpec("batch"), PartitionSpec()
+    (p, X, Y), part = mlp_data(), slice(None, None, 2 if "shard_map" in kind else None)  # without sums over examples
+    function, expected = (lambda *args: ours(mlp)(*args)[part]), jit(theirs(mlp))(p | unused, X, Y)[part]
+    if "shard_map" in kind:
+        specs = {"in_specs": (whole, each, each), "out_specs": each, "check_vma": kind == "shard_map"}
+        function = jax.shard_map(function, mesh=mesh, **specs)
     with jax.set_mesh(mesh):
-        batch = jax.device_put((X, Y), NamedSharding(mesh, PartitionSpec("batch")))
-        p = jax.device_put(p | unused, NamedSharding(mesh, PartitionSpec()))
-        close(jax.tree.map(np.asarray, jax.jit(ours(mlp))(p, *batch)), expected)
+        p, batch = (jax.device_put(a, NamedSharding(mesh, lies)) for a, lies in ((p | unused, whole), ((X, Y), each)))
+        close(jax.tree.map(np.asarray, jax.jit(function)(p, *batch)), expected)
 
 
 def test_the_loss_is_traced_once():
@@ -242,7 +221,7 @@ def test_the_loss_is_traced_once():
         assert count == [1]
 
 
-# --- Batches
+# --- Batches ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -308,7 +287,7 @@ def test_the_exercise_has_the_factors_of_its_closed_form():
         close(jax.tree.leaves(a), jax.tree.leaves(b))
 
 
-# --- What is done, and what is refused
+# --- What is done, and what is refused -------------------------------------------------------------------------------
 
 HELD = {
     "['D']": ("direct", "Dense([6, 4, 3])"),
@@ -318,26 +297,23 @@ HELD = {
     "['W']": ("factored", "Outer([6, 1, 1, 12], [6, 1, 1, 8]) + Outer([6, 1, 3, 12], [6, 1, 3, 8])"),
     "['b']": ("vector", "Dense([6, 12])"),
     "['k']": ("factored", "Outer([6, 1, 3, 24], [6, 1, 3, 10])"),
-    "['unused']": ("unused", "Outer([6, 1, 0, 1], [6, 1, 0, 6])"),
 }
 
 
 def test_explain():
     p, X, Y = many_data()
     e, g = explain(many)(p, X, Y), jit(per_example_grad(many))(p, X, Y)
-    assert {row.path: (row.how, " + ".join(row.factors)) for row in e.rows} == HELD
+    assert {row.path: (row.how, " + ".join(row.factors)) for row in e.rows if row.nbytes} == HELD
     assert (e["['W']"].norm, e["['D']"].norm) == (("sides", "positions", "positions"), ("entries",))
-    assert all((row.shape, row.dtype) == (p[row.path[2:-2]].shape, jnp.float64) for row in e.rows)
+    assert [row.shape for row in e.rows] == [a.shape for a in jax.tree.leaves(p)]
     assert (e.batch_size, e.nbytes, e.materialized_nbytes) == (B, g.nbytes, g.materialized_nbytes)
     assert (e["['R']"].nbytes, e["['R']"].materialized_nbytes) == (8 * B * 3 * 24, 8 * B * 144)
     assert [(row.path, row.primitive, row.source) for row in e.direct] == [("['D']", "mul", DIRECT)]
     assert all(row.primitive == row.source == row.why == "" for row in e.rows if row.path != "['D']")
     lines = str(e).splitlines()
-    assert (lines[0], lines[1].split()[:3]) == ("6 examples", ["parameter", "shape", "how"])
+    assert (lines[0], e["['unused']"].how) == ("6 examples", "unused")
     assert re.fullmatch(r"\['b'\] +\[12\] +vector +Dense\(\[6, 12\]\) +entries +576 B +576 B", lines[8])
     assert lines[-1].startswith(f"['D']: written out, for mul at {DIRECT}: ")
-    with pytest.raises(KeyError, match="nothing"):
-        e["nothing"]
     n = 10**12  # nothing is computed
     shapes = jax.eval_shape(lambda: p), jax.ShapeDtypeStruct((n, 3), jnp.int32), jax.ShapeDtypeStruct((n,), jnp.float64)
     assert explain(many)(*shapes).nbytes == e.nbytes // B * n
@@ -358,27 +334,24 @@ SCALAR = "expected a loss that returns a real scalar for one example"
 @pytest.mark.parametrize(
     ("loss", "options", "error", "message"),
     [
-        (
-            lambda p, x, y: p["W"] @ x,
-            {},
-            TypeError,
-            rf"{SCALAR}, got float64 of shape \(9,\)",
-        ),
+        (lambda p, x, y: p["W"] @ x, {}, TypeError, rf"{SCALAR}, got float64 of shape \(9,\)"),
         (lambda p, x, y: 1, {}, TypeError, rf"{SCALAR}, got int64 of shape \(\)"),
         (lambda p, x, y: lax.complex(y, y), {}, TypeError, f"{SCALAR}, got complex128"),
-        (
-            lambda p, x, y: (mlp(p, x, y), x),
-            {},
-            TypeError,
-            f"{SCALAR}, .* set has_aux=True",
-        ),
-        (lambda p, x, y: {"a": mlp(p, x, y)}, {}, TypeError, SCALAR),
+        (lambda p, x, y: (mlp(p, x, y), x), {}, TypeError, f"{SCALAR}, .* set has_aux=True"),
         (lambda p, x, y: None, {}, TypeError, SCALAR),
         (mlp, {"has_aux": True}, TypeError, "has_aux"),
         (lambda p, x, y: (mlp(p, x, y), x, y), {"has_aux": True}, TypeError, "has_aux"),
+        *(
+            (mlp, {"leaf": [leaf]}, TypeError, rf"of a real floating dtype, got {got} at \['leaf'\]\[0\]")
+            for leaf, got in (
+                (3, "int64"),
+                (np.arange(3), "int64"),
+                (np.ones(2) + 1j, "complex128"),
+                (1j, "complex128"),
+            )
+        ),
         (3, {}, TypeError, "expected a function of one example, got int"),
         (mlp, {"argnums": 3}, ValueError, "expected argnums among the 3 positional arguments, got 3"),
-        (mlp, {"argnums": ()}, ValueError, "expected argnums among the 3 positional arguments"),
         (mlp, {"argnums": (0, -3)}, ValueError, "expected each argument once in argnums"),
         *((mlp, {"argnums": k}, TypeError, "expected a whole number or a sequence") for k in (0.5, "0", (0.5,), None)),
         (mlp, {"argnums": (0, 1, 2)}, ValueError, "expected at least one batched argument"),
@@ -386,25 +359,16 @@ SCALAR = "expected a loss that returns a real scalar for one example"
         (mlp, {"in_axes": 1}, ValueError, r"expected an example axis 1 in argument 2, got shape \(6,\)"),
         (mlp, {"in_axes": (-3, 0)}, ValueError, r"expected an example axis -3 in argument 1, got shape \(6, 7\)"),
         (mlp, {"in_axes": (None, 0, 0)}, ValueError, "sequence with an entry for each of the 2 arguments"),
-        (mlp, {"in_axes": ("x", 0)}, ValueError, "expected numbers or None in in_axes"),
         (mlp, {"in_axes": ({"x": 0}, 0)}, ValueError, "expected in_axes to be a tree prefix of the arguments"),
         (mlp, {"in_axes": (1, 0)}, ValueError, "expected one batch size .*, got 7 in argument 1, 6 in argument 2"),
     ],
 )
 def test_what_cannot_be_is_named(loss, options, error, message):
+    p, X, Y = mlp_data()
+    p, options = p | {"leaf": options.get("leaf", ())}, {k: v for k, v in options.items() if k != "leaf"}
     for name, transform in (("per_example_grad", per_example_grad), ("explain", explain)):
         with pytest.raises(error, match=f"{name}: .*{message}"):
-            transform(loss, **options)(*mlp_data())
-
-
-@pytest.mark.usefixtures("plain_types")
-def test_arguments_that_cannot_be_are_named():
-    p, X, Y = mlp_data()
-    for leaf, got in ((3, "int64"), (np.arange(3), "int64"), (1j, "complex128"), (jax.random.key(0), "key<fry>")):
-        with pytest.raises(TypeError, match=rf"parameters of a real floating dtype, got {got} at \['a'\]\['n'\]"):
-            per_example_grad(mlp)({**p, "a": {"n": leaf}}, X, Y)
-    with pytest.raises(TypeError, match=r"per_example_grad: .*example axis in keyword arguments\['y'\], got str"):
-        per_example_grad(mlp)(p, X, y="on")
+            transform(loss, **options)(p, X, Y)
 
 
 def attention(p, x):

@@ -1,11 +1,26 @@
 """Per-example gradients kept as factors.
 
-factors      what one parameter's gradients are made of: Outer, Rows, Dense
-pairs        inner products of two factors, for every pair of kinds
-chunks       loops that write out no more at once than a stated number of bytes
-norms        of one parameter's gradients, and of several together
-moments      second moment and variance, element by element
-gradients    PerExampleGrads: the algebra over a tree of factors
+The algebra
+    factors      what one parameter's gradients are made of: Outer, Rows, Dense
+    pairs        inner products of two factors, for every pair of kinds
+    chunks       loops that write out no more at once than a stated number of bytes
+    norms        of one parameter's gradients, and of several together
+    moments      second moment and variance, element by element
+    leaf         the gradients of one parameter: a sum of factors times one number an example
+    gradients    PerExampleGrads: the algebra over a tree of parameters
+
+The transformation
+    transform    per_example_grad, per_example_value_and_grad
+    arguments    which arguments are parameters, which carry examples, which are shared
+    walk         evaluate a gradient's program, leaving its last products undone
+    products     the primitives that end a matrix's gradient
+    rules        one rule per primitive: what it does to an undone product
+    undone       an undone product: two operands and which of their axes lie where
+    moves        one transposed, reshaped, sliced, put into something larger
+    linear       one scaled, masked, summed, multiplied by a matrix
+    values       what else a variable may stand for during the walk
+    finish       from undone products to factors, and the cost model
+    explain      what is done with each parameter, and why
 """
 
 from jaxgrad.per_example.explain import Explanation, explain

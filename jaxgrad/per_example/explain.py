@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxgrad.per_example.factors import arrays
 from jaxgrad.per_example.finish import Finished
 from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.leaf import Leaf
 from jaxgrad.per_example.pairs import way
 from jaxgrad.per_example.transform import Transformed
 
@@ -138,7 +139,7 @@ def explain(
 
 
 def _is_leaf(node: Any) -> bool:
-    return hasattr(node, "factors") and hasattr(node, "weight")
+    return isinstance(node, Leaf)
 
 
 def _row(path: str, factors: Sequence[Any], finished: Finished) -> Row:

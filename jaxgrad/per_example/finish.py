@@ -42,7 +42,9 @@ def finish(value: Value, shape: tuple[int, ...], dtype: Any) -> Finished:
     if isinstance(value, Broadcast):
         value = spread(value, dtype) or value
     if isinstance(value, Undone) and value.held < size:
-        return Finished(_merged([_factor(term, shape, dtype) for term in value.terms]), "factored", None)
+        factors = _merged([_factor(term, shape, dtype) for term in value.terms])
+        direct = matrix and value.reason not in (None, FORMED)
+        return Finished(factors, "direct" if direct else "factored", value.reason if direct else None)
     reason = value.reason if isinstance(value, Plain | Undone) else None
     how = "vector" if not matrix else "formed" if reason in (None, FORMED) else "direct"
     array = array_of(value)

@@ -40,6 +40,20 @@ def reshape(term: Term, shape: Sequence[int]) -> Term | None:
         # The first axis is a part of something larger, the others are whole; they become one axis, beside ones.
         first, *rest = wide
         start, stride, full = term.place(first)
+        several = [n for n in target if n != 1][1:]
+        if several and not rest:  # it is divided, along the edges of the part
+            inner, n = math.prod(several), term.sizes[first]
+            if stride != 1 or start % inner or n % inner:
+                return None
+            at = next(i for i, m in enumerate(target) if m != 1)
+            sizes = [n // inner if i == at else m for i, m in enumerate(target)]
+            divided = _divided(term, list(term.dims[first]), sizes)
+            if divided is None:
+                return None
+            term, groups = divided
+            dims += groups
+            box += [(start // inner, 1, m) if i == at else (0, 1, m) for i, m in enumerate(target)]
+            continue
         inner = math.prod(term.shape[k] for k in rest)
         if not all(term.whole(k) for k in rest) or (stride != 1 and inner != 1) or target.count(1) < len(target) - 1:
             return None

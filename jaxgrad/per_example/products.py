@@ -88,6 +88,15 @@ def _dynamic_update_slice(eqn: _jax.Equation, values: Sequence[Value]) -> Term |
     return undone.lookup(ids, jnp.asarray(array_of(update)), [axis], dims, shape[axis])
 
 
+def _pad(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+    """What is put into zeros is held without them."""
+    value, padding = values
+    if not is_zero(padding):
+        return None
+    array, reason = jnp.asarray(array_of(value)), value.reason if isinstance(value, Plain) else FORMED
+    return moves.pad(undone.carried_out(array, reason), _jax.padding(eqn))
+
+
 def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | Array | None:
     """The gradient of a kernel: the cotangents slide over the input, and each place of the kernel is a product.
 
@@ -157,6 +166,7 @@ PRODUCTS: dict[Any, Callable[[_jax.Equation, Sequence[Value]], Term | Array | No
     lax.scatter_add_p: _scatter_add,
     lax.dynamic_update_slice_p: _dynamic_update_slice,
     lax.conv_general_dilated_p: _convolution,
+    lax.pad_p: _pad,
 }
 
 

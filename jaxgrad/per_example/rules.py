@@ -66,8 +66,7 @@ def _pad(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     value, padding = values
     if not isinstance(value, Undone) or not is_zero(padding):
         return None
-    config = [(int(lo), int(hi), int(step)) for lo, hi, step in eqn.params["padding_config"]]
-    result = _each(eqn, value, lambda term: moves.pad(term, config))
+    result = _each(eqn, value, partial(moves.pad, config=_jax.padding(eqn)))
     return None if result is None else [result]
 
 

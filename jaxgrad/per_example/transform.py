@@ -164,6 +164,6 @@ class Transformed:
                 raise ValueError(
                     f"{self.call}: with strict=True expected a product for the gradient of every matrix, got the "
                     f"direct route for {path or 'the parameter'}: {f.reason.primitive}{at}: {f.reason.why}. Write "
-                    f"the use of the parameter as a matrix product, convolution or lookup, or drop strict=True: the result is "
-                    f"the same."
+                    f"the use of the parameter as a matrix product, convolution or lookup, or drop "
+                    f"strict=True: the result is the same."
                 )
