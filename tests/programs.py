@@ -457,8 +457,11 @@ class Builder:
     def const(self, *shape):
         return f"normal({', '.join(map(str, (self.int(0, 10**6), *shape)))})"
 
+    def divisor(self, n):
+        return self.pick([k for k in range(1, n + 1) if n % k == 0])
+
     def factored(self, n):
-        k = self.pick([k for k in range(1, n + 1) if n % k == 0])
+        k = self.divisor(n)
         return self.pick([(k, n // k), (n // k, 1, k)])
 
     def slices(self, s):
@@ -482,14 +485,12 @@ class Builder:
         axes = "HW"[: len(s) - 2]
         spec = ["".join(self.perm(list(n + axes))) for n in ("NC", "OI", "NC")]
         kernel = self.coin(0.8)  # or the weight is the image
-        if self.coin(0.7):  # a small window, as is usual
+        if self.coin(0.9):  # a small window, as is usual
             letters = axes + "".join(self.perm(list("OI" if kernel else "NC")))
             spec[kernel] = "".join(letters[k] for k in np.argsort(np.argsort(s)))
         size, axes = dict(zip(spec[kernel], s, strict=True)), [n for n in spec[1] if n in axes]
-        parts = [k for k in range(1, s[0] * s[1] + 1) if size["O" if kernel else "C"] % k == 0]
-        groups, examples = self.pick([(1, 1), (self.pick(parts), 1), (1, self.pick(parts) if kernel else 1)])
-        if not kernel:
-            examples = self.pick([k for k in range(1, size["N"] + 1) if size["N"] % k == 0 and groups == 1] or [1])
+        groups, examples = (self.divisor(size[n]) for n in ("OO" if kernel else "CN"))
+        groups, examples = self.pick([(1, 1), (groups, 1), (1, examples)])
         stride, base, dilation = ([self.pick([1, 1, 2]) for _ in axes] for _ in range(3))
         pads = [(self.int(0, 3), self.pick([0, 1, -1])) for _ in axes]
         if kernel:

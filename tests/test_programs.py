@@ -1,6 +1,5 @@
 """per_example_grad against vmap(jax.grad) on random programs; JAXGRAD_FUZZ=20 runs 2,000 of them."""
 
-import functools
 from collections import Counter
 
 import jax
@@ -13,16 +12,7 @@ from conftest import FUZZ
 from jaxgrad import per_example_grad
 from jaxgrad.per_example.factors import Dense
 
-
-@functools.cache
-def quick() -> dict:
-    """Compiler options: compiling is most of the time, and fusing half of that."""
-    options = {"xla_backend_optimization_level": "0"}
-    try:
-        jax.jit(lambda x: x, compiler_options=(fewer := options | {"xla_cpu_use_fusion_emitters": False}))(1.0)
-    except jax.errors.JaxRuntimeError:  # no such option in JAX 0.12
-        return options
-    return fewer
+QUICK = {"xla_backend_optimization_level": "0"}  # compiling is most of the time
 
 
 def disagreements(p: programs.Program) -> list[str]:
@@ -34,7 +24,7 @@ def disagreements(p: programs.Program) -> list[str]:
         G = jax.vmap(jax.grad(p.loss), (None, *[0] * len(batch)))(params, *batch)
         return G, (g.materialize(), g.norms(), g.gram(), g.weighted_sum(jnp.asarray(c)), g.second_moment())
 
-    G, (written, norms, gram, weighted, second) = jax.jit(both, compiler_options=quick())(p.params, p.batch)
+    G, (written, norms, gram, weighted, second) = jax.jit(both, compiler_options=QUICK)(p.params, p.batch)
     wide = {n: np.asarray(v, np.float64).reshape(programs.B, -1) for n, v in G.items()}
     every = np.concatenate(list(wide.values()), 1)
     top = np.linalg.norm(every, axis=1).max()

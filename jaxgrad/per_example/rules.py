@@ -207,8 +207,8 @@ def _dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value]
     (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
     first = isinstance(values[0], Undone)
     value, other = values if first else values[::-1]
-    if isinstance(other, Undone):
-        return None
+    if isinstance(other, Undone) or any(term.carried for term in value.terms):
+        return None  # an array times a matrix is a product of its own
     contracted = list(zip(lhs_c, rhs_c, strict=True) if first else zip(rhs_c, lhs_c, strict=True))
     batch = list(zip(lhs_b, rhs_b, strict=True) if first else zip(rhs_b, lhs_b, strict=True))
     C, precision = jnp.asarray(array_of(other)), eqn.params["precision"]
