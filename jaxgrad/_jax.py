@@ -129,6 +129,27 @@ def _alone(eqn: Equation, variables: tuple[Any, ...]) -> Any:
     )
 
 
+def one_example(a: Any, axis: int) -> Any:
+    """What an example of a batch looks like; inside shard_map one of them, which differs along the same mesh axes."""
+    if varying(a) and a.shape[axis]:
+        return lax.index_in_dim(a, 0, axis, keepdims=False)
+    aval = a if isinstance(a, jax.ShapeDtypeStruct) else jax.typeof(a)
+    return jax.ShapeDtypeStruct(aval.shape[:axis] + aval.shape[axis + 1 :], aval.dtype, weak_type=aval.weak_type)
+
+
+def varying(a: Any) -> frozenset[str]:
+    """The mesh axes along which an array differs inside shard_map."""
+    if isinstance(a, jax.ShapeDtypeStruct):
+        return frozenset()
+    return frozenset(getattr(getattr(jax.typeof(a), "manual_axis_type", None), "varying", ()))
+
+
+def made_varying(a: Any, axes: frozenset[str]) -> Any:
+    """An array that may differ along these mesh axes, so that its gradients are not summed over them."""
+    missing = axes - varying(a)
+    return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
+
+
 def source_line(eqn: Equation) -> str:
     """file:line of the innermost frame that is neither JAX's nor ours; empty if JAX kept none."""
     traceback = eqn.source_info.traceback

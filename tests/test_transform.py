@@ -16,7 +16,7 @@ from jaxgrad.network import closed_form
 B = 6
 # Most of the time here would go into optimising code that runs once.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=QUICK | {"xla_cpu_use_fusion_emitters": False})
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def normal(seed, *shape, dtype=jnp.float64):

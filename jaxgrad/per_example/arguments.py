@@ -1,5 +1,6 @@
 """The arguments of a loss over a batch: parameters, what carries examples and along which axis, what all share."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxgrad import _jax
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,9 @@ def arguments_of(call: str, args: tuple[Any, ...], kwargs: dict[str, Any], argnu
     if len(set(sizes.values())) != 1:
         shown = ", ".join(f"{n} in {name}" for name, n in sizes.items())
         raise ValueError(f"{call}: expected one batch size in all batched arguments, got {shown}.")
-    example = [
-        jax.ShapeDtypeStruct(a.shape[:axis] + a.shape[axis + 1 :], a.dtype, weak_type=getattr(a, "weak_type", False))
-        for a, axis in zip(batch, taken, strict=True)
-    ]
+    example = [_jax.one_example(a, axis) for a, axis in zip(batch, taken, strict=True)]
+    mesh_axes = frozenset(name for a in batch for name in _jax.varying(a))
+    params = [_jax.made_varying(p, mesh_axes) for p in params]
 
     def put_back(new_params: Sequence[Any], examples: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         whole = [leaf for _, _, leaf in leaves]
@@ -87,10 +89,16 @@ def arguments_of(call: str, args: tuple[Any, ...], kwargs: dict[str, Any], argnu
 
 def checked_scalar(call: str, value: Any) -> Any:
     """The loss of one example, which is a real scalar."""
-    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    shape: Any
+    dtype: Any
+    try:
+        shape, dtype = np.shape(value) if isinstance(value, int | float) else value.shape, jnp.result_type(value)
+    except (AttributeError, TypeError):
+        shape, dtype = None, type(value).__name__
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        got = dtype if shape is None else f"{dtype} of shape {shape}"
         raise TypeError(
-            f"{call}: expected a loss that returns a real scalar for one example, got {dtype} of shape {shape}. "
+            f"{call}: expected a loss that returns a real scalar for one example, got {got}. "
             f"A loss that is already a mean over a batch is to be given for one example; with auxiliary results set "
             f"has_aux=True."
         )
@@ -100,7 +108,7 @@ def checked_scalar(call: str, value: Any) -> Any:
 def _numbers(call: str, argnums: Any, count: int) -> tuple[list[int], bool]:
     several = not isinstance(argnums, int | np.integer)
     try:
-        numbers = [int(k) for k in (argnums if several else [argnums])]
+        numbers = [operator.index(k) for k in (argnums if several else [argnums])]
     except (TypeError, ValueError):
         raise TypeError(f"{call}: expected a whole number or a sequence of them as argnums, got {argnums!r}.") from None
     if not numbers or any(not -count <= k < count for k in numbers):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxgrad.per_example.arguments import arguments_of
 from jaxgrad.per_example.factors import arrays
 from jaxgrad.per_example.finish import Finished
 from jaxgrad.per_example.gradients import PerExampleGrads
@@ -126,8 +127,11 @@ def explain(
             done[:], paths[:] = finished, g.paths
             return g
 
+        # What all examples share stays as it is: the loss may look at its values.
+        arguments = arguments_of("explain", args, kwargs, argnums, in_axes)
+        own = {id(leaf) for leaf in [*arguments.params, *arguments.batch]}
         flat, treedef = jax.tree.flatten((args, kwargs))
-        traced = [k for k, leaf in enumerate(flat) if hasattr(leaf, "dtype") and hasattr(leaf, "shape")]
+        traced = [k for k, leaf in enumerate(flat) if id(leaf) in own or isinstance(leaf, jax.ShapeDtypeStruct)]
         g = jax.eval_shape(run, [flat[k] for k in traced])
         rows = [
             _row(path, leaf.factors, f)

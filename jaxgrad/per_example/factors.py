@@ -210,6 +210,11 @@ def arrays(f: Factor) -> list[Any]:
     return jax.tree.leaves(f)
 
 
+def is_nothing(f: Factor) -> bool:
+    """Whether it is a product without positions, as a parameter has that is not used: zero."""
+    return isinstance(f, Outer) and f.left.shape[2] == 0
+
+
 def accumulator(*factors: Factor) -> jnp.dtype:
     """float64 if anything in the factors is, otherwise float32."""
     floating = (a.dtype for f in factors for a in arrays(f) if jnp.issubdtype(a.dtype, jnp.floating))
@@ -294,6 +299,8 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
         value = f.value.reshape(f.value.shape[0], f.layout.size).astype(acc)
         total = jnp.matmul(c.astype(acc), value, precision=lax.Precision.HIGHEST, out_sharding=replicated(value))
         return total.reshape(f.layout.shape)
+    if is_nothing(f):
+        return jnp.zeros(f.layout.shape, acc, out_sharding=replicated(f.left))
     match wide(f if c is None else scale(f, c), acc):
         case Outer(left, right, layout):
             lies = replicated(left)

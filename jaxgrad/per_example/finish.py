@@ -54,9 +54,9 @@ def finish(value: Value, shape: tuple[int, ...], dtype: Any) -> Finished:
 
 def _nothing(shape: tuple[int, ...], dtype: Any) -> Factor:
     """No product at all: a parameter that the loss does not use holds nothing."""
-    size = math.prod(shape)
-    layout = Layout(shape, jnp.dtype(dtype), tuple(range(len(shape))), (1, 1, size))
-    return Outer(jnp.zeros((1, 0, 1), dtype), jnp.zeros((1, 0, size), dtype), layout)
+    F, K = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    layout = Layout(shape, jnp.dtype(dtype), (0, 1), (1, F, K), (F, K))
+    return Outer(jnp.zeros((1, 0, F), dtype), jnp.zeros((1, 0, K), dtype), layout)
 
 
 def _factor(term: Term, shape: tuple[int, ...], dtype: Any) -> Factor:

@@ -15,6 +15,7 @@ from jaxgrad.per_example.factors import (
     Precision,
     accumulator,
     added,
+    is_nothing,
     largest,
     power_of_two,
     row_sums,
@@ -38,6 +39,8 @@ def squared(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Arr
 def norm(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
     """[B]: ‖Σ_i f_i‖ of one parameter's factors, each example scaled by powers of two on the way."""
     match leaf:
+        case (f,) if is_nothing(f):
+            return jnp.zeros_like(f.left[:, 0].sum((1, 2)), accumulator(f))
         case (Outer(left, right, _),) if left.shape[1:3] == (1, 1):
             return _of_vectors(left, accumulator(*leaf)) * _of_vectors(right, accumulator(*leaf))
         case (Dense(value, _),):

@@ -147,6 +147,11 @@ class Transformed:
         def scalar(params: Sequence[Any], examples: Sequence[Any]) -> Any:
             args, kwargs = arguments.put_back(params, examples)
             result = self.fun(*args, **kwargs)
+            if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
+                raise TypeError(
+                    f"{self.call}: expected a loss that returns (scalar, aux), as has_aux=True says, "
+                    f"got {type(result).__name__}."
+                )
             value, aux = result if self.has_aux else (result, None)
             return checked_scalar(self.call, value), (value, aux)
 
