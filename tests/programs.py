@@ -328,7 +328,7 @@ class Builder:
         source = "\n".join([*(text for f, text in self.functions.items() if f in words), f"{name} = {code}"])
 
         def value(env):
-            names = GLOBALS | env | {"params": {n: np.zeros(s) for n, s in self.params.items()}}
+            names = GLOBALS | env | {"params": {n: jnp.zeros(s) for n, s in self.params.items()}}
             exec(source, names)
             return names[name]
 
@@ -484,7 +484,7 @@ class Builder:
     def conv(self, w, s):
         axes = "HW"[: len(s) - 2]
         spec = ["".join(self.perm(list(n + axes))) for n in ("NC", "OI", "NC")]
-        kernel = self.coin(0.8)  # or the weight is the image
+        kernel = self.coin(0.7)  # or the weight is the image
         if self.coin(0.9):  # a small window, as is usual
             letters = axes + "".join(self.perm(list("OI" if kernel else "NC")))
             spec[kernel] = "".join(letters[k] for k in np.argsort(np.argsort(s)))

@@ -16,6 +16,7 @@ from jaxgrad.network import closed_form
 B = 6
 # Most of the time here would go into optimising code that runs once.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK |= {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
@@ -176,7 +177,7 @@ def over_a_closure(results, p, X, Y):
 
 
 TRANSFORMED = {
-    "vmap": (many_data, lambda results, p, X, Y: jax.vmap(lambda c: results(many)({**p, "R": c * p["R"]}, X, Y))(Y)),
+    "vmap": (many_data, lambda results, p, X, Y: jax.vmap(lambda c: results(many)({**p, "R": c * p["R"]}, X, Y)[0])(Y)),
     "grad": (many_data, lambda results, p, *a: jax.grad(lambda p: jnp.square(results(many)(p, *a)[2] - 1).sum())(p)),
     "jvp": (mlp_data, lambda results, p, X, Y: jax.jvp(lambda p: results(mlp)(p, X, Y)[:3], (p,), (p,))),
     "scan": (mlp_data, fitted),
@@ -301,13 +302,12 @@ def test_explain():
     p, X, Y = many_data()
     e, g = explain(many)(p, X, Y), jit(per_example_grad(many))(p, X, Y)
     assert {row.path: (row.how, " + ".join(row.factors)) for row in e.rows if row.nbytes} == HELD
-    assert (e["['W']"].norm, e["['D']"].norm) == (("sides", "positions", "positions"), ("entries",))
+    assert (e["['W']"].norm, e["['unused']"].how) == (("sides", "positions", "positions"), "unused")
     assert [row.shape for row in e.rows] == [a.shape for a in jax.tree.leaves(p)]
     assert (e.batch_size, e.nbytes, e.materialized_nbytes) == (B, g.nbytes, g.materialized_nbytes)
     assert (e["['R']"].nbytes, e["['R']"].materialized_nbytes) == (8 * B * 3 * 24, 8 * B * 144)
     assert [(row.path, row.primitive, row.source) for row in e.direct] == [("['D']", "mul", DIRECT)]
     lines = str(e).splitlines()
-    assert (lines[0], e["['unused']"].how) == ("6 examples", "unused")
     assert re.fullmatch(r"\['b'\] +\[12\] +vector +Dense\(\[6, 12\]\) +entries +576 B +576 B", lines[8])
     assert lines[-1].startswith(f"['D']: written out, for mul at {DIRECT}: ")
     n = 10**12  # nothing is computed

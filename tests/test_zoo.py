@@ -12,14 +12,10 @@ from zoo.base import Loss
 from jaxgrad import PerExampleGrads, explain, per_example_grad
 
 # Most of the time here would go into optimising code that runs once.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    },
-)
+OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):
+    OPTIONS["xla_cpu_use_fusion_emitters"] = False
+quick_jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 
 
 @pytest.fixture
