@@ -245,7 +245,10 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
     def starts(kept: Sequence[bool]) -> list[Any]:
         return [jnp.asarray(array_of(v)) for v, keep in zip(init, kept, strict=False) if not keep]
 
-    if any(kept) and S > 0:  # what comes out of a step is known when one has been traced
+    # What comes out of a step is known when one has been traced; fewer products can make others into arrays.
+    before: list[bool] = []
+    while any(kept) and S > 0 and kept != before:
+        before = kept
         _, (stays, ys) = jax.eval_shape(emitted(kept), starts(kept), jax.tree.map(lambda a: _first(a), xs))
         kept = [
             keep and isinstance(v, Undone) and _worth_emitting(v, S if k < parts.carry else 1, k >= parts.carry)
@@ -328,20 +331,14 @@ def _cond(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
 
         return run
 
-    traced = [jax.eval_shape(branch(program, wanted)) for program in programs]
-    kept = []
-    for k, want in enumerate(wanted):
-        each = [results[k] for results in traced]
-        kept.append(
-            want
-            and all(isinstance(v, Undone) and not any(t.carried for t in v.terms) for v in each)
-            and (sum(v.held for v in each) < each[0].size)
-        )
+    kept, before = list(wanted), [False]
+    while kept != before:  # as in a scan
+        before, traced = kept, [jax.eval_shape(branch(program, kept)) for program in programs]
+        kept = [keep and _all_products([results[k] for results in traced]) for k, keep in enumerate(kept)]
     if not any(kept):
         arrays = _jax.bind(eqn, [array_of(value) for value in values])
         reason = reason_at(eqn, "not every branch gives a product that is smaller than the gradient")
         return [Plain(a, reason) if want else a for a, want in zip(arrays, wanted, strict=True)]
-    traced = [jax.eval_shape(branch(program, kept)) for program in programs]
 
     def padded(i: int) -> Any:
         def run() -> Any:
@@ -359,3 +356,10 @@ def _cond(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         Undone(tuple(t for v in result for t in v.terms), result[0].shape, result[0].dtype) if keep else result
         for result, keep in zip(results, kept, strict=True)
     ]
+
+
+def _all_products(values: Sequence[Value]) -> bool:
+    """Whether every branch gives products, and those of all branches are less than the gradient."""
+    if not all(isinstance(v, Undone) and not any(t.carried for t in v.terms) for v in values):
+        return False
+    return sum(v.held for v in values) < values[0].size
