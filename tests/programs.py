@@ -284,7 +284,7 @@ class Builder:
         self.depth, self.kinds = (outer.depth + 1, outer.kinds) if outer else (0, Counter())
         self.numbers, self.params = (outer.numbers, outer.params) if outer else (itertools.count(), {})
         self.shapes, self.weights, self.data, self.lines, self.functions, self.used = {}, [], [], [], {}, set()
-        self.closed = False
+        self.closed, self.forward = False, outer is not None and outer.forward
 
     def int(self, low, high):
         return int(self.rng.integers(low, high))
@@ -322,7 +322,9 @@ class Builder:
 
     def line(self, kind, template, pool=None, like=None, **names):
         """A new value: the template filled in. like: its shape, where that is known."""
+        before, self.forward = self.forward, self.forward or kind == "derivative"
         code = eval(f'f"""{template}"""', {}, Names(b=self, **names))
+        self.forward = before
         name = f"{'w' if pool == 'weights' else 'v'}{next(self.numbers)}"
         words = set(re.findall(r"\w+", code))
         source = "\n".join([*(text for f, text in self.functions.items() if f in words), f"{name} = {code}"])
@@ -370,7 +372,7 @@ class Builder:
 
     def step(self, family, w=None):
         ranks = {len(self.shape(v)) for v in ([w] if w else self.weights)}
-        allowed = {k: v for k, v in family.items() if k != "scalar/0"}
+        allowed = {k: v for k, v in family.items() if k != "scalar/0" and not (k == "custom" and self.forward)}
         if self.gentle:
             fitting = {k: [v for v in vs if not v.endswith(" !")] for k, vs in allowed.items()}
             allowed = {k: v for k, v in fitting.items() if v and ("/" not in k or int(k[-1]) in ranks)}

@@ -300,7 +300,7 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
         total = jnp.matmul(c.astype(acc), value, precision=lax.Precision.HIGHEST, out_sharding=replicated(value))
         return total.reshape(f.layout.shape)
     if is_nothing(f):
-        return jnp.zeros(f.layout.shape, acc, out_sharding=replicated(f.left))
+        return jnp.zeros(f.layout.shape, acc, out_sharding=replicated(arrays(f)[0]))
     match wide(f if c is None else scale(f, c), acc):
         case Outer(left, right, layout):
             lies = replicated(left)

@@ -15,6 +15,7 @@ from jaxgrad.per_example.factors import (
     Precision,
     accumulator,
     added,
+    arrays,
     is_nothing,
     largest,
     power_of_two,
@@ -40,7 +41,7 @@ def norm(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
     """[B]: ‖Σ_i f_i‖ of one parameter's factors, each example scaled by powers of two on the way."""
     match leaf:
         case (f,) if is_nothing(f):
-            return jnp.zeros_like(f.left[:, 0].sum((1, 2)), accumulator(f))
+            return jnp.zeros_like(arrays(f)[0][:, 0].sum((1, 2)), accumulator(f))
         case (Outer(left, right, _),) if left.shape[1:3] == (1, 1):
             return _of_vectors(left, accumulator(*leaf)) * _of_vectors(right, accumulator(*leaf))
         case (Dense(value, _),):
