@@ -1,7 +1,9 @@
 """Per-example gradients kept as factors.
 
 The algebra
-    factors      what one parameter's gradients are made of: Outer, Rows, Dense
+    factors      what one parameter's gradients are made of: Outer, Rows, Windows, Dense
+    layout       where the entries of a factor lie in the parameter
+    windows      a convolution as a product: an image, and the windows of it that the kernel meets
     pairs        inner products of two factors, for every pair of kinds
     chunks       loops that write out no more at once than a stated number of bytes
     norms        of one parameter's gradients, and of several together
@@ -24,8 +26,9 @@ The transformation
 """
 
 from jaxgrad.per_example.explain import Explanation, explain
-from jaxgrad.per_example.factors import Dense, Factor, Layout, Outer, Rows
+from jaxgrad.per_example.factors import Dense, Factor, Outer, Rows, Windows
 from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.layout import Layout
 from jaxgrad.per_example.transform import per_example_grad, per_example_value_and_grad
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "Outer",
     "PerExampleGrads",
     "Rows",
+    "Windows",
     "explain",
     "per_example_grad",
     "per_example_value_and_grad",

@@ -17,12 +17,22 @@ def chunk_size(bytes_each: int, chunk_bytes: int, count: int) -> int:
 
 
 def map_examples(function: Callable[..., Array], size: int, *trees: PyTree) -> Array:
-    """function(*trees) where it treats examples (axis 0) independently, on `size` examples at a time."""
-    if size >= _count(trees):
+    """function(*trees) where it treats examples (axis 0) independently, on `size` examples at a time or somewhat fewer.
+
+    The blocks are cut out where they are used: no second copy of the examples is made.
+    """
+    count = _count(trees)
+    if size >= count:
         return function(*trees)
-    blocks, rest = _cut(trees, size)
-    results = lax.map(lambda block: function(*block), blocks)
+    size = _even(size, count)
+    blocks = count // size
+
+    def block(k: Array) -> Array:
+        return function(*jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, k * size, size), trees))
+
+    results = lax.map(block, jnp.arange(blocks))
     results = results.reshape(results.shape[0] * results.shape[1], *results.shape[2:])
+    rest = jax.tree.map(lambda a: a[blocks * size :], trees)
     return jnp.concatenate([results, function(*rest)]) if _count(rest) else results
 
 
@@ -39,6 +49,11 @@ def sum_examples(function: Callable[..., Array], size: int, *trees: PyTree) -> A
 
 def _count(trees: PyTree) -> int:
     return jax.tree.leaves(trees)[0].shape[0]
+
+
+def _even(size: int, count: int) -> int:
+    """A size that leaves nothing over, if there is one that is not much smaller."""
+    return next((n for n in range(size, size // 2, -1) if count % n == 0), size)
 
 
 def _cut(trees: PyTree, size: int) -> tuple[PyTree, PyTree]:

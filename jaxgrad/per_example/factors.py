@@ -8,9 +8,11 @@ parameter's own shape each of them lies. A parameter's gradient is a sum of fact
 
     Outer(left [B,G,T,F], right [B,G,T,K])   Σ_t left ⊗ right: any weight that enters through a matrix product
     Rows(ids [B,T], values [B,T,K])          values added to rows of an [F, K] table: an embedding
+    Windows(left, image)                     an Outer whose right side lies in the windows of an image: a convolution
     Dense(value [B, *shape])                 written out: biases, scales, whatever is small
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -22,106 +24,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxgrad.per_example.chunks import map_examples
+from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.windows import Unfolding
 from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import gathered, replicated
 
 Precision = Any  # what jax.lax.dot_general takes as precision=
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the entries of [G, F, K] lie: parameter[box].reshape(split).transpose(axes).reshape(G, F, K).
-
-    Outside its box the factor's gradient is zero: only a part of the parameter was used.
-
-    Attributes:
-        shape: the parameter's own shape.
-        dtype: the parameter's dtype; what is summed or written out comes in it.
-        axes: the permutation of split's axes that brings them into matrix order.
-        matrix: (G, F, K).
-        split: the box's shape, axes merged or divided; None for the box's own.
-        box: (start, size, stride) in each axis of the parameter; None for all of it.
-    """
-
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    axes: tuple[int, ...]
-    matrix: tuple[int, int, int]
-    split: tuple[int, ...] | None = None
-    box: tuple[tuple[int, int, int], ...] | None = None
-
-    def __post_init__(self) -> None:
-        inside = self.shape if self.box is None else tuple(size for _, size, _ in self.box)
-        split = inside if self.split is None else self.split
-        object.__setattr__(self, "split", split)
-        fits = self.box is None or (
-            len(self.box) == len(self.shape)
-            and all(i >= 0 and i + (n - 1) * s < d for (i, n, s), d in zip(self.box, self.shape, strict=True) if n)
-        )
-        if (
-            not fits
-            or sorted(self.axes) != list(range(len(split)))
-            or not math.prod(inside) == math.prod(split) == math.prod(self.matrix)
-        ):
-            raise ValueError(
-                f"Layout: expected axes that permute shape {split} and as many entries in matrix (G, F, K) and in the "
-                f"box of the parameter, got axes {self.axes}, matrix {self.matrix}, box {self.box} of {self.shape}."
-            )
-
-    @staticmethod
-    def of_matrix(F: int, K: int, dtype: jax.typing.DTypeLike) -> "Layout":
-        """A parameter that is an [F, K] matrix itself."""
-        return Layout((F, K), jnp.dtype(dtype), (0, 1), (1, F, K))
-
-    @property
-    def size(self) -> int:
-        """Number of entries of the parameter."""
-        return math.prod(self.shape)
-
-    def same_place(self, other: "Layout") -> bool:
-        """Whether the same entry of [G, F, K] lies at the same place of the parameter."""
-        return (self.axes, self.matrix, self.split, self.box) == (other.axes, other.matrix, other.split, other.box)
-
-    def disjoint(self, other: "Layout") -> bool:
-        """Whether the two boxes are known to have no entry in common."""
-        pairs = zip(self.box or (), other.box or (), strict=False)
-        return any(_apart(a, b) or _apart(b, a) for a, b in pairs)
-
-    def to_matrix(self, value: Array) -> Array:
-        """[*batch, *shape] → [*batch, G, F, K]."""
-        batch = value.ndim - len(self.shape)
-        if self.box is not None:
-            part = tuple(slice(i, i + (n - 1) * s + 1 if n else i, s) for i, n, s in self.box)
-            value = value[(*[slice(None)] * batch, *part)]
-        value = value.reshape(*value.shape[:batch], *self._split)
-        value = value.transpose(*range(batch), *(batch + a for a in self.axes))
-        return value.reshape(*value.shape[:batch], *self.matrix)
-
-    def from_matrix(self, value: Array) -> Array:
-        """[*batch, G, F, K] → [*batch, *shape]."""
-        batch = value.ndim - 3
-        value = value.reshape(*value.shape[:batch], *(self._split[a] for a in self.axes))
-        inverse = sorted(range(len(self.axes)), key=self.axes.__getitem__)
-        value = value.transpose(*range(batch), *(batch + a for a in inverse))
-        if self.box is None:
-            return value.reshape(*value.shape[:batch], *self.shape)
-        value = value.reshape(*value.shape[:batch], *(n for _, n, _ in self.box))
-        edges = [
-            (i, d - i - (n - 1) * s - 1 if n else d - i, s - 1)
-            for (i, n, s), d in zip(self.box, self.shape, strict=True)
-        ]
-        return lax.pad(value, jnp.zeros((), value.dtype), [*[(0, 0, 0)] * batch, *edges])
-
-    @property
-    def _split(self) -> tuple[int, ...]:
-        assert self.split is not None
-        return self.split
-
-
-def _apart(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
-    """Whether a ends before b starts, or both have one stride and other remainders."""
-    (i, n, s), (j, m, t) = a, b
-    return n == 0 or m == 0 or i + (n - 1) * s < j or (s == t and (i - j) % s != 0)
 
 
 def _factor(*arrays: str) -> Any:
@@ -182,6 +91,33 @@ class Rows:
         return jnp.where(inside, self.ids, jnp.zeros_like(self.ids)), values
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("left", "image"), meta_fields=("unfolding", "layout"))
+@dataclass(frozen=True)
+class Windows:
+    """An `Outer` whose right side is the image's windows: the gradient of a convolution's kernel.
+
+    Attributes:
+        left: [B, …], floating: the cotangents.
+        image: [B, …], floating.
+        unfolding: how the two become an Outer's sides.
+        layout: where [G, F, K] lies in the parameter.
+    """
+
+    left: Any
+    image: Any
+    unfolding: Unfolding
+    layout: Layout
+
+    def unfolded(self) -> Outer:
+        """The Outer that it is, larger than the image by the number of places in a window."""
+        return Outer(*self.unfolding.sides(self.left, self.image), self.layout)
+
+    @property
+    def at_once(self) -> int:
+        """How many examples are unfolded at once."""
+        return self.unfolding.at_once(self.left.shape[0], self.left, self.image)
+
+
 @_factor("value")
 @dataclass(frozen=True)
 class Dense:
@@ -202,7 +138,7 @@ class Dense:
         return Dense(value, Layout(shape, jnp.dtype(dtype), tuple(range(len(shape))), (1, 1, math.prod(shape))))
 
 
-Factor = Outer | Rows | Dense
+Factor = Outer | Rows | Windows | Dense
 
 
 def arrays(f: Factor) -> list[Any]:
@@ -237,6 +173,10 @@ def scale(f: Factor, c: Any) -> Factor:
             return Outer(left, _examples(c, right) * right, layout)
         case Rows(ids, values, layout):
             return Rows(ids, _examples(c, values) * values, layout)
+        case Windows(left, image, _, _) if left.size <= image.size:
+            return dataclasses.replace(f, left=_examples(c, left) * left)
+        case Windows(_, image, _, _):
+            return dataclasses.replace(f, image=_examples(c, image) * image)
         case Dense(value, layout):
             return Dense(_examples(c, value) * value, layout)
 
@@ -266,6 +206,8 @@ def written_out(f: Factor, precision: Precision = None) -> Array:
             examples = jnp.arange(ids.shape[0], dtype=ids.dtype)[:, None]
             table = jnp.zeros((ids.shape[0], *rows.layout.matrix[1:]), acc)
             return rows.layout.from_matrix(table.at[examples, ids].add(values)[:, None])
+        case Windows() as windows:
+            return map_examples(lambda w: written_out(w.unfolded(), precision), windows.at_once, windows)
         case Dense(value, _):
             return value
 
@@ -276,8 +218,11 @@ def dot(f: Factor, V: Array, precision: Precision = None) -> Float[Array, " B"]:
     Cost: Outer B·G·T·F·K operations, and no array larger than a factor's.
     """
     acc = accumulator(f)
+    f = wide(f, acc)
+    if isinstance(f, Windows):
+        return map_examples(lambda w: dot(w.unfolded(), V, precision), f.at_once, f)
     V = f.layout.to_matrix(V.astype(acc))
-    match wide(f, acc):
+    match f:
         case Outer(left, right, layout) if layout.matrix[1] <= layout.matrix[2]:
             return row_sums(left * jnp.einsum("bgtk,gfk->bgtf", right, V, precision=precision))
         case Outer(left, right, _):
@@ -292,7 +237,8 @@ def dot(f: Factor, V: Array, precision: Precision = None) -> Float[Array, " B"]:
 def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision = None) -> Array:
     """Σ_b c_b · gradient of example b (c None: their sum), of the parameter's shape, in the accumulator's dtype.
 
-    Cost: Outer one matrix product of B·G·T·F·K operations; nothing of B × parameter size is formed.
+    Cost: Outer one matrix product of B·G·T·F·K operations, Windows one convolution; nothing of B × parameter size is
+    formed.
     """
     acc = accumulator(f)
     if isinstance(f, Dense) and c is not None:  # no weighted copy
@@ -315,6 +261,8 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
             ids, values = gathered(rows.valid())
             table = jnp.zeros(rows.layout.matrix[1:], acc)
             return rows.layout.from_matrix(table.at[ids.ravel()].add(values.reshape(ids.size, values.shape[2]))[None])
+        case Windows(left, image, unfolding, layout):
+            return layout.from_matrix(unfolding.summed(left, image, precision))
         case Dense(value, _):
             return value.sum(0)
 
@@ -342,6 +290,9 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
         case Rows(ids, _, layout):
             values, unit = scaled(f.valid()[1])  # what a padding id holds does not count
             return Rows(ids, values, layout), unit
+        case Windows(left, image, _, _):
+            (left, a), (image, b) = scaled(left), scaled(image)
+            return dataclasses.replace(f, left=left, image=image), a * b
         case Dense(value, layout):
             value, unit = scaled(value)
             return Dense(value, layout), unit

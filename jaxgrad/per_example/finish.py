@@ -4,6 +4,7 @@ The cost model, on shapes alone: a parameter's gradient is kept as factors if th
 Σ T·(F + K) < F·K for one example, and is formed otherwise. So nothing that is kept is larger than what it stands for.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxgrad.per_example.factors import Dense, Factor, Layout, Outer, Rows
-from jaxgrad.per_example.undone import Reason, Term
+from jaxgrad.per_example.factors import Dense, Factor, Outer, Rows, Windows, added, written_out
+from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.undone import Box, Reason, Term
 from jaxgrad.per_example.values import FORMED, Broadcast, Plain, Undone, Value, array_of, is_zero, spread
+from jaxgrad.per_example.windows import Unfolding
 
 MERGED = 3  # more products of one layout than this become one, its positions one after another
 
@@ -45,11 +48,27 @@ def finish(value: Value, shape: tuple[int, ...], dtype: Any) -> Finished:
         factors = _merged([_factor(term, shape, dtype) for term in value.terms])
         direct = matrix and value.reason not in (None, FORMED)
         return Finished(factors, "direct" if direct else "factored", value.reason if direct else None)
+    if isinstance(value, Undone) and value.has_windows:  # carried out for several examples at once: `settled`
+        others = [term for term in value.terms if not term.windows]
+        factors = tuple(_factor(term, shape, dtype) for term in value.terms if term.windows)
+        factors += (_dense(array_of(Undone(tuple(others), shape, dtype)), shape, dtype),) if others else ()
+        return Finished(factors, "formed" if value.reason in (None, FORMED) else "direct", value.reason)
     reason = value.reason if isinstance(value, Plain | Undone) else None
     how = "vector" if not matrix else "formed" if reason in (None, FORMED) else "direct"
-    array = array_of(value)
-    layout = Layout(shape, jnp.dtype(dtype), tuple(range(len(shape))), (1, 1, size))
-    return Finished((Dense(jnp.asarray(array), layout),), how, reason if how == "direct" else None)
+    return Finished((_dense(array_of(value), shape, dtype),), how, reason if how == "direct" else None)
+
+
+def settled(factors: tuple[Factor, ...], finished: Finished) -> tuple[Factor, ...]:
+    """The factors of a batch: convolutions that are smaller so are carried out, a few examples at a time."""
+    if finished.how == "factored" or not any(isinstance(f, Windows) for f in factors):
+        return factors
+    return (Dense.of(added([written_out(f) for f in factors]), factors[0].layout.dtype),)
+
+
+def _dense(array: Any, shape: tuple[int, ...], dtype: Any) -> Dense:
+    """Of one example."""
+    layout = Layout(shape, jnp.dtype(dtype), tuple(range(len(shape))), (1, 1, math.prod(shape)))
+    return Dense(jnp.asarray(array), layout)
 
 
 def _nothing(shape: tuple[int, ...], dtype: Any) -> Factor:
@@ -60,6 +79,8 @@ def _nothing(shape: tuple[int, ...], dtype: Any) -> Factor:
 
 
 def _factor(term: Term, shape: tuple[int, ...], dtype: Any) -> Factor:
+    if term.windows:
+        return _windows(term, shape, dtype)
     kinds = {label: _kind(term, label) for label in term.out}
     if next((kind for kind in kinds.values() if kind != "group"), "left") == "right" and term.row is None:
         term = _turned(term)  # the first free axis of the parameter is left's, so that like lies like
@@ -75,16 +96,45 @@ def _factor(term: Term, shape: tuple[int, ...], dtype: Any) -> Factor:
     G, F, K = ([label for label in term.out if kinds[label] == kind] for kind in ("group", "left", "right"))
     T = [label for label in term.left_labels if label in term.right_labels and label not in kinds]
     count = tuple(math.prod(term.size_of(label) for label in labels) for labels in (G, F, K, T))
-    box = None
-    if term.box is not None:
-        box = tuple((start, n, stride) for (start, stride, _), n in zip(term.box, term.sizes, strict=True))
-    layout = Layout(shape, jnp.dtype(dtype), axes, (count[0], count[1], count[2]), split, box)
+    layout = Layout(shape, jnp.dtype(dtype), axes, (count[0], count[1], count[2]), split, _box(term))
     if term.row is not None:
         values = _ordered(term.right, term.right_labels, [*T, *K]).reshape(count[3], count[2])
         return Rows(_ordered(term.left, term.left_labels, T).reshape(count[3]), values, layout)
     left = _ordered(term.left, term.left_labels, [*G, *T, *F]).reshape(count[0], count[3], count[1])
     right = _ordered(term.right, term.right_labels, [*G, *T, *K]).reshape(count[0], count[3], count[2])
     return Outer(left, right, layout)
+
+
+def _windows(term: Term, shape: tuple[int, ...], dtype: Any) -> Windows:
+    """K runs over the places, then over what else only the image has."""
+    places = [w.place for w in term.windows]
+    shared = [label for label in term.left_labels if label in term.right_labels]
+    G, C = [label for label in shared if label in term.out], [label for label in shared if label not in term.out]
+    F = [label for label in term.left_labels if label in term.out and label not in G]
+    N = [label for label in term.right_labels if label in term.out and label not in G]
+    order = [*G, *F, *places, *N]
+    positions, spatial = [w.position for w in term.windows], [w.axis for w in term.windows]
+    count = tuple(math.prod(term.size_of(label) for label in labels) for labels in (G, F, [*places, *N]))
+    split = tuple(term.size_of(label) for label in term.out)
+    axes = tuple(term.out.index(label) for label in order)
+    layout = Layout(shape, jnp.dtype(dtype), axes, (count[0], count[1], count[2]), split, _box(term))
+
+    def runs(labels: Sequence[int], *parts: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(labels.index(label) for part in parts for label in part), tuple(len(part) for part in parts)
+
+    unfolding = Unfolding(
+        runs(term.left_labels, G, C, positions, F),
+        runs(term.right_labels, G, C, spatial, N),
+        tuple(w.window for w in term.windows),
+    )
+    return Windows(term.left, term.right, unfolding, layout)
+
+
+def _box(term: Term) -> Box | None:
+    """(start, size, stride) in each axis of the parameter."""
+    if term.box is None:
+        return None
+    return tuple((start, n, stride) for (start, stride, _), n in zip(term.box, term.sizes, strict=True))
 
 
 def _kind(term: Term, label: int) -> str:
@@ -96,16 +146,12 @@ def _kind(term: Term, label: int) -> str:
 
 
 def _turned(term: Term) -> Term:
-    return Term(
-        term.right,
-        term.left,
-        term.right_labels,
-        term.left_labels,
-        term.dims,
-        term.box,
-        None,
-        term.precision,
-        term.reason,
+    return dataclasses.replace(
+        term,
+        left=term.right,
+        right=term.left,
+        left_labels=term.right_labels,
+        right_labels=term.left_labels,
     )
 
 
@@ -124,7 +170,7 @@ def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
         alike.setdefault((type(f), f.layout), []).append(f)
     merged: list[Factor] = []
     for (kind, layout), same in alike.items():
-        if len(same) <= MERGED:
+        if len(same) <= MERGED or kind is Windows:
             merged += same
         else:  # positions are the second axis of Outer's arrays, the first of Rows'
             held = [jax.tree.leaves(f) for f in same]

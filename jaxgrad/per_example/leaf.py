@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxgrad.per_example import factors, moments, norms, pairs
-from jaxgrad.per_example.factors import Dense, Factor, Layout, Outer, Precision, Rows, added
+from jaxgrad.per_example.factors import Dense, Factor, Outer, Precision, Rows, Windows, added
+from jaxgrad.per_example.layout import Layout
 from jaxgrad.precision import working_dtype
 
 
@@ -96,7 +97,7 @@ def concatenated(parts: Sequence[Leaf]) -> Leaf:
 
 def _concatenated(same: tuple[Factor, ...]) -> Factor:
     """The position axis T is padded with zeros where it differs."""
-    if isinstance(same[0], Dense):
+    if isinstance(same[0], Dense | Windows):
         return jax.tree.map(lambda *a: jnp.concatenate(a), *same)
     axis = {Outer: 2, Rows: 1}[type(same[0])]
     T = max(factors.arrays(f)[0].shape[axis] for f in same)

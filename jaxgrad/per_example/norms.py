@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxgrad.per_example import pairs
+from jaxgrad.per_example.chunks import map_examples
 from jaxgrad.per_example.factors import (
     Dense,
     Factor,
     Outer,
     Precision,
+    Windows,
     accumulator,
     added,
     arrays,
@@ -46,6 +48,13 @@ def norm(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
             return _of_vectors(left, accumulator(*leaf)) * _of_vectors(right, accumulator(*leaf))
         case (Dense(value, _),):
             return _of_vectors(value, accumulator(*leaf))
+        case (Windows() as f,):
+            return map_examples(lambda w: _scaled_norm((w,), chunk_bytes, precision), f.at_once, f)
+    return _scaled_norm(leaf, chunk_bytes, precision)
+
+
+def _scaled_norm(leaf: Factors, chunk_bytes: int, precision: Precision) -> Array:
+    """By the pairs of factors, each scaled by powers of two."""
     scaled = [scaled_by_power_of_two(f) for f in leaf]
     units = [unit for _, unit in scaled]
     unit = units[0]

@@ -8,7 +8,8 @@ differs is the order of summation, and so the cost. For two Outer factors of the
 
 and `inner` and `gram` take the one with fewer operations (for `gram`, the matrices of all examples are formed once, not
 once a pair). That is decided from shapes, when the call is traced. Rows with Rows, and Rows with Outer (an embedding
-tied to an output layer) go through positions as well. Whatever else meets is written out. What has to be written out is
+tied to an output layer) go through positions as well. Windows are unfolded to an Outer, a few examples at a time.
+Whatever else meets is written out. What has to be written out is
 written `chunk_bytes` at a time; if a single example (for a Gram matrix: one of each side) needs more, that is held.
 """
 
@@ -24,15 +25,16 @@ from jaxgrad.per_example.chunks import chunk_size, map_examples, sum_examples
 from jaxgrad.per_example.factors import (
     Dense,
     Factor,
-    Layout,
     Outer,
     Precision,
     Rows,
+    Windows,
     accumulator,
     row_sums,
     wide,
     written_out,
 )
+from jaxgrad.per_example.layout import Layout
 from jaxgrad.sharding import gathered
 
 
@@ -42,6 +44,9 @@ def inner(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) 
     f, f_ = _ordered(wide(f, acc), wide(f_, acc))
     if f.layout.disjoint(f_.layout):
         return jnp.zeros(_count(f), acc)
+    if isinstance(f_, Windows):
+        at_once = min(w.at_once for w in (f, f_) if isinstance(w, Windows))
+        return map_examples(lambda f, f_: inner(_unfolded(f), _unfolded(f_), chunk_bytes, precision), at_once, f, f_)
     f, f_ = _in_matrix_order(f, f_)
     match f, f_:
         case Outer(), Outer() if _same_matrix(f, f_) and _inner_through_positions(f, f_):
@@ -65,6 +70,8 @@ def gram(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -
     first, _ = _ordered(f, f_)
     if first is not f:
         return gram(f_, f, chunk_bytes, precision).T
+    if isinstance(f, Windows) and isinstance(f_, Windows) and _smaller_unfolded(f) and _smaller_unfolded(f_):
+        return gram(f.unfolded(), f_.unfolded(), chunk_bytes, precision)
     f, f_ = _in_matrix_order(f, gathered(f_))  # the factors travel, never what they stand for
     match f, f_:
         case Outer(), Outer() if _same_matrix(f, f_) and _gram_through_positions(f, f_):
@@ -85,6 +92,7 @@ def gram(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -
 
 def way(f: Factor, f_: Factor) -> str:
     """How `inner` goes about two factors: "sides", "positions", "matrix", "entries" (one is written out) or "apart"."""
+    f, f_ = (jax.eval_shape(Windows.unfolded, w) if isinstance(w, Windows) else w for w in (f, f_))
     f, f_ = _in_matrix_order(*_ordered(f, f_))
     if f.layout.disjoint(f_.layout):
         return "apart"
@@ -108,9 +116,20 @@ def _count(f: Factor) -> int:
 
 
 def _ordered(f: Factor, f_: Factor) -> tuple[Factor, Factor]:
-    """Dense before Rows before Outer, so that each pair of kinds has one place."""
-    rank = {Dense: 0, Rows: 1, Outer: 2}
+    """Dense before Rows before Outer before Windows, so that each pair of kinds has one place."""
+    rank = {Dense: 0, Rows: 1, Outer: 2, Windows: 3}
     return (f, f_) if rank[type(f)] <= rank[type(f_)] else (f_, f)
+
+
+def _unfolded(f: Factor) -> Factor:
+    return f.unfolded() if isinstance(f, Windows) else f
+
+
+def _smaller_unfolded(f: Windows) -> bool:
+    """Whether the Outer holds less than what it stands for."""
+    left, image = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (f.left, f.image))
+    outer = jax.eval_shape(f.unfolding.sides, left, image)
+    return sum(math.prod(side.shape[1:]) for side in outer) < f.layout.size
 
 
 def _same_matrix(f: Outer, f_: Outer) -> bool:

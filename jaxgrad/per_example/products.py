@@ -1,6 +1,5 @@
 """The primitives that end a matrix's gradient: their result is a product, and stays one."""
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,9 +10,9 @@ from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example import moves, undone
-from jaxgrad.per_example.undone import Term
+from jaxgrad.per_example.undone import Term, Unfolded
 from jaxgrad.per_example.values import FORMED, Plain, Undone, Value, array_of, as_broadcast, is_zero
-from jaxgrad.precision import working_dtype
+from jaxgrad.per_example.windows import Window
 
 
 def _dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
@@ -97,70 +96,58 @@ def _pad(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
     return moves.pad(undone.carried_out(array, reason), _jax.padding(eqn))
 
 
-def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | Array | None:
-    """The gradient of a kernel: the cotangents slide over the input, and each place of the kernel is a product.
+def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+    """The gradient of a kernel: the cotangents slide over the image, and each place of the kernel is a product.
 
-    The places are few and the positions many. Where positions · (fan-out + fan-in · places) is less than the kernel,
-    the windows of the input are unfolded and the product is kept; otherwise it is formed here, place by place, as
-    matrix products: under vmap a convolution of two batched operands would become one with a group for each example.
+    Under vmap a convolution of two batched operands would become one with a group for each example.
     """
     p, out = eqn.params, eqn.outvars[0].aval
-    lhs, rhs = (jnp.asarray(array_of(value)) for value in values)
+    image, cotangent = (jnp.asarray(array_of(value)) for value in values)
     numbers, groups, batch_groups = p["dimension_numbers"], p["feature_group_count"], p["batch_group_count"]
-    if not jnp.issubdtype(out.dtype, jnp.floating) or (groups > 1 and batch_groups > 1):
-        return None
     (n, c, *spatial), (o, i, *window) = numbers.lhs_spec, numbers.rhs_spec
-    lhs = lhs.transpose(c, *spatial, n)  # what is summed first: for images with channels last nothing moves
-    rhs = rhs.transpose(i, *window, o)
-    edges = [(lo, hi, d - 1) for (lo, hi), d in zip(p["padding"], p["lhs_dilation"], strict=True)]
-    lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-    lhs, rhs = _grouped(lhs, groups, batch_groups), _grouped(rhs, 1, groups * batch_groups)
-    sizes, places = rhs.shape[2:-1], tuple(out.shape[k] for k in numbers.out_spec[2:])
-    G, C, N, F = *lhs.shape[:2], lhs.shape[-1], rhs.shape[-1]
-    T, K = C * math.prod(sizes), N * math.prod(places)
-    if 0 in (T, F, K) or not places:
+    places = [out.shape[k] for k in numbers.out_spec[2:]]
+    positions, N = [cotangent.shape[k] for k in window], image.shape[n] // batch_groups
+    if 0 in (image.size, cotangent.size) or not places or (groups > 1 and batch_groups > 1):
         return None
-
-    def windows(image: Array, places: tuple[int, ...]) -> Array:  # [G, T, places · N]: what the window meets there
-        def at(place: Sequence[int]) -> Array:
-            starts = [k * s for k, s in zip(place, p["window_strides"], strict=True)]
-            limits = [a + (m - 1) * d + 1 for a, m, d in zip(starts, sizes, p["rhs_dilation"], strict=True)]
-            part = lax.slice(image, (0, 0, *starts, 0), (G, C, *limits, N), (1, 1, *p["rhs_dilation"], 1))
-            return part.reshape(G, T, N)
-
-        return jnp.concatenate([at(place) for place in itertools.product(*map(range, places))], 2)
-
-    order = sorted(range(len(places) + 2), key=numbers.out_spec.__getitem__)  # from [N, G · F, *places]
-    flat = rhs.reshape(G, T, F)
-    if 2 * T * (F + K) < F * K:
-        # labels: 0 group, 1 position, 2 fan-out, then the places and the channels of the window
-        at = tuple(range(3, 4 + len(places)))
-        unfolded = windows(lhs, places).reshape(G, T, *places, N)
-        dims = (at[-1:], (0, 2), *((k,) for k in at[:-1]))
-        term = Term(flat, unfolded, (0, 1, 2), (0, 1, *at), dims, precision=p["precision"])
-        return moves.transpose(term, order)
-
-    def of_row(start: Array) -> Array:  # [G, places · N, F]
-        image = lax.dynamic_slice_in_dim(lhs, start, (sizes[0] - 1) * p["rhs_dilation"][0] + 1, 2)
-        met, work = windows(image, (1, *places[1:])), working_dtype(out.dtype)
-        return lax.dot_general(met, flat, (((1,), (1,)), ((0,), (0,))), p["precision"], work).astype(out.dtype)
-
-    # A row of places after another: what is unfolded is no more than a row's windows.
-    formed = lax.map(of_row, p["window_strides"][0] * jnp.arange(places[0]))
-    formed = formed.reshape(places[0], G, *places[1:], N, F)
-    axes = range(formed.ndim)
-    formed = formed.transpose(axes[-2], 1, axes[-1], 0, *axes[2:-2]).reshape(N, G * F, *places)
-    return formed.transpose(order)
+    if N == 1 and cotangent.shape[i] > 1 and math.prod(places) > math.prod(positions):
+        return None  # the gradient of an image
+    G, C, free, F = range(4)
+    S = range(len(places))
+    at, place, axis = (range(4 + k * len(S), 4 + (k + 1) * len(S)) for k in range(3))  # labels
+    left, left_labels = _divided(
+        cotangent, {o: (groups * batch_groups, G, F), i: (1, G, C)} | {k: (1, G, at[d]) for d, k in enumerate(window)}
+    )
+    right, right_labels = _divided(
+        image,
+        {n: (batch_groups, G, free), c: (groups, G, C)} | {k: (1, G, axis[d]) for d, k in enumerate(spatial)},
+    )
+    if G not in right_labels:
+        right, right_labels = right[None], (G, *right_labels)
+    if G not in left_labels:
+        left, left_labels = left[None], (G, *left_labels)
+    result: dict[int, tuple[int, ...]] = dict(
+        zip(numbers.out_spec, [(free,), (G, F), *((k,) for k in place)], strict=True)
+    )
+    edges = [(lo, hi, d - 1) for (lo, hi), d in zip(p["padding"], p["lhs_dilation"], strict=True)]
+    shapes = zip(places, positions, p["window_strides"], p["rhs_dilation"], edges, strict=True)
+    windows = tuple(Unfolded(axis[d], place[d], at[d], Window(*shape)) for d, shape in enumerate(shapes))
+    dims = tuple(result[k] for k in range(out.ndim))
+    return Term(left, right, left_labels, right_labels, dims, windows=windows, precision=p["precision"])
 
 
-def _grouped(a: Array, first: int, last: int) -> Array:
-    """The groups of the first axis, or of the last one, in front: [G, first / G, …, last / G]."""
-    a = a.reshape(first, a.shape[0] // first, *a.shape[1:-1], last, a.shape[-1] // last)
-    a = jnp.moveaxis(a, -2, 1)
-    return a.reshape(first * last, *a.shape[2:])
+def _divided(a: Array, parts: dict[int, tuple[int, int, int]]) -> tuple[Array, tuple[int, ...]]:
+    """Axes by (number of groups, label of the group, label of the rest), in their order; an axis for more than one."""
+    shape: list[int] = []
+    labels: list[int] = []
+    for k, n in enumerate(a.shape):
+        groups, group, rest = parts[k]
+        if groups > 1:
+            shape, labels = [*shape, groups], [*labels, group]
+        shape, labels = [*shape, n // groups], [*labels, rest]
+    return a.reshape(shape), tuple(labels)
 
 
-PRODUCTS: dict[Any, Callable[[_jax.Equation, Sequence[Value]], Term | Array | None]] = {
+PRODUCTS: dict[Any, Callable[[_jax.Equation, Sequence[Value]], Term | None]] = {
     lax.dot_general_p: _dot_general,
     lax.mul_p: _outer,
     lax.scatter_add_p: _scatter_add,
@@ -176,8 +163,8 @@ def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | Plai
     if make is None or out.size == 0 or not jnp.issubdtype(out.dtype, jnp.floating):
         return None
     term = make(eqn, values)
-    if isinstance(term, Term):
-        if term.held < out.size:
-            return Undone((term,), tuple(out.shape), out.dtype)
-        return Plain(_jax.bind(eqn, [array_of(value) for value in values])[0], FORMED)
-    return None if term is None else Plain(term, FORMED)
+    if term is None:
+        return None
+    if term.windows or term.held < out.size:
+        return Undone((term,), tuple(out.shape), out.dtype)
+    return Plain(_jax.bind(eqn, [array_of(value) for value in values])[0], FORMED)

@@ -30,18 +30,20 @@ from jaxgrad.precision import working_dtype
 Rule = Callable[[_jax.Equation, Sequence[Value]], Sequence[Value] | None]
 
 
-def _each(eqn: _jax.Equation, value: Undone, function: Callable[[Term], Any], out: int = 0) -> Undone | None:
+def _each(
+    eqn: _jax.Equation, value: Undone, function: Callable[[Term], Any], out: int = 0, on_windows: bool = False
+) -> Undone | None:
     aval = eqn.outvars[out].aval
-    return mapped(value, aval.shape, aval.dtype, function)
+    return mapped(value, aval.shape, aval.dtype, function, on_windows)
 
 
-def _on_first(function: Callable[[_jax.Equation, Term], Any]) -> Rule:
+def _on_first(function: Callable[[_jax.Equation, Term], Any], on_windows: bool = False) -> Rule:
     """A rule for a primitive with one result, that moves about its first operand."""
 
     def rule(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
         if not isinstance(values[0], Undone):
             return None
-        result = _each(eqn, values[0], lambda term: function(eqn, term))
+        result = _each(eqn, values[0], lambda term: function(eqn, term), on_windows=on_windows)
         return None if result is None else [result]
 
     return rule
@@ -157,7 +159,7 @@ def _mul(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     result = (
         None
         if scale is None or value.shape != eqn.outvars[0].aval.shape
-        else _each(eqn, value, lambda term: _scaled(term, scale, lax.mul))
+        else _each(eqn, value, lambda term: _scaled(term, scale, lax.mul), on_windows=not scale.varies)
     )
     return None if result is None else [result]
 
@@ -166,7 +168,7 @@ def _div(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     value, scale = values[0], as_broadcast(values[1])
     if not isinstance(value, Undone) or scale is None or value.shape != eqn.outvars[0].aval.shape:
         return None
-    result = _each(eqn, value, lambda term: _scaled(term, scale, lax.div))
+    result = _each(eqn, value, lambda term: _scaled(term, scale, lax.div), on_windows=not scale.varies)
     return None if result is None else [result]
 
 
@@ -183,7 +185,8 @@ def _select(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
             return None
         which = jnp.asarray(predicate.compact)
         keep = which == k if which.dtype != bool else which if k else jnp.logical_not(which)
-        kept = _each(eqn, case, partial(_masked, keep=keep, varies=predicate.varies))
+        mask = partial(_masked, keep=keep, varies=predicate.varies)
+        kept = _each(eqn, case, mask, on_windows=not predicate.varies)
         if kept is None:
             return None
         total = added(total, kept)
@@ -264,13 +267,13 @@ def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value]
 
 
 RULES: dict[_jax.Primitive, Rule] = {
-    lax.transpose_p: _on_first(lambda eqn, term: moves.transpose(term, eqn.params["permutation"])),
+    lax.transpose_p: _on_first(lambda eqn, term: moves.transpose(term, eqn.params["permutation"]), on_windows=True),
     lax.reshape_p: _on_first(_reshape),
     lax.squeeze_p: _on_first(_reshape),
     lax.broadcast_in_dim_p: _on_first(_broadcast),
-    lax.convert_element_type_p: _on_first(_cast),
-    lax.copy_p: _on_first(lambda eqn, term: term),
-    lax.neg_p: _on_first(lambda eqn, term: linear.on_smaller(term, lax.neg)),
+    lax.convert_element_type_p: _on_first(_cast, on_windows=True),
+    lax.copy_p: _on_first(lambda eqn, term: term, on_windows=True),
+    lax.neg_p: _on_first(lambda eqn, term: linear.on_smaller(term, lax.neg), on_windows=True),
     lax.reduce_sum_p: _on_first(lambda eqn, term: linear.sums(term, eqn.params["axes"])),
     lax.rev_p: _on_first(lambda eqn, term: moves.reverse(term, eqn.params["dimensions"])),
     lax.slice_p: _on_first(_slice),

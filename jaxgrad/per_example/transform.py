@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxgrad import _jax
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
-from jaxgrad.per_example.finish import Finished, finish
+from jaxgrad.per_example.finish import Finished, finish, settled
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.walk import evaluate
 
@@ -136,6 +136,7 @@ class Transformed:
             return results[: n - count], [f.factors for f in finished]
 
         others, parts = jax.vmap(one, in_axes=(arguments.axes,), axis_size=arguments.batch_size)(arguments.batch)
+        parts = [settled(factors, f) for factors, f in zip(parts, finished, strict=True)]
         if self.strict:
             self._refuse_direct(arguments, finished)
         values, aux = jax.tree.unflatten(out_tree, others)

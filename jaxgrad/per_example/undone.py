@@ -17,10 +17,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxgrad.per_example.windows import Window, unfold
 from jaxgrad.precision import working_dtype
 
 Labels = tuple[int, ...]
 Box = tuple[tuple[int, int, int], ...]  # of each axis (start, stride, full size)
+
+
+class Unfolded(NamedTuple):
+    """An axis of `right` that stands for two: with the window it lies in, it is (place, position).
+
+    Attributes:
+        axis: its label.
+        place, position: theirs.
+        window: how place and position lie in it.
+    """
+
+    axis: int
+    place: int
+    position: int
+    window: Window
 
 
 class Reason(NamedTuple):
@@ -34,11 +50,12 @@ class Reason(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("left", "right"),
-    meta_fields=("left_labels", "right_labels", "dims", "box", "row", "precision", "reason"),
+    meta_fields=("left_labels", "right_labels", "dims", "box", "row", "windows", "precision", "reason"),
 )
 @dataclass(frozen=True)
 class Term:
-    """Σ over the labels not in `dims` of left · right; or, with a row, right added to the rows that left names.
+    """Σ over the labels not in `dims` of left · right; with a row, right added to the rows that left names; with
+    windows, a convolution of the two, in which `right` is the image.
 
     Attributes:
         left, right: arrays; in a lookup `left` holds the row numbers (one out of range adds nothing).
@@ -46,6 +63,7 @@ class Term:
         dims: for each axis of the result the labels it is made of, the slowest first; none for an axis of size 1.
         box: where the result lies in something larger; None if it is the whole.
         row: (label, number of rows) of a lookup, None of a product.
+        windows: the axes of `right` that are not unfolded yet; the labels in `dims` and `left` are the unfolded ones.
         precision: of the product, as in `jax.lax.dot_general`.
         reason: why this term was carried out after all; None if it is a product.
     """
@@ -57,6 +75,7 @@ class Term:
     dims: tuple[Labels, ...]
     box: Box | None = None
     row: tuple[int, int] | None = None
+    windows: tuple[Unfolded, ...] = ()
     precision: Any = None
     reason: Reason | None = None
 
@@ -64,6 +83,9 @@ class Term:
         """Size of the axis with this label."""
         if self.row is not None and label == self.row[0]:
             return self.row[1]
+        for unfolded in self.windows:
+            if label == unfolded.place:
+                return unfolded.window.places
         if label in self.left_labels:
             return self.left.shape[self.left_labels.index(label)]
         return self.right.shape[self.right_labels.index(label)]
@@ -95,7 +117,8 @@ class Term:
 
     def fresh(self) -> int:
         """A label that is not in use."""
-        return max((*self.left_labels, *self.right_labels, *self.out), default=-1) + 1
+        hidden = [label for w in self.windows for label in w[:3]]
+        return max((*self.left_labels, *self.right_labels, *self.out, *hidden), default=-1) + 1
 
     def place(self, dim: int) -> tuple[int, int, int]:
         """(start, stride, full size) of one axis."""
@@ -152,12 +175,25 @@ def lookup(ids: Array, values: Array, positions: Sequence[int], dims: Sequence[i
     return Term(ids, values, tuple(positions), labels, out, row=(values.ndim, rows))
 
 
+def unfolded(term: Term) -> Term:
+    """The same term with its windows unfolded."""
+    if not term.windows:
+        return term
+    spatial = [term.right_labels.index(w.axis) for w in term.windows]
+    others = [k for k in range(term.right.ndim) if k not in spatial]
+    image = unfold(term.right.transpose(*others, *spatial)[..., None], [w.window for w in term.windows])
+    right = image.reshape(*image.shape[:-1], *(w.window.places for w in term.windows))
+    labels = [term.right_labels[k] for k in others]
+    labels += [w.position for w in term.windows] + [w.place for w in term.windows]
+    return dataclasses.replace(term, right=right, right_labels=tuple(labels), windows=())
+
+
 # --- Carrying it out ---------------------------------------------------------------------------------------------
 
 
 def form(term: Term, dtype: jax.typing.DTypeLike) -> Array:
     """The product, accumulated in float32 at least, in `dtype`."""
-    work = working_dtype(dtype)
+    work, term = working_dtype(dtype), unfolded(term)
     if term.row is None:
         value = einsum(term.left, term.left_labels, term.right, term.right_labels, term.out, work, term.precision)
         return _placed(value.astype(dtype).reshape(term.sizes), term)

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.undone import Reason, Term, carried_out, form, product, replace
+from jaxgrad.per_example.undone import Reason, Term, carried_out, form, product, replace, unfolded
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("terms",), meta_fields=("shape", "dtype"))
@@ -39,6 +39,11 @@ class Undone:
     def size(self) -> int:
         """How many numbers the sum is."""
         return math.prod(self.shape)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether there is a convolution among them: whether that is smaller carried out is decided at the end."""
+        return any(term.windows for term in self.terms)
 
     @property
     def reason(self) -> Reason | None:
@@ -166,11 +171,17 @@ def _as_undone(value: Value) -> Undone:
     return Undone((carried_out(array, reason),), tuple(array.shape), array.dtype)
 
 
-def mapped(value: Undone, shape: Sequence[int], dtype: Any, function: Callable[[Term], Any]) -> Undone | None:
-    """Every term through a function that gives a term, several, or None if it cannot."""
+def mapped(
+    value: Undone, shape: Sequence[int], dtype: Any, function: Callable[[Term], Any], on_windows: bool = False
+) -> Undone | None:
+    """Every term through a function that gives a term, several, or None if it cannot.
+
+    Args:
+        on_windows: whether the function can be given windows that are not unfolded.
+    """
     terms: list[Term] = []
     for term in value.terms:
-        result = function(term)
+        result = function(term if on_windows else unfolded(term))
         if result is None:
             return None
         terms += result if isinstance(result, tuple) else (result,)

@@ -145,8 +145,8 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
 
 
 def _settled(value: Value) -> Value:
-    """A sum of products that holds more than it stands for is carried out."""
-    if isinstance(value, Undone) and value.terms and value.held >= value.size:
+    """A sum of products that holds more than it stands for is carried out; a convolution's at the end."""
+    if isinstance(value, Undone) and value.terms and not value.has_windows and value.held >= value.size:
         return Plain(array_of(value), value.reason or FORMED)
     return value
 

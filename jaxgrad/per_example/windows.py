@@ -1,0 +1,115 @@
+"""What a convolution's kernel meets of an image: a window at every position, and a place in the window for each entry.
+
+Along one spatial axis, place p of the window at position t is entry p · stride + t · dilation of the padded image. The
+gradient of the kernel at place p is the product over all positions of the cotangents with what lies there. An image is
+held as it is; unfolded, it is larger by the number of places.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxgrad.per_example.chunks import chunk_size
+
+UNFOLDED_BYTES = 2 * 2**20
+"""How much of an image is unfolded at once: what the processor's cache holds."""
+
+
+class Window(NamedTuple):
+    """One spatial axis.
+
+    Attributes:
+        places: in the window.
+        positions: of the window.
+        stride: between places.
+        dilation: between positions.
+        padding: (before, after, between) the image's entries; negative edges cut.
+    """
+
+    places: int
+    positions: int
+    stride: int
+    dilation: int
+    padding: tuple[int, int, int]
+
+
+def unfold(image: Array, windows: Sequence[Window]) -> Array:
+    """[*others, *spatial, N] → [*others, *positions, places · N], an axis at a time, the last one first."""
+    others = image.ndim - 1 - len(windows)
+    edges = [(0, 0, 0)] * others + [w.padding for w in windows] + [(0, 0, 0)]
+    image = lax.pad(image, jnp.zeros((), image.dtype), edges)
+    for axis, w in reversed(list(enumerate(windows, others))):
+        last = (w.positions - 1) * w.dilation + 1
+        starts = [p * w.stride for p in range(w.places)]
+        image = jnp.concatenate([lax.slice_in_dim(image, k, k + last, w.dilation, axis) for k in starts], -1)
+    return image
+
+
+class Unfolding(NamedTuple):
+    """How the two operands of a convolution become the sides of a product, for one example or a batch of them.
+
+    Attributes:
+        left: the cotangents' axes in the order (group, others, positions, fan-out), and how many each of the four has.
+        image: the image's axes in the order (group, others, spatial, channels), and how many each of the four has.
+        windows: for each spatial axis.
+    """
+
+    left: tuple[tuple[int, ...], tuple[int, ...]]
+    image: tuple[tuple[int, ...], tuple[int, ...]]
+    windows: tuple[Window, ...]
+
+    def sides(self, left: Array, image: Array) -> tuple[Array, Array]:
+        """[B, …], [B, …] → left [B, G, T, F] and right [B, G, T, K]; K runs over (places, channels)."""
+        left, image = self._ordered(left, image)
+        B, G, *_, F = left.shape
+        T = math.prod(left.shape[2:-1])
+        right = unfold(image, self.windows)
+        return left.reshape(B, G, T, F), right.reshape(B, G, T, right.shape[-1])
+
+    def summed(self, left: Array, image: Array, precision: Any) -> Array:
+        """Σ_b Σ_t left ⊗ right [G, F, K], as one convolution that sums over the examples as over positions."""
+        left, image = self._ordered(left, image)
+        B, G, C, F = *left.shape[:3], left.shape[-1]
+        image = jnp.moveaxis(image, 1, 0).reshape(G * B * C, *image.shape[3:])
+        left = jnp.moveaxis(left, 1, -2).reshape(B * C, *left.shape[3:-1], G * F)
+        last = 1 + len(self.windows)
+        total = lax.conv_general_dilated(
+            image,
+            left,
+            window_strides=[w.stride for w in self.windows],
+            padding=[w.padding[:2] for w in self.windows],
+            lhs_dilation=[w.padding[2] + 1 for w in self.windows],
+            rhs_dilation=[w.dilation for w in self.windows],
+            dimension_numbers=lax.ConvDimensionNumbers(
+                (last, 0, *range(1, last)), (last, 0, *range(1, last)), (last - 1, last, *range(last - 1))
+            ),
+            feature_group_count=G,
+            precision=precision,
+        )
+        total = total.reshape(math.prod(total.shape[:-1]), G, F)
+        return total.transpose(1, 2, 0)
+
+    def at_once(self, count: int, left: Array, image: Array) -> int:
+        """How many of so many examples to unfold at once."""
+        shapes = jax.eval_shape(self.sides, *(jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype) for a in (left, image)))
+        return chunk_size(shapes[1].size * shapes[1].dtype.itemsize, UNFOLDED_BYTES, count)
+
+    def _ordered(self, left: Array, image: Array) -> tuple[Array, Array]:
+        return _merged(left, *self.left), _merged(image, *self.image)
+
+
+def _merged(a: Array, order: tuple[int, ...], counts: tuple[int, ...]) -> Array:
+    """[B, …] with the other axes in this order; the first, second and last run of them each as one axis."""
+    a = a.transpose(0, *(1 + k for k in order))
+    first, second, spatial, _ = itertools.accumulate(counts)
+    sizes = a.shape[1:]
+    runs = (sizes[:first], sizes[first:second], sizes[spatial:])
+    G, C, last = (functools.reduce(int.__mul__, run, 1) for run in runs)
+    return a.reshape(a.shape[0], G, C, *sizes[second:spatial], last)
