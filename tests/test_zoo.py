@@ -1,6 +1,8 @@
 """Every loss of the zoo: each operation on its gradients is its image on the matrix that jax.grad writes out."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +133,47 @@ def test_matrices_do_not_take_the_direct_route(entry):
     told = explain(entry.loss, in_axes=entry.in_axes)(entry.params, *entry.batch)
     assert {path: told[path].how for path in entry.factored} == dict.fromkeys(entry.factored, "factored"), f"\n{told}"
     assert all(told[path].how in ("factored", "formed") for path in entry.formed), f"\n{told}"
+
+
+def sizes_held(function, *arguments) -> set[int]:
+    """How many entries the arrays of the compiled program have, those that a fusion only passes through left out."""
+    sizes: set[int] = set()
+    for computation in quick_jit(function).lower(*arguments).compile().as_text().split("\n\n"):
+        if re.match(r"%(fused|wrapped)_", computation.strip()):
+            continue
+        for result in re.findall(r"^\s+(?:ROOT )?%?\S+ = (.*?) (?!parameter|bitcast)[a-z][\w-]*\(", computation, re.M):
+            shapes = re.findall(r"\w\[([\d,]*)\]", result)
+            sizes |= {math.prod(int(n) for n in shape.split(",") if n) for shape in shapes}
+    return sizes
+
+
+def written_out(entry: Loss, function) -> set[str]:
+    """The factored parameters of whose B gradients there is an array that a plain gradient has no use for."""
+
+    def ours(params, batch):
+        return function(per_example_grad(entry.loss, in_axes=entry.in_axes)(params, *batch))
+
+    def plain(params, batch):
+        losses = jax.vmap(entry.loss, (None, *axes_of(entry)))
+        return jax.value_and_grad(lambda params: losses(params, *batch).mean())(params)
+
+    B = jax.eval_shape(per_example_grad(entry.loss, in_axes=entry.in_axes), entry.params, *entry.batch).batch_size
+    more = sizes_held(ours, entry.params, entry.batch) - sizes_held(plain, entry.params, entry.batch)
+    leaves = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(entry.params)}
+    return {path for path in entry.factored if B * leaves[path].size in more}
+
+
+@pytest.mark.usefixtures("users_settings")
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.factored], ids=lambda entry: entry.name)
+def test_the_compiled_clipped_sum_holds_no_batch_of_gradients(entry):
+    assert not written_out(entry, lambda g: g.clip(1.0, chunk_bytes=1).sum())
+
+
+@pytest.mark.usefixtures("users_settings")
+def test_a_batch_of_gradients_would_be_seen():
+    entries = [e for e in ENTRIES if e.factored][::12]
+    seen = [entry.name for entry in entries if written_out(entry, lambda g: g.materialize())]
+    assert len(seen) > 0.7 * len(entries), seen  # others have an activation of that size
 
 
 def test_the_zoo_is_large_and_its_names_are_unique():
