@@ -6,6 +6,7 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -299,7 +299,7 @@ class Builder:
         return self.int(1, 4) if self.coin(0.8) else self.int(4, 15)
 
     def side(self):
-        return self.int(9, 20) if self.coin(0.85) else self.int(2, 9)
+        return self.int(24, 49) if self.coin(0.85) else self.int(2, 9)
 
     def perm(self, items):
         return self.rng.permutation(items).tolist()

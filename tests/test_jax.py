@@ -46,6 +46,7 @@ CONV = {"window_strides": (1, 2), "padding": ((0, 1), (2, 3)), "lhs_dilation": (
 CONV |= {"feature_group_count": 2, "batch_group_count": 1, "precision": None}
 PARAMS = [  # operands, params
     (lax.transpose_p, lambda: A.T, [S], {"permutation": (1, 0)}),
+    (lax.reshape_p, lambda: lax.reshape(A, (A.size,), dimensions=(1, 0)), [S], {"dimensions": (1, 0)}),
     (lax.broadcast_in_dim_p, lambda: A[:, None], [S], {"broadcast_dimensions": (0, 2)}),
     (lax.reduce_sum_p, lambda: A.sum(1), [S], {"axes": (1,)}),
     (lax.rev_p, lambda: A[:, ::-1], [S], {"dimensions": (1,)}),

@@ -72,4 +72,4 @@ def test_the_programs_cover_every_step_and_both_outcomes():
     parameters, kinds = census(range(60))
     print(dict(parameters), dict(kinds.most_common()))
     assert set(programs.TRANSFORMS) | set(programs.USES) | set(programs.CONTROLS) <= set(kinds)
-    assert min(parameters["factored"] + parameters["partly"], parameters["Dense"]) > 10
+    assert min(parameters["factored"] + parameters["partly"], parameters["Dense"]) > 20

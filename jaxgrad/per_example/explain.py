@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgrad.per_example.arguments import arguments_of
 from jaxgrad.per_example.factors import arrays
 from jaxgrad.per_example.finish import Finished
 from jaxgrad.per_example.gradients import PerExampleGrads
@@ -123,12 +122,12 @@ def explain(
         def run(leaves: Sequence[Any]) -> PerExampleGrads:
             whole = [leaf if k not in traced else leaves[traced.index(k)] for k, leaf in enumerate(flat)]
             args, kwargs = jax.tree.unflatten(treedef, whole)
-            _, _, g, finished = transformed.explained(args, kwargs)
+            _, _, g, finished = transformed.evaluated(transformed.arguments(args, kwargs))
             done[:], paths[:] = finished, g.paths
             return g
 
         # What all examples share stays as it is: the loss may look at its values.
-        arguments = arguments_of("explain", args, kwargs, argnums, in_axes)
+        arguments = transformed.arguments(args, kwargs)
         own = {id(leaf) for leaf in [*arguments.params, *arguments.batch]}
         flat, treedef = jax.tree.flatten((args, kwargs))
         traced = [k for k, leaf in enumerate(flat) if id(leaf) in own or isinstance(leaf, jax.ShapeDtypeStruct)]

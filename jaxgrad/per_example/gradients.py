@@ -147,6 +147,15 @@ class PerExampleGrads:
         """
         return norms.together([leaf.norm(chunk_bytes, precision) for leaf in self._leaves])
 
+    def magnitudes(self) -> Float[Array, " B"] | None:
+        """[B]: how large the numbers are that may cancel in each gradient; None where nothing does.
+
+        No less than √Σ_leaves (Σ_t ‖left_t‖ ‖right_t‖)², over the leaves that are a sum of products. Sums of rounded
+        products are off by about eps times this, be the gradient ever so small.
+        """
+        found = [size for leaf in self._leaves if (size := leaf.magnitude()) is not None]
+        return norms.together(found) if found else None
+
     # --- linear maps
 
     def dot(self, tree: PyTree, *, precision: Precision = None) -> Float[Array, " B"]:
@@ -163,9 +172,9 @@ class PerExampleGrads:
         c = self._per_example("weighted_sum", c)
         return self._summed(c, precision)
 
-    def sum(self, *, precision: Precision = None) -> PyTree:
-        """Σ_b g_b, a tree of the parameters' shapes and dtypes."""
-        return self._summed(None, precision)
+    def sum(self, *, precision: Precision = None, rounded: bool = True) -> PyTree:
+        """Σ_b g_b, a tree of the parameters' shapes and dtypes; with `rounded` False in the accumulator's dtype."""
+        return self._summed(None, precision, rounded)
 
     def mean(self, *, precision: Precision = None) -> PyTree:
         """Σ_b g_b / B, a tree of the parameters' shapes and dtypes; NaN for an empty batch, as jnp.mean."""
@@ -178,8 +187,12 @@ class PerExampleGrads:
 
         return self._each(mean)
 
-    def _summed(self, c: Array | None, precision: Precision) -> PyTree:
-        return self._each(lambda leaf: leaf.sum(c, precision).astype(leaf.layout.dtype))
+    def _summed(self, c: Array | None, precision: Precision, rounded: bool = True) -> PyTree:
+        def total(leaf: Leaf) -> Array:
+            value = leaf.sum(c, precision)
+            return value.astype(leaf.layout.dtype) if rounded else value
+
+        return self._each(total)
 
     # --- products of examples
 
@@ -234,10 +247,9 @@ class PerExampleGrads:
         Raises:
             ValueError: a bound that is not positive, or a tree that is not a prefix of the parameters.
         """
-        bounds, groups = self._groups(max_norm)
+        bounds, groups = self.groups(max_norm, "PerExampleGrads.clip")
         leaves: list[Leaf] = []
-        for bound, group in zip(bounds, groups, strict=True):
-            part = PerExampleGrads.tree_unflatten(jax.tree.structure([0] * len(group)), group)
+        for bound, part in zip(bounds, groups, strict=True):
             lengths = part.norms(chunk_bytes=chunk_bytes, precision=precision)
             limit = jnp.asarray(bound, lengths.dtype)
             leaves += part.scale(limit / jnp.maximum(limit, lengths))._leaves
@@ -337,20 +349,29 @@ class PerExampleGrads:
                     f"got {theirs.dtype}{list(theirs.shape)}."
                 )
 
-    def _groups(self, max_norm: PyTree) -> tuple[list[Any], list[list[Leaf]]]:
-        prefix: Any
-        bounds, prefix = jax.tree.flatten(max_norm)
+    def groups(self, prefix: PyTree, call: str = "PerExampleGrads.groups") -> tuple[list[Any], list["PerExampleGrads"]]:
+        """The positive numbers in a tree prefix of the parameters, and for each the gradients below it.
+
+        Args:
+            prefix: a number for all parameters, or a tree prefix with a number for every leaf or group of leaves.
+            call: what an error names.
+
+        Raises:
+            ValueError: a number that is not positive, or a tree that is not a prefix of the parameters.
+        """
+        treedef: Any
+        bounds, treedef = jax.tree.flatten(prefix)
         for bound in bounds:
             if jnp.ndim(bound) != 0 or _known_not_positive(bound):
-                raise ValueError(f"PerExampleGrads.clip: expected positive numbers as bounds, got {bound}.")
+                raise ValueError(f"{call}: expected positive numbers as bounds, got {bound}.")
         try:
-            groups = prefix.flatten_up_to(self._tree(range(len(self._leaves))))
+            groups = treedef.flatten_up_to(self._tree(range(len(self._leaves))))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"PerExampleGrads.clip: expected a number or a tree prefix of the parameters, {self._treedef}, "
-                f"got {prefix}."
+                f"{call}: expected a number or a tree prefix of the parameters, {self._treedef}, got {treedef}."
             ) from error
-        return bounds, [[self._leaves[i] for i in jax.tree.leaves(group)] for group in groups]
+        members = [[self._leaves[i] for i in jax.tree.leaves(group)] for group in groups]
+        return bounds, [self.tree_unflatten(jax.tree.structure([0] * len(part)), part) for part in members]
 
 
 def _known_not_positive(bound: Any) -> bool:

@@ -54,6 +54,11 @@ class Leaf:
         """[B]: ‖·‖, without overflow on the way."""
         return jnp.abs(self.weight) * norms.norm(self.factors, chunk_bytes, precision)
 
+    def magnitude(self) -> Float[Array, " B"] | None:
+        """[B]: of the products that are added up in it; None where there is one."""
+        found = norms.magnitude(self.factors)
+        return None if found is None else jnp.abs(self.weight) * found
+
     def dot(self, V: Array, precision: Precision) -> Float[Array, " B"]:
         """[B]: ⟨·, V⟩ for a V of the parameter's shape."""
         return added([factors.dot(f, V, precision) for f in self.weighted()])

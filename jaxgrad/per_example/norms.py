@@ -14,6 +14,7 @@ from jaxgrad.per_example.factors import (
     Factor,
     Outer,
     Precision,
+    Rows,
     Windows,
     accumulator,
     added,
@@ -64,6 +65,36 @@ def _scaled_norm(leaf: Factors, chunk_bytes: int, precision: Precision) -> Array
         return unit * _safe_sqrt(squared((scaled[0][0],), chunk_bytes, precision))
     balanced = tuple(scale(f, u / unit) for f, u in scaled)
     return unit * _safe_sqrt(squared(balanced, chunk_bytes, precision))
+
+
+def magnitude(leaf: Factors) -> Array | None:
+    """[B]: no less than the sum of the norms of the products that one parameter's gradient is a sum of.
+
+    Where that is far more than the gradient's norm, the products cancel, and the norm is what rounding leaves of them.
+    None where there is one product, or what is written out: nothing cancels.
+
+    Formula: Σ_t ‖left_t‖ ‖right_t‖ ≤ ‖left‖ ‖right‖ by Cauchy-Schwarz, of all positions together.
+    """
+    match leaf:
+        case (f,) if is_nothing(f) or isinstance(f, Dense):
+            return None
+        case (Outer(left, _, _),) if left.shape[1:3] == (1, 1):
+            return None
+    total = [_magnitude(f, accumulator(*leaf)) for f in leaf if not is_nothing(f)]
+    return added(total)
+
+
+def _magnitude(f: Factor, dtype: jnp.dtype) -> Array:
+    match f:
+        case Outer(left, right, _):
+            return _of_vectors(left, dtype) * _of_vectors(right, dtype)
+        case Rows(ids, _, _):
+            return math.sqrt(ids.shape[1]) * _of_vectors(f.valid()[1], dtype)
+        case Windows(left, image, unfolding, _):
+            places = math.prod(window.places for window in unfolding.windows)
+            return math.sqrt(places) * _of_vectors(left, dtype) * _of_vectors(image, dtype)
+        case Dense(value, _):
+            return _of_vectors(value, dtype)
 
 
 def _of_vectors(a: Array, dtype: jax.typing.DTypeLike) -> Array:

@@ -50,6 +50,9 @@ def _on_first(function: Callable[[_jax.Equation, Term], Any], on_windows: bool =
 
 
 def _reshape(eqn: _jax.Equation, term: Term) -> Term | None:
+    order = eqn.params["dimensions"]  # the order in which the axes are read; a squeeze's are those of size 1
+    if eqn.primitive is lax.reshape_p and order is not None:
+        term = moves.transpose(term, order)
     return moves.reshape(term, eqn.outvars[0].aval.shape)
 
 

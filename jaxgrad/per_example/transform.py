@@ -113,14 +113,14 @@ class Transformed:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, PerExampleGrads]:
         """(values, aux, gradients)."""
-        values, aux, g, _ = self.explained(args, kwargs)
-        return values, aux, g
+        return self.evaluated(self.arguments(args, kwargs))[:3]
 
-    def explained(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Any, PerExampleGrads, list[Finished]]:
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """The call taken apart."""
+        return arguments_of(self.call, args, kwargs, self.argnums, self.in_axes)
+
+    def evaluated(self, arguments: Arguments) -> tuple[Any, Any, PerExampleGrads, list[Finished]]:
         """(values, aux, gradients, what was done for each parameter)."""
-        arguments = arguments_of(self.call, args, kwargs, self.argnums, self.in_axes)
         program, out_tree, count = self._program(arguments)
         finished: list[Finished] = []
 

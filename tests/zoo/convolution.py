@@ -72,6 +72,24 @@ def conv_in_groups(p, x):
     return jnp.sum(jnp.tanh(conv(x, p["k"], feature_group_count=2, padding="VALID") + p["b"]))
 
 
+@entry({"image": w(26, 6)}, (x(3, 6, 13),), paths("image"))
+def image_of_a_conv_in_batch_groups(p, x):
+    return jnp.sum(
+        jnp.sin(
+            lax.conv_general_dilated(
+                p["image"][..., None],
+                x[..., None],
+                (1,),
+                ((0, 1),),
+                (1,),
+                (1,),
+                ("NCW", "IOW", "NWC"),
+                batch_group_count=13,
+            )
+        )
+    )
+
+
 @entry({"k": w(3, 2, 1, 10)}, (x(4, 4, 3, 5),))
 def conv_depthwise(p, x):
     return jnp.sum(jnp.tanh(conv(x, p["k"], feature_group_count=5)))

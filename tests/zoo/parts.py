@@ -35,6 +35,11 @@ def split_into_heads(p, x):
     return jnp.sum(jnp.tanh(x @ a) * jax.nn.sigmoid(x @ b) + jnp.sin(x @ c))
 
 
+@entry({"W": w(9, 16)}, (x(4, 9),), paths("W"))
+def reshaped_with_its_axes_read_in_another_order(p, x):
+    return jnp.sum(jnp.tanh(lax.reshape(p["W"], (4, 4, 9), dimensions=(1, 0)) @ x))
+
+
 @entry({"W": w(13, 9)}, (x(4, 9),), paths("W"))
 def dynamic_slice_at_a_known_place(p, x):
     return jnp.sum(jnp.tanh(lax.dynamic_slice(p["W"], (2, 0), (10, 9)) @ x))

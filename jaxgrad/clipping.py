@@ -1,0 +1,230 @@
+"""Sums of clipped gradients, for private and robust training: one example moves the sum by at most a stated bound."""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from jaxgrad.per_example.arguments import Arguments
+from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.norms import together
+from jaxgrad.per_example.transform import Transformed
+from jaxgrad.precision import working_dtype
+
+Weighting = Callable[[Array, Array], Array]
+
+# Norms are taken √GUARD times the numbers that cancel in a gradient too large, so that what rounding leaves of them is
+# counted; with the bound's own share ε it makes the guarantee of `clipped_grad`. By the dtype that is summed in.
+GUARD = {jnp.dtype(jnp.float32): 2.0**-20, jnp.dtype(jnp.float64): 2.0**-40}
+EPSILON = {jnp.dtype(jnp.float32): 2.0**-12, jnp.dtype(jnp.float64): 2.0**-31}
+
+
+class ClipInfo(NamedTuple):
+    """What a clipped sum leaves out. None of it is private.
+
+    Attributes:
+        values: [B], the loss of every example; 0 where masked.
+        norms: [B], the norm of every gradient before clipping, of all groups together; 0 where masked, NaN or infinite
+            where the gradient is.
+        clipped_fraction: the share of the unmasked examples whose norm exceeds a bound or is not finite.
+        nonfinite: how many unmasked examples have a gradient that is NaN or infinite.
+        aux: with has_aux, what the loss returns beside its value, for every example; 0 where masked.
+    """
+
+    values: Array
+    norms: Array
+    clipped_fraction: Array
+    nonfinite: Array
+    aux: Any = None
+
+
+def clip(norms: Array, max_norm: Array) -> Array:
+    """min(1, max_norm/‖g‖): gradients up to the bound stay as they are (Abadi et al. 2016)."""
+    return max_norm / jnp.maximum(max_norm, norms)
+
+
+def normalize(norms: Array, max_norm: Array) -> Array:
+    """max_norm/‖g‖: every gradient but 0 is given the bound's length."""
+    return jnp.where(norms > 0, max_norm / norms, jnp.zeros_like(norms))
+
+
+def automatic(gamma: float = 0.01) -> Weighting:
+    """max_norm/(‖g‖ + gamma): automatic clipping (Bu et al. 2023), without a bound to tune."""
+
+    def weighting(norms: Array, max_norm: Array) -> Array:
+        return max_norm / (norms + gamma)
+
+    return weighting
+
+
+def clipped_grad(
+    fun: Callable[..., Any],
+    max_norm: PyTree,
+    *,
+    argnums: int | Sequence[int] = 0,
+    in_axes: Any = None,
+    has_aux: bool = False,
+    microbatch_size: int | None = None,
+    weighting: Weighting = clip,
+) -> "ClippedGrad":
+    """The sum of a batch's gradients, each clipped to a norm, for about the cost of one plain gradient.
+
+    Guarantee: adding or removing any one example, whatever is in it, moves the sum by at most `.sensitivity(B)` =
+    max_norm·(1 + ε) in the Euclidean norm over all parameters; replacing one by another moves it by twice that. With
+    several bounds it is their root sum of squares. An example that is masked, and one whose gradient is NaN or
+    infinite, adds exactly zero. Masked examples change nothing in what is returned, and neither shapes nor the sequence
+    of operations depend on the data.
+
+    ε is for rounding: (1 + √B)·2⁻¹² where the sum is in float32 (parameters of float32, bfloat16 and float16; the sum
+    is not rounded to the parameters' dtype), (1 + √B)·2⁻³¹ in float64. Derivation: a gradient is a sum of products that
+    may cancel, and what is left of numbers of size S is uncertain by a few u·S (u = 2⁻²⁴, 2⁻⁵³). A gradient's norm is
+    therefore taken to be √(‖g‖² + κS²) with κ = 2⁻²⁰, 2⁻⁴⁰ (see `PerExampleGrads.magnitudes`; S = 0 where nothing
+    cancels). Then no example enters with numbers larger than max_norm/√κ, whose rounding is at most a few
+    u/√κ·max_norm = 2⁻¹⁴, 2⁻³³ max_norm, and the errors of B examples add as roots do (the model of Higham and Mary
+    2019: errors of mean zero; it is an assumption and not a proof).
+
+    Not guaranteed: that the loss treats examples independently, which it does as it sees one; but parameters or shared
+    arguments that were computed from the batch (batch normalisation) are outside of what is bounded. Privacy needs
+    noise as well, batches drawn at random and an accountant (see jax-privacy and dp-accounting), random numbers that
+    nobody can predict, and an answer to attacks on floating-point noise (Mironov 2012), none of which is here. Time may
+    depend on the data where the hardware's arithmetic does. What `ClipInfo` holds is not private.
+
+    Args:
+        fun: a pure function of one example to a real scalar, or to (scalar, aux) with has_aux.
+        max_norm: a positive number, for the norm over all parameters; or a tree prefix of the parameters, with a number
+            for every leaf or group of leaves, each of which is clipped by itself.
+        argnums, in_axes, has_aux: as in `per_example_grad`.
+        microbatch_size: how many examples to treat at once, in a loop, to bound the memory; None for all. The result is
+            the same, up to rounding.
+        weighting: (norms [B], bound) → a factor for every gradient: `clip`, `normalize`, `automatic(gamma)` or another.
+            Whatever it says, no gradient gets longer than its bound.
+
+    Returns:
+        A function of fun's arguments, the batched ones with an example axis, and of `mask`, booleans [B] that are False
+        for padding; it returns (the sum, a tree of the parameters' shapes in float32 at least, `ClipInfo`).
+
+    Raises:
+        TypeError, ValueError: as `per_example_grad`; bounds that are not positive numbers or no prefix of the
+            parameters; a mask that is not [B] booleans; a microbatch size below 1.
+
+    Example:
+        >>> loss = lambda w, x, y: (w @ x - y) ** 2
+        >>> gradient = clipped_grad(loss, 1.0)
+        >>> total, info = gradient(jnp.zeros(3), jnp.ones((4, 3)), jnp.arange(4.0), mask=jnp.arange(4) < 3)
+        >>> jnp.linalg.norm(total).round(4).item(), info.norms.round().tolist()
+        (2.0, [0.0, 3.0, 7.0, 0.0])
+        >>> f"{gradient.sensitivity(4):.4f}"
+        '1.0007'
+    """
+    return ClippedGrad(fun, max_norm, argnums, in_axes, has_aux, microbatch_size, weighting)
+
+
+class ClippedGrad:
+    """What `clipped_grad` returns: call it with the loss's arguments and a mask."""
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        max_norm: PyTree,
+        argnums: int | Sequence[int],
+        in_axes: Any,
+        has_aux: bool,
+        microbatch_size: int | None,
+        weighting: Weighting,
+    ):
+        if microbatch_size is not None and operator.index(microbatch_size) < 1:
+            raise ValueError(f"clipped_grad: expected a microbatch size of at least 1 or None, got {microbatch_size}.")
+        self._transformed = Transformed("clipped_grad", fun, argnums, in_axes, has_aux, False)
+        self._max_norm, self._microbatch_size, self._weighting = max_norm, microbatch_size, weighting
+        functools.update_wrapper(self, fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
+
+    def sensitivity(self, batch_size: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32) -> float:
+        """How far one example can move the sum: the root sum of squares of the bounds, times 1 + ε.
+
+        Args:
+            batch_size: B, the largest there is; None for exact arithmetic, ε = 0.
+            dtype: of the sum.
+        """
+        bound = math.sqrt(sum(float(b) ** 2 for b in jax.tree.leaves(self._max_norm)))
+        return (
+            bound if batch_size is None else bound * (1 + (1 + math.sqrt(batch_size)) * EPSILON[working_dtype(dtype)])
+        )
+
+    def __call__(self, *args: Any, mask: Any = None, **kwargs: Any) -> tuple[PyTree, ClipInfo]:
+        """(the sum, ClipInfo)."""
+        arguments = self._transformed.arguments(args, kwargs)
+        B, size = arguments.batch_size, self._microbatch_size
+        mask = jnp.ones(B, bool) if mask is None else jnp.asarray(mask)
+        if mask.dtype != bool or mask.shape != (B,):
+            raise ValueError(
+                f"clipped_grad: expected a boolean mask of shape {(B,)}, got {mask.dtype} of shape {mask.shape}."
+            )
+        if size is None or size >= B:
+            flat, each = self._of(arguments, mask)
+        else:
+            flat, each = self._in_microbatches(arguments, mask, size)
+        each = jax.tree.map(lambda a: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, jnp.zeros_like(a)), each)
+        values, aux, norms, over = each
+        count = jnp.maximum(mask.sum(), 1).astype(norms.dtype)
+        nonfinite = mask & ~jnp.isfinite(norms)
+        share = (over | nonfinite).sum().astype(norms.dtype) / count
+        total = jax.tree.unflatten(arguments.params_tree, flat)
+        return total, ClipInfo(values, norms, share, nonfinite.sum(), aux)
+
+    def _of(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
+        """(leaves of the sum, (values, aux, norms, whether one exceeds its bound) of every example)."""
+        values, aux, g, _ = self._transformed.evaluated(arguments)
+        bounds, groups = g.groups(self._max_norm, "clipped_grad")
+        norms = [group.norms() for group in groups]
+        keep = mask & functools.reduce(operator.and_, (jnp.isfinite(n) for n in norms))
+        total: list[Array] = []
+        over = jnp.zeros_like(mask)
+        for bound, group, n in zip(bounds, groups, norms, strict=True):
+            limit = jnp.asarray(bound, n.dtype)
+            total += jax.tree.leaves(self._clipped(group, n, limit, keep).sum(rounded=False))
+            over |= n > limit
+        return total, (values, aux, together(norms), over)
+
+    def _clipped(self, g: PerExampleGrads, norms: Array, limit: Array, keep: Array) -> PerExampleGrads:
+        nothing = jnp.zeros_like(norms)
+        norms = jnp.where(keep, norms, nothing)
+        largest, magnitudes = norms, g.magnitudes()
+        if magnitudes is not None:
+            guard = jnp.asarray(math.sqrt(GUARD[jnp.dtype(norms.dtype)]), norms.dtype)
+            largest = together([norms, guard * jnp.where(keep, magnitudes.astype(norms.dtype), nothing)])
+        most = limit / jnp.maximum(largest, jnp.finfo(norms.dtype).tiny)
+        c = self._weighting(norms, limit).astype(norms.dtype)
+        c = jnp.where(keep & ~jnp.isnan(c), jnp.clip(c, -most, most), nothing)
+        return g.where(keep).scale(c)
+
+    def _in_microbatches(self, arguments: Arguments, mask: Array, size: int) -> tuple[list[Array], Any]:
+        """Every so-manyth example in one microbatch, so that each is spread over the devices as the batch is."""
+        B = arguments.batch_size
+        count = -(-B // size)
+
+        def divided(a: Any, axis: int = 0) -> Any:
+            a = jnp.moveaxis(a, axis, 0)
+            if count * size != B:  # the last example again; masked
+                a = a[jnp.minimum(jnp.arange(count * size), B - 1)]
+            return a.reshape(size, count, *a.shape[1:]).swapaxes(0, 1)
+
+        leaves = [divided(a, axis) for a, axis in zip(arguments.batch, arguments.axes, strict=True)]
+        valid = jnp.concatenate([mask, jnp.zeros(count * size - B, bool)]).reshape(size, count).T
+
+        def step(total: list[Array], part: tuple[list[Any], Array]) -> tuple[list[Array], Any]:
+            batch, mask = part
+            micro = dataclasses.replace(arguments, batch=batch, axes=[0] * len(batch), batch_size=size)
+            flat, each = self._of(micro, mask)
+            return [a + b for a, b in zip(total, flat, strict=True)], each
+
+        shapes, _ = jax.eval_shape(lambda: self._of(arguments, mask))
+        zeros = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+        total, each = lax.scan(step, zeros, (leaves, valid))
+        return total, jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(count * size, *a.shape[2:])[:B], each)

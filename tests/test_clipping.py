@@ -1,0 +1,292 @@
+"""clipped_grad: the sums of jax-privacy and optax, and the guarantee on neighbouring batches."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import jax_privacy
+import numpy as np
+import optax
+import pytest
+
+import jaxgrad as jg
+from benchmarks import models
+from jaxgrad import clipping
+
+B = 7
+MODELS = {
+    "MLP": models.mlp((6, 9, 8, 3), B),
+    "conv net": models.conv_net(B),
+    "transformer": models.transformer(16, 5, B),
+    "tied language model": models.language_model(30, 16, 4, B),
+}
+
+
+@pytest.fixture(autouse=True)
+def users_settings():
+    """JAX as it comes, but in float64."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def wide(tree):
+    return jax.tree.map(lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+
+@functools.cache
+def written_out(name):
+    """(params, batch, gradients of every example, their norms, a bound about in the middle of those)."""
+    model = MODELS[name]
+    params, batch = wide(model.params), wide(model.batch)
+    if name == "conv net":
+        batch = (batch[0][:, ::3, ::3], batch[1])
+    G = jax.jit(jax.vmap(jax.grad(model.loss), (None, *[0] * len(batch))))(params, *batch)
+    norms = np.sqrt(sum(np.square(leaf).reshape(B, -1).sum(1) for leaf in jax.tree.leaves(G)))
+    return params, batch, G, norms, 1.01 * float(np.median(norms))
+
+
+# --- The same sums as others ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated")  # jax-privacy calls it
+@pytest.mark.parametrize("microbatch_size", [None, 1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_sums_are_those_of_jax_privacy_and_optax(name, microbatch_size):
+    params, batch, G, norms, bound = written_out(name)
+    loss, axes = MODELS[name].loss, tuple(range(1, 1 + len(batch)))
+    ours = jax.jit(jg.clipped_grad(loss, bound, microbatch_size=microbatch_size))
+    theirs = jax_privacy.clipped_grad(
+        loss, l2_clip_norm=bound, batch_argnums=axes, keep_batch_dim=False, return_values=True
+    )
+    theirs = jax.jit(theirs)
+    for mask in (np.ones(B, bool), np.arange(B) % 3 != 1, np.zeros(B, bool)):
+        total, info = ours(params, *batch, mask=mask)
+        expected, aux = theirs(params, *batch, is_padding_example=~mask)
+        chex.assert_trees_all_close(total, expected, rtol=1e-6, atol=1e-6 * bound)
+        np.testing.assert_allclose(info.norms, np.where(mask, norms, 0), rtol=1e-9)
+        np.testing.assert_allclose(info.values, np.where(mask, aux.values, 0), rtol=1e-9)
+        kept = jax.tree.map(lambda a, mask=mask: a[mask], G)
+        if mask.any():
+            clipped, count = optax.per_example_global_norm_clip(kept, bound)
+            chex.assert_trees_all_close(total, clipped, rtol=1e-6, atol=1e-6 * bound)
+            assert info.clipped_fraction == count / mask.sum()
+        else:
+            assert all(not np.any(leaf) for leaf in jax.tree.leaves(total))
+            assert info.clipped_fraction == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_group_is_clipped_by_itself(name):
+    params, batch, G, _, bound = written_out(name)
+    by_key = {key: bound / (2 + k) for k, key in enumerate(params)} if isinstance(params, dict) else None
+    bounds = by_key or [bound / (2 + k) for k in range(len(params))]
+    total, info = jax.jit(jg.clipped_grad(MODELS[name].loss, bounds))(params, *batch)
+    over = np.zeros(B, bool)
+    for key in params if by_key else range(len(params)):
+        norms = np.sqrt(sum(np.square(leaf).reshape(B, -1).sum(1) for leaf in jax.tree.leaves(G[key])))
+        c = np.minimum(1, bounds[key] / np.maximum(norms, 1e-30))
+        over |= norms > bounds[key]
+        expected = jax.tree.map(lambda leaf, c=c: np.tensordot(c, leaf, 1), G[key])
+        chex.assert_trees_all_close(total[key], expected, rtol=1e-6, atol=1e-6 * bound)
+    assert info.clipped_fraction == over.mean()
+
+
+# --- A loss whose gradient is any sum of products one likes -----------------------------------------------------------
+
+F, K, T = 24, 20, 4
+BOUNDS = {"flat": 1.5, "groups": {"W": 0.75, "b": 2.0, "E": 0.5}}
+
+
+def loss(params, s, x, ids):
+    """∂/∂W = Σ_t s_t x_tᵀ, ∂/∂b = Σ_t s_t, ∂/∂E[ids_t] = Σ s_t."""
+    along = (x @ params["W"].T).astype(s.dtype) + params["b"] + params["E"][ids]
+    return jnp.sum((s * along).astype(jnp.float32))
+
+
+def parameters(dtype):
+    return {"W": jnp.zeros((F, K), dtype), "b": jnp.zeros(F, dtype), "E": jnp.zeros((50, F), dtype)}
+
+
+def adversarial(rng, pairs, size):
+    """(s, x, ids) of pairs × size examples: of all magnitudes, cancelling, aligned, zero, tiny, huge, not finite."""
+    s, x = rng.normal(size=(pairs, size, T, F)), rng.normal(size=(pairs, size, T, K))
+    kind = rng.integers(0, 9, (pairs, size, 1, 1))
+    s *= np.where(kind >= 1, 10.0 ** rng.uniform(-20, 15, (pairs, size, 1, 1)), 1)
+    x *= np.where(kind >= 1, 10.0 ** rng.uniform(-15, 15, (pairs, size, 1, 1)), 1)
+    opposite = np.where(np.arange(T) % 2, -1.0, 1.0)[:, None] * (1 + 10.0 ** rng.uniform(-9, 0, (pairs, size, T, 1)))
+    cancels = (kind == 2) | (kind == 3)
+    s, x = np.where(cancels, s[:, :, :1] * opposite, s), np.where(cancels, x[:, :, :1], x)
+    same = rng.normal(size=F), rng.normal(size=K)
+    s, x = np.where(kind == 4, same[0] * 1e3, s), np.where(kind == 4, same[1], x)
+    s = np.where(kind == 5, 0.0, s)
+    worst = rng.choice([np.nan, np.inf, -np.inf, 3e38, 1e-45, 1e-38], (pairs, size, 1, 1))
+    s = np.where((kind == 6) & (rng.random(s.shape) < 0.3), worst, s)
+    x = np.where((kind == 7) & (rng.random(x.shape) < 0.3), worst, x)
+    return s, x, rng.integers(-1, 52, (pairs, size, T))
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_example_moves_the_sum_by_at_most_the_sensitivity(dtype, kind):
+    size, rng, largest = 6, np.random.default_rng(0), 0.0
+    gradient = jg.clipped_grad(loss, BOUNDS[kind])
+
+    @jax.jit
+    @jax.vmap
+    def with_and_without(batch, j):
+        one = lambda mask: gradient(parameters(dtype), *batch, mask=mask)  # noqa: E731
+        return one(jnp.ones(size, bool)), one(jnp.arange(size) != j)
+
+    count = nonfinite = 0
+    for _ in range(5):
+        s, x, ids = adversarial(rng, 500, size)
+        with np.errstate(over="ignore"):
+            batch = (jnp.asarray(s, dtype), jnp.asarray(x, dtype), jnp.asarray(ids, jnp.int32))
+        (a, info), (b, _) = with_and_without(batch, jnp.asarray(rng.integers(0, size, 500)))
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(a))
+        squares = [
+            np.square(np.float64(v) - np.float64(w)).reshape(500, -1).sum(1)
+            for v, w in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+        ]
+        moved = np.sqrt(sum(squares))
+        assert np.isfinite(moved).all()
+        largest, count = max(largest, moved.max()), count + 500
+        nonfinite += int(info.nonfinite.sum())
+    bound = gradient.sensitivity(size, dtype)
+    print(
+        f"{kind}, {jnp.dtype(dtype).name}: largest of {count} moves {largest / gradient.sensitivity():.6f} of the bound"
+    )
+    assert nonfinite > 100
+    assert 0.99 * gradient.sensitivity() < largest
+    assert largest <= bound
+
+
+def test_a_removed_example_is_a_masked_one():
+    rng = np.random.default_rng(1)
+    gradient = jax.jit(jg.clipped_grad(loss, 1.5))
+    for _ in range(20):
+        s, x, ids = (a[0] for a in adversarial(rng, 1, 6))
+        s, x, ids = jnp.asarray(s, jnp.float32), jnp.asarray(x, jnp.float32), jnp.asarray(ids, jnp.int32)
+        whole, _ = gradient(parameters(jnp.float32), s, x, ids)
+        masked, _ = gradient(parameters(jnp.float32), s, x, ids, mask=jnp.arange(6) != 2)
+        removed, _ = gradient(parameters(jnp.float32), *(np.delete(a, 2, 0) for a in (s, x, ids)))
+        for total in (masked, removed):
+            moved = np.sqrt(sum(np.square(np.float64(whole[k]) - np.float64(total[k])).sum() for k in whole))
+            assert moved <= jg.clipped_grad(loss, 1.5).sensitivity(6)
+        chex.assert_trees_all_close(masked, removed, rtol=1e-5, atol=1e-4)
+
+
+def test_masked_examples_change_nothing():
+    rng = np.random.default_rng(2)
+    gradient = jax.jit(jg.clipped_grad(lambda p, *b: (loss(p, *b), b[0].sum()), 1.5, has_aux=True))
+    s, x, ids = (a[0] for a in adversarial(rng, 1, 6))
+    ids, mask = jnp.asarray(ids, jnp.int32), jnp.arange(6) < 3
+    good = [jnp.asarray(rng.normal(size=a.shape), jnp.float32) for a in (s, x)]
+    for other in (np.nan, np.inf, 0.0, 1e38):
+        s, x = (jnp.where(mask[:, None, None], a, jnp.float32(other)) for a in good)
+        chex.assert_trees_all_equal(
+            gradient(parameters(jnp.float32), s, x, ids, mask=mask),
+            gradient(parameters(jnp.float32), *good, ids, mask=mask),
+        )
+
+
+def test_shapes_and_operations_do_not_depend_on_the_data():
+    gradient = jg.clipped_grad(loss, 1.5, microbatch_size=2)
+    example = (jnp.ones((6, T, F)), jnp.ones((6, T, K)), jnp.zeros((6, T), jnp.int32))
+    program = str(
+        jax.make_jaxpr(lambda *a: gradient(parameters(jnp.float32), *a[:-1], mask=a[-1]))(*example, jnp.ones(6, bool))
+    )
+    assert not any(word in program for word in ("cond[", "while["))
+
+
+# --- What is not finite, what is empty, what lies on the bound --------------------------------------------------------
+
+
+def simple(w, x, y):
+    return (w @ x - y) ** 2 / 2
+
+
+def test_an_example_that_is_not_finite_adds_nothing_and_is_counted():
+    x = jnp.ones((5, 3)).at[1, 0].set(jnp.nan).at[3, 1].set(jnp.inf)
+    y = jnp.arange(1.0, 6.0)
+    total, info = jg.clipped_grad(simple, 1.0)(jnp.zeros(3), x, y, mask=jnp.arange(5) != 3)
+    expected, _ = jg.clipped_grad(simple, 1.0)(jnp.zeros(3), x[jnp.array([0, 2, 4])], y[jnp.array([0, 2, 4])])
+    np.testing.assert_array_equal(total, expected)
+    assert (info.nonfinite, info.clipped_fraction) == (1, 1)
+    np.testing.assert_array_equal(info.norms[jnp.array([1, 3])], [np.nan, 0])
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 1, 3])
+def test_an_empty_batch_and_one_example(microbatch_size):
+    gradient = jg.clipped_grad(simple, 1.0, microbatch_size=microbatch_size)
+    total, info = gradient(jnp.ones(3), jnp.ones((0, 3)), jnp.ones(0))
+    np.testing.assert_array_equal(total, np.zeros(3))
+    assert (info.norms.shape, info.clipped_fraction) == ((0,), 0)
+    total, info = gradient(jnp.zeros(3), jnp.ones((1, 3)), jnp.ones(1))
+    np.testing.assert_allclose(total, -np.ones(3) / np.sqrt(3), rtol=1e-12)
+
+
+def test_a_gradient_on_the_bound_and_a_zero_one_stay_as_they_are():
+    x = jnp.array([[3.0, 4.0, 0.0], [1.0, 1.0, 1.0]])
+    total, info = jg.clipped_grad(simple, 5.0)(jnp.zeros(3), x, jnp.array([-1.0, 0.0]))
+    np.testing.assert_array_equal(total, x[0])
+    assert (info.norms.tolist(), info.clipped_fraction) == ([5, 0], 0)
+
+
+def test_other_weightings():
+    w, x, y = jnp.zeros(2), jnp.eye(2), jnp.array([-3.0, -0.5])
+    run = lambda weighting: jg.clipped_grad(simple, 2.0, weighting=weighting)(w, x, y)[0].tolist()  # noqa: E731
+    assert run(clipping.clip) == [2, 0.5]
+    assert run(clipping.normalize) == [2, 2]
+    np.testing.assert_allclose(run(clipping.automatic(0.5)), [2 * 3 / 3.5, 2 * 0.5 / 1], rtol=1e-12)
+    assert run(lambda norms, bound: norms * 100) == [2, 2]  # no longer than the bound
+    assert run(lambda norms, bound: norms * -100) == [-2, -2]
+    assert run(lambda norms, bound: norms * np.nan) == [0, 0]
+    assert jg.clipped_grad(simple, 2.0, weighting=clipping.normalize)(w, x, jnp.zeros(2))[0].tolist() == [0, 0]
+
+
+def test_numbers_that_cancel_do_not_slip_through():
+    """In float32 the norm of 1e6·(a bᵀ - a bᵀ) by inner products is anything from 0 to 1e3."""
+    rng = np.random.default_rng(3)
+    s = jnp.asarray(1e6 * np.array([1, -1, 1, -1])[:, None] * rng.normal(size=F), jnp.float32)[None]
+    x = jnp.asarray(np.broadcast_to(rng.normal(size=K), (T, K)) * (1 + 1e-7 * rng.normal(size=(T, 1))), jnp.float32)[
+        None
+    ]
+    gradient = jg.clipped_grad(loss, 1.0)
+    total, _ = gradient(parameters(jnp.float32), s, x, jnp.zeros((1, T), jnp.int32))
+    assert np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in total.values())) <= gradient.sensitivity(1)
+
+
+def test_arguments_as_those_of_per_example_grad():
+    keys = jax.random.split(jax.random.key(0), 5)
+    noisy = lambda scale, w, x, key: (scale * simple(w["w"], x + jax.random.normal(key, (3,)), 1.0), x)  # noqa: E731
+    x, w = jnp.arange(15.0).reshape(3, 5), {"w": jnp.ones(3)}
+    options = {"argnums": 1, "in_axes": (None, 1, 0), "has_aux": True}
+    whole = jg.clipped_grad(noisy, 2.0, **options)(0.1, w, x, keys)
+    parts = jg.clipped_grad(noisy, 2.0, microbatch_size=2, **options)(0.1, w, x, keys)
+    chex.assert_trees_all_close(whole, parts, rtol=1e-12)
+    np.testing.assert_array_equal(whole[1].aux, x.T)
+    g = jg.per_example_grad(noisy, 1, in_axes=(None, 1, 0), has_aux=True)(0.1, w, x, keys)[0]
+    chex.assert_trees_all_close(whole[0], g.clip(2.0).sum(), rtol=1e-12)
+
+
+def test_errors_name_the_call():
+    w, x, y = jnp.zeros(3), jnp.ones((4, 3)), jnp.ones(4)
+    with pytest.raises(ValueError, match="clipped_grad: expected positive numbers as bounds, got 0"):
+        jg.clipped_grad(simple, 0.0)(w, x, y)
+    with pytest.raises(ValueError, match="clipped_grad: expected a number or a tree prefix"):
+        jg.clipped_grad(simple, {"w": 1.0})(w, x, y)
+    with pytest.raises(ValueError, match="clipped_grad: expected a microbatch size of at least 1"):
+        jg.clipped_grad(simple, 1.0, microbatch_size=0)
+    for mask in (jnp.ones(4), jnp.ones(3, bool)):
+        with pytest.raises(ValueError, match="clipped_grad: expected a boolean mask of shape"):
+            jg.clipped_grad(simple, 1.0)(w, x, y, mask=mask)
+    with pytest.raises(TypeError, match="clipped_grad: expected a loss that returns a real scalar"):
+        jg.clipped_grad(lambda w, x: w * x, 1.0)(w, x)
+
+
+def test_the_sensitivity_of_groups_is_their_root_sum_of_squares():
+    assert jg.clipped_grad(simple, 3.0).sensitivity() == 3
+    assert jg.clipped_grad(loss, {"W": 3.0, "b": 4.0, "E": 12.0}).sensitivity() == 13
+    assert 3 < jg.clipped_grad(simple, 3.0).sensitivity(100, jnp.float64) < 3.0001

@@ -1,0 +1,165 @@
+"""Batches spread over eight devices: the results of one device, and what the devices tell each other."""
+
+import math
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxgrad as jg
+from jaxgrad import network
+
+DEVICES, B = 8, 32
+COLLECTIVES = r"all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / math.sqrt(shape[-1]), jnp.float32)
+
+
+def weights(shapes):
+    return {name: normal(k, *shape) for k, (name, shape) in enumerate(shapes.items())}
+
+
+def ids(seed, high, *shape):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, high, shape), jnp.int32)
+
+
+def attention(params, x, y):
+    """T > 1: products over positions, normalised and added to."""
+    h = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-3) * params["scale"][None]
+    q, k, v = jnp.split(h @ params["qkv"], 3, -1)
+    h = x + jax.nn.softmax(q @ k.T / 4) @ v @ params["out"]
+    return ((jnp.tanh(h @ params["up"]) @ params["down"]).mean(0) @ params["w"] - y) ** 2
+
+
+def tied(params, words, y):
+    """An embedding that is the output layer too."""
+    h = jnp.tanh(params["E"][words] @ params["W"])
+    return jax.nn.logsumexp(h @ params["E"].T, -1).mean() + (h.mean() - y) ** 2
+
+
+def conv(params, x, y):
+    """Two kernels, one kept as windows, one formed."""
+
+    def layer(h, k):
+        return jax.nn.relu(lax.conv_general_dilated(h, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+
+    h = layer(layer(x[None], params["first"]), params["second"])
+    return (h.mean((0, 1, 2)) @ params["w"] - y) ** 2
+
+
+ATTENTION = {"qkv": (32, 96), "out": (32, 32), "up": (32, 64), "down": (64, 32), "w": (32,)}
+CONV = {"first": (3, 3, 2, 16), "second": (3, 3, 16, 32), "w": (32,)}
+TIED = {"E": (200, 24), "W": (24, 24)}
+MODELS = {
+    "exercise": (
+        network.loss,
+        network.init_params(jax.random.key(0), 24, 40, jnp.float32),
+        (normal(1, B, 24), jnp.sign(normal(2, B))),
+    ),
+    "attention": (attention, weights(ATTENTION) | {"scale": jnp.ones(32)}, (normal(5, B, 6, 32), normal(6, B))),
+    "tied": (tied, weights(TIED), (ids(2, 200, B, 5), normal(3, B))),
+    "conv": (conv, weights(CONV), (normal(3, B, 8, 8, 2), normal(4, B))),
+}
+MODEL = pytest.mark.parametrize("name", MODELS)
+
+
+@pytest.fixture(autouse=True)
+def users_settings():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def mesh(axis_type=AxisType.Auto):
+    return jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,))
+
+
+def placed(name, on, over_parameters=False):
+    """The model with its batch over the devices, and its parameters on each or spread over them too."""
+    loss, params, batch = MODELS[name]
+
+    def lies(a):
+        axis = next((k for k, n in enumerate(a.shape) if n % DEVICES == 0), None) if over_parameters else None
+        return NamedSharding(on, PartitionSpec(*[None] * (axis or 0), "data") if axis is not None else PartitionSpec())
+
+    params = jax.tree.map(lambda a: jax.device_put(a, lies(a)), params)
+    return loss, params, jax.device_put(batch, NamedSharding(on, PartitionSpec("data")))
+
+
+def told(function, *arguments):
+    """[(what, numbers)] of each collective in the compiled program, what loops do counted once."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    found = re.findall(rf"^\s*(?:ROOT )?%?\S+ = (.*?) ({COLLECTIVES})(?:-start)?\(", text, re.M)
+    shapes = [(kind, re.findall(r"\w\[([\d,]*)\]", result)) for result, kind in found]
+    return [(kind, sum(math.prod(map(int, filter(None, s.split(",")))) for s in each)) for kind, each in shapes]
+
+
+def results(loss, bound=0.1):
+    gradient = jg.clipped_grad(loss, bound)
+
+    def run(params, *batch):
+        values, g = jg.per_example_value_and_grad(loss)(params, *batch)
+        total, info = gradient(params, *batch, mask=jnp.arange(len(values)) % 5 != 0)
+        return values, g.norms(), g.sum(), g.gram(), g.second_moment(), total, info
+
+    return run
+
+
+@MODEL
+@pytest.mark.parametrize("over_parameters", [False, True], ids=["replicated", "parameters sharded"])
+def test_the_results_are_those_of_one_device(name, over_parameters):
+    loss, params, batch = MODELS[name]
+    expected = jax.jit(results(loss))(params, *batch)
+    loss, params, batch = placed(name, mesh(), over_parameters)
+    found = jax.jit(results(loss))(params, *batch)
+    chex.assert_trees_all_close(jax.tree.map(np.asarray, found), expected, rtol=1e-4, atol=1e-5)
+
+
+@MODEL
+def test_norms_communicate_nothing(name):
+    loss, params, batch = placed(name, mesh())
+    assert told(lambda p, *b: jg.per_example_grad(loss)(p, *b).norms(), params, *batch) == []
+
+
+@MODEL
+@pytest.mark.parametrize("microbatch_size", [None, 8])
+def test_a_clipped_sum_communicates_one_reduction_of_the_parameters_size(name, microbatch_size):
+    loss, params, batch = placed(name, mesh())
+    gradient = jg.clipped_grad(loss, 0.1, microbatch_size=microbatch_size)
+    collectives = told(lambda p, *b: gradient(p, *b)[0], params, *batch)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert {kind for kind, _ in collectives} == {"all-reduce"}
+    assert sum(numbers for _, numbers in collectives) == size
+
+
+@MODEL
+def test_a_gram_matrix_communicates_factors(name):
+    loss, params, batch = placed(name, mesh())
+    collectives = told(lambda p, *b: jg.per_example_grad(loss)(p, *b).gram(), params, *batch)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    held = jg.explain(loss)(params, *batch).nbytes // 4
+    assert sum(numbers for _, numbers in collectives) <= 2 * held + B * B
+    assert max(numbers for _, numbers in collectives) < B * size
+
+
+@MODEL
+def test_under_shard_map(name):
+    loss, params, batch = MODELS[name]
+    expected = jax.jit(results(loss))(params, *batch)
+    gradient, on = jg.clipped_grad(loss, 0.1), mesh()
+
+    def part(params, mask, *batch):
+        total, info = gradient(params, *batch, mask=mask)
+        return lax.psum(total, "data"), info.norms
+
+    specs = (PartitionSpec(), *[PartitionSpec("data")] * (1 + len(batch)))
+    function = jax.shard_map(part, mesh=on, in_specs=specs, out_specs=(PartitionSpec(), PartitionSpec("data")))
+    total, norms = jax.jit(function)(params, jnp.arange(B) % 5 != 0, *batch)
+    chex.assert_trees_all_close(total, expected[5], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(norms, expected[6].norms, rtol=1e-4)
