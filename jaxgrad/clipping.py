@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from jaxgrad import _jax
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.norms import together
@@ -225,6 +226,7 @@ class ClippedGrad:
             return [a + b for a, b in zip(total, flat, strict=True)], each
 
         shapes, _ = jax.eval_shape(lambda: self._of(arguments, mask))
-        zeros = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+        axes = frozenset(name for a in arguments.batch for name in _jax.varying(a))
+        zeros = [_jax.made_varying(jnp.zeros(shape.shape, shape.dtype), axes) for shape in shapes]
         total, each = lax.scan(step, zeros, (leaves, valid))
         return total, jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(count * size, *a.shape[2:])[:B], each)
