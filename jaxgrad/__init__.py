@@ -6,10 +6,11 @@ assert_agree                the same as an assertion
 per_example_grad            per-example gradients of any loss, as factors; per_example_value_and_grad with the values
 explain                     what per_example_grad does with each parameter, and why
 clipped_grad                the sum of clipped gradients, with the bound of what one example can change
+streams                     results over more data than fits into memory, restartable
 PerExampleGrads             a batch of per-example gradients as factors: norms, clipping, Gram matrices, moments
 """
 
-from jaxgrad import clipping, network
+from jaxgrad import clipping, network, streams
 from jaxgrad.agreement import assert_agree, check_gradient
 from jaxgrad.clipping import ClipInfo, clipped_grad
 from jaxgrad.per_example import PerExampleGrads, explain, per_example_grad, per_example_value_and_grad
@@ -26,4 +27,5 @@ __all__ = [
     "network",
     "per_example_grad",
     "per_example_value_and_grad",
+    "streams",
 ]

@@ -20,13 +20,19 @@ settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)
-def _doctest_names(doctest_namespace: dict) -> None:
+def _as_a_reader_runs_it(request: pytest.FixtureRequest, doctest_namespace: dict):
+    """Examples in docstrings and in README.md have the usual names, and JAX's own rules of promotion."""
     import jax.numpy as jnp
     import numpy as np
 
     import jaxgrad as jg
 
     doctest_namespace.update(jax=jax, jnp=jnp, np=np, jg=jg)
+    if not isinstance(request.node, pytest.DoctestItem):
+        yield
+        return
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.fixture

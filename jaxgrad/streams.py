@@ -1,0 +1,303 @@
+"""Results over more data than fits into memory: batch by batch, on disk as they come, taken up again after a stop.
+
+run            a function of one batch over all of them: rows for every example, and sums over all
+Batches        arrays, memory-mapped ones too, as batches that can be taken up in the middle
+norms, second_moments, influence    functions for `run`
+"""
+
+import functools
+import json
+import operator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.transform import per_example_grad, per_example_value_and_grad
+
+STATE = "state.npz"
+
+
+class Part(NamedTuple):
+    """What a function for `run` returns for one batch.
+
+    Attributes:
+        rows: name → [b, …], kept for every example.
+        sums: name → array, added up over all batches in float64.
+    """
+
+    rows: Mapping[str, Any]
+    sums: Mapping[str, Any]
+
+
+class Results(NamedTuple):
+    """What is on disk when `run` returns.
+
+    Attributes:
+        rows: name → memory-mapped [examples, …], in the order of the batches.
+        sums: name → float64 array.
+        batches, examples: how many there were.
+    """
+
+    rows: dict[str, np.ndarray]
+    sums: dict[str, np.ndarray]
+    batches: int
+    examples: int
+
+
+class Batches(Sequence[tuple[Any, ...]]):
+    """Arrays with an example axis in front, memory-mapped ones too, as a sequence of batches; the last may be smaller.
+
+    Args:
+        arrays: each [N, …].
+        size: examples in a batch.
+
+    Example:
+        >>> batches = Batches(np.zeros((10, 3)), np.zeros(10), size=4)
+        >>> len(batches), [len(x) for x, _ in batches]
+        (3, [4, 4, 2])
+    """
+
+    def __init__(self, *arrays: Any, size: int):
+        lengths = {len(a) for a in arrays}
+        if len(lengths) != 1 or operator.index(size) < 1:
+            raise ValueError(
+                f"streams.Batches: expected arrays of one length and a size of at least 1, got lengths "
+                f"{sorted(lengths)} and size {size}."
+            )
+        self.arrays, self.size, self.length = arrays, size, lengths.pop()
+
+    def __len__(self) -> int:
+        return -(-self.length // self.size)
+
+    def __getitem__(self, index: Any) -> Any:
+        k = operator.index(index)
+        if not 0 <= k < len(self):
+            raise IndexError(f"streams.Batches: expected an index from 0 to {len(self) - 1}, got {k}.")
+        return tuple(np.asarray(a[k * self.size : (k + 1) * self.size]) for a in self.arrays)
+
+
+def run(
+    function: Callable[..., Part],
+    batches: Iterable[tuple[Any, ...]],
+    folder: str | os.PathLike[str],
+    *,
+    every: int = 1,
+    progress: bool = False,
+) -> Results:
+    """function(*batch) over all batches; rows and sums are on disk as they come.
+
+    What is done stays done: stopped at any moment, by SIGKILL too, and called again with the same arguments, it goes on
+    after the last batch that was committed and ends with the same files as an unbroken run, to the byte. Rows are
+    written and flushed to disk before the state that counts them is replaced in one step; rows that no state counts are
+    cut off on the next start.
+
+    Args:
+        function: of one batch to a `Part`; called as it is, so jit it (`norms` and the others are).
+        batches: a sequence, of which those that are done are not read again; or an iterable that begins anew, of which
+            they are skipped.
+        folder: for the files, one for each name in rows and the state; made if it is not there. One run at a time.
+        every: how many batches to commit at once: more for large sums, which are written at every commit.
+        progress: whether to show a bar (needs rich).
+
+    Returns:
+        `Results`; the rows are memory-mapped and not read.
+
+    Raises:
+        ValueError: rows or sums of other names, shapes or dtypes than in the folder; rows of different lengths; `every`
+            below 1.
+
+    Example:
+        >>> import tempfile
+        >>> each = norms(lambda w, x: jnp.sin(w @ x), jnp.ones(3))
+        >>> results = run(each, Batches(np.eye(3), size=2), tempfile.mkdtemp())
+        >>> results.rows["norms"].shape, bool(np.allclose(results.rows["norms"], np.cos(1))), results.batches
+        ((3,), True, 2)
+    """
+    if operator.index(every) < 1:
+        raise ValueError(f"streams.run: expected to commit every 1 or more batches, got {every}.")
+    store = _Store(Path(folder))
+    waiting = 0
+    for batch in _shown(_from(batches, store.batches), batches, store.batches, progress):
+        store.add(function(*batch))
+        waiting += 1
+        if waiting == every:
+            store.commit()
+            waiting = 0
+    if waiting:
+        store.commit()
+    return store.results()
+
+
+def norms(loss: Callable[..., Any], params: PyTree, **options: Any) -> Callable[..., Part]:
+    """For `run`: rows "values" and "norms", of the losses and of the norms of their gradients.
+
+    Args:
+        loss: of one example, as in `per_example_grad`.
+        params: at which.
+        options: of `per_example_grad`, but has_aux and strict.
+    """
+    transformed = jax.jit(lambda params, batch: _values_and_norms(loss, options, params, batch))
+
+    def part(*batch: Any) -> Part:
+        values, lengths = transformed(params, batch)
+        return Part({"values": values, "norms": lengths}, {})
+
+    return part
+
+
+def _values_and_norms(loss: Any, options: Any, params: PyTree, batch: Any) -> Any:
+    values, g = per_example_value_and_grad(loss, **options)(params, *batch)
+    return values, g.norms()
+
+
+def second_moments(loss: Callable[..., Any], params: PyTree, **options: Any) -> Callable[..., Part]:
+    """For `run`: sums of the gradients and of their squares, entry by entry, under "sum" and "squares" with the path.
+
+    Args:
+        loss, params, options: as in `norms`.
+    """
+
+    @jax.jit
+    def sums(params: PyTree, batch: Any) -> Any:
+        g = per_example_grad(loss, **options)(params, *batch)
+        squares = jax.tree.map(lambda a: a * g.batch_size, g.second_moment())
+        return {"sum": g.sum(rounded=False), "squares": squares}
+
+    def part(*batch: Any) -> Part:
+        leaves = jax.tree_util.tree_leaves_with_path(sums(params, batch))
+        return Part({}, {path[0].key + jax.tree_util.keystr(path[1:]): leaf for path, leaf in leaves})
+
+    return part
+
+
+def influence(loss: Callable[..., Any], params: PyTree, fixed: PerExampleGrads, **options: Any) -> Callable[..., Part]:
+    """For `run`: rows "products", the inner products of every gradient with each of a fixed set's.
+
+    Args:
+        loss, params, options: as in `norms`.
+        fixed: the gradients of M examples with respect to the same parameters; rows are [b, M].
+    """
+    gram = jax.jit(lambda params, fixed, batch: per_example_grad(loss, **options)(params, *batch).gram(fixed))
+    return lambda *batch: Part({"products": gram(params, fixed, batch)}, {})
+
+
+# --- What is on disk -------------------------------------------------------------------------------------------------
+
+
+class _Store:
+    """Rows in one flat file a name, and the state: what is counted of them, and the sums."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.batches, self.examples = folder, 0, 0
+        self.layout: dict[str, tuple[str, tuple[int, ...]]] | None = None  # of each row: dtype and shape
+        self.sums: dict[str, np.ndarray] = {}
+        if (folder / STATE).exists():
+            with np.load(folder / STATE) as state:
+                told = json.loads(str(state["state"]))
+                self.sums = {name: state[f"sum {name}"] for name in told["sums"]}
+            self.batches, self.examples = told["batches"], told["examples"]
+            self.layout = {name: (dtype, tuple(shape)) for name, (dtype, shape) in told["rows"].items()}
+        for name, (dtype, shape) in (self.layout or {}).items():
+            os.truncate(self._file(name), self.examples * _bytes(dtype, shape))
+        self.pending: dict[str, list[bytes]] = {}
+
+    def add(self, part: Part) -> None:
+        rows = {name: _on_disk(a) for name, a in part.rows.items()}
+        sums = {name: np.asarray(a, np.float64) for name, a in part.sums.items()}
+        layout = {name: (a.dtype.str, a.shape[1:]) for name, a in rows.items()}
+        lengths = {len(a) for a in rows.values()}
+        if len(lengths) > 1:
+            raise ValueError(f"streams.run: expected rows of one length, got {sorted(lengths)}.")
+        if strange := [name for name in rows if Path(name).name != name]:
+            raise ValueError(f"streams.run: expected names of rows that can be names of files, got {strange}.")
+        if self.layout is None:
+            self.layout, self.sums = layout, {name: np.zeros_like(a) for name, a in sums.items()}
+            for name in layout:
+                self._file(name).write_bytes(b"")
+        shapes = {name: a.shape for name, a in self.sums.items()}
+        if layout != self.layout or {name: a.shape for name, a in sums.items()} != shapes:
+            got = {name: a.shape for name, a in sums.items()}
+            raise ValueError(
+                f"streams.run: expected rows {self.layout} and sums {shapes} as in {self.folder}, "
+                f"got rows {layout} and sums {got}. Another run's results are in that folder."
+            )
+        for name, a in rows.items():
+            self.pending.setdefault(name, []).append(a.tobytes())
+        self.sums = {name: self.sums[name] + a for name, a in sums.items()}
+        self.batches, self.examples = self.batches + 1, self.examples + (lengths.pop() if lengths else 0)
+
+    def commit(self) -> None:
+        """Rows first, then the state that counts them."""
+        for name, blocks in self.pending.items():
+            with self._file(name).open("ab") as file:
+                file.writelines(blocks)
+                _flush(file)
+        self.pending = {}
+        told = {"batches": self.batches, "examples": self.examples, "rows": self.layout, "sums": list(self.sums)}
+        new = self.folder / f"{STATE}.new"
+        with new.open("wb") as file:
+            np.savez(
+                file,
+                allow_pickle=False,
+                state=np.array(json.dumps(told)),
+                **{f"sum {n}": a for n, a in self.sums.items()},
+            )
+            _flush(file)
+        new.replace(self.folder / STATE)
+
+    def results(self) -> Results:
+        rows: dict[str, np.ndarray] = {}
+        for name, (dtype, shape) in (self.layout or {}).items():
+            whole = (self.examples, *shape)
+            empty = self.examples * _bytes(dtype, shape) == 0  # nothing to map
+            rows[name] = np.zeros(whole, dtype) if empty else np.memmap(self._file(name), dtype, "r", shape=whole)
+        return Results(rows, self.sums, self.batches, self.examples)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.rows"
+
+
+def _on_disk(a: Any) -> np.ndarray:
+    """bfloat16 as float32, which NumPy's files can hold."""
+    return np.asarray(a.astype(jnp.float32) if jnp.result_type(a) == jnp.bfloat16 else a)
+
+
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return int(np.dtype(dtype).itemsize * functools.reduce(operator.mul, shape, 1))
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+# --- Batches --------------------------------------------------------------------------------------------------------
+
+
+def _from(batches: Iterable[tuple[Any, ...]], start: int) -> Iterator[tuple[Any, ...]]:
+    if isinstance(batches, Sequence):
+        return (batches[k] for k in range(start, len(batches)))
+    return islice(iter(batches), start, None)
+
+
+def _shown(left: Iterator[Any], batches: Iterable[Any], done: int, progress: bool) -> Iterator[Any]:
+    if not progress:
+        yield from left
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    total = len(batches) if isinstance(batches, Sequence) else None
+    with Progress("batches", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("batches", total=total, completed=done)
+        for batch in left:
+            yield batch
+            bar.advance(task)
