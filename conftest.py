@@ -14,7 +14,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same seeded examples in every run; JAXGRAD_FUZZ=30 in the environment runs thirty times as many.
 FUZZ = int(os.environ.get("JAXGRAD_FUZZ", "1"))
 settings.register_profile(
-    "default", deadline=None, derandomize=True, max_examples=25 * FUZZ, suppress_health_check=[HealthCheck.too_slow]
+    "default", deadline=None, derandomize=True, max_examples=12 * FUZZ, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("default")
 

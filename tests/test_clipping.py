@@ -23,6 +23,11 @@ MODELS = {
 }
 
 
+MODEL = pytest.mark.parametrize("name", MODELS)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)  # what is compiled here runs once
+
+
 @pytest.fixture(autouse=True)
 def users_settings():
     """JAX as it comes, but in float64."""
@@ -41,7 +46,7 @@ def written_out(name):
     params, batch = wide(model.params), wide(model.batch)
     if name == "conv net":
         batch = (batch[0][:, ::3, ::3], batch[1])
-    G = jax.jit(jax.vmap(jax.grad(model.loss), (None, *[0] * len(batch))))(params, *batch)
+    G = quick_jit(jax.vmap(jax.grad(model.loss), (None, *[0] * len(batch))))(params, *batch)
     norms = np.sqrt(sum(np.square(leaf).reshape(B, -1).sum(1) for leaf in jax.tree.leaves(G)))
     return params, batch, G, norms, 1.01 * float(np.median(norms))
 
@@ -51,15 +56,15 @@ def written_out(name):
 
 @pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated")  # jax-privacy calls it
 @pytest.mark.parametrize("microbatch_size", [None, 1, 3])
-@pytest.mark.parametrize("name", MODELS)
+@MODEL
 def test_the_sums_are_those_of_jax_privacy_and_optax(name, microbatch_size):
     params, batch, G, norms, bound = written_out(name)
     loss, axes = MODELS[name].loss, tuple(range(1, 1 + len(batch)))
-    ours = jax.jit(jg.clipped_grad(loss, bound, microbatch_size=microbatch_size))
+    ours = quick_jit(jg.clipped_grad(loss, bound, microbatch_size=microbatch_size))
     theirs = jax_privacy.clipped_grad(
         loss, l2_clip_norm=bound, batch_argnums=axes, keep_batch_dim=False, return_values=True
     )
-    theirs = jax.jit(theirs)
+    theirs = quick_jit(theirs)
     for mask in (np.ones(B, bool), np.arange(B) % 3 != 1, np.zeros(B, bool)):
         total, info = ours(params, *batch, mask=mask)
         expected, aux = theirs(params, *batch, is_padding_example=~mask)
@@ -76,12 +81,12 @@ def test_the_sums_are_those_of_jax_privacy_and_optax(name, microbatch_size):
             assert info.clipped_fraction == 0
 
 
-@pytest.mark.parametrize("name", MODELS)
+@MODEL
 def test_each_group_is_clipped_by_itself(name):
     params, batch, G, _, bound = written_out(name)
     by_key = {key: bound / (2 + k) for k, key in enumerate(params)} if isinstance(params, dict) else None
     bounds = by_key or [bound / (2 + k) for k in range(len(params))]
-    total, info = jax.jit(jg.clipped_grad(MODELS[name].loss, bounds))(params, *batch)
+    total, info = quick_jit(jg.clipped_grad(MODELS[name].loss, bounds))(params, *batch)
     over = np.zeros(B, bool)
     for key in params if by_key else range(len(params)):
         norms = np.sqrt(sum(np.square(leaf).reshape(B, -1).sum(1) for leaf in jax.tree.leaves(G[key])))

@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from conftest import FUZZ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
+from conftest import FUZZ
 from jaxgrad.network import (
     ACTIVATIONS,
     Activation,
@@ -90,7 +90,7 @@ def test_closed_form_is_jax_grad_for_all_shapes_activations_and_dtypes(seed, B, 
 
 
 @given(**cases)
-@settings(max_examples=25 * FUZZ)
+@settings(max_examples=12 * FUZZ)
 def test_hessian_vector_product_is_jvp_of_grad(seed, B, H, D, name, dtype):
     params, X, Y = batch(seed, max(B, 1), H, D, jnp.dtype(dtype))
     V = jax.tree.map(lambda a: a[..., ::-1] + 1, params)
@@ -218,7 +218,7 @@ def check_against_the_oracle(params, x, y, dtype, name):
     log_margin=st.floats(-2, 4),
     y=st.sampled_from([1.0, -1.0]),
 )
-@settings(max_examples=120 * FUZZ)
+@settings(max_examples=60 * FUZZ)
 def test_within_the_documented_bound_of_60_digit_arithmetic_margins_to_ten_thousand(
     seed, H, D, dtype, name, log_z, log_margin, y
 ):

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FUZZ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import FUZZ
 from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows, pairs
 
 # The parameter is always of this many rows and columns; a factor may see it transposed or in groups.
@@ -93,7 +93,7 @@ def test_materialize_and_the_linear_maps(kind, seed, B, T, shape):
 
 
 @given(kinds, kinds, seeds, batches, batches, positions, positions, shapes, st.sampled_from(CHUNKS))
-@settings(max_examples=60 * FUZZ)
+@settings(max_examples=30 * FUZZ)
 def test_inner_and_gram_of_every_pair_of_kinds(kind, kind_, seed, B, C, T, S, shape, chunk_bytes):
     f, f_ = factor(kind, seed, B, T, shape), factor(kind_, seed + 7, C, S, shape)
     expected = np.einsum("bij,cij->bc", dense_of(f), dense_of(f_))
@@ -104,7 +104,7 @@ def test_inner_and_gram_of_every_pair_of_kinds(kind, kind_, seed, B, C, T, S, sh
 
 
 @given(st.lists(kinds, min_size=1, max_size=3), seeds, batches, positions, shapes, st.sampled_from(CHUNKS))
-@settings(max_examples=30 * FUZZ)
+@settings(max_examples=15 * FUZZ)
 def test_norms_moments_and_gram_of_sums_of_factors(sum_of, seed, B, T, shape, chunk_bytes):
     fs = tuple(factor(kind, seed + 3 * i, B, T + i, shape) for i, kind in enumerate(sum_of))
     g, G = PerExampleGrads([fs]), sum(dense_of(f) for f in fs)
@@ -137,7 +137,7 @@ def test_new_batches(kind, seed, B, T, shape):
 
 
 @given(seeds, st.sampled_from([1, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 5, 30]), st.sampled_from(CHUNKS))
-@settings(max_examples=25 * FUZZ)
+@settings(max_examples=12 * FUZZ)
 def test_both_ways_of_an_inner_product_are_exact(seed, B, G, T, chunk_bytes):
     """Through positions and through the matrix, whichever the cost model takes."""
     layout = Layout((G, 3, 2), jnp.dtype(jnp.float64), (0, 1, 2), (G, 3, 2))
