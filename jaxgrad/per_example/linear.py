@@ -134,9 +134,9 @@ def embedded(term: Term, dim: int, start: Array, full: int, mode: str) -> Term |
         return None
     n = term.sizes[dim]
     place = [term.place(k) for k in range(len(term.dims))]
+    if mode == "clip":  # a negative start is no place counted from the end
+        start = jnp.clip(start, 0, full - n)
     if n == 1:  # a one-hot vector beside the smaller operand
-        if mode == "clip":
-            start = jnp.clip(start, 0, full - 1)
         hot = jnp.arange(full, dtype=start.dtype) == start
         new, side = term.fresh(), "left" if term.left.size <= term.right.size else "right"
         a, labels = getattr(term, side), getattr(term, f"{side}_labels")

@@ -50,6 +50,11 @@ def dynamic_slice_where_the_example_says(p, x, start):
     return jnp.sum(jnp.tanh(lax.dynamic_slice(p["W"], (start, 0), (10, 9)) @ x))
 
 
+@entry({"W": w(15, 9)}, (x(4, 9), np.array([-40, -16, 2, 9])))
+def dynamic_slice_far_out_of_range(p, x, start):
+    return jnp.sum(jnp.tanh(lax.dynamic_slice_in_dim(p["W"], start, 10) @ x))
+
+
 @entry({"W": w(5, 11, 11), "b": x(5, 11)}, (x(4, 11),), paths("W"))
 def layers_of_a_stack_in_a_python_loop(p, x):
     for i in range(5):
