@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import programs
 import pytest
-from conftest import FUZZ
 
+from conftest import FUZZ
 from jaxgrad import per_example_grad
 from jaxgrad.per_example.factors import Dense
 
