@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 import jaxgrad as jg
 from benchmarks.factors import mebibytes
-from benchmarks.models import Model, models
-from benchmarks.timing import command_line, environment, medians
-from benchmarks.transform import max_norm
+from benchmarks.models import Model
+from benchmarks.timing import command_line, medians
+from benchmarks.transform import max_norm, plain, table_of_models
 
 LARGEST = 2**31  # bytes of gradients that jax-privacy may write out at once
 MICROBATCHES = (None, 64, 16, 4, 1)
@@ -37,17 +37,13 @@ def step(gradient: Any) -> Any:
 
 def functions_of(model: Model) -> dict[str, Any]:
     bound, B = max_norm(model), len(jax.tree.leaves(model.batch)[0])
-    in_axes = (None, *[0] * len(model.batch))
     ours = jg.clipped_grad(model.loss, bound)
-
-    def plain(params: Any, *batch: Any) -> Any:
-        return jax.value_and_grad(lambda p: jax.vmap(model.loss, in_axes)(p, *batch).mean())(params)
 
     def clipped(params: Any, *batch: Any) -> Any:
         total, info = ours(params, *batch, mask=jnp.ones(B, bool))
         return info.values.mean(), total
 
-    return {"plain": step(plain), "clipped": step(clipped)} | theirs(model, bound, B)
+    return {"plain": step(plain(model)), "clipped": step(clipped)} | theirs(model, bound, B)
 
 
 def theirs(model: Model, bound: float, B: int) -> dict[str, Any]:
@@ -100,18 +96,11 @@ def row(model: Model, seconds: float) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+COLUMNS = "model | plain, ms | clipped | jax-privacy (microbatch) | theirs/ours | plain, MiB | clipped | jax-privacy"
+
+
 def run(seconds: float, only: str = "") -> str:
-    lines = [
-        f"Medians of interleaved calls, float32, {environment()}. Ratios are to plain.",
-        "",
-        "| model | plain, ms | clipped | jax-privacy (microbatch) | theirs/ours | plain, MiB | clipped | jax-privacy |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for model in models():
-        if only in model.name:
-            lines.append(row(model, seconds))
-            print(lines[-1], flush=True)
-    return "\n".join(lines) + "\n"
+    return "\n".join(table_of_models(COLUMNS, row, seconds, only)) + "\n"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ compiling together. The last row is the exercise: the transformation against the
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -30,11 +31,14 @@ def max_norm(model: Model) -> float:
     )
 
 
+def plain(model: Model) -> Any:
+    """The mean loss and its gradient."""
+    in_axes = (None, *[0] * len(model.batch))
+    return lambda params, *batch: jax.value_and_grad(lambda p: jax.vmap(model.loss, in_axes)(p, *batch).mean())(params)
+
+
 def functions_of(model: Model) -> dict[str, Any]:
     bound, in_axes = max_norm(model), (None, *[0] * len(model.batch))
-
-    def plain(params: Any, *batch: Any) -> Any:
-        return jax.value_and_grad(lambda p: jax.vmap(model.loss, in_axes)(p, *batch).mean())(params)
 
     def factors(params: Any, *batch: Any) -> Any:
         values, g = per_example_value_and_grad(model.loss)(params, *batch)
@@ -47,7 +51,7 @@ def functions_of(model: Model) -> dict[str, Any]:
         return values.mean(), jax.tree.map(lambda leaf: jnp.tensordot(c, leaf, 1), G)
 
     size = sum(leaf.size for leaf in jax.tree.leaves(model.params)) * len(jax.tree.leaves(model.batch)[0]) * 4
-    chosen = {"plain": plain, "factors": factors} | ({"vmap(grad)": written_out} if size < LARGEST else {})
+    chosen = {"plain": plain(model), "factors": factors} | ({"vmap(grad)": written_out} if size < LARGEST else {})
     return {name: jax.jit(f) for name, f in chosen.items()}
 
 
@@ -56,6 +60,17 @@ def seconds_to_compile(function: Any, arguments: tuple[Any, ...]) -> float:
     before = time.perf_counter()
     function.lower(*arguments).compile()
     return time.perf_counter() - before
+
+
+def table_of_models(columns: str, row: Callable[[Model, float], str], seconds: float, only: str) -> list[str]:
+    """The lines of a table with a row for each model, printed as they come."""
+    lines = [f"Medians of interleaved calls, float32, {environment()}. Ratios are to plain.", ""]
+    lines += [f"| {columns} |", "|---" + "|---:" * columns.count("|") + "|"]
+    for model in models():
+        if only in model.name:
+            lines.append(row(model, seconds))
+            print(lines[-1], flush=True)
+    return lines
 
 
 def row(model: Model, seconds: float) -> str:
@@ -89,17 +104,11 @@ def exercise(seconds: float) -> str:
     )
 
 
+COLUMNS = "model | plain, ms | factors | goal | vmap(grad) | plain, MiB | factors | vmap(grad) | compiling, factors"
+
+
 def run(seconds: float, only: str = "") -> str:
-    lines = [
-        f"Medians of interleaved calls, float32, {environment()}. Ratios are to plain.",
-        "",
-        "| model | plain, ms | factors | goal | vmap(grad) | plain, MiB | factors | vmap(grad) | compiling, factors |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for model in models():
-        if only in model.name:
-            lines.append(row(model, seconds))
-            print(lines[-1], flush=True)
+    lines = table_of_models(COLUMNS, row, seconds, only)
     if not only:
         lines += ["", exercise(seconds)]
         print(lines[-1], flush=True)
