@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None, themes: Iterable[Theme] | None = Non
     options = command_line().parse_args(argv)
     settings = settings_of(options)
     names = chosen(options)
-    words = sys.argv[1:] if argv is None else list(argv)
-    command = shlex.join(["python", "-m", "benchmarks", *words])
+    command = as_typed(options)
     everything: list[Row] = []
     for theme in map(load, names) if themes is None else themes:
         rows = run(theme, settings)
@@ -70,6 +69,15 @@ def chosen(options: argparse.Namespace) -> list[str]:
     if options.only in THEMES:
         return [options.only]
     return [CARD] if options.small or options.device == "gpu" else [name for name in THEMES if name != CARD]
+
+
+def as_typed(options: argparse.Namespace) -> str:
+    """The command that gives these results, without what is this machine's own."""
+    words = ["python", "-m", "benchmarks"]
+    for name, default in (("only", ""), ("seconds", 3.0), ("device", "cpu"), ("write", None)):
+        value = getattr(options, name)
+        words += [] if value == default else [f"--{name}", str(value)]
+    return shlex.join(words + (["--small"] if options.small else []))
 
 
 def settings_of(options: argparse.Namespace) -> Settings:

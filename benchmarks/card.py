@@ -78,7 +78,7 @@ def of_exercise(operation: str, dtype: str, small: bool) -> Workload:
         f"exercise {size} {operation}, {dtype}",
         factors.functions(operation),
         (params, X, Y),
-        agree=("jaxgrad", "vmap(grad)"),
+        agree=dict.fromkeys(("jaxgrad", "vmap(grad)"), factors.flat),
         compare=by_norm(TOLERANCE[dtype]),
         goal=factors.GOALS[operation],
         sample=(params, X[:EXAMPLES], Y[:EXAMPLES]),

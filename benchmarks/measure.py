@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
         "device": f"{device.platform} ({device.device_kind})",
         "threads": threads(),
         "jax": jax.__version__,
-        "python": platform.python_version(),
+        "Python": platform.python_version(),
     }
 
 
@@ -131,6 +131,6 @@ def time_into(
         row.skipped |= dict.fromkeys(apart, NO_TIME)
 
 
-def shapes(arguments: Any) -> list[str]:
+def shapes(arguments: Any) -> str:
     """The leaves of the arguments, each as dtype[shape]."""
-    return [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(arguments) if hasattr(a, "shape")]
+    return ", ".join(f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(arguments) if hasattr(a, "shape"))

@@ -97,7 +97,7 @@ class Row:
     goal: float | None = None
     unit: str = "plain"
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    shapes: Sequence[str] = ()
+    shapes: str = ""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # temporary memory, at its peak
     compiling: dict[str, float] = dataclasses.field(default_factory=dict)

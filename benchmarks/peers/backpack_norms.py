@@ -21,6 +21,9 @@ def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
         model.zero_grad()
         with backpack(BatchL2Grad()):
             problem.losses(model(problem.inputs), problem.targets).sum().backward()
+        without = [name for name, p in problem.parameters.items() if not hasattr(p, "batch_l2")]
+        if without:
+            raise NotImplementedError(f"nothing for {without[0]}")
         held["norms"] = torch.sqrt(sum(p.batch_l2 for p in problem.parameters.values()))
 
     return call, lambda: held

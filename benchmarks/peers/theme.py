@@ -42,10 +42,10 @@ class Peer(NamedTuple):
 PEERS = {
     CLIPPED: (
         Peer("Opacus, hooks", "opacus_hooks"),
-        Peer("Opacus, ghost clipping", "opacus_ghost"),
+        Peer("Opacus, ghost clipping", "opacus_ghost", ("gru", "language_model")),  # tied, or used at every step
         Peer("torch.func", "torch_func"),
     ),
-    NORMS: (Peer("BackPACK, BatchL2Grad", "backpack_norms"),),
+    NORMS: (Peer("BackPACK, BatchL2Grad", "backpack_norms", ("transformer", "gru", "language_model")),),
     MOMENT: (Peer("BackPACK, SumGradSquared", "backpack_moment"),),
     FISHER: (Peer("curvlinops, EFLinearOperator", "curvlinops_fisher"),),
 }
@@ -143,9 +143,12 @@ def run_peer(peer: Peer, kind: str, folder: Path, settings: Settings) -> dict[st
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     words = ["-m", "benchmarks.peers.run", peer.module, kind, str(folder), str(settings.seconds)]
     try:
-        subprocess.run([settings.torch_python, *words], env=environment, check=True, timeout=60 * MINUTES)
+        command = [settings.torch_python, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 * MINUTES)
     except subprocess.TimeoutExpired:
         return {"skipped": NO_TIME}
+    if done.returncode:
+        return {"failed": f"ended with status {done.returncode}", "trace": done.stderr}
     return json.loads((folder / "out.json").read_text(encoding="utf-8"))
 
 

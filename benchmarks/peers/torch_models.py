@@ -38,8 +38,8 @@ class Problem:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """By name, a shared one once."""
-        return dict(self.model.named_parameters())
+        """By name, those that are trained, a shared one once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def as_in_jax(self, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Tensors of the parameters' shapes by their names in JAX, turned back."""
@@ -121,11 +121,18 @@ def embedding(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
     return Embedding(params), {"['E']": ("table.weight", ""), "['W']": ("out.weight", "matrix")}
 
 
+def scale_alone(D: int) -> nn.Module:
+    """A layer norm whose bias stays 0; Opacus fails on one without."""
+    norm = nn.LayerNorm(D)
+    norm.bias.requires_grad_(False)
+    return norm
+
+
 class Block(nn.Module):
     def __init__(self, D: int, heads: int = 8):
         super().__init__()
         self.heads = heads
-        self.norm_1, self.norm_2 = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
+        self.norm_1, self.norm_2 = scale_alone(D), scale_alone(D)
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
         self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
@@ -176,7 +183,7 @@ class LanguageModel(nn.Module):
         self.table, self.out = nn.Embedding(V, D), nn.Linear(D, V, bias=False)
         self.out.weight = self.table.weight
         self.blocks = nn.Sequential(*(Block(D) for _ in range(blocks)))
-        self.norm = nn.LayerNorm(D, bias=False)
+        self.norm = scale_alone(D)
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.table(ids)
