@@ -28,6 +28,7 @@ THEMES = {  # a theme: its module, which has a THEME
     "growth": "benchmarks.growth",
     "card": "benchmarks.card",
 }
+ROW_SECONDS = 60.0  # on a GPU, for one row
 CARD = "card"  # what runs on a GPU, and what --small makes small
 
 
@@ -74,7 +75,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
 def as_typed(options: argparse.Namespace) -> str:
     """The command that gives these results, without what is this machine's own."""
     words = ["python", "-m", "benchmarks"]
-    for name, default in (("only", ""), ("seconds", 3.0), ("device", "cpu"), ("write", None)):
+    for name, default in (("only", ""), ("seconds", None), ("device", "cpu"), ("write", None)):
         value = getattr(options, name)
         words += [] if value == default else [f"--{name}", str(value)]
     return shlex.join(words + (["--small"] if options.small else []))
@@ -84,11 +85,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
     """The settings, on the device; the only place that chooses one."""
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-        return Settings(options.seconds, options.only, options.small, 2**31, torch_python=options.torch_python)
+        seconds = 3.0 if options.seconds is None else options.seconds
+        return Settings(seconds, options.only, options.small, torch_python=options.torch_python)
     device = jax.devices("gpu")[0]
     memory = (device.memory_stats() or {}).get("bytes_limit", 2**34)
     deadline = time.monotonic() + 60 * options.minutes
-    return Settings(options.seconds, options.only, options.small, memory // 3, 60.0, deadline, options.torch_python)
+    seconds = 1.0 if options.seconds is None else options.seconds
+    return Settings(seconds, options.only, options.small, memory // 3, ROW_SECONDS, deadline, options.torch_python)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -96,7 +99,7 @@ def command_line() -> argparse.ArgumentParser:
         "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", metavar="WORD", help=f"{', '.join(THEMES)}; or rows with it")
-    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="for each row")
+    parser.add_argument("--seconds", type=float, metavar="S", help="for each row; 3, on a GPU 1")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--small", action="store_true", help="the card's table at sizes that any machine holds")
     parser.add_argument("--minutes", type=float, default=7.0, metavar="M", help="on a GPU: begin nothing after these")

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import exercise, factors, models, report, roofline
 from benchmarks.functions import factored, jax_privacy, max_norm, optax, plain, writes, written_out
-from benchmarks.measure import measure
+from benchmarks.measure import NO_TIME, measure
 from benchmarks.models import Model
 from benchmarks.workload import Column, Row, Settings, Theme, Workload
 
@@ -16,6 +16,8 @@ NAME = "card"
 DTYPES = ("float32", "bfloat16")
 TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2}  # a card's float32 products round to 10 bits, as bfloat16's do to 7
 CEILINGS = "Measured ceilings"
+CLIPPED = "Mean loss, norms and clipped sum"
+OPERATIONS = "Operations on the exercise's gradients"
 EXAMPLES = 8  # that agreement is held on, where vmap(grad) does not fit
 LIMITED = ("plain", "jaxgrad")
 
@@ -41,19 +43,17 @@ def by_norm(tolerance: float) -> Any:
     """Each array by its Euclidean norm; none is held to more than a thousandth of all of them."""
 
     def compare(ours: Any, theirs: Any) -> None:
-        ours, theirs = ([a.astype(jnp.float32) for a in jax.tree.leaves(r)] for r in (ours, theirs))
-        whole = jnp.sqrt(sum(jnp.sum(a * a) for a in ours))
+        ours, theirs = ([np.asarray(a, np.float32).ravel() for a in jax.tree.leaves(r)] for r in (ours, theirs))
+        whole = np.linalg.norm([np.linalg.norm(a) for a in ours])
         for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            off, size = jnp.linalg.norm((a - b).ravel()), jnp.maximum(jnp.linalg.norm(a.ravel()), 1e-3 * whole)
+            off, size = np.linalg.norm(a - b), max(np.linalg.norm(a), 1e-3 * whole)
             assert off <= tolerance * size, f"leaf {k}: off by {off / size:.1%}, more than {tolerance:.1%}"
 
     return compare
 
 
-def of_model(model: Model, dtype: str) -> Workload:
-    name = f"{model.name}, {dtype}"
+def of_model(name: str, model: Model, bound: float, dtype: str) -> Workload:
     model = model.of_dtype(dtype)
-    bound = max_norm(model, EXAMPLES)
     theirs = jax_privacy(model, bound, (None, 64, 16)) | {"optax": optax(model, bound)}
     columns = {"plain": plain(model), "jaxgrad": factored(model, bound), "vmap(grad)": written_out(model, bound)}
     return Workload(
@@ -66,16 +66,16 @@ def of_model(model: Model, dtype: str) -> Workload:
         sample=model.first(EXAMPLES),
         writes=writes(model, theirs),
         apart=("vmap(grad)", *theirs),
-        section="Mean loss, norms and clipped sum",
+        section=CLIPPED,
         labels={"dtype": dtype},
     )
 
 
-def of_exercise(operation: str, dtype: str, small: bool) -> Workload:
-    B, D, H = size = (64, 30, 16) if small else (4096, 4096, 8192)
-    params, X, Y = exercise.problem(*size, dtype)
+def of_exercise(name: str, operation: str, size: tuple[int, int, int], dtype: str) -> Workload:
+    B, D, H = size
+    params, X, Y = exercise.problem(B, D, H, dtype)
     return Workload(
-        f"exercise {size} {operation}, {dtype}",
+        name,
         factors.functions(operation),
         (params, X, Y),
         agree=dict.fromkeys(("jaxgrad", "vmap(grad)"), factors.flat),
@@ -84,7 +84,7 @@ def of_exercise(operation: str, dtype: str, small: bool) -> Workload:
         sample=(params, X[:EXAMPLES], Y[:EXAMPLES]),
         writes={"vmap(grad)": B * D * H * X.dtype.itemsize},
         apart=("vmap(grad)",),
-        section="Operations on the exercise's gradients",
+        section=OPERATIONS,
         labels={"dtype": dtype},
     )
 
@@ -94,13 +94,23 @@ def workloads(settings: Settings) -> Iterator[Workload]:
         yield Workload(f"matrix product, {dtype}", {}, (), section=CEILINGS, labels={"dtype": dtype})
     yield Workload("2x + y, float32", {}, (), section=CEILINGS)
     for model in chosen(settings.small):
-        for dtype in DTYPES:
-            if settings.wants(NAME, f"{model.name}, {dtype}"):
-                yield of_model(model, dtype)
+        names = {f"{model.name}, {dtype}": dtype for dtype in DTYPES}
+        wanted = {name: dtype for name, dtype in names.items() if settings.wants(NAME, name)}
+        in_time = settings.time_left()
+        bound = max_norm(model, EXAMPLES) if wanted and in_time else 1.0
+        for name, dtype in wanted.items():
+            yield of_model(name, model, bound, dtype) if in_time else too_late(name, CLIPPED)
+    size = (64, 30, 16) if settings.small else (4096, 4096, 8192)
     for operation in factors.OPERATIONS:
         for dtype in DTYPES:
-            if settings.wants(NAME, f"exercise {operation}, {dtype}"):
-                yield of_exercise(operation, dtype, settings.small)
+            name = f"exercise {size} {operation}, {dtype}"
+            if settings.wants(NAME, name):
+                yield of_exercise(name, operation, size, dtype) if settings.time_left() else too_late(name, OPERATIONS)
+
+
+def too_late(name: str, section: str) -> Workload:
+    """A row for which there is no time, not even to prepare it."""
+    return Workload(name, dict.fromkeys(("plain", "jaxgrad", "vmap(grad)"), NO_TIME), (), section=section)
 
 
 def rates(dtype: str, small: bool) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxgrad as jg
 from benchmarks.models import Model
@@ -26,7 +27,7 @@ def in_axes(model: Model) -> Any:
 def max_norm(model: Model, examples: int | None = None) -> float:
     """About the median norm, so that some examples are clipped and some are not."""
     norms = jax.jit(lambda p, *b: jg.per_example_grad(model.loss)(p, *b).norms())
-    return float(jnp.median(norms(*model.first(examples or model.batch_size))))
+    return float(np.median(norms(*model.first(examples or model.batch_size))))
 
 
 def plain(model: Model) -> Function:

@@ -76,6 +76,11 @@ def goal() -> Column:
     return Column("goal", lambda row: "" if row.goal is None else f"{row.goal:.2f}")
 
 
+def wordless(column: Column) -> Column:
+    """A column that stays empty where another one of the row has the word."""
+    return Column(column.title, lambda row: "" if row.skipped else column.cell(row))
+
+
 def header(columns: Sequence[Column], first: str) -> list[str]:
     return [line([first, *(c.title for c in columns)]), "|---" + "|---:" * len(columns) + "|"]
 

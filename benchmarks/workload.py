@@ -44,10 +44,10 @@ class Settings:
         """Whether a row is to be measured; rows that are costly to build ask first."""
         return self.only == theme or self.only in row
 
-    def time_left(self, row_began: float) -> bool:
-        """Whether there is time for one more function of the row."""
+    def time_left(self, row_began: float | None = None) -> bool:
+        """Whether there is time for one more function, of the row that began then."""
         now = time.monotonic()
-        return now < self.deadline and now - row_began < self.row_seconds
+        return now < self.deadline and (row_began is None or now - row_began < self.row_seconds)
 
 
 @dataclasses.dataclass(frozen=True)

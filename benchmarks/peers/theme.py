@@ -198,9 +198,9 @@ temporary memory: the compiled program's in JAX, what its allocator holds at mos
 more than 2 GiB. float32, CPU.""",
     (
         report.milliseconds("this", "ms"),
-        report.ratio("this", "plain", "to its framework's plain gradient"),
-        report.ratio("this", "jaxgrad", "to jaxgrad"),
-        report.mebibytes("this", "MiB"),
+        report.wordless(report.ratio("this", "plain", "to its framework's plain gradient")),
+        report.wordless(report.ratio("this", "jaxgrad", "to jaxgrad")),
+        report.wordless(report.mebibytes("this", "MiB")),
         report.label("with"),
     ),
     workloads,
