@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.transform import per_example_grad, per_example_value_and_grad
+from jaxgrad.progress import shown
 
 STATE = "state.npz"
 
@@ -125,7 +126,7 @@ def run(
         raise ValueError(f"streams.run: expected to commit every 1 or more batches, got {every}.")
     store = _Store(Path(folder))
     waiting = 0
-    for batch in _shown(_from(batches, store.batches), batches, store.batches, progress):
+    for batch in shown(_from(batches, store.batches), _length(batches), store.batches, progress):
         store.add(function(*batch))
         waiting += 1
         if waiting == every:
@@ -289,15 +290,5 @@ def _from(batches: Iterable[tuple[Any, ...]], start: int) -> Iterator[tuple[Any,
     return islice(iter(batches), start, None)
 
 
-def _shown(left: Iterator[Any], batches: Iterable[Any], done: int, progress: bool) -> Iterator[Any]:
-    if not progress:
-        yield from left
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
-    total = len(batches) if isinstance(batches, Sequence) else None
-    with Progress("batches", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("batches", total=total, completed=done)
-        for batch in left:
-            yield batch
-            bar.advance(task)
+def _length(batches: Iterable[Any]) -> int | None:
+    return len(batches) if isinstance(batches, Sequence) else None
