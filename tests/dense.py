@@ -1,5 +1,6 @@
 """Losses whose gradients are few enough to be written out: what the tests of curvature and attribution compare with."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,23 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from quick import quick_jit
 from zoo import ENTRIES
 
 from jaxgrad import PerExampleGrads, network, per_example_grad
 from jaxgrad.network import Params
 
-NAMES = ("exercise", "mlp", "tied_to_the_output_layer", "transformer_block", "gru", "depthwise")
-LOSSES = [entry for entry in ENTRIES if entry.name in NAMES] + [
-    next(entry for entry in ENTRIES if "conv" in entry.name and entry.in_axes is None)
-]
+NAMES = ("exercise", "mlp", "tied_to_the_output_layer", "transformer_block", "gru", "conv_1d")
+LOSSES = [entry for entry in ENTRIES if entry.name in NAMES]
 
 
-def gradients(entry: Any, batch: Any = None) -> tuple[PerExampleGrads, np.ndarray]:
-    """As factors, and written out by jax.grad, [B, parameters]."""
-    batch = entry.batch if batch is None else batch
+def reordered(entry: Any) -> tuple[np.ndarray, ...]:
+    """Other examples of the same loss: the batch with its arguments rolled against each other, one example less."""
+    return tuple(np.roll(a, k, 0)[1:] for k, a in enumerate(entry.batch))
+
+
+@functools.cache
+def gradients(name: str, other: bool = False) -> tuple[PerExampleGrads, np.ndarray]:
+    """As factors, and written out by jax.grad, [B, parameters]; of the reordered batch for `other`."""
+    entry = next(entry for entry in LOSSES if entry.name == name)
+    batch = reordered(entry) if other else entry.batch
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        g = jax.jit(per_example_grad(entry.loss))(entry.params, *batch)
-        written = jax.jit(jax.vmap(jax.grad(entry.loss), (None, *[0] * len(batch))))(entry.params, *batch)
+        g = quick_jit(per_example_grad(entry.loss))(entry.params, *batch)
+        written = quick_jit(jax.vmap(jax.grad(entry.loss), (None, *[0] * len(batch))))(entry.params, *batch)
     return g, matrix(written)
 
 
@@ -93,7 +100,7 @@ MODELS = {
 
 def jacobian(model: Model) -> np.ndarray:
     """[B, O, parameters], by jax.jacobian."""
-    J = jax.vmap(jax.jacobian(model.model), (None, 0))(model.params, model.x)
+    J = quick_jit(jax.vmap(jax.jacobian(model.model), (None, 0)))(model.params, model.x)
     return np.concatenate([np.asarray(a).reshape(*a.shape[:2], -1) for a in jax.tree.leaves(J)], 2)
 
 
