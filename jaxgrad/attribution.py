@@ -1,17 +1,17 @@
 """Which examples matter: scores, similarities and influence from per-example gradients.
 
-Of a batch of gradients
-    self_influence, influence     of each example on its own loss, and of training examples on test losses
-    cosine_similarity             of every pair of gradients
-    noise_scale                   how much of a gradient is noise, and the batch size at which that is half
-    random_projection             a few numbers an example that keep inner products
-Of a loss or a model
-    grand, tracin                 norms and inner products over several checkpoints
-    ntk                           the empirical neural tangent kernel, in blocks for large batches
+The names:
 
-For more examples than fit into memory see `blocks`.
+    Of a batch of gradients
+        self_influence, influence     of each example on its own loss, and of training examples on test losses
+        cosine_similarity             of every pair of gradients
+        noise_scale                   how much of a gradient is noise, and the batch size at which that is half
+        random_projection             a few numbers an example that keep inner products
+    Of a loss or a model
+        grand, tracin                 norms and inner products over several checkpoints
+        ntk                           the empirical neural tangent kernel, in blocks for large batches
 
-Index legend: B training examples, C test examples.
+For more examples than fit into memory see `blocks`. B counts training examples, C test examples.
 """
 
 import math
@@ -30,6 +30,18 @@ from jaxgrad.per_example.chunks import CHUNK_BYTES, chunk_size, map_examples
 from jaxgrad.per_example.factors import Precision, added, power_of_two
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.transform import per_example_grad
+
+__all__ = [
+    "NoiseScale",
+    "cosine_similarity",
+    "grand",
+    "influence",
+    "noise_scale",
+    "ntk",
+    "random_projection",
+    "self_influence",
+    "tracin",
+]
 
 # --- Of a batch of gradients -----------------------------------------------------------------------------------------
 
@@ -156,6 +168,11 @@ class NoiseScale(NamedTuple):
         noise: tr Σ, the variance of one example's gradient, all parameters together.
         signal: ‖mean gradient‖² of all data; an estimate without bias, which may be negative.
         scale: noise / signal in examples, the batch size at which noise and signal are alike; inf where signal ≤ 0.
+
+    Example:
+        >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[3.0, 1], [3.0, -1]]))
+        >>> noise_scale(g).scale.round(3).item()
+        0.25
     """
 
     noise: Array

@@ -3,9 +3,11 @@
 Data come as a sequence of batches (`streams.Batches`, for arrays that are memory-mapped too). The factors of two
 batches are held at a time, and gradients are computed again where they are needed again.
 
-gram         inner products of all gradients with all
-influence    of every training example on every test loss
-top_k        the largest scores, of which never more than a batch's are there
+The names:
+
+    gram         inner products of all gradients with all
+    influence    of every training example on every test loss
+    top_k        the largest scores, of which never more than a batch's are there
 """
 
 import operator
@@ -22,6 +24,8 @@ from jaxgrad.curvature.solve import EXACT, damped_solve, known
 from jaxgrad.per_example.factors import Precision
 from jaxgrad.per_example.transform import per_example_grad
 from jaxgrad.progress import shown
+
+__all__ = ["TopK", "gram", "influence", "top_k"]
 
 Batch = tuple[Any, ...]
 
@@ -123,6 +127,11 @@ class TopK(NamedTuple):
     Attributes:
         values: [C, k].
         indices: [C, k], counted over all batches.
+
+    Example:
+        >>> found = top_k(lambda x: x[None], jg.streams.Batches(np.array([1.0, 3.0, 2.0]), size=2), 2)
+        >>> found.values.tolist(), found.indices.tolist()
+        ([[3.0, 2.0]], [[1, 2]])
     """
 
     values: Float[Array, "C k"]

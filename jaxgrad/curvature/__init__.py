@@ -3,10 +3,12 @@
 G [n, parameters] is a `PerExampleGrads`, and GᵀG/n, which is never formed, the empirical Fisher matrix; with the rows
 of `gauss_newton` it is the Gauss-Newton matrix. Its diagonal is `G.second_moment()`.
 
-fisher         products and solves with it; natural_gradient, and scale_by_natural_gradient for optax
-gauss_newton   rows G for a model and a loss of its outputs; products for large outputs
-kronecker      the Kronecker factors of every matrix
-solve          the B × B solve by itself
+The files:
+
+    fisher         products and solves with it; natural_gradient, and scale_by_natural_gradient for optax
+    gauss_newton   rows G for a model and a loss of its outputs; products for large outputs
+    kronecker      the Kronecker factors of every matrix
+    solve          the B × B solve by itself
 """
 
 from jaxgrad.curvature.fisher import (

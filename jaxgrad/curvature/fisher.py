@@ -131,6 +131,10 @@ class NaturalGradientState(NamedTuple):
 
     Attributes:
         count: how many updates there were, for a schedule of the damping.
+
+    Example:
+        >>> scale_by_natural_gradient(0.1).init(jnp.zeros(3)).count.item()
+        0
     """
 
     count: Array  # type: ignore[assignment]  # as optax calls it; tuple.count is not used

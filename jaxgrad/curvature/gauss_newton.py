@@ -24,6 +24,11 @@ class OutputLoss(NamedTuple):
         value: (outputs, target) → scalar.
         product: (outputs, target, u) → H u, of the outputs' shape.
         root: (outputs, target) → (S [O, R], r [R]) with H = SSᵀ and Sr = the gradient, both of the raveled outputs.
+
+    Example:
+        >>> S, r = softmax.root(jnp.zeros(2), 0)
+        >>> (S @ S.T).round(3).tolist(), (S @ r).round(3).tolist()
+        ([[0.25, -0.25], [-0.25, 0.25]], [-0.5, 0.5])
     """
 
     value: Callable[[Array, Any], Array]
@@ -31,7 +36,7 @@ class OutputLoss(NamedTuple):
     root: Callable[[Array, Any], tuple[Array, Array]]
 
 
-def _squared_root(outputs: Array, target: Array) -> tuple[Array, Array]:
+def _squared_root(outputs: Array, target: Any) -> tuple[Array, Array]:
     difference = (outputs - jnp.asarray(target, outputs.dtype)).ravel()
     return jnp.eye(difference.size, dtype=difference.dtype), difference
 
@@ -42,16 +47,16 @@ squared = OutputLoss(
 """½ ‖outputs - target‖²: H = I."""
 
 
-def _softmax_value(logits: Array, label: Array) -> Array:
+def _softmax_value(logits: Array, label: Any) -> Array:
     return -jnp.take(jax.nn.log_softmax(logits), label)
 
 
-def _softmax_product(logits: Array, label: Array, u: Array) -> Array:
+def _softmax_product(logits: Array, label: Any, u: Array) -> Array:
     p = jax.nn.softmax(logits)
     return p * (u - (p * u).sum())
 
 
-def _softmax_root(logits: Array, label: Array) -> tuple[Array, Array]:
+def _softmax_root(logits: Array, label: Any) -> tuple[Array, Array]:
     """S = diag(√p) - p √pᵀ and r = -e/√p at the label. 1 - p is the sum of the other p: it does not cancel."""
     logp = jax.nn.log_softmax(logits)
     p, root, eye = jnp.exp(logp), jnp.exp(logp / 2), jnp.eye(logits.size, dtype=logp.dtype)
@@ -64,11 +69,11 @@ softmax = OutputLoss(_softmax_value, _softmax_product, _softmax_root)
 """-log softmax(logits [O])[label]: H = diag(p) - ppᵀ."""
 
 
-def _logistic_product(margin: Array, sign: Array, u: Array) -> Array:
+def _logistic_product(margin: Array, sign: Any, u: Array) -> Array:
     return u * jnp.exp(_log_slope(margin))
 
 
-def _logistic_root(margin: Array, sign: Array) -> tuple[Array, Array]:
+def _logistic_root(margin: Array, sign: Any) -> tuple[Array, Array]:
     sign = jnp.asarray(sign, margin.dtype)
     return jnp.exp(_log_slope(margin) / 2).reshape(1, 1), (-sign * jnp.exp(-sign * margin / 2)).reshape(1)
 
@@ -110,6 +115,11 @@ class GaussNewton(NamedTuple):
     Attributes:
         rows: G, n = B·R rows: R for each example, one after the other.
         residuals: r [B, R].
+
+    Example:
+        >>> found = gauss_newton(lambda w, x: w @ x, squared)(jnp.zeros((2, 3)), jnp.ones((4, 3)), jnp.ones((4, 2)))
+        >>> found.rows.batch_size, found.residuals.shape
+        (8, (4, 2))
     """
 
     rows: PerExampleGrads
@@ -142,10 +152,8 @@ def gauss_newton(
 
     Example:
         >>> model = lambda w, x: w @ x                                        # w [2, 3]
-        >>> rows, residuals = gauss_newton(model, squared)(jnp.zeros((2, 3)), jnp.ones((4, 3)), jnp.ones((4, 2)))
-        >>> rows.batch_size, residuals.shape
-        (8, (4, 2))
-        >>> jg.natural_gradient(GaussNewton(rows, residuals), 0.0).round(3)[0].tolist()       # the step to w @ x = 1
+        >>> found = gauss_newton(model, squared)(jnp.zeros((2, 3)), jnp.ones((4, 3)), jnp.ones((4, 2)))
+        >>> jg.natural_gradient(found, 0.0).round(3)[0].tolist()                      # the step to w @ x = 1
         [-0.333, -0.333, -0.333]
 
     Source: Schraudolph 2002; Martens 2020.

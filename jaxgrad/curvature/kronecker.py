@@ -25,6 +25,11 @@ class KroneckerFactors:
         left: [G, F, F], mean_b Σ_t left left ᵀ, as a rule E[δδᵀ] of the cotangents.
         right: [G, K, K], mean_b mean_t right rightᵀ, as a rule E[aaᵀ] of the activations.
         layout: where [G, F, K] lies in the parameter.
+
+    Example:
+        >>> factors = kfac_factors(jg.per_example_grad(lambda W, x: (W @ x).sum())(jnp.ones((16, 9)), jnp.ones((4, 9))))
+        >>> factors.left.shape, factors.right.shape, factors.layout.axes
+        ((1, 16, 16), (1, 9, 9), (0, 1))
     """
 
     left: Any  # an Array, or what jax.eval_shape makes of one
