@@ -1,1 +1,1 @@
-"""What is claimed about speed, measured. Each file here is one command that prints one table."""
+"""What is claimed about speed, measured: `python -m benchmarks` runs every theme, one table each."""

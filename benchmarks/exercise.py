@@ -1,118 +1,99 @@
-"""The exercise's closed form against `jax.grad`: python -m benchmarks.exercise [--seconds S] [--write FILE.md]
+"""The exercise's closed form against `jax.grad`."""
 
-Every pair is held to agree before it is timed. Each row is one interleaved run; the ratio is of medians, closed form
-to jax.grad. Goals: value_and_grad 1.00, batched_grad 1.05, hessian_vector_product 0.90.
-"""
-
-from collections.abc import Callable
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from benchmarks.timing import command_line, environment, medians
+from benchmarks import report
+from benchmarks.workload import Settings, Theme, Workload, same
 from jaxgrad.network import Params, closed_form, init_params, loss
 
 SIZES = ((256, 784, 1024), (1024, 784, 512), (4096, 64, 64), (4096, 30, 16))  # B, D, H
-
-
-NOTE = """
-The limits: a gradient is two matrix products either way, a Hessian product three, and on the large sizes nearly all of
-the time is theirs. jax.jvp of jax.grad computes the gradient too; where that is discarded and compiled away, both do
-the same three products, and what is left to gain is elementwise. batched_grad writes B·H·D numbers: that is its time.
-"""
 
 
 def mean_loss(params: Params, X: jax.Array, Y: jax.Array) -> jax.Array:
     return jax.vmap(loss, in_axes=(None, 0, 0))(params, X, Y).mean()
 
 
-plain = jax.jit(jax.value_and_grad(mean_loss))
-per_example = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0, 0)))
+def problem(B: int, D: int, H: int, dtype: Any = jnp.float32) -> tuple[Params, jax.Array, jax.Array]:
+    kp, kx, ky = jax.random.split(jax.random.key(0), 3)
+    X = jax.random.normal(kx, (B, D), dtype)
+    return init_params(kp, D, H, dtype=dtype), X, jnp.where(jax.random.bernoulli(ky, shape=(B,)), 1, -1).astype(dtype)
 
 
-@jax.jit
+plain = jax.value_and_grad(mean_loss)
+per_example = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))
+
+
 def jvp_of_grad(params: Params, V: Params, X: jax.Array, Y: jax.Array) -> tuple[Params, Params]:
     return jax.jvp(lambda p: jax.grad(mean_loss)(p, X, Y), (params,), (V,))
 
 
-@jax.jit
 def tangent_only(params: Params, V: Params, X: jax.Array, Y: jax.Array) -> Params:
-    return jax.jvp(lambda p: jax.grad(mean_loss)(p, X, Y), (params,), (V,))[1]
+    return jvp_of_grad(params, V, X, Y)[1]
 
 
-def rows(
-    B: int, D: int, H: int
-) -> list[tuple[str, str, float, Callable[[], Any], Callable[[], Any], Callable[[], Any]]]:
-    """(what, against, goal, ours, theirs, theirs as comparable with ours)."""
-    kp, kv, kx, ky = jax.random.split(jax.random.key(0), 4)
-    params, V = init_params(kp, D, H), init_params(kv, D, H)
-    X = jax.random.normal(kx, (B, D), jnp.float32)
-    Y = jnp.where(jax.random.bernoulli(ky, shape=(B,)), 1, -1).astype(X.dtype)
-
-    def product() -> Params:
-        return closed_form.hessian_vector_product(params, V, X, Y)
-
-    return [
-        (
-            "value_and_grad",
-            "jit(value_and_grad(mean loss))",
-            1.00,
-            lambda: closed_form.value_and_grad(params, X, Y),
-            lambda: plain(params, X, Y),
-            lambda: plain(params, X, Y),
-        ),
-        (
-            "batched_grad",
-            "jit(vmap(grad))",
-            1.05,
-            lambda: closed_form.batched_grad(params, X, Y),
-            lambda: per_example(params, X, Y),
-            lambda: per_example(params, X, Y),
-        ),
-        (
-            "hessian_vector_product",
-            "jit(jvp of grad): gradient and product",
-            0.90,
-            product,
-            lambda: jvp_of_grad(params, V, X, Y),
-            lambda: jvp_of_grad(params, V, X, Y)[1],
-        ),
-        (
-            "hessian_vector_product",
-            "the same, the gradient discarded",
-            float("nan"),
-            product,
-            lambda: tangent_only(params, V, X, Y),
-            lambda: tangent_only(params, V, X, Y),
-        ),
-    ]
+# what, against, goal, ours, theirs, what of theirs is comparable with ours
+ROWS: tuple[tuple[str, str, float | None, Any, Any, Any], ...] = (
+    ("value_and_grad", "jit(value_and_grad(mean loss))", 1.00, closed_form.value_and_grad, plain, None),
+    ("batched_grad", "jit(vmap(grad))", 1.05, closed_form.batched_grad, per_example, None),
+    (
+        "hessian_vector_product",
+        "jit(jvp of grad): gradient and product",
+        0.90,
+        closed_form.hessian_vector_product,
+        jvp_of_grad,
+        lambda both: both[1],
+    ),
+    (
+        "hessian_vector_product",
+        "the same, the gradient discarded",
+        None,
+        closed_form.hessian_vector_product,
+        tangent_only,
+        None,
+    ),
+)
 
 
-def run(seconds: float, only: str = "") -> str:
-    """The whole table, as Markdown."""
-    lines = [
-        f"Medians of interleaved calls, float32, {environment()}.",
-        "",
-        "| (B, D, H) | closed form | against | closed form, ms | jax.grad, ms | ratio | goal |",
-        "|---|---|---|---:|---:|---:|---:|",
-    ]
+def workloads(settings: Settings) -> Iterator[Workload]:
     for size in SIZES:
-        for what, against, goal, ours, theirs, comparable in rows(*size):
-            if only not in what:
-                continue
-            chex.assert_trees_all_close(ours(), comparable(), rtol=1e-3, atol=1e-5)
-            t = medians({"ours": ours, "theirs": theirs}, seconds)
-            ratio = t["ours"] / t["theirs"]
-            shown = "" if goal != goal else f"{goal:.2f}"
-            lines.append(
-                f"| {size} | {what} | {against} | {t['ours'] * 1e3:.3f} | {t['theirs'] * 1e3:.3f} "
-                f"| {ratio:.2f} | {shown} |"
+        params, X, Y = problem(*size)
+        V = init_params(jax.random.key(1), *size[1:])
+        for what, against, goal, ours, theirs, comparable in ROWS:
+            yield Workload(
+                f"{size} {what}",
+                {"jax.grad": theirs, "closed form": ours},
+                (params, V, X, Y) if what == "hessian_vector_product" else (params, X, Y),
+                agree={"closed form": same, "jax.grad": comparable or same},
+                compare=functools.partial(chex.assert_trees_all_close, rtol=1e-3, atol=1e-5),
+                goal=goal,
+                unit="jax.grad",
+                labels={"against": against},
             )
-            print(lines[-1], flush=True)
-    return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    command_line(__doc__, "The exercise: closed form against jax.grad", "benchmarks.exercise", run, NOTE)
+THEME = Theme(
+    "exercise",
+    "The exercise: closed form against jax.grad",
+    "Rows are (B, D, H) and a function, float32. `ratio` is closed form to jax.grad.",
+    (
+        report.label("against"),
+        report.milliseconds("closed form"),
+        report.milliseconds("jax.grad"),
+        report.ratio("closed form", title="ratio"),
+        report.goal(),
+        report.mebibytes("jax.grad"),
+        report.memory("closed form"),
+    ),
+    workloads,
+    note="""
+The limits: a gradient is two matrix products either way, a Hessian product three, and on the large sizes nearly all of
+the time is theirs. jax.jvp of jax.grad computes the gradient too; where that is discarded and compiled away, both do
+the same three products, and what is left to gain is elementwise. batched_grad writes B·H·D numbers: that is its time.
+""",
+)

@@ -1,6 +1,7 @@
-"""The models of benchmarks.transform in plain JAX: loss(params, *example) of one example, params, batch, float32."""
+"""The models of the tables in plain JAX: loss(params, *example) of one example, params, batch, float32."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,28 @@ class Model(NamedTuple):
     params: Any
     batch: tuple[Any, ...]
     goal: float
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(jax.tree.leaves(self.batch)[0])
+
+    @property
+    def written_out(self) -> int:
+        """Bytes of all gradients of the batch, written out."""
+        return self.batch_size * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
+
+    def first(self, B: int) -> tuple[Any, ...]:
+        """The arguments of the loss, with the first examples of the batch alone."""
+        return (self.params, *jax.tree.map(lambda a: a[:B], self.batch))
+
+    def of_dtype(self, dtype: Any) -> "Model":
+        """The same model with every floating-point number in a dtype."""
+
+        def cast(a: jax.Array) -> jax.Array:
+            return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+        return self._replace(params=jax.tree.map(cast, self.params), batch=jax.tree.map(cast, self.batch))
 
 
 def models() -> Iterator[Model]:
@@ -82,7 +105,7 @@ def block(p: dict[str, jax.Array], h: jax.Array, heads: int = 8) -> jax.Array:
     T, D = h.shape
     q, k, v = jnp.split(normalised(h, p["scale_1"]) @ p["qkv"], 3, axis=-1)
     q, k, v = (a.reshape(T, heads, D // heads) for a in (q, k, v))
-    scores = jnp.einsum("thd,shd->hts", q, k) / np.sqrt(D // heads)
+    scores = jnp.einsum("thd,shd->hts", q, k) / math.sqrt(D // heads)
     scores = jnp.where(np.tril(np.ones((T, T), bool)), scores, -1e9)
     h = h + jnp.einsum("hts,shd->thd", jax.nn.softmax(scores), v).reshape(T, D) @ p["out"]
     up = jax.nn.gelu(normalised(h, p["scale_2"]) @ p["up"] + p["b_up"])
@@ -136,7 +159,7 @@ def gru(H: int = 256, T: int = 64, B: int = 32) -> Model:
             n = jnp.tanh(xn + jax.nn.sigmoid(xr + hr) * hn)
             return (1 - z) * n + z * h, None
 
-        h, _ = lax.scan(step, jnp.zeros(H), xs)
+        h, _ = lax.scan(step, jnp.zeros(H, xs.dtype), xs)
         return cross_entropy(h @ p["out"], label)
 
     return Model(f"GRU H={H} T={T}, B={B}", loss, params, (draw.data(B, T, H), draw.ids(10, B)), 1.1)
@@ -157,7 +180,7 @@ def language_model(V: int = 4096, D: int = 256, T: int = 64, B: int = 16) -> Mod
     params = {"E": draw.weight(V, D), "blocks": [block_params(draw, D) for _ in range(2)], "scale": jnp.ones(D)}
 
     def loss(p: Any, ids: jax.Array) -> jax.Array:
-        h = p["E"][ids[:-1]] * np.sqrt(D)
+        h = p["E"][ids[:-1]] * math.sqrt(D)
         for layer in p["blocks"]:
             h = block(layer, h)
         return cross_entropy(normalised(h, p["scale"]) @ p["E"].T, ids[1:]).mean()

@@ -1,0 +1,110 @@
+"""Every claim about speed, measured by one command: python -m benchmarks
+
+What is compared is held to agree first, then timed interleaved, in one process where that is possible. `--only` takes a
+theme's name (all of its rows) or a word in rows' names. `--device gpu` and `--small` run the table of sizes that fill a
+card, and a small one of the same form that runs anywhere.
+"""
+
+import argparse
+import importlib
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import jax
+
+from benchmarks import report
+from benchmarks.measure import environment, measure
+from benchmarks.workload import Row, Settings, Theme
+
+THEMES = {  # a theme: its module, which has a THEME
+    "exercise": "benchmarks.exercise",
+    "factors": "benchmarks.factors",
+    "transform": "benchmarks.transform",
+    "private": "benchmarks.private",
+    "curvature": "benchmarks.curvature",
+    "peers": "benchmarks.peers.theme",
+    "growth": "benchmarks.growth",
+    "card": "benchmarks.card",
+}
+CARD = "card"  # what runs on a GPU, and what --small makes small
+
+
+def load(name: str) -> Theme:
+    return importlib.import_module(THEMES[name]).THEME
+
+
+def run(theme: Theme, settings: Settings) -> list[Row]:
+    """Measure a theme's rows and print them as they come."""
+    rows: list[Row] = []
+    for workload in theme.workloads(settings):
+        if not settings.wants(theme.name, workload.name):
+            continue
+        for row in (theme.measure or measure)(workload, settings):
+            if not rows or row.section != rows[-1].section:
+                top = [*([row.section, ""] if row.section else []), *report.header(theme.columns, theme.name)]
+                print("\n" + "\n".join(top))
+            rows.append(row)
+            print(report.row_line(theme.columns, row), flush=True)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None, themes: Iterable[Theme] | None = None) -> list[Row]:
+    """Run the themes that the arguments name, and write what they say."""
+    options = command_line().parse_args(argv)
+    settings = settings_of(options)
+    names = chosen(options)
+    command = as_typed(options)
+    everything: list[Row] = []
+    for theme in map(load, names) if themes is None else themes:
+        rows = run(theme, settings)
+        if rows and options.write:
+            report.write(options.write, theme, rows, environment(), command)
+        everything += rows
+    return everything
+
+
+def chosen(options: argparse.Namespace) -> list[str]:
+    if options.only in THEMES:
+        return [options.only]
+    return [CARD] if options.small or options.device == "gpu" else [name for name in THEMES if name != CARD]
+
+
+def as_typed(options: argparse.Namespace) -> str:
+    """The command that gives these results, without what is this machine's own."""
+    words = ["python", "-m", "benchmarks"]
+    for name, default in (("only", ""), ("seconds", 3.0), ("device", "cpu"), ("write", None)):
+        value = getattr(options, name)
+        words += [] if value == default else [f"--{name}", str(value)]
+    return shlex.join(words + (["--small"] if options.small else []))
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The settings, on the device; the only place that chooses one."""
+    if options.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        return Settings(options.seconds, options.only, options.small, 2**31, torch_python=options.torch_python)
+    device = jax.devices("gpu")[0]
+    memory = (device.memory_stats() or {}).get("bytes_limit", 2**34)
+    deadline = time.monotonic() + 60 * options.minutes
+    return Settings(options.seconds, options.only, options.small, memory // 3, 60.0, deadline, options.torch_python)
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", metavar="WORD", help=f"{', '.join(THEMES)}; or rows with it")
+    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="for each row")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--small", action="store_true", help="the card's table at sizes that any machine holds")
+    parser.add_argument("--minutes", type=float, default=7.0, metavar="M", help="on a GPU: begin nothing after these")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write a table for each theme, and results.json")
+    parser.add_argument("--torch-python", default=sys.executable, metavar="PATH", help="the interpreter of the peers")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The whole of it on one card: sizes that fill it, two dtypes, and how far each row is from what the card can do."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import exercise, factors, models, report, roofline
+from benchmarks.functions import factored, jax_privacy, max_norm, optax, plain, writes, written_out
+from benchmarks.measure import measure
+from benchmarks.models import Model
+from benchmarks.workload import Column, Row, Settings, Theme, Workload
+
+NAME = "card"
+DTYPES = ("float32", "bfloat16")
+TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2}  # a card's float32 products round to 10 bits, as bfloat16's do to 7
+CEILINGS = "Measured ceilings"
+EXAMPLES = 8  # that agreement is held on, where vmap(grad) does not fit
+LIMITED = ("plain", "jaxgrad")
+
+
+def chosen(small: bool) -> Iterator[Model]:
+    if small:
+        yield models.mlp((64, 64, 64, 10), 32)
+        yield models.transformer(64, 16, 8)
+        yield models.language_model(128, 32, 8, 8)
+        yield models.conv_net(8)
+        yield models.gru(32, 8, 8)
+        yield models.embedding(512, 32, 8, 16)
+        return
+    yield models.mlp((1024, 4096, 4096, 4096, 10), 4096)
+    yield models.transformer(1024, 128, 64)
+    yield models.language_model(50_000, 1024, 128, 16)
+    yield models.conv_net(4096)
+    yield models.gru(1024, 64, 256)
+    yield models.embedding(50_000, 1024, 128, 1024)
+
+
+def by_norm(tolerance: float) -> Any:
+    """Each array by its Euclidean norm; none is held to more than a thousandth of all of them."""
+
+    def compare(ours: Any, theirs: Any) -> None:
+        ours, theirs = ([a.astype(jnp.float32) for a in jax.tree.leaves(r)] for r in (ours, theirs))
+        whole = jnp.sqrt(sum(jnp.sum(a * a) for a in ours))
+        for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            off, size = jnp.linalg.norm((a - b).ravel()), jnp.maximum(jnp.linalg.norm(a.ravel()), 1e-3 * whole)
+            assert off <= tolerance * size, f"leaf {k}: off by {off / size:.1%}, more than {tolerance:.1%}"
+
+    return compare
+
+
+def of_model(model: Model, dtype: str) -> Workload:
+    name = f"{model.name}, {dtype}"
+    model = model.of_dtype(dtype)
+    bound = max_norm(model, EXAMPLES)
+    theirs = jax_privacy(model, bound, (None, 64, 16)) | {"optax": optax(model, bound)}
+    columns = {"plain": plain(model), "jaxgrad": factored(model, bound), "vmap(grad)": written_out(model, bound)}
+    return Workload(
+        name,
+        columns | theirs,
+        (model.params, *model.batch),
+        agree=("jaxgrad", "vmap(grad)"),
+        compare=by_norm(TOLERANCE[dtype]),
+        goal=model.goal,
+        sample=model.first(EXAMPLES),
+        writes=writes(model, theirs),
+        apart=("vmap(grad)", *theirs),
+        section="Mean loss, norms and clipped sum",
+        labels={"dtype": dtype},
+    )
+
+
+def of_exercise(operation: str, dtype: str, small: bool) -> Workload:
+    B, D, H = size = (64, 30, 16) if small else (4096, 4096, 8192)
+    params, X, Y = exercise.problem(*size, dtype)
+    return Workload(
+        f"exercise {size} {operation}, {dtype}",
+        factors.functions(operation),
+        (params, X, Y),
+        agree=dict.fromkeys(("jaxgrad", "vmap(grad)"), factors.flat),
+        compare=by_norm(TOLERANCE[dtype]),
+        goal=factors.GOALS[operation],
+        sample=(params, X[:EXAMPLES], Y[:EXAMPLES]),
+        writes={"vmap(grad)": B * D * H * X.dtype.itemsize},
+        apart=("vmap(grad)",),
+        section="Operations on the exercise's gradients",
+        labels={"dtype": dtype},
+    )
+
+
+def workloads(settings: Settings) -> Iterator[Workload]:
+    for dtype in DTYPES:
+        yield Workload(f"matrix product, {dtype}", {}, (), section=CEILINGS, labels={"dtype": dtype})
+    yield Workload("2x + y, float32", {}, (), section=CEILINGS)
+    for model in chosen(settings.small):
+        for dtype in DTYPES:
+            if settings.wants(NAME, f"{model.name}, {dtype}"):
+                yield of_model(model, dtype)
+    for operation in factors.OPERATIONS:
+        for dtype in DTYPES:
+            if settings.wants(NAME, f"exercise {operation}, {dtype}"):
+                yield of_exercise(operation, dtype, settings.small)
+
+
+def rates(dtype: str, small: bool) -> tuple[float, float]:
+    """(operations a second, bytes a second)."""
+    return roofline.product_rate(dtype, 512 if small else 8192), roofline.memory_rate(2**22 if small else 2**28)
+
+
+def measured(workload: Workload, settings: Settings) -> list[Row]:
+    """The usual row, with the limit of plain and of jaxgrad."""
+    dtype = workload.labels.get("dtype", DTYPES[0])
+    both = rates(dtype, settings.small)
+    if workload.section == CEILINGS:
+        rate = f"{both[0] / 1e12:.3g} TFLOP/s" if "product" in workload.name else f"{both[1] / 1e9:.4g} GB/s"
+        return [Row(workload.name, CEILINGS, labels={"reached": rate})]
+    (row,) = measure(workload, settings)
+    for name in LIMITED:
+        if name in row.seconds:
+            roofline.limit_into(row, name, workload.functions[name], workload.arguments, both)
+    if "jaxgrad" in row.seconds:
+        reached = row.costs["jaxgrad"]["operations"] / row.seconds["jaxgrad"]
+        row.labels = dict(workload.labels) | {"reached": f"{reached / 1e12:.3g} TFLOP/s"}
+    return [row]
+
+
+def limit(name: str) -> Column:
+    def cell(row: Row) -> str:
+        known = row.costs.get(name, {}).get("limit")
+        return "" if known is None else f"{known * 1e3:.3f}"
+
+    return Column(f"{name} limit, ms", cell)
+
+
+THEME = Theme(
+    NAME,
+    "On a card",
+    """
+Plain, `jit(value_and_grad(mean loss))`, is 1.00; `jaxgrad` is the mean loss, the norms and the clipped sum of the
+per-example gradients as factors, `vmap(grad)` and `optax` are the same with the gradients written out. The columns of
+clipped sums are held to agree, on 8 examples where `vmap(grad)` does not fit. The limit is the roofline: the operations
+of the matrix products, or the bytes the compiled program accesses, over the measured ceilings, whichever takes longer;
+`reached` is jaxgrad's operations over its time. Memory is the compiled program's temporary memory.""",
+    (
+        report.milliseconds("plain"),
+        report.ratio("jaxgrad"),
+        report.goal(),
+        report.ratio("vmap(grad)"),
+        report.ratio("jax-privacy"),
+        report.ratio("optax"),
+        limit("plain"),
+        limit("jaxgrad"),
+        report.label("reached"),
+        report.mebibytes("plain"),
+        report.memory("jaxgrad"),
+        report.memory("vmap(grad)"),
+    ),
+    workloads,
+    measured,
+)

@@ -1,0 +1,119 @@
+"""What is compared on a model, in JAX: a plain gradient, and the ways to a sum of clipped gradients.
+
+Each is a function of (params, *batch) that returns (mean loss, gradient), the gradient being a sum where it is clipped.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxgrad as jg
+from benchmarks.models import Model
+
+NOT_INSTALLED = "not installed"
+MICROBATCHES = (None, 64, 16, 4, 1)
+Function = Callable[..., Any]
+
+
+def in_axes(model: Model) -> Any:
+    return (None, *[0] * len(model.batch))
+
+
+def max_norm(model: Model, examples: int | None = None) -> float:
+    """About the median norm, so that some examples are clipped and some are not."""
+    norms = jax.jit(lambda p, *b: jg.per_example_grad(model.loss)(p, *b).norms())
+    return float(jnp.median(norms(*model.first(examples or model.batch_size))))
+
+
+def plain(model: Model) -> Function:
+    """The mean loss and its gradient: the price that is 1.00."""
+    return lambda params, *batch: jax.value_and_grad(lambda p: jax.vmap(model.loss, in_axes(model))(p, *batch).mean())(
+        params
+    )
+
+
+def factored(model: Model, bound: float) -> Function:
+    def of(params: Any, *batch: Any) -> Any:
+        values, g = jg.per_example_value_and_grad(model.loss)(params, *batch)
+        return values.mean(), g.clip(bound).sum()
+
+    return of
+
+
+def clipped(model: Model, bound: float) -> Function:
+    """`jaxgrad.clipped_grad`, with a mask."""
+    gradient = jg.clipped_grad(model.loss, bound)
+
+    def of(params: Any, *batch: Any) -> Any:
+        total, info = gradient(params, *batch, mask=jnp.ones(len(jax.tree.leaves(batch)[0]), bool))
+        return info.values.mean(), total
+
+    return of
+
+
+def written_out(model: Model, bound: float) -> Function:
+    def of(params: Any, *batch: Any) -> Any:
+        values, G = jax.vmap(jax.value_and_grad(model.loss), in_axes(model))(params, *batch)
+        squares = sum(jnp.sum(leaf.reshape(len(leaf), -1) ** 2, 1, dtype=jnp.float32) for leaf in jax.tree.leaves(G))
+        c = bound / jnp.maximum(bound, jnp.sqrt(squares))
+        return values.mean(), jax.tree.map(lambda leaf: jnp.tensordot(c.astype(leaf.dtype), leaf, 1), G)
+
+    return of
+
+
+def optax(model: Model, bound: float) -> Function | str:
+    """`vmap(jax.grad)`, clipped by `optax.per_example_global_norm_clip`."""
+    if importlib.util.find_spec("optax") is None:
+        return NOT_INSTALLED
+    from optax import per_example_global_norm_clip
+
+    def of(params: Any, *batch: Any) -> Any:
+        values, G = jax.vmap(jax.value_and_grad(model.loss), in_axes(model))(params, *batch)
+        leaves, tree = jax.tree.flatten(G)
+        return values.mean(), jax.tree.unflatten(tree, per_example_global_norm_clip(leaves, bound)[0])
+
+    return of
+
+
+def jax_privacy(model: Model, bound: float, microbatches: tuple[int | None, ...] = MICROBATCHES) -> dict[str, Any]:
+    """jax-privacy's clipped_grad at several microbatch sizes (None: the whole batch), as columns of one table."""
+    name = "jax-privacy"
+    if importlib.util.find_spec("jax_privacy") is None:
+        return {name: NOT_INSTALLED}
+    import jax_privacy as installed
+
+    warnings.filterwarnings("ignore", message="optax.global_norm is deprecated")
+
+    def of(microbatch: int | None) -> Function:
+        def clipped(params: Any, *batch: Any) -> Any:
+            size = None if microbatch is None or microbatch >= len(jax.tree.leaves(batch)[0]) else microbatch
+            gradient = installed.clipped_grad(
+                model.loss,
+                l2_clip_norm=bound,
+                batch_argnums=tuple(range(1, 1 + len(model.batch))),
+                keep_batch_dim=False,
+                return_values=True,
+                microbatch_size=size,
+            )
+            total, aux = gradient(params, *batch)
+            return aux.values.mean(), total
+
+        return clipped
+
+    B = model.batch_size
+    return {f"{name} {m}": of(m) for m in microbatches if m is None or (m < B and B % m == 0)}
+
+
+def writes(model: Model, columns: dict[str, Any]) -> dict[str, int]:
+    """The bytes that those of the columns write out that hold the gradients of a batch or of a microbatch."""
+    each = model.written_out // model.batch_size
+    whole = dict.fromkeys(("vmap(grad)", "optax"), model.written_out)
+    for column in columns:
+        if column.startswith("jax-privacy "):
+            size = column.split()[1]
+            whole[column] = each * (model.batch_size if size == "None" else int(size))
+    return whole

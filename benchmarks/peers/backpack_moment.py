@@ -1,0 +1,27 @@
+"""BackPACK's SumGradSquared: the sum of every example's squared gradient, during a backward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+from backpack import backpack, extend
+from backpack.extensions import SumGradSquared
+
+from benchmarks.peers.torch_models import Problem
+
+PACKAGES, WRITES_OUT = ("backpack-for-pytorch",), False
+
+
+def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """(what is timed, what it has computed)."""
+    model = extend(problem.model)
+
+    def call() -> None:
+        model.zero_grad()
+        with backpack(SumGradSquared()):
+            problem.losses(model(problem.inputs), problem.targets).sum().backward()
+
+    def results() -> dict[str, Any]:
+        B = len(problem.inputs)
+        return {"sum": {name: p.sum_grad_squared / B for name, p in problem.parameters.items()}}
+
+    return call, results

@@ -1,0 +1,29 @@
+"""BackPACK's BatchL2Grad: the norms of every parameter's gradients, during a backward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from backpack import backpack, extend
+from backpack.extensions import BatchL2Grad
+
+from benchmarks.peers.torch_models import Problem
+
+PACKAGES, WRITES_OUT = ("backpack-for-pytorch",), False
+
+
+def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """(what is timed, what it has computed)."""
+    model = extend(problem.model)
+    held: dict[str, Any] = {}
+
+    def call() -> None:
+        model.zero_grad()
+        with backpack(BatchL2Grad()):
+            problem.losses(model(problem.inputs), problem.targets).sum().backward()
+        without = [name for name, p in problem.parameters.items() if not hasattr(p, "batch_l2")]
+        if without:
+            raise NotImplementedError(f"nothing for {without[0]}")
+        held["norms"] = torch.sqrt(sum(p.batch_l2 for p in problem.parameters.values()))
+
+    return call, lambda: held

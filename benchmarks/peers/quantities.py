@@ -1,0 +1,69 @@
+"""The quantities that peers compute, in JAX: on factors, and written out."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxgrad as jg
+from benchmarks import functions
+from benchmarks.models import Model
+
+CLIPPED, NORMS, MOMENT, FISHER = "norms + clipped sum", "norms", "second moment", "empirical Fisher × vector"
+
+
+def ways(model: Model, quantity: str, bound: float) -> dict[str, Any]:
+    """What computes the quantity in JAX."""
+    ours = {
+        NORMS: lambda g, direction: g.norms(),
+        MOMENT: lambda g, direction: g.second_moment(),
+        FISHER: lambda g, direction: g.weighted_sum(g.dot(direction) / len(g)),
+    }
+    theirs = {NORMS: norms_of, MOMENT: moment_of, FISHER: fisher_of}
+    columns: dict[str, Any] = {"plain": functions.plain(model)}
+    if quantity == CLIPPED:
+        columns |= {"jaxgrad": functions.factored(model, bound), "vmap(grad)": functions.written_out(model, bound)}
+        return columns | functions.jax_privacy(model, bound) | {"optax": functions.optax(model, bound)}
+    vmapped, v = jax.vmap(jax.grad(model.loss), functions.in_axes(model)), direction_for(model)
+    columns["jaxgrad"] = lambda p, *batch: ours[quantity](jg.per_example_grad(model.loss)(p, *batch), v)
+    columns["vmap(grad)"] = lambda p, *batch: theirs[quantity](vmapped(p, *batch), v)
+    return columns
+
+
+def norms_of(G: Any, direction: Any) -> Any:
+    return jnp.sqrt(sum(jnp.sum(leaf.reshape(len(leaf), -1) ** 2, 1) for leaf in jax.tree.leaves(G)))
+
+
+def moment_of(G: Any, direction: Any) -> Any:
+    return jax.tree.map(lambda leaf: (leaf**2).mean(0), G)
+
+
+def fisher_of(G: Any, direction: Any) -> Any:
+    dots = jax.tree.map(lambda leaf, v: jnp.tensordot(leaf, v, v.ndim), G, direction)
+    c: Any = sum(jax.tree.leaves(dots))
+    return jax.tree.map(lambda leaf: jnp.tensordot(c / len(c), leaf, 1), G)
+
+
+def direction_for(model: Model) -> Any:
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), model.params)
+
+
+def expected(model: Model, quantity: str, bound: float) -> dict[str, np.ndarray]:
+    """jaxgrad's results, by the names under which the peers return theirs: norms, and sums over the batch by leaf."""
+
+    def of(params: Any, *batch: Any) -> dict[str, Any]:
+        if quantity in (CLIPPED, NORMS):
+            g = jg.per_example_grad(model.loss)(params, *batch)
+            return {"norms": g.norms()} | ({"sum": g.clip(bound).sum()} if quantity == CLIPPED else {})
+        return {"sum": ways(model, quantity, bound)["jaxgrad"](params, *batch)}
+
+    result = jax.jit(of)(model.params, *model.batch)
+    arrays = {"norms": np.asarray(result["norms"])} if "norms" in result else {}
+    return arrays | {f"sum {path}": a for path, a in by_path(result.get("sum", {})).items()}
+
+
+def by_path(tree: Any) -> dict[str, np.ndarray]:
+    """The leaves by their paths."""
+    return {jax.tree_util.keystr(path): np.asarray(a) for path, a in jax.tree_util.tree_leaves_with_path(tree)}

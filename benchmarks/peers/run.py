@@ -1,0 +1,99 @@
+"""What runs in a peer's process: python -m benchmarks.peers.run PEER MODEL FOLDER SECONDS
+
+Reads FOLDER/in.npz, writes FOLDER/out.json (the medians, the memory, the versions; or the word that says why there are
+none) and FOLDER/out.npz (what the peer has computed). torch's own plain gradient of the mean loss is timed beside it.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.timing import medians, threads
+
+LARGEST = 2**31  # bytes that a peer may write out at once
+
+
+def main(peer: str, model: str, folder: Path, seconds: float) -> None:
+    try:
+        report, arrays = measured(peer, model, folder, seconds)
+    except ModuleNotFoundError:
+        report, arrays = {"skipped": "not installed"}, {}
+    except Exception as error:  # whatever it is, it is this peer's answer
+        first = str(error).strip().split("\n")[0]
+        report, arrays = {"failed": f"{type(error).__name__}: {first}", "trace": traceback.format_exc()}, {}
+    np.savez(folder / "out.npz", **arrays)  # type: ignore[arg-type]
+    (folder / "out.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def measured(peer: str, kind: str, folder: Path, seconds: float) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    module = importlib.import_module(f"benchmarks.peers.{peer}")
+    import torch
+
+    from benchmarks.peers import torch_models
+
+    torch.set_num_threads(threads())
+    torch.manual_seed(0)
+    with np.load(folder / "in.npz") as arrays:
+        problems = [torch_models.problem(kind, arrays) for _ in range(2)]  # hooks of a peer's stay on its own
+    ours, theirs = problems
+    size = 4 * len(ours.inputs) * sum(p.numel() for p in ours.parameters.values())
+    if module.WRITES_OUT and size > LARGEST:
+        return {"skipped": "does not fit"}, {}
+    calls: dict[str, Callable[[], Any]] = {"plain": plain(ours)}
+    calls["peer"], results = module.prepare(theirs)
+    calls["peer"]()
+    arrays = in_jax(theirs, results())
+    report = {
+        "seconds": medians(calls, seconds, 5),
+        "bytes": {name: peak_bytes(call) for name, call in calls.items()},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", *module.PACKAGES)},
+    }
+    return report, arrays
+
+
+def plain(problem: Any) -> Callable[[], Any]:
+    """torch's gradient of the mean loss."""
+    import torch
+
+    parameters = list(problem.parameters.values())
+
+    def call() -> Any:
+        loss = problem.losses(problem.model(problem.inputs), problem.targets).mean()
+        return torch.autograd.grad(loss, parameters)
+
+    return call
+
+
+def in_jax(problem: Any, results: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The norms as they are, sums over the batch by their parameters' names in JAX."""
+    arrays = {"norms": results["norms"].detach().numpy()} if "norms" in results else {}
+    if "sum" in results:
+        arrays |= {f"sum {path}": a for path, a in problem.as_in_jax(results["sum"]).items()}
+    return arrays
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """What is allocated at once during a call, beyond what was before it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    del result
+    held = peak = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]))

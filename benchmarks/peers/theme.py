@@ -1,0 +1,208 @@
+"""Peers side by side: the ways there are in JAX in one process, those in torch each in its own, on the same numbers."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import benchmarks
+from benchmarks import functions, models, report
+from benchmarks.measure import NO_TIME, measure
+from benchmarks.models import Model
+from benchmarks.peers.quantities import CLIPPED, FISHER, MOMENT, NORMS, by_path, direction_for, expected, ways
+from benchmarks.workload import Row, Settings, Theme, Workload
+
+NAME = "peers"
+TOLERANCE = 1e-3  # of norms, to the largest; of each parameter's array, in the Euclidean norm
+MINUTES = 10.0  # for one peer on one model
+
+
+class Peer(NamedTuple):
+    """A file of this folder.
+
+    Attributes:
+        name: in the table.
+        module: the file.
+        cannot: the models on which it is known to fail or to be wrong; anywhere else that is an error.
+    """
+
+    name: str
+    module: str
+    cannot: tuple[str, ...] = ()
+
+
+PEERS = {
+    CLIPPED: (
+        Peer("Opacus, hooks", "opacus_hooks"),
+        Peer("Opacus, ghost clipping", "opacus_ghost", ("gru", "language_model")),  # tied, or used at every step
+        Peer("torch.func", "torch_func"),
+    ),
+    NORMS: (Peer("BackPACK, BatchL2Grad", "backpack_norms", ("transformer", "gru", "language_model")),),
+    MOMENT: (Peer("BackPACK, SumGradSquared", "backpack_moment"),),
+    FISHER: (Peer("curvlinops, EFLinearOperator", "curvlinops_fisher"),),
+}
+MODELS: dict[str, tuple[Callable[[], Model], tuple[str, ...]]] = {
+    "mlp": (models.mlp, (CLIPPED, NORMS, MOMENT, FISHER)),
+    "conv_net": (models.conv_net, (CLIPPED, NORMS, MOMENT)),
+    "transformer": (functools.partial(models.transformer, 512, 16, 64), (CLIPPED, NORMS)),
+    "gru": (models.gru, (CLIPPED, NORMS)),
+    "embedding": (models.embedding, (CLIPPED, NORMS)),
+    "language_model": (models.language_model, (CLIPPED, NORMS)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared(Workload):
+    """A workload in JAX, and what the peers need to know of it."""
+
+    kind: str = ""
+    quantity: str = ""
+    model: Model | None = None
+    bound: float = 1.0
+
+
+def workloads(settings: Settings) -> Iterator[Workload]:
+    for kind, (make, quantities) in MODELS.items():
+        model = make()
+        for quantity in quantities:
+            name = f"{model.name}: {quantity}"
+            if settings.wants(NAME, name):
+                yield workload(kind, model, quantity, name)
+
+
+def workload(kind: str, model: Model, quantity: str, name: str) -> Compared:
+    bound = functions.max_norm(model)
+    in_jax = ways(model, quantity, bound)
+    agree = tuple(column for column in in_jax if column != "plain")
+    return Compared(
+        name,
+        in_jax,
+        (model.params, *model.batch),
+        agree=agree,
+        sample=model.first(4),
+        writes=functions.writes(model, in_jax),
+        apart=agree[1:],
+        section=name,
+        kind=kind,
+        quantity=quantity,
+        model=model,
+        bound=bound,
+    )
+
+
+def measured(workload: Workload, settings: Settings) -> Iterator[Row]:
+    """A row for each way: the ones in JAX, then torch's."""
+    assert isinstance(workload, Compared)
+    assert workload.model is not None
+    (together,) = measure(workload, settings)
+    for column in ("plain", "jaxgrad", "vmap(grad)", "jax-privacy", "optax"):
+        if any(name.split()[0] == column for name in workload.functions):
+            yield in_jax(together, column)
+    reference = expected(workload.model, workload.quantity, workload.bound)
+    with tempfile.TemporaryDirectory() as folder:
+        write_numbers(Path(folder), workload.model, workload.bound)
+        for peer in PEERS[workload.quantity]:
+            outcome = run_peer(peer, workload.kind, Path(folder), settings)
+            yield in_torch(together, workload, peer, outcome, reference, Path(folder))
+
+
+def in_jax(together: Row, column: str) -> Row:
+    best = together.best(column)
+    which = f", microbatches of {best.split()[1]}" if best.startswith("jax-privacy ") else ""
+    names = {"plain": "plain gradient, JAX", "vmap(grad)": "jit(vmap(jax.grad))"}
+    row = Row(names.get(column, column) + which.replace("of None", "of all"), together.section)
+    row.shapes, row.labels = together.shapes, {"with": f"jax {jax.__version__}"}
+    if best in together.seconds:
+        row.seconds = {"this": together.seconds[best], "plain": together.seconds["plain"]}
+        row.seconds |= {"jaxgrad": together.seconds["jaxgrad"]}
+        row.bytes = {"this": together.bytes[best]}
+    else:
+        row.skipped = {"this": report.word(together, column)}
+    return row
+
+
+def write_numbers(folder: Path, model: Model, bound: float) -> None:
+    """The weights, the batch, a direction and the bound."""
+    arrays = {f"params {path}": a for path, a in by_path(model.params).items()}
+    arrays |= {f"direction {path}": a for path, a in by_path(direction_for(model)).items()}
+    arrays |= {f"batch {k}": np.asarray(a) for k, a in enumerate(model.batch)}
+    np.savez(folder / "in.npz", bound=np.asarray(bound), **arrays)  # type: ignore[arg-type]
+
+
+def run_peer(peer: Peer, kind: str, folder: Path, settings: Settings) -> dict[str, Any]:
+    """What the peer's process reports."""
+    root = str(Path(benchmarks.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    words = ["-m", "benchmarks.peers.run", peer.module, kind, str(folder), str(settings.seconds)]
+    try:
+        command = [settings.torch_python, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 * MINUTES)
+    except subprocess.TimeoutExpired:
+        return {"skipped": NO_TIME}
+    if done.returncode:
+        return {"failed": f"ended with status {done.returncode}", "trace": done.stderr}
+    return json.loads((folder / "out.json").read_text(encoding="utf-8"))
+
+
+def in_torch(
+    together: Row, workload: Compared, peer: Peer, outcome: dict[str, Any], reference: dict[str, Any], folder: Path
+) -> Row:
+    row = Row(peer.name, together.section, shapes=together.shapes)
+    row.labels = {"with": ", ".join(f"{name} {version}" for name, version in outcome.get("versions", {}).items())}
+    word, wrong = outcome.get("skipped", ""), outcome.get("failed", "")
+    if not word and not wrong:
+        with np.load(folder / "out.npz") as arrays:
+            wrong = difference(reference, arrays)
+    if wrong and workload.kind not in peer.cannot:
+        raise AssertionError(f"{workload.name}: {peer.name}: {wrong}\n{outcome.get('trace', '')}")
+    if word or wrong:
+        row.skipped = {"this": word or wrong}
+        return row
+    seconds = outcome["seconds"]
+    row.seconds = {"this": seconds["peer"], "plain": seconds["plain"], "jaxgrad": together.seconds["jaxgrad"]}
+    row.bytes = {"this": outcome["bytes"]["peer"], "plain": outcome["bytes"]["plain"]}
+    return row
+
+
+def difference(ours: dict[str, np.ndarray], theirs: Any) -> str:
+    """How a peer's result differs from jaxgrad's, in words; empty within the tolerance."""
+    if set(ours) != set(theirs):
+        return f"wrong: returns {sorted(set(theirs) ^ set(ours))} of the expected"
+    for name, a in ours.items():
+        b = theirs[name]
+        size = np.abs(a).max() if name == "norms" else np.linalg.norm(a)
+        off = np.abs(a - b).max() if name == "norms" else np.linalg.norm(a - b)
+        if not off <= TOLERANCE * size:
+            what = "norms" if name == "norms" else name
+            return f"wrong: {what} off by {off / size:.1%}"
+    return ""
+
+
+THEME = Theme(
+    NAME,
+    "Peers",
+    f"""
+One section for each model and quantity, one row for each way to compute it. The ways in JAX are timed in one process;
+each peer in torch in a process of its own, from the same weights and batch, with as many threads, interleaved with
+torch's own gradient of the mean loss. Each holds to jaxgrad's result within {TOLERANCE} (norms: of the largest; sums:
+of each parameter's, in the Euclidean norm) or is not timed: the word says what it did instead. MiB is the peak of
+temporary memory: the compiled program's in JAX, what its allocator holds at most in torch. "does not fit": writes out
+more than 2 GiB. float32, CPU.""",
+    (
+        report.milliseconds("this", "ms"),
+        report.ratio("this", "plain", "to its framework's plain gradient"),
+        report.ratio("this", "jaxgrad", "to jaxgrad"),
+        report.mebibytes("this", "MiB"),
+        report.label("with"),
+    ),
+    workloads,
+    measured,
+)

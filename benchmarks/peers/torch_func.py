@@ -1,0 +1,31 @@
+"""torch.func: vmap(grad), every example's gradient written out, then clipped and summed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from benchmarks.peers.torch_models import Problem
+
+PACKAGES, WRITES_OUT = (), True
+
+
+def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """(what is timed, what it has computed)."""
+    parameters = {name: p.detach() for name, p in problem.parameters.items()}
+    held: dict[str, Any] = {}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
+        return problem.losses(functional_call(problem.model, parameters, (x[None],)), target[None])[0]
+
+    per_example = vmap(grad(loss), in_dims=(None, 0, 0))
+
+    def call() -> None:
+        gradients = per_example(parameters, problem.inputs, problem.targets)
+        norms = torch.sqrt(sum(g.flatten(1).square().sum(1) for g in gradients.values()))
+        c = problem.bound / norms.clamp(min=problem.bound)
+        held.update(norms=norms, sum={name: torch.tensordot(c, g, 1) for name, g in gradients.items()})
+
+    return call, lambda: held

@@ -1,0 +1,209 @@
+"""The models of `benchmarks.models` in torch, with the same numbers, and the way back to their names."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# How an array is turned on its way from JAX to torch; the way back is the inverse.
+TURNS: dict[str, tuple[int, ...]] = {"": (), "matrix": (1, 0), "kernel": (3, 2, 0, 1), "image": (0, 3, 1, 2)}
+Places = Mapping[str, tuple[str, str]]  # a parameter's path in JAX: its name in torch, its turn
+
+
+@dataclasses.dataclass
+class Problem:
+    """A model with its weights, a batch, and what is computed of it.
+
+    Attributes:
+        model: (inputs [B, …]) → outputs [B, …].
+        inputs, targets: of the batch.
+        losses: (outputs, targets) → [B].
+        places: where each parameter is.
+        bound: to clip to.
+        direction: by the parameter's name in torch, a vector for products.
+    """
+
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    losses: Callable[[Tensor, Tensor], Tensor]
+    places: Places
+    bound: float
+    direction: dict[str, Tensor]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By name, those that are trained, a shared one once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def as_in_jax(self, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Tensors of the parameters' shapes by their names in JAX, turned back."""
+        return {path: turned_back(tensors[name].detach(), turn) for path, (name, turn) in self.places.items()}
+
+
+def problem(kind: str, arrays: Mapping[str, np.ndarray]) -> Problem:
+    """From the arrays that `theme` has written."""
+    params = {k.removeprefix("params "): a for k, a in arrays.items() if k.startswith("params ")}
+    model, places = MODELS[kind](params)
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for path, (name, turn) in places.items():
+            named[name].copy_(turned(params[path], turn))
+    inputs = turned(arrays["batch 0"], "image" if arrays["batch 0"].ndim == 4 else "")
+    targets = turned(arrays["batch 1"], "").long() if "batch 1" in arrays else inputs
+    losses = LOSSES.get(kind, cross_entropies)
+    if kind == "language_model":
+        inputs, targets = inputs[:, :-1], inputs[:, 1:].long()
+    direction = {name: turned(arrays[f"direction {path}"], turn) for path, (name, turn) in places.items()}
+    return Problem(model, inputs, targets, losses, places, float(arrays["bound"]), direction)
+
+
+def turned(array: np.ndarray, turn: str) -> Tensor:
+    return torch.from_numpy(np.array(np.transpose(array, TURNS[turn]) if turn else array, order="C"))
+
+
+def turned_back(tensor: Tensor, turn: str) -> np.ndarray:
+    return np.transpose(tensor.numpy(), np.argsort(TURNS[turn])) if turn else tensor.numpy()
+
+
+def cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Of each example, the mean over positions where it has several."""
+    losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+    return losses if targets.ndim == 1 else losses.unflatten(0, targets.shape).mean(1)
+
+
+def mean_squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs**2).flatten(1).mean(1)
+
+
+LOSSES = {"transformer": mean_squares}
+
+
+def mlp(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
+    layers: list[nn.Module] = []
+    places: dict[str, tuple[str, str]] = {}
+    for k in range(len(params) // 2):
+        places |= {f"[{k}]['W']": (f"{2 * k}.weight", "matrix"), f"[{k}]['b']": (f"{2 * k}.bias", "")}
+        layers += [nn.Linear(*params[f"[{k}]['W']"].shape), nn.ReLU()]
+    return nn.Sequential(*layers[:-1]), places
+
+
+def conv_net(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
+    """JAX's SAME pads an even size below and on the right where the stride is 2."""
+    layers: list[nn.Module] = []
+    places: dict[str, tuple[str, str]] = {}
+    for k, stride in ((1, 1), (2, 2), (3, 2)):
+        _, _, inputs, outputs = params[f"['k{k}']"].shape
+        layers += [nn.ZeroPad2d((0, 1, 0, 1)) if stride == 2 else nn.ZeroPad2d(1)]
+        places |= {f"['k{k}']": (f"{len(layers)}.weight", "kernel"), f"['b{k}']": (f"{len(layers)}.bias", "")}
+        layers += [nn.Conv2d(inputs, outputs, 3, stride), nn.ReLU()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(*params["['W']"].shape)]
+    last = len(layers) - 1
+    return nn.Sequential(*layers), places | {"['W']": (f"{last}.weight", "matrix"), "['b']": (f"{last}.bias", "")}
+
+
+class Embedding(nn.Module):
+    def __init__(self, params: Mapping[str, np.ndarray]):
+        super().__init__()
+        self.table = nn.Embedding(*params["['E']"].shape)
+        self.out = nn.Linear(*params["['W']"].shape, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.table(ids).mean(1)))
+
+
+def embedding(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
+    return Embedding(params), {"['E']": ("table.weight", ""), "['W']": ("out.weight", "matrix")}
+
+
+def scale_alone(D: int) -> nn.Module:
+    """A layer norm whose bias stays 0; Opacus fails on one without."""
+    norm = nn.LayerNorm(D)
+    norm.bias.requires_grad_(False)
+    return norm
+
+
+class Block(nn.Module):
+    def __init__(self, D: int, heads: int = 8):
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = scale_alone(D), scale_alone(D)
+        self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
+        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in self.qkv(self.norm_1(h)).chunk(3, -1))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + self.out(attended.transpose(1, 2).flatten(2))
+        return h + self.down(F.gelu(self.up(self.norm_2(h)), approximate="tanh"))
+
+
+def block_places(path: str = "", name: str = "") -> Places:
+    places = {f"{path}['{w}']": (f"{name}{w}.weight", "matrix") for w in ("qkv", "out", "up", "down")}
+    places |= {f"{path}['scale_{k}']": (f"{name}norm_{k}.weight", "") for k in (1, 2)}
+    return places | {f"{path}['b_{w}']": (f"{name}{w}.bias", "") for w in ("up", "down")}
+
+
+def transformer(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
+    return Block(len(params["['out']"])), block_places()
+
+
+class GRU(nn.Module):
+    """Its own, of two linear layers: torch's has a second bias."""
+
+    def __init__(self, H: int):
+        super().__init__()
+        self.x, self.h = nn.Linear(H, 3 * H), nn.Linear(H, 3 * H, bias=False)
+        self.out = nn.Linear(H, 10, bias=False)
+
+    def forward(self, xs: Tensor) -> Tensor:
+        h = xs.new_zeros(xs.shape[0], xs.shape[2])
+        for x in self.x(xs).unbind(1):
+            (xr, xz, xn), (hr, hz, hn) = x.chunk(3, -1), self.h(h).chunk(3, -1)
+            z = torch.sigmoid(xz + hz)
+            h = (1 - z) * torch.tanh(xn + torch.sigmoid(xr + hr) * hn) + z * h
+        return self.out(h)
+
+
+def gru(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
+    matrices = {f"['{w}']": (f"{w}.weight", "matrix") for w in ("x", "h", "out")}
+    return GRU(len(params["['h']"])), matrices | {"['b']": ("x.bias", "")}
+
+
+class LanguageModel(nn.Module):
+    """The table is the last layer's matrix too."""
+
+    def __init__(self, V: int, D: int, blocks: int):
+        super().__init__()
+        self.table, self.out = nn.Embedding(V, D), nn.Linear(D, V, bias=False)
+        self.out.weight = self.table.weight
+        self.blocks = nn.Sequential(*(Block(D) for _ in range(blocks)))
+        self.norm = scale_alone(D)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.table(ids)
+        return self.out(self.norm(self.blocks(h * math.sqrt(h.shape[-1]))))
+
+
+def language_model(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
+    blocks = len({path.split("]")[1] for path in params if path.startswith("['blocks']")})
+    places = {"['E']": ("table.weight", ""), "['scale']": ("norm.weight", "")}
+    for k in range(blocks):
+        places |= block_places(f"['blocks'][{k}]", f"blocks.{k}.")
+    V, D = params["['E']"].shape
+    return LanguageModel(V, D, blocks), places
+
+
+MODELS: dict[str, Callable[[Any], tuple[nn.Module, Places]]] = {
+    "mlp": mlp,
+    "conv_net": conv_net,
+    "embedding": embedding,
+    "transformer": transformer,
+    "gru": gru,
+    "language_model": language_model,
+}

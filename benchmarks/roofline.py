@@ -1,0 +1,76 @@
+"""What a program cannot be faster than: its operations and its bytes, over what the device was measured to do."""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.timing import medians
+from benchmarks.workload import Row
+
+
+def operations(function: Any, *arguments: Any) -> float:
+    """Multiplications and additions of a function's matrix products and convolutions.
+
+    Counted in the traced program and not in the compiled one, where a loop's body counts once and what a library of the
+    device's vendor computes not at all. A `while` still counts once; of a `cond`, the longest branch.
+    """
+    return count(jax.make_jaxpr(function)(*arguments))
+
+
+def count(program: Any) -> float:
+    return math.fsum(count_equation(eqn) for eqn in getattr(program, "jaxpr", program).eqns)
+
+
+def count_equation(eqn: Any) -> float:
+    name = eqn.primitive.name
+    if name == "dot_general":
+        ((contracted, _), _) = eqn.params["dimension_numbers"]
+        left = eqn.invars[0].aval.shape
+        return 2.0 * eqn.outvars[0].aval.size * math.prod(left[k] for k in contracted)
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval
+        outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * eqn.outvars[0].aval.size * kernel.size / max(outputs, 1)
+    inner = [count(program) for program in programs(eqn.params)]
+    if name == "cond":
+        return max(inner)
+    return math.fsum(inner) * (eqn.params["length"] if name == "scan" else 1)
+
+
+def programs(params: Any) -> Iterator[Any]:
+    """The programs among an equation's parameters."""
+    for p in params.values():
+        for q in p if isinstance(p, tuple | list) else (p,):
+            if hasattr(getattr(q, "jaxpr", q), "eqns"):
+                yield q
+
+
+@functools.cache
+def product_rate(dtype: str, n: int) -> float:
+    """Operations a second, of one matrix product [n, n] in the precision that is JAX's default."""
+    a = jnp.full((n, n), 0.5, dtype)
+    return 2.0 * n**3 / median_of(lambda a: a @ a, a)
+
+
+@functools.cache
+def memory_rate(n: int) -> float:
+    """Bytes a second, of y ← 2x + y on n numbers: two read, one written."""
+    x = jnp.ones(n, jnp.float32)
+    return 3.0 * 4 * n / median_of(lambda x, y: 2 * x + y, x, x + 1)
+
+
+def median_of(function: Any, *arguments: Any) -> float:
+    compiled = jax.jit(function)
+    return medians({"it": lambda: compiled(*arguments)}, 0.5, ready=jax.block_until_ready)["it"]
+
+
+def limit_into(row: Row, name: str, function: Any, arguments: Any, rates: tuple[float, float]) -> None:
+    """The shortest time there is for a function: of its operations or of its bytes, whichever takes longer."""
+    costs = row.costs[name]
+    costs["operations"] = max(costs["operations"], operations(function, *arguments))
+    moved = max(costs["bytes accessed"], costs["bytes in and out"])
+    costs["limit"] = max(costs["operations"] / rates[0], moved / rates[1])
