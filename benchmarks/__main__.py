@@ -24,6 +24,7 @@ THEMES = {  # a theme: its module, which has a THEME
     "factors": "benchmarks.factors",
     "transform": "benchmarks.transform",
     "private": "benchmarks.private",
+    "curvature": "benchmarks.curvature",
     "peers": "benchmarks.peers.theme",
     "growth": "benchmarks.growth",
     "card": "benchmarks.card",

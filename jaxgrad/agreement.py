@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+__all__ = ["RTOL", "AgreementReport", "LeafAgreement", "assert_agree", "check_gradient"]
+
 Gradient = Callable[..., PyTree]
 
 RTOL = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -25,8 +27,10 @@ class LeafAgreement:
 
     Attributes:
         path: the leaf's path in the parameter tree, as `jax.tree_util.keystr` writes it.
-        shape, dtype: of the candidate's leaf, without the example axis ("missing" if it has none).
-        expected_shape, expected_dtype: of the parameter.
+        shape: of the candidate's leaf, without the example axis ("missing" if it has none).
+        dtype: of the candidate's leaf, likewise.
+        expected_shape: of the parameter.
+        expected_dtype: of the parameter.
         max_abs: largest absolute difference of any entry, over all examples.
         max_rel: largest ‖candidate - reference‖ / ‖reference‖ over the examples (0 where both are 0), the floor
             standing in for a reference below it.
@@ -34,6 +38,12 @@ class LeafAgreement:
         rtol: the tolerance that applied.
         excess: that example's ‖difference‖ in units of its tolerance: above 1 it disagrees, NaN if not finite.
         problem: empty when the leaf agrees, otherwise what is wrong in a few words.
+
+    Example:
+        >>> by_hand = lambda w, x: 1.5 * x
+        >>> leaf = check_gradient(by_hand, lambda w, x: w @ x, jnp.ones(3), jnp.eye(3)).leaves[0]
+        >>> leaf.shape, leaf.max_abs, leaf.problem
+        ((3,), 0.5, 'differs in 3 examples')
     """
 
     path: str
@@ -51,7 +61,18 @@ class LeafAgreement:
 
 @dataclass(frozen=True)
 class AgreementReport:
-    """What `check_gradient` found; `str()` is a table, `agrees` the verdict, `leaves` the rows."""
+    """What `check_gradient` found; `str()` is a table, `agrees` the verdict, `leaves` the rows.
+
+    Attributes:
+        leaves: a row a leaf, in the order of the parameters' tree.
+        examples: how many were compared.
+        reference: what with.
+
+    Example:
+        >>> report = check_gradient(lambda w, x: x, lambda w, x: w @ x, jnp.ones(3), jnp.eye(3))
+        >>> print(str(report).splitlines()[-1])
+        agrees with jax.grad on 3 examples
+    """
 
     leaves: tuple[LeafAgreement, ...]
     examples: int

@@ -19,7 +19,10 @@ from jaxgrad.per_example.norms import together
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 
+__all__ = ["ClipInfo", "ClippedGrad", "Weighting", "automatic", "clip", "clipped_grad", "normalize"]
+
 Weighting = Callable[[Array, Array], Array]
+"""(norms [B], bound) → a factor for every gradient."""
 
 # Norms are taken √GUARD times the numbers that cancel in a gradient too large, so that what rounding leaves of them is
 # counted; with the bound's own share ε it makes the guarantee of `clipped_grad`. By the dtype that is summed in.
@@ -37,6 +40,11 @@ class ClipInfo(NamedTuple):
         clipped_fraction: the share of the unmasked examples whose norm exceeds a bound or is not finite.
         nonfinite: how many unmasked examples have a gradient that is NaN or infinite.
         aux: with has_aux, what the loss returns beside its value, for every example; 0 where masked.
+
+    Example:
+        >>> _, info = clipped_grad(lambda w, x: w @ x, 1.0)(jnp.ones(3), jnp.diag(jnp.array([0.5, 2.0, jnp.inf])))
+        >>> info.norms.tolist(), f"{info.clipped_fraction:.2f}", int(info.nonfinite)
+        ([0.5, 2.0, inf], '0.67', 1)
     """
 
     values: Array
@@ -47,17 +55,32 @@ class ClipInfo(NamedTuple):
 
 
 def clip(norms: Array, max_norm: Array) -> Array:
-    """min(1, max_norm/‖g‖): gradients up to the bound stay as they are (Abadi et al. 2016)."""
+    """min(1, max_norm/‖g‖): gradients up to the bound stay as they are (Abadi et al. 2016).
+
+    Example:
+        >>> clip(jnp.array([0.0, 0.5, 4.0]), jnp.array(1.0)).tolist()
+        [1.0, 1.0, 0.25]
+    """
     return max_norm / jnp.maximum(max_norm, norms)
 
 
 def normalize(norms: Array, max_norm: Array) -> Array:
-    """max_norm/‖g‖: every gradient but 0 is given the bound's length."""
+    """max_norm/‖g‖: every gradient but 0 is given the bound's length.
+
+    Example:
+        >>> normalize(jnp.array([0.0, 0.5, 4.0]), jnp.array(1.0)).tolist()
+        [0.0, 2.0, 0.25]
+    """
     return jnp.where(norms > 0, max_norm / norms, jnp.zeros_like(norms))
 
 
 def automatic(gamma: float = 0.01) -> Weighting:
-    """max_norm/(‖g‖ + gamma): automatic clipping (Bu et al. 2023), without a bound to tune."""
+    """max_norm/(‖g‖ + gamma): automatic clipping (Bu et al. 2023), without a bound to tune.
+
+    Example:
+        >>> automatic(gamma=1.0)(jnp.array([0.0, 1.0, 3.0]), jnp.array(1.0)).tolist()
+        [1.0, 0.5, 0.25]
+    """
 
     def weighting(norms: Array, max_norm: Array) -> Array:
         return max_norm / (norms + gamma)
@@ -128,7 +151,13 @@ def clipped_grad(
 
 
 class ClippedGrad:
-    """What `clipped_grad` returns: call it with the loss's arguments and a mask."""
+    """What `clipped_grad` returns: call it with the loss's arguments and a mask.
+
+    Example:
+        >>> gradient = clipped_grad(lambda params, x: params["a"] * x + params["b"], {"a": 3.0, "b": 4.0})
+        >>> gradient.sensitivity()
+        5.0
+    """
 
     def __init__(
         self,

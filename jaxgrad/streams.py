@@ -1,8 +1,10 @@
 """Results over more data than fits into memory: batch by batch, on disk as they come, taken up again after a stop.
 
-run            a function of one batch over all of them: rows for every example, and sums over all
-Batches        arrays, memory-mapped ones too, as batches that can be taken up in the middle
-norms, second_moments, influence    functions for `run`
+The names:
+
+    run            a function of one batch over all of them: rows for every example, and sums over all
+    Batches        arrays, memory-mapped ones too, as batches that can be taken up in the middle
+    norms, second_moments, influence    functions for `run`
 """
 
 import functools
@@ -21,6 +23,9 @@ from jaxtyping import PyTree
 
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.transform import per_example_grad, per_example_value_and_grad
+from jaxgrad.progress import shown
+
+__all__ = ["Batches", "Part", "Results", "influence", "norms", "run", "second_moments"]
 
 STATE = "state.npz"
 
@@ -31,6 +36,12 @@ class Part(NamedTuple):
     Attributes:
         rows: name → [b, …], kept for every example.
         sums: name → array, added up over all batches in float64.
+
+    Example:
+        >>> import tempfile
+        >>> largest = lambda x: Part({"largest": x.max(1)}, {"sum": x.sum(0)})
+        >>> run(largest, Batches(np.eye(3), size=2), tempfile.mkdtemp()).sums["sum"].tolist()
+        [1.0, 1.0, 1.0]
     """
 
     rows: Mapping[str, Any]
@@ -43,7 +54,14 @@ class Results(NamedTuple):
     Attributes:
         rows: name → memory-mapped [examples, …], in the order of the batches.
         sums: name → float64 array.
-        batches, examples: how many there were.
+        batches: how many there were.
+        examples: how many there were.
+
+    Example:
+        >>> import tempfile
+        >>> results = run(lambda x: Part({"x": x}, {}), Batches(np.eye(3), size=2), tempfile.mkdtemp())
+        >>> results.rows["x"].shape, results.batches, results.examples
+        ((3, 3), 2, 3)
     """
 
     rows: dict[str, np.ndarray]
@@ -78,6 +96,7 @@ class Batches(Sequence[tuple[Any, ...]]):
         return -(-self.length // self.size)
 
     def __getitem__(self, index: Any) -> Any:
+        """One batch: the k-th part of every array, as NumPy arrays."""
         k = operator.index(index)
         if not 0 <= k < len(self):
             raise IndexError(f"streams.Batches: expected an index from 0 to {len(self) - 1}, got {k}.")
@@ -125,7 +144,7 @@ def run(
         raise ValueError(f"streams.run: expected to commit every 1 or more batches, got {every}.")
     store = _Store(Path(folder))
     waiting = 0
-    for batch in _shown(_from(batches, store.batches), batches, store.batches, progress):
+    for batch in shown(_from(batches, store.batches), _length(batches), store.batches, progress):
         store.add(function(*batch))
         waiting += 1
         if waiting == every:
@@ -143,6 +162,11 @@ def norms(loss: Callable[..., Any], params: PyTree, **options: Any) -> Callable[
         loss: of one example, as in `per_example_grad`.
         params: at which.
         options: of `per_example_grad`, but has_aux and strict.
+
+    Example:
+        >>> each = norms(lambda w, x: jnp.sin(w @ x), jnp.ones(3))
+        >>> {name: rows.shape for name, rows in each(jnp.eye(3)).rows.items()}
+        {'values': (3,), 'norms': (3,)}
     """
     transformed = jax.jit(lambda params, batch: _values_and_norms(loss, options, params, batch))
 
@@ -163,6 +187,11 @@ def second_moments(loss: Callable[..., Any], params: PyTree, **options: Any) -> 
 
     Args:
         loss, params, options: as in `norms`.
+
+    Example:
+        >>> each = second_moments(lambda p, x: jnp.sin(p["w"] @ x), {"w": jnp.ones(3)})
+        >>> {path: total.shape for path, total in each(jnp.eye(3)).sums.items()}
+        {"squares['w']": (3,), "sum['w']": (3,)}
     """
 
     @jax.jit
@@ -184,6 +213,12 @@ def influence(loss: Callable[..., Any], params: PyTree, fixed: PerExampleGrads, 
     Args:
         loss, params, options: as in `norms`.
         fixed: the gradients of M examples with respect to the same parameters; rows are [b, M].
+
+    Example:
+        >>> loss, w = lambda w, x: jnp.sin(w @ x), jnp.ones(3)
+        >>> each = influence(loss, w, fixed=per_example_grad(loss)(w, jnp.eye(3)))
+        >>> each(jnp.ones((5, 3))).rows["products"].shape
+        (5, 3)
     """
     gram = jax.jit(lambda params, fixed, batch: per_example_grad(loss, **options)(params, *batch).gram(fixed))
     return lambda *batch: Part({"products": gram(params, fixed, batch)}, {})
@@ -289,15 +324,5 @@ def _from(batches: Iterable[tuple[Any, ...]], start: int) -> Iterator[tuple[Any,
     return islice(iter(batches), start, None)
 
 
-def _shown(left: Iterator[Any], batches: Iterable[Any], done: int, progress: bool) -> Iterator[Any]:
-    if not progress:
-        yield from left
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
-    total = len(batches) if isinstance(batches, Sequence) else None
-    with Progress("batches", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("batches", total=total, completed=done)
-        for batch in left:
-            yield batch
-            bar.advance(task)
+def _length(batches: Iterable[Any]) -> int | None:
+    return len(batches) if isinstance(batches, Sequence) else None

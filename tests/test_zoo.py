@@ -1,6 +1,5 @@
 """Every loss of the zoo: each operation on its gradients is its image on the matrix that jax.grad writes out."""
 
-import functools
 import math
 import re
 
@@ -8,16 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import quick_jit
 from zoo import ENTRIES
 from zoo.base import Loss
 
 from jaxgrad import PerExampleGrads, explain, per_example_grad
-
-# Most of the time here would go into optimising code that runs once.
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-if jax.__version_info__ < (0, 11):
-    OPTIONS["xla_cpu_use_fusion_emitters"] = False
-quick_jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
 """The exercise: the network wᵀσ(Wx + b), its loss, and its gradient by hand and by `jax.grad`.
 
-params       Params(W, b, w) and their random start
-model        the network and its loss, pure functions of one example
-activations  σ, σ′, σ″ right to the last digits
-derivation   the exercise's two derivations, line by line, as they stand on the page
-closed_form  the stable closed form: gradients of one example and of batches, Hessian products
-autodiff     the same functions through `jax.grad`: same names, same signatures
-labels       `signs`: labels of two classes as ±1
+The modules:
+
+    params       Params(W, b, w) and their random start
+    model        the network and its loss, pure functions of one example
+    activations  σ, σ′, σ″ right to the last digits
+    derivation   the exercise's two derivations, line by line, as they stand on the page
+    closed_form  the stable closed form: gradients of one example and of batches, Hessian products
+    autodiff     the same functions through `jax.grad`: same names, same signatures
+    labels       `signs`: labels of two classes as ±1
 """
 
 from jaxgrad.network import autodiff, closed_form, derivation

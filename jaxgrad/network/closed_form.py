@@ -43,6 +43,17 @@ from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import replicated
 
+__all__ = [
+    "batched_grad",
+    "batched_input_grad",
+    "grad",
+    "hessian_vector_product",
+    "input_grad",
+    "per_example_grads",
+    "value_and_grad",
+    "value_and_grad_one",
+]
+
 
 @one_example_jitted
 def grad(params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic) -> Params:

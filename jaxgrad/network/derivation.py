@@ -11,6 +11,13 @@ of a vector is a vector, x_j e_i. Read literally the product with w sums over al
 
 The second answer works with differentials and ends in a matrix (b), in components (c), and for the logistic with
 S′ = S - S² (d).
+
+Example:
+    >>> params, x, y = Params(jnp.ones((2, 3)), jnp.zeros(2), jnp.arange(1.0, 3.0)), jnp.ones(3), jnp.ones(())
+    >>> bool(jnp.allclose(matrix_form(params, x, y), logistic_form(params, x, y)))
+    True
+    >>> bool(jnp.allclose(matrix_form(params, x, y), first_answer_literal(params, x, y)))
+    False
 """
 
 from typing import NamedTuple

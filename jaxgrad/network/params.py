@@ -8,7 +8,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 
 class Params(NamedTuple):
-    """The weights of the network: a pytree, and the form of every gradient with respect to them."""
+    """The weights of the network: a pytree, and the form of every gradient with respect to them.
+
+    Example:
+        >>> params = Params(W=jnp.ones((2, 3)), b=jnp.zeros(2), w=jnp.ones(2))
+        >>> jax.tree.map(jnp.shape, params)
+        Params(W=(2, 3), b=(2,), w=(2,))
+    """
 
     W: Float[Array, "*batch H D"]
     b: Float[Array, "*batch H"]

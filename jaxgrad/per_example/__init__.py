@@ -1,6 +1,7 @@
 """Per-example gradients kept as factors.
 
-The algebra
+The algebra:
+
     factors      what one parameter's gradients are made of: Outer, Rows, Windows, Dense
     layout       where the entries of a factor lie in the parameter
     windows      a convolution as a product: an image, and the windows of it that the kernel meets
@@ -11,7 +12,8 @@ The algebra
     leaf         the gradients of one parameter: a sum of factors times one number an example
     gradients    PerExampleGrads: the algebra over a tree of parameters
 
-The transformation
+The transformation:
+
     transform    per_example_grad, per_example_value_and_grad
     arguments    which arguments are parameters, which carry examples, which are shared
     walk         evaluate a gradient's program, leaving its last products undone
@@ -25,7 +27,7 @@ The transformation
     explain      what is done with each parameter, and why
 """
 
-from jaxgrad.per_example.explain import Explanation, explain
+from jaxgrad.per_example.explain import Explanation, Row, explain
 from jaxgrad.per_example.factors import Dense, Factor, Outer, Rows, Windows
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.layout import Layout
@@ -38,6 +40,7 @@ __all__ = [
     "Layout",
     "Outer",
     "PerExampleGrads",
+    "Row",
     "Rows",
     "Windows",
     "explain",

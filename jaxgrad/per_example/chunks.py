@@ -1,11 +1,14 @@
 """Loops that write out no more at once than a stated number of bytes."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 64 * 2**20
 """How much may be written out at once, unless the caller says otherwise."""
@@ -36,15 +39,15 @@ def map_examples(function: Callable[..., Array], size: int, *trees: PyTree) -> A
     return jnp.concatenate([results, function(*rest)]) if _count(rest) else results
 
 
-def sum_examples(function: Callable[..., Array], size: int, *trees: PyTree) -> Array:
-    """function(*trees) where it sums over examples (axis 0), on `size` examples at a time."""
+def sum_examples(function: Callable[..., T], size: int, *trees: PyTree) -> T:
+    """function(*trees), a tree of arrays, where it sums over examples (axis 0), on `size` examples at a time."""
     if size >= _count(trees):
         return function(*trees)
     blocks, rest = _cut(trees, size)
     first = function(*jax.tree.map(lambda a: a[0], blocks))
     others = jax.tree.map(lambda a: a[1:], blocks)
-    total, _ = lax.scan(lambda total, block: (total + function(*block), None), first, others)
-    return total + function(*rest) if _count(rest) else total
+    total, _ = lax.scan(lambda total, block: (jax.tree.map(jnp.add, total, function(*block)), None), first, others)
+    return jax.tree.map(jnp.add, total, function(*rest)) if _count(rest) else total
 
 
 def _count(trees: PyTree) -> int:

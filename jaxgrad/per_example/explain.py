@@ -22,7 +22,8 @@ class Row:
 
     Attributes:
         path: as `jax.tree_util.keystr` writes it.
-        shape, dtype: the parameter's.
+        shape: the parameter's.
+        dtype: the parameter's.
         how: "factored"; "formed", a product that is smaller than its operands; "vector", at most one axis,
             written out as it is no larger than an activation; "unused"; "direct", written out as
             vmap(jax.grad) would.
@@ -30,8 +31,14 @@ class Row:
         norm: how the norm is computed, a part for each pair of factors.
         nbytes: bytes held.
         materialized_nbytes: bytes of the gradients written out.
-        primitive, source, why: of a direct route, where the gradient ceases to be a product: the primitive, file and
-            line in the loss, and the reason. Empty otherwise.
+        primitive: of a direct route, the primitive where the gradient ceases to be a product; empty otherwise.
+        source: its file and line in the loss.
+        why: the reason.
+
+    Example:
+        >>> row = explain(lambda W, x: jnp.tanh(W @ x).sum())(jnp.ones((30, 20)), jnp.ones((4, 20))).rows[0]
+        >>> row.how, row.factors
+        ('factored', ('Outer([4, 1, 1, 30], [4, 1, 1, 20])',))
     """
 
     path: str
@@ -54,6 +61,12 @@ class Explanation:
     Attributes:
         rows: in the order of the parameters' tree.
         batch_size: B.
+
+    Example:
+        >>> loss = lambda params, x: params["out"] @ jnp.tanh(params["in"] @ x)
+        >>> told = explain(loss)({"in": jnp.ones((30, 20)), "out": jnp.ones(30)}, jnp.ones((4, 20)))
+        >>> told["['out']"].how, told.nbytes < told.materialized_nbytes
+        ('vector', True)
     """
 
     rows: tuple[Row, ...]
@@ -75,6 +88,7 @@ class Explanation:
         return tuple(row for row in self.rows if row.how == "direct")
 
     def __getitem__(self, path: str) -> Row:
+        """The row of the parameter at `path`."""
         for row in self.rows:
             if row.path == path:
                 return row

@@ -46,6 +46,11 @@ class Outer:
         left: [B, G, T, F], floating.
         right: [B, G, T, K], floating.
         layout: where [G, F, K] lies in the parameter.
+
+    Example:
+        >>> f = Outer.of_matrix(jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.float32)
+        >>> f.left.shape, f.right.shape, f.layout.shape
+        ((4, 1, 1, 3), (4, 1, 1, 2), (3, 2))
     """
 
     left: Any  # an Array, or what jax.eval_shape makes of one
@@ -68,6 +73,11 @@ class Rows:
         ids: [B, T], integer; an id outside 0 ≤ id < F (a padding id) contributes nothing.
         values: [B, T, K], floating.
         layout: where [1, F, K] lies in the parameter; F is the number of rows.
+
+    Example:
+        >>> f = Rows.of_table(jnp.array([[0, 2], [2, 2]]), jnp.ones((2, 2, 3)), rows=5, dtype=jnp.float32)
+        >>> f.rows, f.layout.shape
+        (5, (5, 3))
     """
 
     ids: Any
@@ -101,6 +111,12 @@ class Windows:
         image: [B, …], floating.
         unfolding: how the two become an Outer's sides.
         layout: where [G, F, K] lies in the parameter.
+
+    Example:
+        >>> loss = lambda kernel, x: jnp.sin(jax.lax.conv(x[None], kernel, (1, 1), "VALID")).sum()
+        >>> f = jg.per_example_grad(loss)(jnp.ones((64, 32, 3, 3)), jnp.ones((2, 32, 8, 8))).factors[0]
+        >>> type(f).__name__, f.image.size, f.unfolded().right.size
+        ('Windows', 4096, 20736)
     """
 
     left: Any
@@ -126,6 +142,10 @@ class Dense:
     Attributes:
         value: [B, *shape], floating.
         layout: the parameter's shape and dtype; its matrix is (1, 1, size).
+
+    Example:
+        >>> Dense.of(jnp.ones((4, 3)), jnp.float32).layout.shape
+        (3,)
     """
 
     value: Any
@@ -139,6 +159,7 @@ class Dense:
 
 
 Factor = Outer | Rows | Windows | Dense
+"""Any of them."""
 
 
 def arrays(f: Factor) -> list[Any]:

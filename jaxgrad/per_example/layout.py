@@ -22,6 +22,11 @@ class Layout:
         matrix: (G, F, K).
         split: the box's shape, axes merged or divided; None for the box's own.
         box: (start, size, stride) in each axis of the parameter; None for all of it.
+
+    Example:
+        >>> transposed = Layout((5, 3), jnp.dtype(jnp.float32), axes=(1, 0), matrix=(1, 3, 5))
+        >>> transposed.to_matrix(jnp.zeros((4, 5, 3))).shape
+        (4, 1, 3, 5)
     """
 
     shape: tuple[int, ...]
@@ -69,7 +74,7 @@ class Layout:
         return any(_apart(a, b) or _apart(b, a) for a, b in pairs)
 
     def to_matrix(self, value: Array) -> Array:
-        """[*batch, *shape] → [*batch, G, F, K]."""
+        """`[*batch, *shape]` → `[*batch, G, F, K]`."""
         batch = value.ndim - len(self.shape)
         if self.box is not None:
             part = tuple(slice(i, i + (n - 1) * s + 1 if n else i, s) for i, n, s in self.box)
@@ -79,7 +84,7 @@ class Layout:
         return value.reshape(*value.shape[:batch], *self.matrix)
 
     def from_matrix(self, value: Array) -> Array:
-        """[*batch, G, F, K] → [*batch, *shape]."""
+        """`[*batch, G, F, K]` → `[*batch, *shape]`."""
         batch = value.ndim - 3
         value = value.reshape(*value.shape[:batch], *(self._split[a] for a in self.axes))
         inverse = sorted(range(len(self.axes)), key=self.axes.__getitem__)

@@ -1,0 +1,149 @@
+"""What a Gram matrix makes cheap: neural tangent kernels, natural gradients, and what else is read off the factors."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+import jaxgrad as jg
+from benchmarks import report
+from benchmarks.functions import plain
+from benchmarks.models import Model, mlp
+from benchmarks.workload import Settings, Theme, Workload
+from jaxgrad import attribution, curvature
+
+DAMPING = 1e-2
+RATE = 0.1
+Function = Callable[..., Any]
+
+
+def rows(model: Model, params: Any, batch: Any) -> jax.Array:
+    """G [B, parameters], as vmap(jax.grad) returns it."""
+    G = jax.vmap(jax.grad(model.loss), (None, *[0] * len(batch)))(params, *batch)
+    return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(G)], 1)
+
+
+def step(params: Any, direction: Any) -> Any:
+    return jax.tree.map(lambda p, d: p - RATE * d, params, direction)
+
+
+def on_gradients(model: Model) -> dict[str, tuple[Function, Function]]:
+    """name: (of params and factors, of params and the matrix that is written out)."""
+
+    def dense_step(params: Any, G: jax.Array) -> Any:
+        flat, unravel = ravel_pytree(params)
+        weights = curvature.damped_solve(G @ G.T, jnp.ones(len(G)), DAMPING * len(G))
+        return step(params, unravel(weights @ G))
+
+    def dense_leverage(_: Any, G: jax.Array) -> Any:
+        K = G @ G.T
+        return len(G) * jnp.diagonal(curvature.damped_solve(K, K, DAMPING * len(G)))
+
+    def dense_noise(_: Any, G: jax.Array) -> Any:
+        trace = G.var(0, ddof=1).sum()
+        return trace, (G.mean(0) ** 2).sum() - trace / len(G)
+
+    return {
+        "natural gradient step": (lambda p, g: step(p, jg.natural_gradient(g, DAMPING)), dense_step),
+        "self-influence, damped": (lambda p, g: jg.self_influence(g, DAMPING), dense_leverage),
+        "Fisher product": (
+            lambda p, g: jg.fisher_vector_product(g, p),
+            lambda p, G: ravel_pytree(p)[1](G.T @ (G @ ravel_pytree(p)[0]) / len(G)),
+        ),
+        "noise scale": (lambda p, g: attribution.noise_scale(g)[:2], dense_noise),
+    }
+
+
+GOALS = {"natural gradient step": 3.0}
+
+
+def of_gradients(model: Model, name: str) -> Workload:
+    ours, dense = on_gradients(model)[name]
+
+    def factored(params: Any, *batch: Any) -> Any:
+        values, g = jg.per_example_value_and_grad(model.loss)(params, *batch)
+        return values.mean(), ours(params, g)
+
+    def written(params: Any, *batch: Any) -> Any:
+        return plain_value(model, params, batch), dense(params, rows(model, params, batch))
+
+    return workload(model, name, factored, written, GOALS.get(name))
+
+
+def plain_value(model: Model, params: Any, batch: Any) -> jax.Array:
+    return jax.vmap(model.loss, (None, *[0] * len(batch)))(params, *batch).mean()
+
+
+def kernel(model: Model) -> Workload:
+    """The kernel of a scalar model, which stands as the loss."""
+
+    def written(params: Any, *batch: Any) -> Any:
+        J = rows(model, params, batch)
+        return J @ J.T
+
+    one = lambda params, example: model.loss(params, *example)  # noqa: E731
+    return workload(model, "NTK", lambda params, *batch: jg.ntk(one)(params, batch), written, 1.2)
+
+
+def kronecker(model: Model) -> Workload:
+    """No column beside it: written out, there is nothing to read the factors off."""
+
+    def factored(params: Any, *batch: Any) -> Any:
+        values, g = jg.per_example_value_and_grad(model.loss)(params, *batch)
+        return values.mean(), curvature.kfac_factors(g)
+
+    return workload(model, "KFAC factors", factored, "no factors", 1.3)
+
+
+def workload(model: Model, name: str, ours: Function, written: Function | str, goal: float | None) -> Workload:
+    return Workload(
+        f"{name}: {model.name}",
+        {"plain": plain(model), "jaxgrad": ours, "vmap(grad)": written},
+        (model.params, *model.batch),
+        agree=("jaxgrad", "vmap(grad)"),
+        compare=functools.partial(chex.assert_trees_all_close, rtol=5e-3, atol=1e-3),
+        goal=goal,
+        writes={"vmap(grad)": model.written_out},
+        apart=("vmap(grad)",),
+    )
+
+
+def scalar(model: Model) -> Model:
+    """The output itself in place of a loss."""
+
+    def output(params: Any, x: jax.Array) -> jax.Array:
+        for layer in params[:-1]:
+            x = jax.nn.relu(x @ layer["W"] + layer["b"])
+        return (x @ params[-1]["W"] + params[-1]["b"])[0]
+
+    return model._replace(loss=output, batch=model.batch[:1])
+
+
+def workloads(settings: Settings) -> Iterator[Workload]:
+    yield kernel(scalar(mlp((256, 512, 512, 512, 1))))
+    yield kronecker(mlp())
+    for name in ("natural gradient step", "self-influence, damped", "Fisher product", "noise scale"):
+        yield of_gradients(mlp(), name)
+
+
+THEME = Theme(
+    "curvature",
+    "Curvature and attribution",
+    """
+Plain, `jit(value_and_grad(mean loss))` (for the kernel: of the mean output), is 1.00; `vmap(grad)` is the same quantity
+from the matrix that `vmap(jax.grad)` writes out. float32. Memory is the compiled program's temporary memory.""",
+    (
+        report.milliseconds("plain"),
+        report.ratio("jaxgrad"),
+        report.goal(),
+        report.ratio("vmap(grad)"),
+        report.mebibytes("plain"),
+        report.memory("jaxgrad"),
+        report.memory("vmap(grad)"),
+    ),
+    workloads,
+)

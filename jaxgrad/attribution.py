@@ -1,0 +1,383 @@
+"""Which examples matter: scores, similarities and influence from per-example gradients.
+
+The names:
+
+    Of a batch of gradients
+        self_influence, influence     of each example on its own loss, and of training examples on test losses
+        cosine_similarity             of every pair of gradients
+        noise_scale                   how much of a gradient is noise, and the batch size at which that is half
+        random_projection             a few numbers an example that keep inner products
+    Of a loss or a model
+        grand, tracin                 norms and inner products over several checkpoints
+        ntk                           the empirical neural tangent kernel, in blocks for large batches
+
+For more examples than fit into memory see `blocks`. B counts training examples, C test examples.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from jaxgrad.curvature.gauss_newton import GaussNewton
+from jaxgrad.curvature.solve import EXACT, damped_solve, scaled_system
+from jaxgrad.per_example.chunks import CHUNK_BYTES, chunk_size, map_examples
+from jaxgrad.per_example.factors import Precision, added, power_of_two
+from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.transform import per_example_grad
+
+__all__ = [
+    "NoiseScale",
+    "cosine_similarity",
+    "grand",
+    "influence",
+    "noise_scale",
+    "ntk",
+    "random_projection",
+    "self_influence",
+    "tracin",
+]
+
+# --- Of a batch of gradients -----------------------------------------------------------------------------------------
+
+
+def self_influence(
+    g: PerExampleGrads | GaussNewton, damping: Any = None, *, precision: Precision = None
+) -> Float[Array, " B"]:
+    """How much each example's own gradient helps its own loss: high where an example is unlike all others.
+
+    Formula: ‖g_b‖², TracIn's at one checkpoint; with a damping μ, g_bᵀ(GᵀG/B + μI)⁻¹g_b, through the Gram matrix: B
+    times the leverage of the example, between 0 and B. Examples with wrong labels tend to be high in both.
+
+    Args:
+        g: gradients of B examples; or `gauss_newton`'s result, for the Gauss-Newton matrix instead of GᵀG/B.
+        damping: μ ≥ 0; None for ‖g_b‖².
+        precision: as in `jax.lax.dot_general`; with a damping None is full precision, as this is a solve.
+
+    Returns:
+        [B].
+
+    Raises:
+        ValueError: a damping that is not a number ≥ 0.
+
+    Example:
+        >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[1.0, 0], [1.0, 0], [0, 3.0]]))
+        >>> self_influence(g).tolist(), self_influence(g, 0.0).round(3).tolist()
+        ([1.0, 1.0, 9.0], [1.5, 1.5, 3.0])
+
+    Source: Pruthi et al. 2020 (TracIn); Koh and Liang 2017.
+    """
+    if isinstance(g, PerExampleGrads) and (damping is None or not g.batch_size):
+        return g.squared_norms(precision=precision)
+    rows, residuals = _rows(g)
+    exact = EXACT if precision is None else precision
+    scaled, ridge, unit = scaled_system("self_influence", rows, 0.0 if damping is None else damping)
+    K = scaled.gram(precision=exact)
+    B, R = residuals.shape
+    inner = K * unit**2 / R if damping is None else B * damped_solve(K, K, ridge)
+    own = jnp.diagonal(inner.reshape(B, R, B, R), axis1=0, axis2=2)  # [R, R, B]
+    return jnp.einsum("klb,bk,bl->b", own, residuals, residuals, precision=exact) / R
+
+
+def influence(
+    train: PerExampleGrads | GaussNewton, test: PerExampleGrads, damping: Any, *, precision: Precision = EXACT
+) -> Float[Array, "C B"]:
+    """How much each test loss rises, to first order, when a training example is left out: > 0 helpful, < 0 harmful.
+
+    Formula: test_cᵀ (GᵀG/n + μI)⁻¹ g_b / B, where GᵀG/n is the training gradients' empirical Fisher matrix, or the
+    Gauss-Newton matrix. Exact, in a form that does not cancel: (test Gᵀ)(GGᵀ + μn I)⁻¹. Accuracy: as
+    `natural_gradient`.
+
+    Args:
+        train: gradients of B training examples, or `gauss_newton`'s result for them.
+        test: gradients of C test examples with respect to the same parameters.
+        damping: μ ≥ 0.
+        precision: as in `jax.lax.dot_general`; full unless told otherwise, as this is a solve.
+
+    Returns:
+        [C, B].
+
+    Raises:
+        ValueError: a damping that is not a number ≥ 0; gradients of other parameters.
+
+    Example:
+        >>> loss = lambda w, x, y: (w @ x - y) ** 2
+        >>> gradients = lambda x, y: jg.per_example_grad(loss)(jnp.ones(2), jnp.array(x), jnp.array(y))
+        >>> train, test = gradients([[1.0, 0], [1.0, 0], [0, 1.0]], [2.0, 0.0, 3.0]), gradients([[1.0, 0]], [3.0])
+        >>> influence(train, test, 0.0).round(3).tolist()                # like the test, against it, apart from it
+        [[1.0, -1.0, 0.0]]
+
+    Source: Koh and Liang 2017.
+    """
+    rows, residuals = _rows(train)
+    if not rows.batch_size:
+        return test.gram(rows)
+    scaled, ridge, unit = scaled_system("influence", rows, damping)
+    across = test.gram(scaled, precision=precision)
+    weights = damped_solve(scaled.gram(precision=precision), across.T, ridge).T / unit
+    return (weights.reshape(test.batch_size, *residuals.shape) * residuals[None]).sum(2)
+
+
+def _rows(g: PerExampleGrads | GaussNewton) -> tuple[PerExampleGrads, Array]:
+    """(G, r [B, R] in the accumulator's dtype): the mean gradient is Gᵀr/n."""
+    rows, residuals = g if isinstance(g, GaussNewton) else (g, jnp.ones((g.batch_size, 1), jnp.float32))
+    dtype = jax.eval_shape(rows.norms).dtype
+    return rows, residuals.astype(dtype)
+
+
+def cosine_similarity(
+    g: PerExampleGrads, other: PerExampleGrads | None = None, *, precision: Precision = None
+) -> Float[Array, "B C"]:
+    """The cosine of the angle between every pair of gradients, with `other`'s or with each other.
+
+    Args:
+        g: gradients of B examples.
+        other: gradients of C examples with respect to the same parameters; None for g.
+        precision: as in `jax.lax.dot_general`.
+
+    Returns:
+        [B, C], in [-1, 1]; 0 for a gradient of zero.
+
+    Raises:
+        ValueError: gradients of other parameters.
+
+    Example:
+        >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[2.0, 0], [0, 0], [3.0, 3.0]]))
+        >>> cosine_similarity(g).round(3)[0].tolist()
+        [1.0, 0.0, 0.707]
+    """
+    first = _directions(g)
+    second = None if other is None else _directions(other)
+    return jnp.clip(first.gram(second, precision=precision), -1, 1)
+
+
+def _directions(g: PerExampleGrads) -> PerExampleGrads:
+    norms = g.norms()
+    return g.scale(jnp.where(norms == 0, jnp.zeros_like(norms), 1 / jnp.where(norms == 0, jnp.ones_like(norms), norms)))
+
+
+class NoiseScale(NamedTuple):
+    """Of a batch of gradients; average noise and signal over several batches before dividing them.
+
+    Attributes:
+        noise: tr Σ, the variance of one example's gradient, all parameters together.
+        signal: ‖mean gradient‖² of all data; an estimate without bias, which may be negative.
+        scale: noise / signal in examples, the batch size at which noise and signal are alike; inf where signal ≤ 0.
+
+    Example:
+        >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[3.0, 1], [3.0, -1]]))
+        >>> noise_scale(g).scale.round(3).item()
+        0.25
+    """
+
+    noise: Array
+    signal: Array
+    scale: Array
+
+
+def noise_scale(g: PerExampleGrads, *, precision: Precision = None) -> NoiseScale:
+    """The simple noise scale tr Σ / ‖ḡ‖²: about how many examples a batch should have before more stop paying.
+
+    Formula: tr Σ = (Σ‖g_b‖² - B‖ḡ‖²)/(B - 1), ‖ḡ‖² - tr Σ/B, both without bias. Accuracy: tr Σ to a few eps times the
+    mean ‖g_b‖², absolute; where it is smaller than that (all gradients equal) it is 0 and not below.
+
+    Args:
+        g: gradients of B ≥ 2 examples, drawn at random; NaN for fewer.
+        precision: as in `jax.lax.dot_general`.
+
+    Returns:
+        `NoiseScale`, of scalars.
+
+    Example:
+        >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[3.0, 1], [3.0, -1]]))
+        >>> [number.round(3).item() for number in noise_scale(g)]
+        [2.0, 8.0, 0.25]
+
+    Source: McCandlish et al. 2018, appendix A.1.
+    """
+    B, norms = g.batch_size, g.norms(precision=precision)
+    if B < 2:
+        return NoiseScale(*[jnp.full((), jnp.nan, norms.dtype)] * 3)
+    unit = power_of_two(norms.max())
+    total = g.scale(jnp.full_like(norms, 1) / unit).sum(precision=precision, rounded=False)
+    mean = added([(leaf.astype(norms.dtype) ** 2).sum() for leaf in jax.tree.leaves(total)]) / B**2
+    spread = (((norms / unit) ** 2).sum() - B * mean) / (B - 1)
+    noise = jnp.maximum(spread, jnp.zeros_like(spread))
+    signal = mean - noise / B
+    positive = jnp.where(signal > 0, signal, jnp.ones_like(signal))
+    scale = jnp.where(signal <= 0, jnp.full_like(signal, jnp.inf), noise / positive)
+    return NoiseScale(noise * unit * unit, signal * unit * unit, jnp.where(jnp.isnan(signal), signal, scale))
+
+
+def random_projection(g: PerExampleGrads, key: Array, size: int, *, precision: Precision = None) -> Float[Array, "B S"]:
+    """[B, size]: G P/√size with random signs P [parameters, size]: inner products of rows are those of G, in the mean.
+
+    The same key and size give the same P, however the gradients are held: rows of different batches can be compared.
+    The relative standard error of ‖g_b‖² is at most √(2/size). P is drawn a few columns at a time and never there as a
+    whole; G is not written out. Cost: that of size/B Gram matrices, roughly: size products with a direction.
+
+    Args:
+        g: gradients of B examples.
+        key: of `jax.random`.
+        size: how many numbers for each example.
+        precision: as in `jax.lax.dot_general`.
+
+    Returns:
+        [B, size].
+
+    Raises:
+        ValueError: a size below 1.
+
+    Example:
+        >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(64), jnp.eye(64)[:4])
+        >>> features = random_projection(g, jax.random.key(0), 1000)
+        >>> features.shape, (features @ features.T).round().astype(int)[0].tolist()
+        ((4, 1000), [1, 0, 0, 0])
+
+    Source: Achlioptas 2003; Park et al. 2023 (TRAK).
+    """
+    if operator.index(size) < 1:
+        raise ValueError(f"random_projection: expected a size of at least 1, got {size}.")
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(g.sum))
+
+    def column(k: Array) -> Array:
+        keys = jax.random.split(jax.random.fold_in(key, k), len(leaves))
+        signs = [jax.random.rademacher(key, p.shape, p.dtype) for key, p in zip(keys, leaves, strict=True)]
+        return g.dot(treedef.unflatten(signs), precision=precision)
+
+    bytes_each = sum(p.size * p.dtype.itemsize for p in leaves)
+    columns = lax.map(column, jnp.arange(size), batch_size=chunk_size(bytes_each, CHUNK_BYTES, size))
+    return columns.T / size**0.5
+
+
+# --- Of a loss or a model, over several checkpoints and in blocks ----------------------------------------------------
+
+
+def grand(loss: Callable[..., Any], **options: Any) -> Callable[..., Float[Array, " B"]]:
+    """GraNd: the norm of each example's gradient, averaged over several parameters (initialisations, checkpoints).
+
+    Args:
+        loss: of one example, as in `per_example_grad`.
+        options: of `per_example_grad`, but has_aux and strict.
+
+    Returns:
+        A function of (checkpoints, *batch), an iterable of parameters and the batch, that returns [B].
+
+    Raises:
+        ValueError: no checkpoints.
+
+    Example:
+        >>> grand(lambda w, x: jnp.sin(w @ x))([jnp.zeros(2), jnp.ones(2)], jnp.eye(2)).round(3).tolist()
+        [0.77, 0.77]
+
+    Source: Paul et al. 2021.
+    """
+    norms = jax.jit(lambda params, batch: per_example_grad(loss, **options)(params, *batch).norms())
+    return lambda checkpoints, *batch: _mean("grand", [norms(params, batch) for params in checkpoints])
+
+
+def _mean(call: str, terms: list[Array]) -> Array:
+    if not terms:
+        raise ValueError(f"{call}: expected at least one checkpoint, got none.")
+    return added(terms) / len(terms)
+
+
+def tracin(loss: Callable[..., Any], **options: Any) -> Callable[..., Float[Array, "C B"]]:
+    """TracIn: how much training on each example lowered each test loss, to first order, summed over checkpoints.
+
+    Formula: Σ_k η_k test_c(w_k) · g_b(w_k), for plain gradient descent with learning rates η_k.
+
+    Args:
+        loss: of one example, as in `per_example_grad`.
+        options: of `per_example_grad`, but has_aux and strict.
+
+    Returns:
+        A function of (checkpoints, rates, train, test): parameters w_k, learning rates η_k, and two batches, tuples of
+        the loss's other arguments; it returns [C, B], > 0 helpful.
+
+    Raises:
+        ValueError: no checkpoints, or not as many rates.
+
+    Example:
+        >>> loss = lambda w, x, y: (w @ x - y) ** 2
+        >>> train, test = (jnp.eye(2), jnp.ones(2)), (jnp.eye(2)[:1], jnp.ones(1))
+        >>> tracin(loss)([jnp.zeros(2), jnp.full(2, 0.5)], [0.1, 0.1], train, test).round(3).tolist()
+        [[0.5, 0.0]]
+
+    Source: Pruthi et al. 2020.
+    """
+    gradients = per_example_grad(loss, **options)
+    products = jax.jit(lambda params, train, test: gradients(params, *test).gram(gradients(params, *train)))
+
+    def over(checkpoints: Iterable[PyTree], rates: Iterable[Any], train: Any, test: Any) -> Array:
+        pairs = list(zip(rates, checkpoints, strict=True))
+        terms = [rate * products(params, train, test) for rate, params in pairs]
+        return _mean("tracin", terms) * len(terms)
+
+    return over
+
+
+def ntk(
+    fun: Callable[..., Any], *, block_size: int | None = None, precision: Precision = None
+) -> Callable[..., Float[Array, "B C *O"]]:
+    """The empirical neural tangent kernel: inner products of the gradients of a model's outputs.
+
+    Args:
+        fun: fun(params, x) → the outputs of one example: a real scalar, or an array of O numbers.
+        block_size: how many examples of each side to hold gradients of at once, to bound the memory; the second side's
+            are then computed once for every block of the first. None: all.
+        precision: as in `jax.lax.dot_general`.
+
+    Returns:
+        A function of (params, x, x2=None), trees of arrays with an example axis, that returns [B, C] for a scalar fun,
+        otherwise [B, C, O, O]: J_b J_cᵀ. x2 None: x itself. Jit it.
+
+    Raises:
+        TypeError, ValueError: as `per_example_grad`; a block size below 1.
+
+    Example:
+        >>> kernel = jax.jit(ntk(lambda w, x: jnp.tanh(w @ x)))
+        >>> kernel(jnp.zeros(3), jnp.eye(3)[:2]).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+        >>> kernel(jnp.zeros((4, 3)), jnp.eye(3), jnp.eye(3)[:2]).shape
+        (3, 2, 4, 4)
+
+    Source: Jacot et al. 2018; in factors as Novak et al. 2022, "structured derivatives".
+    """
+    if block_size is not None and operator.index(block_size) < 1:
+        raise ValueError(f"ntk: expected a block size of at least 1 or None, got {block_size}.")
+
+    def gradients(params: PyTree, x: Any) -> tuple[PerExampleGrads, tuple[int, ...]]:
+        example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.result_type(a)), x)
+        shape = jax.eval_shape(fun, params, example).shape
+        if shape == ():
+            return per_example_grad(fun)(params, x), ()
+        O = math.prod(shape)  # noqa: E741
+        B = jax.tree.leaves(x)[0].shape[0]
+        one = per_example_grad(lambda params, x, k: fun(params, x).ravel()[k])
+        return one(params, jax.tree.map(lambda a: jnp.repeat(a, O, 0), x), jnp.tile(jnp.arange(O), B)), (O,)
+
+    def block(params: PyTree, x: Any, x2: Any) -> Array:
+        g, outputs = gradients(params, x)
+        K = g.gram(None if x2 is None else gradients(params, x2)[0], precision=precision)
+        if not outputs:
+            return K
+        return K.reshape(-1, *outputs, K.shape[1] // outputs[0], *outputs).transpose(0, 2, 1, 3)
+
+    def kernel(params: PyTree, x: Any, x2: Any = None) -> Array:
+        if block_size is None:
+            return block(params, x, x2)
+        x2 = x if x2 is None else x2
+
+        def row(x: Any) -> Array:
+            return jnp.swapaxes(map_examples(lambda c: jnp.swapaxes(block(params, x, c), 0, 1), block_size, x2), 0, 1)
+
+        return map_examples(row, block_size, x)
+
+    return kernel

@@ -1,0 +1,185 @@
+"""Gram matrices, influence and nearest examples for more examples than whose gradients fit into memory.
+
+Data come as a sequence of batches (`streams.Batches`, for arrays that are memory-mapped too). The factors of two
+batches are held at a time, and gradients are computed again where they are needed again.
+
+The names:
+
+    gram         inner products of all gradients with all
+    influence    of every training example on every test loss
+    top_k        the largest scores, of which never more than a batch's are there
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from jaxgrad.curvature.solve import EXACT, damped_solve, known
+from jaxgrad.per_example.factors import Precision
+from jaxgrad.per_example.transform import per_example_grad
+from jaxgrad.progress import shown
+
+__all__ = ["TopK", "gram", "influence", "top_k"]
+
+Batch = tuple[Any, ...]
+
+
+def gram(
+    loss: Callable[..., Any],
+    params: PyTree,
+    batches: Sequence[Batch],
+    others: Sequence[Batch] | None = None,
+    *,
+    progress: bool = False,
+    precision: Precision = None,
+    **options: Any,
+) -> Float[np.ndarray, "N M"]:
+    """GGᵀ of N examples, or GG′ᵀ with M others, from batches.
+
+    Memory: the result, twice for a moment, and the factors of two batches. Cost: every gradient of `others` once for
+    each of the batches; without others half of that.
+
+    Args:
+        loss: of one example, as in `per_example_grad`.
+        params: at which.
+        batches, others: each a tuple of the loss's other arguments; all of one size but the last, or every size is
+            compiled for. None for the batches themselves.
+        progress: whether to show a bar (needs rich).
+        precision: as in `jax.lax.dot_general`.
+        options: of `per_example_grad`, but has_aux and strict.
+
+    Returns:
+        [N, M], a NumPy array.
+
+    Raises:
+        ValueError: no batches; and as `per_example_grad`.
+
+    Example:
+        >>> batches = jg.streams.Batches(np.eye(3, dtype=np.float32), size=2)
+        >>> gram(lambda w, x: w @ x, jnp.zeros(3), batches).tolist()
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    if not len(batches) or (others is not None and not len(others)):
+        raise ValueError("blocks.gram: expected at least one batch on each side, got none.")
+    gradients = jax.jit(lambda params, batch: per_example_grad(loss, **options)(params, *batch))
+    product = jax.jit(lambda g, g_: g.gram(g_, precision=precision))
+    second = batches if others is None else others
+    blocks: list[list[np.ndarray]] = []
+    for i, batch in enumerate(shown((batches[i] for i in range(len(batches))), len(batches), progress=progress)):
+        g = gradients(params, batch)
+        row = [blocks[j][i].T for j in range(i)] if others is None else []
+        row += [np.asarray(product(g, gradients(params, second[j]))) for j in range(len(row), len(second))]
+        blocks.append(row)
+    return np.block(blocks)
+
+
+def influence(
+    loss: Callable[..., Any],
+    params: PyTree,
+    train: Sequence[Batch],
+    test: Sequence[Batch],
+    damping: Any,
+    *,
+    progress: bool = False,
+    precision: Precision = EXACT,
+    **options: Any,
+) -> Float[np.ndarray, "C B"]:
+    """`attribution.influence` of B training on C test examples, from batches: exact, of any number of parameters.
+
+    Memory: B × B and B × C numbers a few times over, and the factors of two batches.
+
+    Args:
+        loss, params, progress, precision, options: as in `gram`.
+        train, test: as `gram`'s batches.
+        damping: μ ≥ 0.
+
+    Returns:
+        [C, B], a NumPy array; > 0 helpful.
+
+    Raises:
+        ValueError: a damping that is not a number ≥ 0; and as `gram`.
+
+    Example:
+        >>> loss = lambda w, x, y: (w @ x - y) ** 2
+        >>> train = jg.streams.Batches(np.eye(2), np.array([2.0, 3.0]), size=1)
+        >>> test = jg.streams.Batches(np.eye(2), np.array([3.0, 0.0]), size=2)
+        >>> influence(loss, jnp.ones(2), train, test, 0.0).round(3).tolist()
+        [[2.0, 0.0], [0.0, -0.5]]
+    """
+    if np.ndim(damping) or known(lambda: not damping >= 0):
+        raise ValueError(f"blocks.influence: expected a damping ≥ 0, got {damping}.")
+    K = gram(loss, params, train, progress=progress, precision=precision, **options)
+    across = gram(loss, params, train, test, progress=progress, precision=precision, **options)
+    ridge = damping * len(K)
+    unit = max(np.abs(np.diagonal(K)).max(), ridge) or 1.0
+    return np.asarray(jax.jit(damped_solve)(K / unit, across / unit, jnp.asarray(ridge / unit, K.dtype))).T
+
+
+class TopK(NamedTuple):
+    """The largest scores of every test example, in falling order.
+
+    Attributes:
+        values: [C, k].
+        indices: [C, k], counted over all batches.
+
+    Example:
+        >>> found = top_k(lambda x: x[None], jg.streams.Batches(np.array([1.0, 3.0, 2.0]), size=2), 2)
+        >>> found.values.tolist(), found.indices.tolist()
+        ([[3.0, 2.0]], [[1, 2]])
+    """
+
+    values: Float[Array, "C k"]
+    indices: Array
+
+
+def top_k(
+    scores: Callable[..., Float[Array, "C b"]], batches: Iterable[Batch], k: int, *, progress: bool = False
+) -> TopK:
+    """The k training examples with the largest scores for each test example; those of one batch are there at a time.
+
+    Args:
+        scores: scores(*batch) → [C, b] of a batch's b examples; negate it for the smallest. Jit it.
+        batches: tuples.
+        k: how many; fewer come out if there are fewer examples.
+        progress: whether to show a bar (needs rich).
+
+    Returns:
+        `TopK`; of equal scores the earlier example comes first.
+
+    Raises:
+        ValueError: k below 1, or no batches.
+
+    Example:
+        >>> loss = lambda w, x: jnp.sin(w @ x)
+        >>> test = jg.per_example_grad(loss)(jnp.zeros(3), jnp.ones((1, 3)))
+        >>> scores = lambda x: test.gram(jg.per_example_grad(loss)(jnp.zeros(3), x))
+        >>> top_k(scores, jg.streams.Batches(np.diag([1.0, 3.0, 2.0]), size=2), 2).indices.tolist()
+        [[1, 2]]
+    """
+    if operator.index(k) < 1:
+        raise ValueError(f"blocks.top_k: expected k of at least 1, got {k}.")
+    best: TopK | None = None
+    count = 0
+    for batch in shown(batches, len(batches) if isinstance(batches, Sequence) else None, progress=progress):
+        values = scores(*batch)
+        indices = jnp.broadcast_to(count + jnp.arange(values.shape[1]), values.shape)
+        count += values.shape[1]
+        best = _merged(TopK(values, indices) if best is None else _joined(best, TopK(values, indices)), k)
+    if best is None:
+        raise ValueError("blocks.top_k: expected at least one batch, got none.")
+    return best
+
+
+def _joined(a: TopK, b: TopK) -> TopK:
+    return TopK(jnp.concatenate([a.values, b.values], 1), jnp.concatenate([a.indices, b.indices], 1))
+
+
+def _merged(both: TopK, k: int) -> TopK:
+    values, places = lax.top_k(both.values, min(k, both.values.shape[1]))
+    return TopK(values, jnp.take_along_axis(both.indices, places, 1))

@@ -1,0 +1,223 @@
+"""The Gauss-Newton matrix mean_b JᵀHJ of a model J and a convex loss of its outputs, H: as rows, and as products.
+
+O is the number of a model's outputs for one example; H = SSᵀ is the loss's Hessian in them, S [O, R] a root of it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.transform import per_example_grad
+from jaxgrad.precision import working_dtype
+
+# --- Losses of a model's outputs -------------------------------------------------------------------------------------
+
+
+class OutputLoss(NamedTuple):
+    """A convex loss of one example's outputs, with what Gauss-Newton needs of it in closed form.
+
+    Attributes:
+        value: (outputs, target) → scalar.
+        product: (outputs, target, u) → H u, of the outputs' shape.
+        root: (outputs, target) → (S [O, R], r [R]) with H = SSᵀ and Sr = the gradient, both of the raveled outputs.
+
+    Example:
+        >>> S, r = softmax.root(jnp.zeros(2), 0)
+        >>> (S @ S.T).round(3).tolist(), (S @ r).round(3).tolist()
+        ([[0.25, -0.25], [-0.25, 0.25]], [-0.5, 0.5])
+    """
+
+    value: Callable[[Array, Any], Array]
+    product: Callable[[Array, Any, Array], Array]
+    root: Callable[[Array, Any], tuple[Array, Array]]
+
+
+def _squared_root(outputs: Array, target: Any) -> tuple[Array, Array]:
+    difference = (outputs - jnp.asarray(target, outputs.dtype)).ravel()
+    return jnp.eye(difference.size, dtype=difference.dtype), difference
+
+
+squared = OutputLoss(
+    lambda outputs, target: ((outputs - target) ** 2).sum() / 2, lambda outputs, target, u: u, _squared_root
+)
+"""½ ‖outputs - target‖²: H = I."""
+
+
+def _softmax_value(logits: Array, label: Any) -> Array:
+    return -jnp.take(jax.nn.log_softmax(logits), label)
+
+
+def _softmax_product(logits: Array, label: Any, u: Array) -> Array:
+    p = jax.nn.softmax(logits)
+    return p * (u - (p * u).sum())
+
+
+def _softmax_root(logits: Array, label: Any) -> tuple[Array, Array]:
+    """S = diag(√p) - p √pᵀ and r = -e/√p at the label. 1 - p is the sum of the other p: it does not cancel."""
+    logp = jax.nn.log_softmax(logits)
+    p, root, eye = jnp.exp(logp), jnp.exp(logp / 2), jnp.eye(logits.size, dtype=logp.dtype)
+    others = ((1 - eye) * p[None, :]).sum(1)
+    S = eye * (root * others)[:, None] - (1 - eye) * p[:, None] * root[None, :]
+    return S, -eye[label] * jnp.exp(-logp / 2)
+
+
+softmax = OutputLoss(_softmax_value, _softmax_product, _softmax_root)
+"""-log softmax(logits [O])[label]: H = diag(p) - ppᵀ."""
+
+
+def _logistic_product(margin: Array, sign: Any, u: Array) -> Array:
+    return u * jnp.exp(_log_slope(margin))
+
+
+def _logistic_root(margin: Array, sign: Any) -> tuple[Array, Array]:
+    sign = jnp.asarray(sign, margin.dtype)
+    return jnp.exp(_log_slope(margin) / 2).reshape(1, 1), (-sign * jnp.exp(-sign * margin / 2)).reshape(1)
+
+
+def _log_slope(margin: Array) -> Array:
+    """log π(1 - π), π = logistic(margin): what neither overflows nor loses digits."""
+    return jax.nn.log_sigmoid(margin) + jax.nn.log_sigmoid(-margin)
+
+
+logistic = OutputLoss(lambda margin, sign: jax.nn.softplus(-sign * margin).sum(), _logistic_product, _logistic_root)
+"""log(1 + exp(-y·margin)), y = ±1, the exercise's: H = π(1 - π), one output."""
+
+
+def from_function(loss: Callable[[Array, Any], Array]) -> OutputLoss:
+    """Any convex loss: products by differentiation, the root by eigenvectors; NaN where it is not convex."""
+
+    def product(outputs: Array, target: Any, u: Array) -> Array:
+        return jax.jvp(lambda f: jax.grad(loss)(f, target), (outputs,), (u,))[1]
+
+    def root(outputs: Array, target: Any) -> tuple[Array, Array]:
+        flat = lambda f: loss(f.reshape(outputs.shape), target)  # noqa: E731
+        gradient, H = jax.grad(flat)(outputs.ravel()), jax.hessian(flat)(outputs.ravel())
+        values, vectors = jnp.linalg.eigh(H)
+        least = len(H) * jnp.finfo(H.dtype).eps * jnp.abs(values).max()
+        nothing = jnp.abs(values) <= least
+        roots = jnp.where(nothing, jnp.zeros_like(values), jnp.sqrt(jnp.where(nothing, jnp.ones_like(values), values)))
+        inverse = jnp.where(nothing, jnp.zeros_like(values), 1 / jnp.where(nothing, jnp.ones_like(values), roots))
+        return vectors * roots[None, :], inverse * (vectors.T @ gradient)
+
+    return OutputLoss(loss, product, root)
+
+
+# --- The matrix ------------------------------------------------------------------------------------------------------
+
+
+class GaussNewton(NamedTuple):
+    """The Gauss-Newton matrix as GᵀG/n, and the mean gradient as Gᵀr/n.
+
+    Attributes:
+        rows: G, n = B·R rows: R for each example, one after the other.
+        residuals: r [B, R].
+
+    Example:
+        >>> found = gauss_newton(lambda w, x: w @ x, squared)(jnp.zeros((2, 3)), jnp.ones((4, 3)), jnp.ones((4, 2)))
+        >>> found.rows.batch_size, found.residuals.shape
+        (8, (4, 2))
+    """
+
+    rows: PerExampleGrads
+    residuals: Float[Array, "B R"]
+
+
+def gauss_newton(
+    model: Callable[..., Any], loss: OutputLoss | Callable[[Array, Any], Array]
+) -> Callable[..., GaussNewton]:
+    """The rows G of the Gauss-Newton matrix: everything that takes `PerExampleGrads` then works with it.
+
+    Formula: row (b, k) is √R · S_b[:, k]ᵀJ_b, the gradient of one number, kept as factors. So GᵀG/n = mean_b
+    J_bᵀH_bJ_b, and Gᵀr/n is the gradient of the mean loss. Cost: R plain gradients; R is 1 for a scalar model, and O as
+    a rule. With many outputs take `gauss_newton_vector_product`.
+
+    The mean gradient is Gᵀr/n only if the loss's gradient lies in the range of its Hessian, as it does for `squared`,
+    `softmax` and `logistic`; what does not is left out of r.
+
+    Args:
+        model: model(params, x) → outputs of one example, an array of any shape.
+        loss: `squared`, `softmax`, `logistic`, another `OutputLoss`; or a convex function (outputs, target) → scalar,
+        of
+            which H is decomposed by eigenvectors. NaN where that is not convex.
+
+    Returns:
+        A function of (params, x, y), x and y trees of arrays with an example axis, that returns `GaussNewton`.
+
+    Raises:
+        TypeError, ValueError: as `per_example_grad`.
+
+    Example:
+        >>> model = lambda w, x: w @ x                                        # w [2, 3]
+        >>> found = gauss_newton(model, squared)(jnp.zeros((2, 3)), jnp.ones((4, 3)), jnp.ones((4, 2)))
+        >>> jg.natural_gradient(found, 0.0).round(3)[0].tolist()                      # the step to w @ x = 1
+        [-0.333, -0.333, -0.333]
+
+    Source: Schraudolph 2002; Martens 2020.
+    """
+    root = (loss if isinstance(loss, OutputLoss) else from_function(loss)).root
+
+    def one(params: PyTree, x: Any, y: Any, k: Array) -> tuple[Array, Array]:
+        outputs = model(params, x)
+        outputs = outputs.astype(working_dtype(outputs.dtype))
+        S, r = root(jax.lax.stop_gradient(outputs), y)
+        scale = jnp.asarray(S.shape[1] ** 0.5, S.dtype)
+        return (outputs.ravel() * S[:, k] * scale).sum(), r[k] * scale
+
+    def rows(params: PyTree, x: Any, y: Any) -> GaussNewton:
+        B, example = _examples("gauss_newton", x, y)
+        S, _ = jax.eval_shape(lambda p, x, y: root(model(p, x), y), params, *example)
+        R = S.shape[1]
+        x, y = jax.tree.map(lambda a: jnp.repeat(a, R, 0), (x, y)) if R > 1 else (x, y)
+        g, residuals = per_example_grad(one, has_aux=True)(params, x, y, jnp.tile(jnp.arange(R), B))
+        return GaussNewton(g, residuals.reshape(B, R))
+
+    return rows
+
+
+def gauss_newton_vector_product(
+    model: Callable[..., Any], loss: OutputLoss | Callable[[Array, Any], Array]
+) -> Callable[..., PyTree]:
+    """mean_b J_bᵀH_bJ_b v: forwards, through the loss's Hessian, and back.
+
+    Cost: about two plain gradients, whatever the number of outputs; nothing is decomposed.
+
+    Args:
+        model: model(params, x) → outputs of one example, an array of any shape.
+        loss: an `OutputLoss`, or a function (outputs, target) → scalar.
+
+    Returns:
+        A function of (params, v, x, y) that returns a tree of the parameters' shapes and dtypes; v is a direction of
+        the parameters' structure, shapes and dtypes.
+
+    Raises:
+        ValueError: batch sizes that differ, or none.
+
+    Example:
+        >>> product = gauss_newton_vector_product(lambda w, x: w @ x, squared)
+        >>> product(jnp.zeros((1, 2)), jnp.array([[1.0, 2.0]]), jnp.eye(2), jnp.zeros((2, 1))).tolist()
+        [[0.5, 1.0]]
+    """
+    of_outputs = (loss if isinstance(loss, OutputLoss) else from_function(loss)).product
+
+    def product(params: PyTree, v: PyTree, x: Any, y: Any) -> PyTree:
+        B, _ = _examples("gauss_newton_vector_product", x, y)
+        outputs, forwards = jax.linearize(lambda p: jax.vmap(model, (None, 0))(p, x), params)
+        cotangent = jax.vmap(of_outputs)(outputs, y, forwards(v)) / B
+        return jax.linear_transpose(forwards, params)(cotangent)[0]
+
+    return product
+
+
+def _examples(call: str, x: Any, y: Any) -> tuple[int, tuple[Any, Any]]:
+    """(B, what one example looks like)."""
+    sizes = {jnp.shape(a)[:1] for a in jax.tree.leaves((x, y))}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            f"{call}: expected arrays with one example axis in x and y, got leading sizes {sorted(sizes)}."
+        )
+    example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.result_type(a)), (x, y))
+    return next(iter(sizes))[0], example

@@ -1,0 +1,104 @@
+"""Kronecker factors of the Fisher matrix, one pair for every matrix of the parameters."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxgrad.per_example.chunks import sum_examples
+from jaxgrad.per_example.factors import Factor, Outer, Precision, Windows, accumulator, wide
+from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.layout import Layout
+
+BLOCK = 128  # columns from which on one half of a symmetric product is not computed
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("left", "right"), meta_fields=("layout",))
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """left ⊗ right ≈ the block of GᵀG/n of one matrix, with its entries in the order [G, F, K].
+
+    Attributes:
+        left: [G, F, F], mean_b Σ_t left left ᵀ, as a rule E[δδᵀ] of the cotangents.
+        right: [G, K, K], mean_b mean_t right rightᵀ, as a rule E[aaᵀ] of the activations.
+        layout: where [G, F, K] lies in the parameter.
+
+    Example:
+        >>> factors = kfac_factors(jg.per_example_grad(lambda W, x: (W @ x).sum())(jnp.ones((16, 9)), jnp.ones((4, 9))))
+        >>> factors.left.shape, factors.right.shape, factors.layout.axes
+        ((1, 16, 16), (1, 9, 9), (0, 1))
+    """
+
+    left: Any  # an Array, or what jax.eval_shape makes of one
+    right: Any
+    layout: Layout
+
+
+def kfac_factors(g: PerExampleGrads, *, precision: Precision = None) -> PyTree:
+    """The Kronecker factors of every parameter whose gradient is held as one product: read off its two sides.
+
+    Formula: for Σ_t left ⊗ right, (Σ_bt left leftᵀ/B, Σ_bt right rightᵀ/(BT)). Positions t (of a sequence, of a
+    convolution) count as examples, as in KFC and KFAC-expand. Cost: one matrix product a side, of which nearly half is
+    saved since it is symmetric.
+
+    The gradients of the loss on the data make this the empirical Fisher's; with labels drawn from the model it is the
+    Fisher's. Which side is which, and how a number that scales a product is divided between the two, is as in
+    `PerExampleGrads.factors`; the Kronecker product does not depend on it.
+
+    Args:
+        g: gradients of B examples.
+        precision: as in `jax.lax.dot_general`.
+
+    Returns:
+        The parameters' tree with `KroneckerFactors` at every leaf; None where it is no single `Outer` or `Windows`
+        (biases, embeddings, matrices used in several ways).
+
+    Example:
+        >>> loss = lambda p, x: jnp.tanh(p["W"] @ x + p["b"]).sum()
+        >>> g = jg.per_example_grad(loss)({"W": jnp.ones((16, 9)), "b": jnp.ones(16)}, jnp.ones((4, 9)))
+        >>> factors = kfac_factors(g)
+        >>> factors["W"].left.shape, factors["W"].right.shape, factors["b"]
+        ((1, 16, 16), (1, 9, 9), None)
+
+    Source: Martens and Grosse 2015; Grosse and Martens 2016; Eschenhagen et al. 2023.
+    """
+    is_leaf = lambda node: isinstance(node, tuple) and all(isinstance(f, Factor) for f in node)  # noqa: E731
+    return jax.tree.map(lambda leaf: _of(leaf, precision), g.factors, is_leaf=is_leaf)
+
+
+def _of(leaf: tuple[Factor, ...], precision: Precision) -> KroneckerFactors | None:
+    if len(leaf) != 1:
+        return None
+    match wide(leaf[0], accumulator(*leaf)):
+        case Outer() as f:
+            sums, T = _sums(f, precision), f.left.shape[2]
+        case Windows() as f:
+            sums = sum_examples(lambda w: _sums(w.unfolded(), precision), f.at_once, f)
+            T = jax.eval_shape(Windows.unfolded, f).left.shape[2]
+        case _:
+            return None
+    left, right = sums
+    B = f.left.shape[0]
+    return KroneckerFactors(left / B, right / (B * T), f.layout)
+
+
+def _sums(f: Outer, precision: Precision) -> tuple[Float[Array, "G F F"], Float[Array, "G K K"]]:
+    """Σ_bt left leftᵀ and Σ_bt right rightᵀ."""
+    sides = (jnp.moveaxis(a, 1, 0).reshape(a.shape[1], a.shape[0] * a.shape[2], a.shape[3]) for a in (f.left, f.right))
+    left, right = (_squared(a, a.shape[2], precision) for a in sides)
+    return left, right
+
+
+def _squared(a: Array, width: int, precision: Precision) -> Array:
+    """aᵀa of [G, N, F], by halves: of the blocks off the diagonal, one of each pair."""
+    if width <= BLOCK:
+        return jnp.matmul(a.mT, a, precision=precision)
+    half = width // 2
+    first, second = a[..., :half], a[..., half:]
+    across = jnp.matmul(first.mT, second, precision=precision)
+    upper = jnp.concatenate([_squared(first, half, precision), across], 2)
+    lower = jnp.concatenate([across.mT, _squared(second, width - half, precision)], 2)
+    return jnp.concatenate([upper, lower], 1)

@@ -1,0 +1,10 @@
+"""jit for programs that run once: most of the time would go into optimising them."""
+
+import functools
+
+import jax
+
+OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):
+    OPTIONS["xla_cpu_use_fusion_emitters"] = False
+quick_jit = functools.partial(jax.jit, compiler_options=OPTIONS)

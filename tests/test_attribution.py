@@ -1,0 +1,263 @@
+"""Attribution: each quantity against its dense definition in float64; and blocks, which change the memory alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense import LOSSES, MODELS, assert_close, exercise, gradients, jacobian, matrix, reordered, solved
+from quick import quick_jit
+
+import jaxgrad as jg
+from jaxgrad import attribution, blocks, curvature, network
+from jaxgrad.streams import Batches
+
+each_loss = pytest.mark.parametrize("entry", LOSSES, ids=lambda entry: entry.name)
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+def of_matrix(G, dtype=jnp.float64):
+    """Rows G as the gradients of G w."""
+    G = jnp.asarray(G, dtype)
+    return jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(G.shape[1], dtype), G)
+
+
+# --- Scores and similarities -----------------------------------------------------------------------------------------
+
+
+@each_loss
+def test_self_influence_is_the_squared_norm_or_the_leverage(entry):
+    g, G = gradients(entry.name)
+    mu = 0.1 * np.linalg.norm(G, 2) ** 2 / len(G)
+    found = quick_jit(attribution.self_influence)
+    assert_close(found(g), (G**2).sum(1))
+    assert_close(found(g, mu), np.einsum("bp,pb->b", G, solved(G, G.T, mu)))
+    assert_close(found(g, 0.0), len(G) * np.diag(G @ np.linalg.pinv(G)), 1e-8)
+
+
+@each_loss
+def test_influence_is_the_dense_one(entry):
+    (g, G), (test, T) = gradients(entry.name), gradients(entry.name, True)
+    mu = 0.1 * np.linalg.norm(G, 2) ** 2 / len(G)
+    found = quick_jit(attribution.influence)
+    assert_close(found(g, test, mu), T @ solved(G, G.T, mu) / len(G))
+    assert_close(found(g, test, 0.0), T @ np.linalg.pinv(G), 1e-8)
+
+
+def test_influence_says_what_leaving_an_example_out_does_to_a_quadratic_loss():
+    """Ridge regression: the Gauss-Newton matrix is the Hessian, and one step of Newton is exact up to the leverage."""
+    rng = np.random.default_rng(0)
+    X, y, mu = rng.normal(size=(200, 3)), rng.normal(size=200), 0.05
+
+    def fit(keep):
+        return np.linalg.solve(X[keep].T @ X[keep] / 200 + mu * np.eye(3), X[keep].T @ y[keep] / 200)
+
+    model, everything = lambda w, x: w @ x, np.arange(200)
+    w = fit(everything)
+    T, t = rng.normal(size=(4, 3)), rng.normal(size=4)
+    test = jg.per_example_grad(lambda w, x, y: (w @ x - y) ** 2 / 2)(w, T, t)
+    train = curvature.gauss_newton(model, curvature.squared)(w, X, y)
+    found = np.asarray(attribution.influence(train, test, mu))
+    for b in (0, 17):
+        without = fit(np.delete(everything, b))
+        true = (T @ without - t) ** 2 / 2 - (T @ w - t) ** 2 / 2
+        np.testing.assert_allclose(found[:, b], true, rtol=0.2, atol=1e-5)
+
+
+@each_model
+def test_influence_through_gauss_newton_is_the_dense_one(name):
+    model, y = MODELS[name], np.array([0, 3, 1, 1, 2])
+    train = quick_jit(curvature.gauss_newton(model.model, curvature.softmax))(model.params, model.x, y)
+    loss = lambda p, x, y: curvature.softmax.value(model.model(p, x), y)  # noqa: E731
+    G = matrix(quick_jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(model.params, model.x, y))
+    outputs = quick_jit(jax.vmap(model.model, (None, 0)))(model.params, model.x)
+    p = np.asarray(jax.nn.softmax(outputs))
+    H = np.eye(4) * p[:, :, None] - p[:, :, None] * p[:, None, :]
+    J, mu = jacobian(model), 0.1
+    inverse = np.linalg.inv(np.einsum("bop,boq,bqr->pr", J, H, J) / 5 + mu * np.eye(G.shape[1]))
+    test = quick_jit(jg.per_example_grad(loss))(model.params, model.x[:3], y[1:4])
+    T = matrix(quick_jit(lambda g: g.materialize())(test))
+    own = quick_jit(attribution.self_influence)
+    assert_close(quick_jit(attribution.influence)(train, test, mu), T @ inverse @ G.T / 5)
+    assert_close(own(train, mu), np.einsum("bp,pq,bq->b", G, inverse, G))
+    assert_close(own(train), (G**2).sum(1))
+
+
+@each_loss
+def test_cosines_and_noise_are_the_dense_ones(entry):
+    (g, G), (other, T) = gradients(entry.name), gradients(entry.name, True)
+    unit, unit_ = (A / np.linalg.norm(A, axis=1, keepdims=True) for A in (G, T))
+    own, cross, (noise, signal, scale) = quick_jit(
+        lambda g, other: (
+            attribution.cosine_similarity(g),
+            attribution.cosine_similarity(g, other),
+            attribution.noise_scale(g),
+        )
+    )(g, other)
+    assert_close(own, unit @ unit.T)
+    assert_close(cross, unit @ unit_.T)
+    trace = G.var(0, ddof=1).sum()
+    squared = (G.mean(0) ** 2).sum() - trace / len(G)
+    largest = (G**2).sum(1).max()
+    assert abs(noise - trace) < 1e-12 * largest
+    assert abs(signal - squared) < 1e-12 * largest
+    assert scale == (np.inf if squared <= 0 else pytest.approx(trace / squared, 1e-9))
+
+
+def test_cosines_of_zero_huge_and_tiny_gradients_are_right():
+    rows = np.array([[1, 0], [0, 0], [1e30, 1e30], [1e-30, 0]])
+    found = attribution.cosine_similarity(of_matrix(rows, jnp.float32))
+    half = np.sqrt(0.5)
+    assert_close(found, [[1, 0, half, 1], [0, 0, 0, 0], [half, 0, 1, half], [1, 0, half, 1]], 1e-6)
+
+
+def test_the_noise_of_equal_gradients_is_zero_and_of_one_unknown():
+    noise, signal, scale = attribution.noise_scale(of_matrix(np.full((7, 3), 0.1), jnp.float32))
+    assert noise == 0 or noise < 1e-7 * signal
+    assert signal == pytest.approx(0.03, 1e-5)
+    assert scale < 1e-6
+    assert np.isnan(attribution.noise_scale(of_matrix(np.ones((1, 3))))).all()
+    assert np.isnan(attribution.noise_scale(of_matrix([[1.0, np.nan], [1.0, 2.0]]))).all()
+
+
+def test_the_noise_scale_has_no_bias():
+    rng = np.random.default_rng(0)
+    mean = np.array([1.0, -2.0, 0.5])
+    batches = jnp.asarray(mean + 2 * rng.normal(size=(4000, 4, 3)))
+    noise, signal = (
+        a.mean() for a in quick_jit(jax.vmap(lambda G: attribution.noise_scale(of_matrix(G))[:2]))(batches)
+    )
+    assert noise == pytest.approx(12, rel=0.05)
+    assert signal == pytest.approx(5.25, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["exercise", "tied_to_the_output_layer", "conv_1d"])
+def test_random_projections_are_linear_and_keep_inner_products(name):
+    g, G = gradients(name)
+    project = quick_jit(attribution.random_projection, static_argnums=2)
+    key = jax.random.key(0)
+    projected = project(g, key, 1000)
+    lengths = np.linalg.norm(G, axis=1)
+    error = np.abs(projected @ projected.T - G @ G.T) / np.outer(lengths, lengths)
+    assert error.max() < 5 * np.sqrt(2 / 1000)
+    c = jnp.linspace(-1, 1, len(G))
+    total = project(of_tree(g.weighted_sum(c)), key, 1000)
+    assert_close(total[0], c @ np.asarray(projected))
+    assert_close(project(g, key, 7) * 7**0.5, projected[:, :7] * 1000**0.5)
+
+
+def of_tree(tree):
+    """One gradient, written out."""
+    return jg.PerExampleGrads(jax.tree.map(lambda a: (jg.per_example.Dense.of(a[None], a.dtype),), tree))
+
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_grand_and_tracin_are_sums_over_checkpoints():
+    params, X, Y = exercise()
+    checkpoints = [jax.tree.map(lambda a, k=k: a * (1 + k), params) for k in range(3)]
+    rates = [0.1, 0.2, 0.3]
+    G = [matrix(network.autodiff.batched_grad(p, X, Y)) for p in checkpoints]
+    assert_close(attribution.grand(network.loss)(checkpoints, X, Y), np.mean([np.linalg.norm(A, axis=1) for A in G], 0))
+    found = attribution.tracin(network.loss)(iter(checkpoints), rates, (X, Y), (X[:2], Y[:2]))
+    assert_close(found, sum(rate * A[:2] @ A.T for rate, A in zip(rates, G, strict=True)))
+    with pytest.raises(ValueError, match="grand: expected at least one checkpoint"):
+        attribution.grand(network.loss)([], X, Y)
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        attribution.tracin(network.loss)(checkpoints, rates[:2], (X, Y), (X, Y))
+
+
+# --- The neural tangent kernel ---------------------------------------------------------------------------------------
+
+
+@each_model
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_ntk_is_the_dense_one_in_any_blocks(name, block_size):
+    model = MODELS[name]
+    J = jacobian(model)
+    dense = np.einsum("bop,cqp->bcoq", J, J)
+    kernel = quick_jit(jg.ntk(model.model, block_size=block_size))
+    assert_close(kernel(model.params, model.x), dense)
+    assert_close(kernel(model.params, model.x[:3], model.x[1:]), dense[:3, 1:])
+    scalar = quick_jit(jg.ntk(lambda p, x: model.model(p, x)[1], block_size=block_size))
+    assert_close(scalar(model.params, model.x), dense[:, :, 1, 1])
+    assert_close(scalar(model.params, model.x[:3], model.x[1:]), dense[:3, 1:, 1, 1])
+
+
+def test_ntk_holds_no_more_than_a_block_s_gradients():
+    widths = (64, 256)
+    params = {"W": jnp.ones(widths, jnp.float32), "v": jnp.ones(widths[0], jnp.float32)}
+    fun = lambda p, x: p["v"] @ jnp.tanh(p["W"] @ x)  # noqa: E731
+    X = jnp.ones((512, 256), jnp.float32)
+    used = {
+        size: jax.jit(jg.ntk(fun, block_size=size)).lower(params, X).compile().memory_analysis().temp_size_in_bytes
+        for size in (None, 32)
+    }
+    assert used[32] < 0.75 * used[None]
+
+
+# --- Blocks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", LOSSES[:3], ids=lambda entry: entry.name)
+def test_gram_and_influence_in_blocks_are_those_of_the_whole(entry):
+    (g, G), (test, T) = gradients(entry.name), gradients(entry.name, True)
+    train, others = Batches(*entry.batch, size=2), Batches(*reordered(entry), size=2)
+    mu = 0.1 * np.linalg.norm(G, 2) ** 2 / len(G)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert_close(blocks.gram(entry.loss, entry.params, train), G @ G.T)
+        assert_close(blocks.gram(entry.loss, entry.params, train, others), G @ T.T)
+        found = blocks.influence(entry.loss, entry.params, train, others, mu)
+    assert_close(found, attribution.influence(g, test, mu))
+
+
+@pytest.mark.parametrize("k", [1, 4, 6, 9])
+def test_top_k_is_that_of_the_whole_matrix(k, capsys):
+    params, X, Y = exercise()
+    test = jg.per_example_grad(network.loss)(params, X[:2], Y[:2])
+    scores = jax.jit(lambda x, y: test.gram(jg.per_example_grad(network.loss)(params, x, y)))
+    whole = np.asarray(scores(X, Y))
+    order = np.argsort(-whole, 1)[:, :k]
+    for size in (1, 4, 6):
+        found = blocks.top_k(scores, Batches(X, Y, size=size), k, progress=size == 4)
+        assert np.array_equal(found.indices, order)
+        assert_close(found.values, np.take_along_axis(whole, order, 1))
+    assert "batches" in capsys.readouterr().out
+
+
+def test_equal_scores_are_in_the_order_of_the_examples():
+    found = blocks.top_k(lambda x: jnp.zeros((1, len(x))), Batches(np.zeros(5), size=2), 4)
+    assert found.indices.tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.usefixtures("plain_types")
+def test_errors_name_the_call():
+    g = of_matrix(np.eye(3))
+    for call, function in (
+        ("self_influence", lambda: attribution.self_influence(g, -1.0)),
+        ("influence", lambda: attribution.influence(g, g, np.nan)),
+        ("blocks.influence", lambda: blocks.influence(network.loss, None, [], [], -1.0)),
+    ):
+        with pytest.raises(ValueError, match=f"^{call}: expected a damping ≥ 0, got"):
+            function()
+    with pytest.raises(ValueError, match="expected the same tree of parameters"):
+        attribution.influence(g, jg.per_example_grad(lambda p, x: p[0] @ x)((jnp.zeros(3),), jnp.eye(3)), 1.0)
+    with pytest.raises(ValueError, match="random_projection: expected a size of at least 1, got 0"):
+        attribution.random_projection(g, jax.random.key(0), 0)
+    with pytest.raises(ValueError, match="ntk: expected a block size of at least 1 or None, got 0"):
+        jg.ntk(lambda w, x: w @ x, block_size=0)
+    with pytest.raises(ValueError, match=r"blocks\.gram: expected at least one batch"):
+        blocks.gram(network.loss, None, [])
+    with pytest.raises(ValueError, match=r"blocks\.top_k: expected at least one batch"):
+        blocks.top_k(lambda x: x, [], 1)
+    with pytest.raises(ValueError, match=r"blocks\.top_k: expected k of at least 1"):
+        blocks.top_k(lambda x: x, [], 0)
+
+
+def test_empty_batches_have_empty_results():
+    g = of_matrix(np.zeros((0, 3)))
+    full = of_matrix(np.eye(3))
+    assert attribution.self_influence(g, 1.0).shape == (0,)
+    assert attribution.influence(full, g, 1.0).shape == (0, 3)
+    assert attribution.influence(g, full, 1.0).shape == (3, 0)
+    assert attribution.cosine_similarity(g, full).shape == (0, 3)

@@ -1,0 +1,397 @@
+"""Curvature: each quantity against its dense definition in float64, and what is promised of rank and rounding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jax.scipy as jsp
+import numpy as np
+import optax
+import pytest
+from dense import LOSSES, MODELS, assert_close, exercise, flat, gradients, jacobian, matrix, solved
+from jax.flatten_util import ravel_pytree
+from quick import quick_jit
+
+import jaxgrad as jg
+from jaxgrad import curvature, network
+from jaxgrad.curvature import damped_solve, fisher_solve, fisher_vector_product, gauss_newton, natural_gradient
+
+each_loss = pytest.mark.parametrize("entry", LOSSES, ids=lambda entry: entry.name)
+each_model = pytest.mark.parametrize("name", MODELS)
+OUTPUT_LOSSES = {
+    "softmax": (curvature.softmax, np.array([0, 3, 1, 1, 2])),
+    "squared": (curvature.squared, np.random.default_rng(3).normal(size=(5, 4))),
+    "any": (lambda f, y: jax.nn.logsumexp(f) + jnp.sum((f - y) ** 4), np.random.default_rng(4).normal(size=(5, 4))),
+}
+each_output_loss = pytest.mark.parametrize("kind", OUTPUT_LOSSES)
+
+
+def random_like(tree, seed=0):
+    vector, unravel = ravel_pytree(tree)
+    return unravel(jnp.asarray(np.random.default_rng(seed).normal(size=vector.shape), vector.dtype))
+
+
+def of_matrix(G, dtype=jnp.float64):
+    """Rows G as the gradients of G w."""
+    G = jnp.asarray(G, dtype)
+    return jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(G.shape[1], dtype), G)
+
+
+# --- Fisher ----------------------------------------------------------------------------------------------------------
+
+
+@each_loss
+def test_products_solves_steps_and_diagonals_are_the_dense_ones(entry):
+    g, G = gradients(entry.name)
+    v = random_like(entry.params)
+    mu = 0.1 * np.linalg.norm(G, 2) ** 2 / len(G)
+    found = quick_jit(
+        lambda g: (
+            fisher_vector_product(g, v),
+            natural_gradient(g, mu),
+            fisher_solve(g, v, mu),
+            g.second_moment(),
+            natural_gradient(g, 0.0),
+        )
+    )
+    product, step, solution, diagonal, undamped = map(flat, found(g))
+    assert_close(product, G.T @ (G @ flat(v)) / len(G))
+    assert_close(step, solved(G, G.mean(0), mu))
+    assert_close(solution, solved(G, flat(v), mu))
+    assert_close(diagonal, np.diag(G.T @ G) / len(G))
+    assert_close(undamped, np.linalg.pinv(G) @ np.ones(len(G)), 1e-8)
+
+
+def test_the_solve_agrees_with_conjugate_gradients_on_the_product():
+    g, _ = gradients("mlp")
+    v, mu = random_like(jax.tree.map(lambda a: a[0], g.materialize())), 0.3
+    damped = lambda x: jax.tree.map(lambda a, b: a + mu * b, fisher_vector_product(g, x), x)  # noqa: E731
+    by_cg, _ = jsp.sparse.linalg.cg(damped, v, tol=1e-13)
+    assert_close(flat(fisher_solve(g, v, mu)), flat(by_cg), 1e-8)
+
+
+@pytest.mark.parametrize("ratio", [1e-2, 1e-5, 1e-8])
+def test_a_small_damping_loses_no_more_than_is_said(ratio):
+    g, G = gradients("mlp")
+    v, eps = random_like(jax.tree.map(lambda a: a[0], g.materialize())), np.finfo(float).eps
+    mu = ratio * np.linalg.norm(G, 2) ** 2 / len(G)
+    _, S, Vt = np.linalg.svd(G)
+    scale = np.full(G.shape[1], 1 / mu)
+    scale[: len(S)] = 1 / (S**2 / len(G) + mu)
+    exact = Vt.T @ (scale * (Vt @ flat(v)))
+    assert_close(flat(fisher_solve(g, v, mu)), exact, 20 * eps / ratio)
+    assert_close(flat(natural_gradient(g, mu)), step_by_svd(G, mu), 20 * len(G) * eps / ratio)
+
+
+# --- Rank, duplicates, zeros, rounding, size -------------------------------------------------------------------------
+
+
+STEP = quick_jit(natural_gradient)
+
+
+def step_by_svd(G, mu, rank=None):
+    """(GᵀG/n + μI)⁻¹ ḡ from the singular values of G, of which the first `rank` are not zero."""
+    U, S, Vt = np.linalg.svd(G, full_matrices=False)
+    U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
+    return Vt.T @ (S / (S**2 + mu * len(G)) * U.sum(0))
+
+
+def degenerate():
+    """Duplicate, zero and dependent rows: rank 4 of 9."""
+    rng = np.random.default_rng(0)
+    G = rng.normal(size=(4, 12))
+    return np.concatenate([G, G[:2], np.zeros((1, 12)), G[2:3] + G[3:4], -G[:1]])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("mu", [1.0, 1e-2, 1e-4, 1e-7, 1e-12, 0.0])
+def test_duplicate_zero_and_dependent_examples_do_no_harm(mu, dtype):
+    G = degenerate()
+    n, ridge, largest = len(G), mu * len(G), np.linalg.norm(G, 2) ** 2
+    unknown = n * float(jnp.finfo(dtype).eps) * largest
+    least = np.linalg.svd(G, compute_uv=False)[3] ** 2
+    step = STEP(of_matrix(G, dtype), mu)
+    assert step.dtype == dtype
+    assert_close(step, step_by_svd(G, mu, 4), 3 * unknown / (ridge if ridge > 10 * unknown else least))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+def test_the_scale_of_the_gradients_is_no_matter(size):
+    G = np.random.default_rng(0).normal(size=(5, 8))
+    step = natural_gradient(of_matrix(G * np.float64(size), jnp.float32), 0.0)
+    assert_close(np.asarray(step, np.float64) * size, np.linalg.pinv(G) @ np.ones(5), 1e-4)
+    mu = 0.5 * min(max(size**2, 1e-36), 1e36)
+    assert_close(natural_gradient(of_matrix(G * size, jnp.float32), mu), step_by_svd(G * size, mu), 1e-4)
+
+
+def test_zero_gradients_give_a_zero_step_and_no_examples_give_nan():
+    for mu in (0.0, 1.0):
+        assert np.all(np.asarray(natural_gradient(of_matrix(np.zeros((3, 4))), mu)) == 0)
+        assert np.all(np.isnan(natural_gradient(of_matrix(np.zeros((0, 4))), mu)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("mu", [0.0, 1e-3, 10.0])
+def test_a_gradient_that_is_not_finite_is_not_hidden(bad, mu):
+    G = np.random.default_rng(0).normal(size=(5, 8))
+    G[2, 3] = bad
+    assert np.all(np.isnan(natural_gradient(of_matrix(G), mu)))
+    assert np.all(np.isnan(fisher_solve(of_matrix(G), jnp.ones(8), max(mu, 1e-6))))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_solved_in_float32(dtype):
+    G = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)), dtype)
+    step = natural_gradient(of_matrix(G, dtype), 0.1)
+    assert step.dtype == dtype
+    wide = np.asarray(G, np.float64)
+    assert_close(step, solved(wide, wide.mean(0), 0.1), 2 * float(jnp.finfo(dtype).eps))
+    v = jnp.ones(8, dtype)
+    assert_close(
+        fisher_solve(of_matrix(G, dtype), v, 0.1), solved(wide, np.ones(8), 0.1), 2 * float(jnp.finfo(dtype).eps)
+    )
+
+
+def test_damped_solve_is_the_solve_for_one_or_several_right_sides_and_under_transformations():
+    G = np.random.default_rng(0).normal(size=(4, 6))
+    K, b = jnp.asarray(G @ G.T), jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)))
+    exact = np.linalg.solve(K + 0.1 * np.eye(4), b)
+    assert_close(damped_solve(K, b, 0.1), exact)
+    assert_close(damped_solve(K, b[:, 0], 0.1), exact[:, 0])
+    assert_close(jax.jit(jax.vmap(damped_solve, (None, 1, None), 1))(K, b, 0.1), exact)
+    of = lambda K, b, mu: jnp.sum(jnp.sin(damped_solve(K @ K.T, b, mu)))  # noqa: E731
+    plain = lambda K, b, mu: jnp.sum(jnp.sin(jnp.linalg.solve(K @ K.T + mu * jnp.eye(4), b)))  # noqa: E731
+    for found, expected in zip(jax.grad(of, (0, 1, 2))(K, b, 0.1), jax.grad(plain, (0, 1, 2))(K, b, 0.1), strict=True):
+        assert_close(found, expected)
+
+
+def test_a_step_is_differentiated_as_the_dense_one_is():
+    params, X, Y = exercise()
+
+    def step(mu, W, dense):
+        p = params._replace(W=W)
+        if dense:
+            G = matrix_of(jax.vmap(jax.grad(network.loss), (None, 0, 0))(p, X, Y))
+            return jnp.linalg.solve(G.T @ G / len(X) + mu * jnp.eye(G.shape[1]), G.mean(0))
+        return ravel_pytree(natural_gradient(jg.per_example_grad(network.loss)(p, X, Y), mu))[0]
+
+    def matrix_of(tree):
+        return jnp.concatenate([a.reshape(len(a), -1) for a in jax.tree.leaves(tree)], 1)
+
+    for argnum in (0, 1):
+        jacobian_ = quick_jit(jax.jacobian(step, argnum), static_argnums=2)
+        found, expected = (jacobian_(0.2, params.W, dense) for dense in (False, True))
+        assert_close(found, expected, 1e-8)
+
+
+# --- Gauss-Newton ----------------------------------------------------------------------------------------------------
+
+
+def dense_gauss_newton(model, loss, y):
+    J = jacobian(model)
+    outputs = jax.vmap(model.model, (None, 0))(model.params, model.x)
+    value = loss.value if isinstance(loss, curvature.OutputLoss) else loss
+    H = np.asarray(quick_jit(jax.vmap(jax.hessian(value)))(outputs, jnp.asarray(y)))
+    gradient = np.asarray(quick_jit(jax.vmap(jax.grad(value)))(outputs, jnp.asarray(y)))
+    return np.einsum("bop,boq,bqr->pr", J, H, J) / len(J), np.einsum("bop,bo->bp", J, gradient)
+
+
+@each_output_loss
+@each_model
+def test_gauss_newton_rows_products_diagonal_and_step_are_the_dense_ones(name, kind):
+    model, (loss, y) = MODELS[name], OUTPUT_LOSSES[kind]
+    matrix_, each = dense_gauss_newton(model, loss, y)
+    v, mu = random_like(model.params), 0.1
+
+    @quick_jit
+    def run(params, v, x, y):
+        found = gauss_newton(model.model, loss)(params, x, y)
+        rows, product = found.rows, curvature.gauss_newton_vector_product(model.model, loss)
+        several = product(params, v, x, y), fisher_vector_product(rows, v), rows.second_moment()
+        return rows.materialize(), found.residuals, *several, natural_gradient(found, mu)
+
+    rows, residuals, product, through_rows, diagonal, step = run(model.params, v, model.x, y)
+    G = matrix(rows)
+    assert_close(G.T @ G / len(G), matrix_)
+    assert_close(G.T @ np.ravel(residuals) / len(G), each.mean(0))
+    assert_close(flat(product), matrix_ @ flat(v))
+    assert_close(flat(through_rows), matrix_ @ flat(v))
+    assert_close(flat(diagonal), np.diag(matrix_))
+    assert_close(flat(step), np.linalg.solve(matrix_ + mu * np.eye(len(matrix_)), each.mean(0)))
+
+
+def test_the_exercise_s_logistic_loss_has_one_row_an_example_and_the_dense_matrix():
+    params, X, Y = exercise()
+    found = gauss_newton(network.margin, curvature.logistic)(params, X, Y)
+    assert found.rows.batch_size == len(X)
+    J = matrix(jax.vmap(jax.grad(network.margin), (None, 0))(params, X))
+    margins = np.asarray(jax.vmap(network.margin, (None, 0))(params, X))
+    slope = 1 / (2 * np.cosh(margins / 2)) ** 2
+    dense = J.T @ (slope[:, None] * J) / len(X)
+    G = matrix(found.rows.materialize())
+    assert_close(G.T @ G / len(X), dense)
+    mean = matrix(network.autodiff.batched_grad(params, X, Y)).mean(0)
+    assert_close(G.T @ np.ravel(found.residuals) / len(X), mean)
+    v = random_like(params)
+    product = curvature.gauss_newton_vector_product(network.margin, curvature.logistic)(params, v, X, Y)
+    assert_close(flat(product), dense @ flat(v))
+    assert_close(flat(natural_gradient(found, 0.01)), np.linalg.solve(dense + 0.01 * np.eye(len(dense)), mean))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("margin", [-60.0, -20.0, 0.0, 20.0, 60.0])
+def test_roots_keep_their_digits_where_units_saturate(margin, dtype):
+    import mpmath as mp
+
+    eps = float(jnp.finfo(dtype).eps)
+    S, r = curvature.logistic.root(jnp.asarray(margin, dtype), jnp.asarray(1.0, dtype))
+    exact = mp.sqrt(1 / (1 + mp.exp(-margin)) * (1 / (1 + mp.exp(margin))))
+    assert abs(float(S[0, 0]) / exact - 1) < 40 * eps
+    assert abs(float(S[0, 0]) * float(r[0]) / (-1 / (1 + mp.exp(margin))) - 1) < 80 * eps
+    logits = jnp.asarray([margin, 0.0, 1.0], dtype)
+    S, r = curvature.softmax.root(logits, jnp.asarray(0))
+    e = [mp.exp(mp.mpf(float(z))) for z in logits]
+    p = [x / sum(e) for x in e]
+    for j in range(3):
+        others = sum(p[k] for k in range(3) if k != j)
+        assert abs(float(S[j, j]) / (mp.sqrt(p[j]) * others) - 1) < 80 * eps
+        total = mp.fdot([mp.mpf(float(a)) for a in S[j]], [mp.mpf(float(a)) for a in r])
+        assert abs(total / (-others if j == 0 else p[j]) - 1) < 80 * eps
+
+
+def test_a_loss_that_is_not_convex_is_not_given_a_root():
+    model = MODELS["mlp"]
+    found = gauss_newton(model.model, lambda f, y: -jnp.sum((f - y) ** 2))(model.params, model.x, np.ones((5, 4)))
+    assert np.isnan(flat(natural_gradient(found, 1.0))).all()
+
+
+def test_a_model_in_bfloat16_has_its_roots_in_float32():
+    params = {"W": jnp.ones((3, 12), jnp.bfloat16) / 4}
+    x, y = jnp.ones((2, 12), jnp.bfloat16), jnp.array([0, 2])
+    found = gauss_newton(lambda p, x: p["W"] @ x, curvature.softmax)(params, x, y)
+    assert found.residuals.dtype == jnp.float32
+    assert natural_gradient(found, 0.1)["W"].dtype == jnp.bfloat16
+
+
+# --- Kronecker factors -----------------------------------------------------------------------------------------------
+
+
+def test_kfac_factors_are_the_moments_of_activations_and_cotangents():
+    rng = np.random.default_rng(0)
+    W = [rng.normal(size=s) / 3 for s in [(14, 9), (13, 14), (11, 13)]]
+    X = rng.normal(size=(6, 9))
+
+    def forward(W, taps, x):
+        inputs = []
+        for w, tap in zip(W, taps, strict=True):
+            inputs.append(x)
+            x = jnp.tanh(w @ x + tap)
+        return jnp.sum(jnp.sin(x)), inputs
+
+    zeros = [np.zeros(len(w)) for w in W]
+    taps, inputs = jax.vmap(lambda x: jax.grad(forward, 1, has_aux=True)(W, zeros, x))(X)
+    found = curvature.kfac_factors(jg.per_example_grad(lambda W, x: forward(W, zeros, x)[0])(W, X))
+    for factors, delta, a in zip(found, taps, inputs, strict=True):
+        both = {"left": factors.left, "right": factors.right}
+        sides = {"left": delta, "right": a} if factors.layout.axes == (0, 1) else {"left": a, "right": delta}
+        for side, rows in sides.items():
+            assert_close(both[side][0], np.asarray(rows).T @ np.asarray(rows) / len(X))
+
+
+def test_kfac_factors_of_sequences_and_convolutions_are_those_of_the_written_out_sides():
+    rng = np.random.default_rng(0)
+    params = {"W": rng.normal(size=(40, 12)), "K": rng.normal(size=(3, 3, 8, 40)) / 5, "b": np.zeros(40)}
+
+    def loss(p, x, image):
+        h = jax.lax.conv_general_dilated(
+            image[None], p["K"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.sum(jnp.sin(x @ p["W"].T + p["b"][None])) + jnp.sum(jnp.tanh(h))
+
+    g = jg.per_example_grad(loss)(params, rng.normal(size=(3, 5, 12)), rng.normal(size=(3, 4, 5, 8)))
+    found = curvature.kfac_factors(g)
+    assert found["b"] is None
+    for key, factors in (("W", found["W"]), ("K", found["K"])):
+        (f,) = g.factors[key]
+        outer = f.unfolded() if hasattr(f, "unfolded") else f
+        left, right = np.asarray(outer.left), np.asarray(outer.right)
+        T = left.shape[2]
+        assert T > 1
+        assert_close(factors.left, np.einsum("bgtf,bgte->gfe", left, left) / 3)
+        assert_close(factors.right, np.einsum("bgtk,bgtl->gkl", right, right) / (3 * T))
+
+
+def test_kfac_factors_multiply_to_the_fisher_block_where_sides_are_independent():
+    rng = np.random.default_rng(0)
+    sides = [rng.normal(size=(3, 9)), rng.normal(size=(2, 10))]
+    a, d = (np.repeat(sides[0], 2, 0), np.tile(sides[1], (3, 1)))  # every pair once
+    g = jg.per_example_grad(lambda W, d, a: d @ W @ a)(np.zeros((10, 9)), d, a)
+    factors = curvature.kfac_factors(g)
+    kron = np.kron(factors.left[0], factors.right[0])
+    G = factors.layout.to_matrix(jnp.asarray(g.materialize())).reshape(6, -1)
+    assert_close(kron, np.asarray(G).T @ np.asarray(G) / 6)
+
+
+def test_kfac_factors_of_wide_sides_are_symmetric_and_right():
+    rng = np.random.default_rng(0)
+    d, a = rng.normal(size=(4, 300)), rng.normal(size=(4, 517))
+    g = jg.per_example_grad(lambda W, d, a: d @ W @ a)(np.zeros((300, 517)), d, a)
+    factors = curvature.kfac_factors(g)
+    assert_close(factors.left[0], d.T @ d / 4)
+    assert_close(factors.right[0], a.T @ a / 4)
+    assert np.array_equal(factors.left, factors.left.mT)
+
+
+# --- optax, transformations, errors ----------------------------------------------------------------------------------
+
+
+def test_the_optax_transformation_is_the_step_with_a_schedule_and_under_jit():
+    params, X, Y = exercise()
+    optimizer = optax.chain(
+        curvature.scale_by_natural_gradient(lambda count: 0.5 / (1.0 + count.astype(jnp.float64))), optax.scale(-0.1)
+    )
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jg.per_example_grad(network.loss)(params, X, Y), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, expected = optimizer.init(params), params
+    for k in range(3):
+        direction = natural_gradient(jg.per_example_grad(network.loss)(expected, X, Y), 0.5 / (1 + k))
+        expected = jax.tree.map(lambda p, d: p - 0.1 * d, expected, direction)
+        params, state = step(params, state)
+        assert_close(flat(params), flat(expected))
+
+
+def test_steps_go_through_jit_and_vmap():
+    params, X, Y = exercise()
+    step = lambda mu: natural_gradient(jg.per_example_grad(network.loss)(params, X, Y), mu)  # noqa: E731
+    dampings = jnp.array([0.0, 1e-9, 0.1, 10.0])
+    together = jax.jit(jax.vmap(step))(dampings)
+    for k, mu in enumerate(dampings):
+        assert_close(flat(jax.tree.map(lambda a, k=k: a[k], together)), flat(step(mu)), 1e-6 if mu < 1e-3 else 1e-9)
+
+
+@pytest.mark.parametrize("mu", [-1.0, np.nan, np.ones(2)])
+def test_a_damping_that_is_none_is_refused(mu):
+    g = of_matrix(np.eye(3))
+    with pytest.raises(ValueError, match="natural_gradient: expected a damping ≥ 0, got"):
+        natural_gradient(g, mu)
+
+
+@pytest.mark.usefixtures("plain_types")
+def test_other_errors_name_the_call():
+    g = of_matrix(np.eye(3))
+    with pytest.raises(ValueError, match="fisher_solve: expected a damping > 0, got 0"):
+        fisher_solve(g, jnp.ones(3), 0.0)
+    with pytest.raises(ValueError, match="expected shape"):
+        fisher_vector_product(g, jnp.ones(4))
+    optimizer = curvature.scale_by_natural_gradient(1.0)
+    with pytest.raises(TypeError, match="expected PerExampleGrads or GaussNewton as updates, got"):
+        optimizer.update(jnp.ones(3), optimizer.init(jnp.ones(3)))
+    with pytest.raises(ValueError, match=r"damped_solve: expected K \[n, n\]"):
+        damped_solve(jnp.ones((2, 3)), jnp.ones(2), 1.0)
+    rows = functools.partial(gauss_newton(lambda p, x: p @ x, curvature.squared), jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="gauss_newton: expected arrays with one example axis"):
+        rows(jnp.ones((4, 3)), jnp.ones((5, 2)))

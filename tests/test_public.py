@@ -1,0 +1,148 @@
+"""What a user meets: every public name has a docstring, an example that runs, types, and a place in the reference."""
+
+import ast
+import doctest
+import functools
+import importlib
+import inspect
+import itertools
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import jaxgrad
+from jaxgrad.network import derivation
+
+SOURCE = Path(jaxgrad.__file__).parent
+REFERENCE = SOURCE.parent / "docs" / "reference"
+INNER = {"job", "precision", "progress", "sharding"}  # what the others use
+
+
+def beside_the_face() -> list[str]:
+    found = (module.name for module in pkgutil.iter_modules(jaxgrad.__path__))
+    return [name for name in found if not name.startswith("_") and name not in INNER]
+
+
+def public(room: ModuleType) -> dict[str, object]:
+    if room is derivation:  # a line of the page each
+        return {n: v for n, v in vars(room).items() if inspect.isfunction(v) and v.__module__ == room.__name__}
+    return {name: getattr(room, name) for name in room.__all__}
+
+
+def rooms() -> list[ModuleType]:
+    """The modules that a user imports from: the face, those beside it, and those that these name."""
+    found = [jaxgrad, *(importlib.import_module(f"jaxgrad.{name}") for name in beside_the_face())]
+    for room in found:  # grows
+        found += [value for value in public(room).values() if inspect.ismodule(value) and value not in found]
+    return found
+
+
+ROOMS = rooms()
+NAMES = {f"{room.__name__}.{name}": value for room in ROOMS for name, value in public(room).items()}
+FUNCTIONS = {f"{v.__module__}.{v.__qualname__}": v for v in NAMES.values() if inspect.isfunction(v)}
+CLASSES = {f"{v.__module__}.{v.__qualname__}": v for v in NAMES.values() if inspect.isclass(v)}
+BOTH = FUNCTIONS | CLASSES
+
+
+def callables(name: str) -> dict[str, Callable]:
+    """A function; or a class under its own name, and its public methods and properties."""
+    value = BOTH[name]
+    if name in FUNCTIONS:
+        return {name: value}
+    members = {n: v for n, v in vars(value).items() if not n.startswith("_") or n in ("__call__", "__getitem__")}
+    plain = {n: v.fget if isinstance(v, property) else getattr(v, "__func__", v) for n, v in members.items()}
+    return {name: value} | {f"{name}.{n}": v for n, v in plain.items() if inspect.isfunction(v)}
+
+
+def explained(docstring: str) -> set[str]:
+    """The names in the section Args: `a: …`, `a, b: …`, `*a: …`."""
+    section = re.search(r"^Args:\n((?:    .*\n|\n)*)", inspect.cleandoc(docstring) + "\n", re.MULTILINE)
+    names = re.findall(r"^    ((?:\*{0,2}\w+(?:, )?)+): ", section[1] if section else "", re.MULTILINE)
+    return {name.strip("*") for group in names for name in group.split(", ")}
+
+
+@functools.cache
+def with_examples(module: str) -> set[str]:
+    """What `pytest --doctest-modules` finds examples of."""
+    return {test.name for test in doctest.DocTestFinder().find(sys.modules[module]) if test.examples}
+
+
+def constants_with_a_docstring() -> set[str]:
+    """What is assigned at the top of a module with a string below it."""
+    found = set()
+    for path in SOURCE.rglob("*.py"):
+        body = ast.parse(path.read_text()).body
+        for first, below in itertools.pairwise(body):
+            string = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            if string and isinstance(first, ast.Assign):
+                found |= {target.id for target in first.targets if isinstance(target, ast.Name)}
+    return found
+
+
+def test_a_package_holds_what_it_names_and_its_modules_and_nothing_else():
+    for package in (room for room in ROOMS if hasattr(room, "__path__")):
+        modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+        held = {name for name in dir(package) if not name.startswith("_")} - {"jaxtyping"}  # the run-time type checks'
+        assert held - modules <= set(package.__all__) <= held
+
+
+def test_every_room_has_a_docstring():
+    assert all(room.__doc__ for room in ROOMS)
+    assert with_examples(derivation.__name__) == {derivation.__name__}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_function_or_class_has_an_example(name):
+    if BOTH[name].__module__ != derivation.__name__:
+        assert any(found == name or found.startswith(f"{name}.") for found in with_examples(BOTH[name].__module__))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_functions_classes_and_methods_have_docstrings(name):
+    assert not [path for path, value in callables(name).items() if not value.__doc__]
+
+
+def test_a_constant_has_a_docstring():
+    constants = {
+        name.rpartition(".")[2]
+        for name, value in NAMES.items()
+        if not inspect.ismodule(value) and all(value is not other for other in BOTH.values())
+    }
+    assert {"ACTIVATIONS", "RTOL"} <= constants <= constants_with_a_docstring()
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_every_parameter_and_result_has_a_type(name):
+    for path, value in callables(name).items():
+        signature = inspect.signature(value)
+        types = {p.name: p.annotation for p in signature.parameters.values()}
+        if not inspect.isclass(value):
+            types["return"] = signature.return_annotation
+        missing = [
+            n for n, annotation in types.items() if annotation is inspect.Parameter.empty and n not in ("self", "cls")
+        ]
+        assert not missing, path
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_docstring_explains_the_parameters_that_there_are(name):
+    for path, value in callables(name).items():
+        there, given = set(inspect.signature(value).parameters), explained(value.__doc__)
+        assert given <= there, path
+        assert path not in FUNCTIONS or given in (set(), there), path
+
+
+def test_every_room_has_a_page_in_the_reference_with_all_its_names():
+    for room in ROOMS:
+        if room.__name__.count(".") < 2:
+            page = (REFERENCE / f"{room.__name__.rpartition('.')[2]}.md").read_text()
+            assert re.search(rf"^::: {room.__name__}$", page, re.MULTILINE)
+            listed = re.findall(r"^        - (\w+)$", page, re.MULTILINE)
+            assert not listed or set(listed) == {n for n, v in public(room).items() if v in BOTH.values()}
+        else:
+            assert f"\n::: {room.__name__}\n" in (REFERENCE / f"{room.__name__.split('.')[1]}.md").read_text()
