@@ -35,7 +35,7 @@ def on_gradients(model: Model) -> dict[str, tuple[Function, Function]]:
     """name: (of params and factors, of params and the matrix that is written out)."""
 
     def dense_step(params: Any, G: jax.Array) -> Any:
-        flat, unravel = ravel_pytree(params)
+        _, unravel = ravel_pytree(params)
         weights = curvature.damped_solve(G @ G.T, jnp.ones(len(G)), DAMPING * len(G))
         return step(params, unravel(weights @ G))
 

@@ -70,14 +70,18 @@ def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, label[..., None], -1)[..., 0]
 
 
+def mlp_outputs(params: Any, x: jax.Array) -> jax.Array:
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["W"] + layer["b"])
+    return x @ params[-1]["W"] + params[-1]["b"]
+
+
 def mlp(sizes: tuple[int, ...] = (256, 512, 512, 512, 10), B: int = 256) -> Model:
     draw = Draw()
     params = [{"W": draw.weight(m, n), "b": jnp.zeros(n)} for m, n in itertools.pairwise(sizes)]
 
     def loss(params: Any, x: jax.Array, label: jax.Array) -> jax.Array:
-        for layer in params[:-1]:
-            x = jax.nn.relu(x @ layer["W"] + layer["b"])
-        return cross_entropy(x @ params[-1]["W"] + params[-1]["b"], label)
+        return cross_entropy(mlp_outputs(params, x), label)
 
     name = f"MLP {'-'.join(map(str, sizes))}, B={B}"
     return Model(name, loss, params, (draw.data(B, sizes[0]), draw.ids(sizes[-1], B)), 1.0)

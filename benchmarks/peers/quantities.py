@@ -8,9 +8,11 @@ import numpy as np
 
 import jaxgrad as jg
 from benchmarks import functions
-from benchmarks.models import Model
+from benchmarks.models import Model, mlp_outputs
+from jaxgrad import curvature
 
-CLIPPED, NORMS, MOMENT, FISHER = "norms + clipped sum", "norms", "second moment", "empirical Fisher × vector"
+CLIPPED, NORMS, MOMENT = "norms + clipped sum", "norms", "second moment"
+FISHER, GAUSS_NEWTON = "empirical Fisher × vector", "Gauss-Newton × vector"
 
 
 def ways(model: Model, quantity: str, bound: float) -> dict[str, Any]:
@@ -18,17 +20,29 @@ def ways(model: Model, quantity: str, bound: float) -> dict[str, Any]:
     ours = {
         NORMS: lambda g, direction: g.norms(),
         MOMENT: lambda g, direction: g.second_moment(),
-        FISHER: lambda g, direction: g.weighted_sum(g.dot(direction) / len(g)),
+        FISHER: jg.fisher_vector_product,
     }
     theirs = {NORMS: norms_of, MOMENT: moment_of, FISHER: fisher_of}
     columns: dict[str, Any] = {"plain": functions.plain(model)}
     if quantity == CLIPPED:
         columns |= {"jaxgrad": functions.factored(model, bound), "vmap(grad)": functions.written_out(model, bound)}
         return columns | functions.jax_privacy(model, bound) | {"optax": functions.optax(model, bound)}
-    vmapped, v = jax.vmap(jax.grad(model.loss), functions.in_axes(model)), direction_for(model)
+    v = direction_for(model)
+    if quantity == GAUSS_NEWTON:
+        product = curvature.gauss_newton_vector_product(mlp_outputs, curvature.softmax)
+        columns["jaxgrad"] = lambda p, x, y: product(p, v, x, y)
+        columns["vmap(grad)"] = lambda p, x, y: gauss_newton_of(p, v, x)
+        return columns
+    vmapped = jax.vmap(jax.grad(model.loss), functions.in_axes(model))
     columns["jaxgrad"] = lambda p, *batch: ours[quantity](jg.per_example_grad(model.loss)(p, *batch), v)
     columns["vmap(grad)"] = lambda p, *batch: theirs[quantity](vmapped(p, *batch), v)
     return columns
+
+
+def writes(model: Model, quantity: str, columns: dict[str, Any]) -> dict[str, int]:
+    """Bytes: of gradients, and for the Gauss-Newton matrix of the Jacobians of all outputs."""
+    outputs = model.params[-1]["b"].size if quantity == GAUSS_NEWTON else 1
+    return {name: outputs * n for name, n in functions.writes(model, columns).items()}
 
 
 def norms_of(G: Any, direction: Any) -> Any:
@@ -43,6 +57,16 @@ def fisher_of(G: Any, direction: Any) -> Any:
     dots = jax.tree.map(lambda leaf, v: jnp.tensordot(leaf, v, v.ndim), G, direction)
     c: Any = sum(jax.tree.leaves(dots))
     return jax.tree.map(lambda leaf: jnp.tensordot(c / len(c), leaf, 1), G)
+
+
+def gauss_newton_of(params: Any, direction: Any, x: jax.Array) -> Any:
+    """Through the Jacobians of all outputs, written out."""
+    J = jax.vmap(jax.jacrev(mlp_outputs), (None, 0))(params, x)
+    z = jax.vmap(mlp_outputs, (None, 0))(params, x)
+    p = jax.nn.softmax(z)
+    Jv: Any = sum(jax.tree.leaves(jax.tree.map(lambda j, v: jnp.tensordot(j, v, v.ndim), J, direction)))
+    u = p * (Jv - (p * Jv).sum(1, keepdims=True)) / len(x)
+    return jax.tree.map(lambda j: jnp.tensordot(u, j, 2), J)
 
 
 def direction_for(model: Model) -> Any:

@@ -17,7 +17,18 @@ import benchmarks
 from benchmarks import functions, models, report
 from benchmarks.measure import NO_TIME, measure
 from benchmarks.models import Model
-from benchmarks.peers.quantities import CLIPPED, FISHER, MOMENT, NORMS, by_path, direction_for, expected, ways
+from benchmarks.peers.quantities import (
+    CLIPPED,
+    FISHER,
+    GAUSS_NEWTON,
+    MOMENT,
+    NORMS,
+    by_path,
+    direction_for,
+    expected,
+    ways,
+    writes,
+)
 from benchmarks.workload import Row, Settings, Theme, Workload
 
 NAME = "peers"
@@ -48,9 +59,10 @@ PEERS = {
     NORMS: (Peer("BackPACK, BatchL2Grad", "backpack_norms", ("transformer", "gru", "language_model")),),
     MOMENT: (Peer("BackPACK, SumGradSquared", "backpack_moment"),),
     FISHER: (Peer("curvlinops, EFLinearOperator", "curvlinops_fisher"),),
+    GAUSS_NEWTON: (Peer("curvlinops, GGNLinearOperator", "curvlinops_gauss_newton"),),
 }
 MODELS: dict[str, tuple[Callable[[], Model], tuple[str, ...]]] = {
-    "mlp": (models.mlp, (CLIPPED, NORMS, MOMENT, FISHER)),
+    "mlp": (models.mlp, (CLIPPED, NORMS, MOMENT, FISHER, GAUSS_NEWTON)),
     "conv_net": (models.conv_net, (CLIPPED, NORMS, MOMENT)),
     "transformer": (functools.partial(models.transformer, 512, 16, 64), (CLIPPED, NORMS)),
     "gru": (models.gru, (CLIPPED, NORMS)),
@@ -88,7 +100,7 @@ def workload(kind: str, model: Model, quantity: str, name: str) -> Compared:
         (model.params, *model.batch),
         agree=agree,
         sample=model.first(4),
-        writes=functions.writes(model, in_jax),
+        writes=writes(model, quantity, in_jax),
         apart=agree[1:],
         section=name,
         kind=kind,
@@ -105,7 +117,7 @@ def measured(workload: Workload, settings: Settings) -> Iterator[Row]:
     (together,) = measure(workload, settings)
     for column in ("plain", "jaxgrad", "vmap(grad)", "jax-privacy", "optax"):
         if any(name.split()[0] == column for name in workload.functions):
-            yield in_jax(together, column)
+            yield in_jax(together, column, workload.quantity)
     reference = expected(workload.model, workload.quantity, workload.bound)
     with tempfile.TemporaryDirectory() as folder:
         write_numbers(Path(folder), workload.model, workload.bound)
@@ -114,10 +126,11 @@ def measured(workload: Workload, settings: Settings) -> Iterator[Row]:
             yield in_torch(together, workload, peer, outcome, reference, Path(folder))
 
 
-def in_jax(together: Row, column: str) -> Row:
+def in_jax(together: Row, column: str, quantity: str) -> Row:
     best = together.best(column)
     which = f", microbatches of {best.split()[1]}" if best.startswith("jax-privacy ") else ""
     names = {"plain": "plain gradient, JAX", "vmap(grad)": "jit(vmap(jax.grad))"}
+    names |= {"vmap(grad)": "jit(vmap(jax.jacrev))"} if quantity == GAUSS_NEWTON else {}
     row = Row(names.get(column, column) + which.replace("of None", "of all"), together.section)
     row.shapes, row.labels = together.shapes, {"with": f"jax {jax.__version__}"}
     if best in together.seconds:

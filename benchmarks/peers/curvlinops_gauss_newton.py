@@ -1,0 +1,16 @@
+"""curvlinops' Gauss-Newton matrix, times a vector."""
+
+from collections.abc import Callable
+from typing import Any
+
+from curvlinops import GGNLinearOperator
+
+from benchmarks.peers.curvlinops_products import product
+from benchmarks.peers.torch_models import Problem
+
+PACKAGES, WRITES_OUT = ("curvlinops-for-pytorch",), False
+
+
+def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """(what is timed, what it has computed)."""
+    return product(GGNLinearOperator, problem)

@@ -1,0 +1,26 @@
+"""curvlinops' linear operators: the product of a curvature matrix with a vector, from scratch."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from benchmarks.peers.torch_models import Problem
+
+
+def product(operator: Any, problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """(what is timed, what it has computed), of one of curvlinops' classes."""
+    parameters, held = problem.parameters, {}
+    matrix = operator(
+        problem.model,
+        nn.CrossEntropyLoss(),
+        list(parameters.values()),
+        [(problem.inputs, problem.targets)],
+        check_deterministic=False,
+    )
+    direction = [problem.direction[name] for name in parameters]
+
+    def call() -> None:
+        held["sum"] = dict(zip(parameters, matrix @ direction, strict=True))
+
+    return call, lambda: held
