@@ -12,6 +12,7 @@ from jaxgrad.per_example.chunks import sum_examples
 from jaxgrad.per_example.factors import Factor, Outer, Precision, Windows, accumulator, wide
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.layout import Layout
+from jaxgrad.sharding import replicated
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("left", "right"), meta_fields=("layout",))
@@ -86,5 +87,5 @@ def _of(leaf: tuple[Factor, ...], precision: Precision) -> KroneckerFactors | No
 def _sums(f: Outer, precision: Precision) -> tuple[Float[Array, "G F F"], Float[Array, "G K K"]]:
     """Σ_bt left leftᵀ and Σ_bt right rightᵀ."""
     sides = (jnp.moveaxis(a, 1, 0).reshape(a.shape[1], a.shape[0] * a.shape[2], a.shape[3]) for a in (f.left, f.right))
-    left, right = (jnp.matmul(a.mT, a, precision=precision) for a in sides)
+    left, right = (jnp.matmul(a.mT, a, precision=precision, out_sharding=replicated(a)) for a in sides)
     return left, right
