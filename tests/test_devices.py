@@ -160,6 +160,26 @@ def test_a_gram_matrix_communicates_factors(name, axis_type):
     assert sum(numbers for _, numbers in collectives) <= 2 * held + B * B
 
 
+@pytest.mark.parametrize(
+    ("name", "axis_type"), [*EXPLICIT, *((n, AxisType.Auto) for n in ("exercise", "tied", "conv"))]
+)
+def test_steps_and_attribution_are_those_of_one_device(name, axis_type):
+    loss, params, batch = MODELS[name]
+
+    def run(params, *batch):
+        g = jg.per_example_grad(loss)(params, *batch)
+        several = jg.natural_gradient(g, 0.1), jg.fisher_vector_product(g, params), jg.self_influence(g, 0.1)
+        projected = jg.attribution.random_projection(g, jax.random.key(0), 3)
+        return *several, jg.influence(g, g[:8], 0.1), jg.noise_scale(g), jg.curvature.kfac_factors(g), projected
+
+    expected = jax.jit(run)(params, *batch)
+    on = mesh(axis_type)
+    loss, params, batch = placed(name, on)
+    with jax.set_mesh(on):
+        found = jax.jit(run)(params, *batch)
+    chex.assert_trees_all_close(jax.tree.map(np.asarray, found), expected, rtol=1e-3, atol=1e-4)
+
+
 @MODEL
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 def test_under_shard_map_there_is_one_reduction(name, microbatch_size):

@@ -12,8 +12,7 @@ from jaxgrad.per_example.chunks import sum_examples
 from jaxgrad.per_example.factors import Factor, Outer, Precision, Windows, accumulator, wide
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.layout import Layout
-
-BLOCK = 128  # columns from which on one half of a symmetric product is not computed
+from jaxgrad.sharding import replicated
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("left", "right"), meta_fields=("layout",))
@@ -41,8 +40,8 @@ def kfac_factors(g: PerExampleGrads, *, precision: Precision = None) -> PyTree:
     """The Kronecker factors of every parameter whose gradient is held as one product: read off its two sides.
 
     Formula: for Σ_t left ⊗ right, (Σ_bt left leftᵀ/B, Σ_bt right rightᵀ/(BT)). Positions t (of a sequence, of a
-    convolution) count as examples, as in KFC and KFAC-expand. Cost: one matrix product a side, of which nearly half is
-    saved since it is symmetric.
+    convolution) count as examples, as in KFC and KFAC-expand. Cost: a matrix product a side in place of the
+    gradient's own, for square matrices 4/3 of a plain gradient's operations.
 
     The gradients of the loss on the data make this the empirical Fisher's; with labels drawn from the model it is the
     Fisher's. Which side is which, and how a number that scales a product is divided between the two, is as in
@@ -88,17 +87,5 @@ def _of(leaf: tuple[Factor, ...], precision: Precision) -> KroneckerFactors | No
 def _sums(f: Outer, precision: Precision) -> tuple[Float[Array, "G F F"], Float[Array, "G K K"]]:
     """Σ_bt left leftᵀ and Σ_bt right rightᵀ."""
     sides = (jnp.moveaxis(a, 1, 0).reshape(a.shape[1], a.shape[0] * a.shape[2], a.shape[3]) for a in (f.left, f.right))
-    left, right = (_squared(a, a.shape[2], precision) for a in sides)
+    left, right = (jnp.matmul(a.mT, a, precision=precision, out_sharding=replicated(a)) for a in sides)
     return left, right
-
-
-def _squared(a: Array, width: int, precision: Precision) -> Array:
-    """aᵀa of [G, N, F], by halves: of the blocks off the diagonal, one of each pair."""
-    if width <= BLOCK:
-        return jnp.matmul(a.mT, a, precision=precision)
-    half = width // 2
-    first, second = a[..., :half], a[..., half:]
-    across = jnp.matmul(first.mT, second, precision=precision)
-    upper = jnp.concatenate([_squared(first, half, precision), across], 2)
-    lower = jnp.concatenate([across.mT, _squared(second, width - half, precision)], 2)
-    return jnp.concatenate([upper, lower], 1)
