@@ -88,7 +88,10 @@ def settings_of(options: argparse.Namespace) -> Settings:
         jax.config.update("jax_platforms", "cpu")
         seconds = 3.0 if options.seconds is None else options.seconds
         return Settings(seconds, options.only, options.small, torch_python=options.torch_python)
-    device = jax.devices("gpu")[0]
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError as error:
+        raise SystemExit(f"python -m benchmarks: error: --device gpu: {error}") from None
     memory = (device.memory_stats() or {}).get("bytes_limit", 2**34)
     deadline = time.monotonic() + 60 * options.minutes
     seconds = 1.0 if options.seconds is None else options.seconds

@@ -89,6 +89,13 @@ def test_what_has_no_time_left_is_skipped():
     assert not row.seconds
 
 
+def test_the_card_prepares_nothing_after_its_time():
+    rows = [row for w in card.workloads(Settings(small=True, deadline=0.0)) for row in measure(w, Settings(seconds=0))]
+    assert {word for row in rows for word in row.skipped.values()} == {"out of time"}
+    assert not any(row.seconds for row in rows)
+    assert len(rows) == 3 + 2 * (6 + 4)
+
+
 def test_the_tolerance_of_the_card_is_by_norm():
     compare = card.by_norm(0.01)
     a = {"w": jnp.ones((3, 4)), "b": jnp.zeros(2)}
