@@ -42,7 +42,7 @@ def panel(axes: Axes, rows: list[dict[str, Any]], kind: str, title: str, ticks: 
     axes.loglog(x_written, written, color=RED, linewidth=1.8, marker="o", markersize=4)
     named(axes, x_written[-1], written[-1], "vmap(jax.grad)", RED, (-8, 0), "right", "center")
     if len(x_written) < len(x):
-        named(axes, x_written[-1], written[-1], "then it does not fit", RED, (8, 0), "left", "center", 8)
+        named(axes, x_written[-1], written[-1], "does not fit into 2 GiB", RED, (8, 0), "left", "center", 8)
     named(axes, x[-3], ours[-3], "jaxgrad", BLUE, (-4, 9), "right", "bottom")
     named(axes, x[-3], plain[-3], "plain gradient", GREY, (12, -8), "left", "top")
     axes.set_title(title, loc="left", fontsize=11, color=GREY, fontweight="bold")
