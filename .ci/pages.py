@@ -6,7 +6,15 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md", "docs/*.png", "benchmarks/*.md", "notebooks/*.ipynb")
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/**/*.md",
+    "docs/*.png",
+    "benchmarks/*.md",
+    "notebooks/*.ipynb",
+)
 
 
 @event_priority(100)  # before the plugin that reads notebooks

@@ -16,7 +16,8 @@ For more examples than fit into memory see `blocks`. B counts training examples,
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.curvature.gauss_newton import GaussNewton
-from jaxgrad.curvature.solve import EXACT, damped_solve, scaled_system
+from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve, scaled_system
 from jaxgrad.per_example.chunks import CHUNK_BYTES, chunk_size, map_examples
 from jaxgrad.per_example.factors import Precision, added, power_of_two
 from jaxgrad.per_example.gradients import PerExampleGrads
@@ -52,18 +53,19 @@ def self_influence(
     """How much each example's own gradient helps its own loss: high where an example is unlike all others.
 
     Formula: ‖g_b‖², TracIn's at one checkpoint; with a damping μ, g_bᵀ(GᵀG/B + μI)⁻¹g_b, through the Gram matrix: B
-    times the leverage of the example, between 0 and B. Examples with wrong labels tend to be high in both.
+    times the leverage of the example, between 0 and B for gradients. Examples with wrong labels tend to be high in
+    both. Accuracy: as `natural_gradient`.
 
     Args:
         g: gradients of B examples; or `gauss_newton`'s result, for the Gauss-Newton matrix instead of GᵀG/B.
-        damping: μ ≥ 0; None for ‖g_b‖².
+        damping: μ ≥ 0; None for ‖g_b‖², of gradients alone.
         precision: as in `jax.lax.dot_general`; with a damping None is full precision, as this is a solve.
 
     Returns:
         [B].
 
     Raises:
-        ValueError: a damping that is not a number ≥ 0.
+        ValueError: a damping that is not a number ≥ 0; none for a Gauss-Newton matrix.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[1.0, 0], [1.0, 0], [0, 3.0]]))
@@ -72,16 +74,19 @@ def self_influence(
 
     Source: Pruthi et al. 2020 (TracIn); Koh and Liang 2017.
     """
-    if isinstance(g, PerExampleGrads) and (damping is None or not g.batch_size):
+    if damping is None and isinstance(g, PerExampleGrads):
         return g.squared_norms(precision=precision)
+    checked_damping("self_influence", damping)
     rows, residuals = _rows(g)
-    exact = EXACT if precision is None else precision
-    scaled, ridge, unit = scaled_system("self_influence", rows, 0.0 if damping is None else damping)
-    K = scaled.gram(precision=exact)
     B, R = residuals.shape
-    inner = K * unit**2 / R if damping is None else B * damped_solve(K, K, ridge)
+    if not B:
+        return residuals.sum(1)
+    exact = EXACT if precision is None else precision
+    scaled, ridge, _ = scaled_system("self_influence", rows, damping)
+    right = scaled.gram(scaled.scale(residuals.ravel()), precision=exact)
+    inner = damped_solve(scaled.gram(precision=exact), right, ridge)  # by row, then by column times r
     own = jnp.diagonal(inner.reshape(B, R, B, R), axis1=0, axis2=2)  # [R, R, B]
-    return jnp.einsum("klb,bk,bl->b", own, residuals, residuals, precision=exact) / R
+    return B / R * jnp.einsum("klb,bk->b", own, residuals, precision=exact)
 
 
 def influence(
@@ -114,6 +119,7 @@ def influence(
 
     Source: Koh and Liang 2017.
     """
+    checked_damping("influence", damping)
     rows, residuals = _rows(train)
     if not rows.batch_size:
         return test.gram(rows)
@@ -151,14 +157,17 @@ def cosine_similarity(
         >>> cosine_similarity(g).round(3)[0].tolist()
         [1.0, 0.0, 0.707]
     """
-    first = _directions(g)
-    second = None if other is None else _directions(other)
-    return jnp.clip(first.gram(second, precision=precision), -1, 1)
+    first, inverse = _near_one(g)
+    second, inverse_ = (None, inverse) if other is None else _near_one(other)
+    return jnp.clip(first.gram(second, precision=precision) * inverse[:, None] * inverse_[None, :], -1, 1)
 
 
-def _directions(g: PerExampleGrads) -> PerExampleGrads:
+def _near_one(g: PerExampleGrads) -> tuple[PerExampleGrads, Array]:
+    """(the gradients, each divided by a power of two near its norm; the inverse norms of these, 0 of 0)."""
     norms = g.norms()
-    return g.scale(jnp.where(norms == 0, jnp.zeros_like(norms), 1 / jnp.where(norms == 0, jnp.ones_like(norms), norms)))
+    unit = power_of_two(norms)
+    left = norms / unit
+    return g.scale(1 / unit), jnp.where(left == 0, left, 1 / jnp.where(left == 0, jnp.ones_like(left), left))
 
 
 class NoiseScale(NamedTuple):
@@ -245,13 +254,15 @@ def random_projection(g: PerExampleGrads, key: Array, size: int, *, precision: P
         raise ValueError(f"random_projection: expected a size of at least 1, got {size}.")
     treedef: Any
     leaves, treedef = jax.tree.flatten(jax.eval_shape(g.sum))
+    if not g.batch_size:
+        return jnp.zeros((0, size), jax.eval_shape(g.norms).dtype)
 
     def column(k: Array) -> Array:
         keys = jax.random.split(jax.random.fold_in(key, k), len(leaves))
         signs = [jax.random.rademacher(key, p.shape, p.dtype) for key, p in zip(keys, leaves, strict=True)]
         return g.dot(treedef.unflatten(signs), precision=precision)
 
-    bytes_each = sum(p.size * p.dtype.itemsize for p in leaves)
+    bytes_each = sum(p.size * p.dtype.itemsize for p in leaves) + g.nbytes
     columns = lax.map(column, jnp.arange(size), batch_size=chunk_size(bytes_each, CHUNK_BYTES, size))
     return columns.T / size**0.5
 
@@ -259,12 +270,12 @@ def random_projection(g: PerExampleGrads, key: Array, size: int, *, precision: P
 # --- Of a loss or a model, over several checkpoints and in blocks ----------------------------------------------------
 
 
-def grand(loss: Callable[..., Any], **options: Any) -> Callable[..., Float[Array, " B"]]:
+def grand(loss: Callable[..., Any], *, in_axes: Any = None) -> Callable[..., Float[Array, " B"]]:
     """GraNd: the norm of each example's gradient, averaged over several parameters (initialisations, checkpoints).
 
     Args:
         loss: of one example, as in `per_example_grad`.
-        options: of `per_example_grad`, but has_aux and strict.
+        in_axes: as in `per_example_grad`.
 
     Returns:
         A function of (checkpoints, *batch), an iterable of parameters and the batch, that returns [B].
@@ -278,28 +289,38 @@ def grand(loss: Callable[..., Any], **options: Any) -> Callable[..., Float[Array
 
     Source: Paul et al. 2021.
     """
-    norms = jax.jit(lambda params, batch: per_example_grad(loss, **options)(params, *batch).norms())
-    return lambda checkpoints, *batch: _mean("grand", [norms(params, batch) for params in checkpoints])
+    norms = jax.jit(lambda params, batch: per_example_grad(loss, in_axes=in_axes)(params, *batch).norms())
+
+    def over(checkpoints: Iterable[PyTree], *batch: Any) -> Array:
+        total, count = _summed("grand", (norms(params, batch) for params in checkpoints))
+        return total / count
+
+    return over
 
 
-def _mean(call: str, terms: list[Array]) -> Array:
-    if not terms:
+def _summed(call: str, terms: Iterable[Array]) -> tuple[Array, int]:
+    """(the sum, of how many); one is there at a time."""
+    total: Array | None = None
+    count = 0
+    for term in terms:
+        total, count = term if total is None else total + term, count + 1
+    if total is None:
         raise ValueError(f"{call}: expected at least one checkpoint, got none.")
-    return added(terms) / len(terms)
+    return total, count
 
 
-def tracin(loss: Callable[..., Any], **options: Any) -> Callable[..., Float[Array, "C B"]]:
+def tracin(loss: Callable[..., Any], *, in_axes: Any = None) -> Callable[..., Float[Array, "C B"]]:
     """TracIn: how much training on each example lowered each test loss, to first order, summed over checkpoints.
 
     Formula: Σ_k η_k test_c(w_k) · g_b(w_k), for plain gradient descent with learning rates η_k.
 
     Args:
         loss: of one example, as in `per_example_grad`.
-        options: of `per_example_grad`, but has_aux and strict.
+        in_axes: as in `per_example_grad`.
 
     Returns:
-        A function of (checkpoints, rates, train, test): parameters w_k, learning rates η_k, and two batches, tuples of
-        the loss's other arguments; it returns [C, B], > 0 helpful.
+        A function of (checkpoints, rates, train, test): parameters w_k, as many learning rates η_k, and two batches,
+        tuples of the loss's other arguments; it returns [C, B], > 0 helpful.
 
     Raises:
         ValueError: no checkpoints, or not as many rates.
@@ -312,13 +333,18 @@ def tracin(loss: Callable[..., Any], **options: Any) -> Callable[..., Float[Arra
 
     Source: Pruthi et al. 2020.
     """
-    gradients = per_example_grad(loss, **options)
+    gradients = per_example_grad(loss, in_axes=in_axes)
     products = jax.jit(lambda params, train, test: gradients(params, *test).gram(gradients(params, *train)))
 
     def over(checkpoints: Iterable[PyTree], rates: Iterable[Any], train: Any, test: Any) -> Array:
-        pairs = list(zip(rates, checkpoints, strict=True))
-        terms = [rate * products(params, train, test) for rate, params in pairs]
-        return _mean("tracin", terms) * len(terms)
+        def terms() -> Iterator[Array]:
+            for params, rate in zip_longest(checkpoints, rates):
+                if params is None or rate is None:
+                    raise ValueError("tracin: expected as many rates as checkpoints, got fewer of one of them.")
+                term = products(params, train, test)
+                yield jnp.asarray(rate, term.dtype) * term
+
+        return _summed("tracin", terms())[0]
 
     return over
 
@@ -355,7 +381,10 @@ def ntk(
 
     def gradients(params: PyTree, x: Any) -> tuple[PerExampleGrads, tuple[int, ...]]:
         example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.result_type(a)), x)
-        shape = jax.eval_shape(fun, params, example).shape
+        outputs = jax.eval_shape(fun, params, example)
+        if not isinstance(outputs, jax.ShapeDtypeStruct):
+            raise TypeError(f"ntk: expected a function that returns one array, got {type(outputs).__name__}.")
+        shape = outputs.shape
         if shape == ():
             return per_example_grad(fun)(params, x), ()
         O = math.prod(shape)  # noqa: E741
@@ -368,7 +397,8 @@ def ntk(
         K = g.gram(None if x2 is None else gradients(params, x2)[0], precision=precision)
         if not outputs:
             return K
-        return K.reshape(-1, *outputs, K.shape[1] // outputs[0], *outputs).transpose(0, 2, 1, 3)
+        O = outputs[0]  # noqa: E741
+        return K.reshape(K.shape[0] // O, O, K.shape[1] // O, O).transpose(0, 2, 1, 3)
 
     def kernel(params: PyTree, x: Any, x2: Any = None) -> Array:
         if block_size is None:

@@ -10,6 +10,7 @@ The names:
     top_k        the largest scores, of which never more than a batch's are there
 """
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -20,8 +21,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.curvature.solve import EXACT, damped_solve, known
+from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve
 from jaxgrad.per_example.factors import Precision
+from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.transform import per_example_grad
 from jaxgrad.progress import shown
 
@@ -38,7 +40,7 @@ def gram(
     *,
     progress: bool = False,
     precision: Precision = None,
-    **options: Any,
+    in_axes: Any = None,
 ) -> Float[np.ndarray, "N M"]:
     """GGᵀ of N examples, or GG′ᵀ with M others, from batches.
 
@@ -52,7 +54,7 @@ def gram(
             compiled for. None for the batches themselves.
         progress: whether to show a bar (needs rich).
         precision: as in `jax.lax.dot_general`.
-        options: of `per_example_grad`, but has_aux and strict.
+        in_axes: as in `per_example_grad`.
 
     Returns:
         [N, M], a NumPy array.
@@ -65,9 +67,21 @@ def gram(
         >>> gram(lambda w, x: w @ x, jnp.zeros(3), batches).tolist()
         [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
+    return _gram(loss, params, batches, others, progress, precision, in_axes, 1.0)
+
+
+def _gram(
+    loss: Any, params: PyTree, batches: Any, others: Any, progress: bool, precision: Any, in_axes: Any, unit: float
+) -> np.ndarray:
+    """Of the gradients divided by `unit`."""
     if not len(batches) or (others is not None and not len(others)):
         raise ValueError("blocks.gram: expected at least one batch on each side, got none.")
-    gradients = jax.jit(lambda params, batch: per_example_grad(loss, **options)(params, *batch))
+
+    @jax.jit
+    def gradients(params: PyTree, batch: Batch) -> PerExampleGrads:
+        g = per_example_grad(loss, in_axes=in_axes)(params, *batch)
+        return g if unit == 1 else g.scale(jnp.full(g.batch_size, 1 / unit))
+
     product = jax.jit(lambda g, g_: g.gram(g_, precision=precision))
     second = batches if others is None else others
     blocks: list[list[np.ndarray]] = []
@@ -88,14 +102,15 @@ def influence(
     *,
     progress: bool = False,
     precision: Precision = EXACT,
-    **options: Any,
+    in_axes: Any = None,
 ) -> Float[np.ndarray, "C B"]:
     """`attribution.influence` of B training on C test examples, from batches: exact, of any number of parameters.
 
-    Memory: B × B and B × C numbers a few times over, and the factors of two batches.
+    Memory: B × B and B × C numbers a few times over, and the factors of two batches. Cost: `gram`'s, twice, and the
+    norms.
 
     Args:
-        loss, params, progress, precision, options: as in `gram`.
+        loss, params, progress, precision, in_axes: as in `gram`.
         train, test: as `gram`'s batches.
         damping: μ ≥ 0.
 
@@ -112,13 +127,16 @@ def influence(
         >>> influence(loss, jnp.ones(2), train, test, 0.0).round(3).tolist()
         [[2.0, 0.0], [0.0, -0.5]]
     """
-    if np.ndim(damping) or known(lambda: not damping >= 0):
-        raise ValueError(f"blocks.influence: expected a damping ≥ 0, got {damping}.")
-    K = gram(loss, params, train, progress=progress, precision=precision, **options)
-    across = gram(loss, params, train, test, progress=progress, precision=precision, **options)
-    ridge = damping * len(K)
-    unit = max(np.abs(np.diagonal(K)).max(), ridge) or 1.0
-    return np.asarray(jax.jit(damped_solve)(K / unit, across / unit, jnp.asarray(ridge / unit, K.dtype))).T
+    checked_damping("blocks.influence", damping)
+    largest = jax.jit(lambda params, batch: per_example_grad(loss, in_axes=in_axes)(params, *batch).norms().max())
+    norms = [float(largest(params, train[k])) for k in range(len(train))]
+    root = math.sqrt(float(damping)) * math.sqrt(sum(len(jax.tree.leaves(train[k])[0]) for k in range(len(train))))
+    exponent = math.frexp(max([*norms, root]))[1] if np.isfinite(norms).all() else 0
+    unit = 2.0**exponent
+    K = _gram(loss, params, train, None, progress, precision, in_axes, unit)
+    across = _gram(loss, params, train, test, progress, precision, in_axes, unit)
+    ridge = jnp.asarray(float(damping) / unit * len(K) / unit, K.dtype)
+    return np.asarray(jax.jit(damped_solve)(K, across, ridge)).T
 
 
 class TopK(NamedTuple):
@@ -150,7 +168,7 @@ def top_k(
         progress: whether to show a bar (needs rich).
 
     Returns:
-        `TopK`; of equal scores the earlier example comes first.
+        `TopK`; of equal scores the earlier example comes first. NaN counts as largest: it is seen.
 
     Raises:
         ValueError: k below 1, or no batches.

@@ -155,20 +155,20 @@ def run(
     return store.results()
 
 
-def norms(loss: Callable[..., Any], params: PyTree, **options: Any) -> Callable[..., Part]:
+def norms(loss: Callable[..., Any], params: PyTree, *, in_axes: Any = None) -> Callable[..., Part]:
     """For `run`: rows "values" and "norms", of the losses and of the norms of their gradients.
 
     Args:
         loss: of one example, as in `per_example_grad`.
         params: at which.
-        options: of `per_example_grad`, but has_aux and strict.
+        in_axes: as in `per_example_grad`.
 
     Example:
         >>> each = norms(lambda w, x: jnp.sin(w @ x), jnp.ones(3))
         >>> {name: rows.shape for name, rows in each(jnp.eye(3)).rows.items()}
         {'values': (3,), 'norms': (3,)}
     """
-    transformed = jax.jit(lambda params, batch: _values_and_norms(loss, options, params, batch))
+    transformed = jax.jit(lambda params, batch: _values_and_norms(loss, in_axes, params, batch))
 
     def part(*batch: Any) -> Part:
         values, lengths = transformed(params, batch)
@@ -177,16 +177,16 @@ def norms(loss: Callable[..., Any], params: PyTree, **options: Any) -> Callable[
     return part
 
 
-def _values_and_norms(loss: Any, options: Any, params: PyTree, batch: Any) -> Any:
-    values, g = per_example_value_and_grad(loss, **options)(params, *batch)
+def _values_and_norms(loss: Any, in_axes: Any, params: PyTree, batch: Any) -> Any:
+    values, g = per_example_value_and_grad(loss, in_axes=in_axes)(params, *batch)
     return values, g.norms()
 
 
-def second_moments(loss: Callable[..., Any], params: PyTree, **options: Any) -> Callable[..., Part]:
+def second_moments(loss: Callable[..., Any], params: PyTree, *, in_axes: Any = None) -> Callable[..., Part]:
     """For `run`: sums of the gradients and of their squares, entry by entry, under "sum" and "squares" with the path.
 
     Args:
-        loss, params, options: as in `norms`.
+        loss, params, in_axes: as in `norms`.
 
     Example:
         >>> each = second_moments(lambda p, x: jnp.sin(p["w"] @ x), {"w": jnp.ones(3)})
@@ -196,7 +196,7 @@ def second_moments(loss: Callable[..., Any], params: PyTree, **options: Any) -> 
 
     @jax.jit
     def sums(params: PyTree, batch: Any) -> Any:
-        g = per_example_grad(loss, **options)(params, *batch)
+        g = per_example_grad(loss, in_axes=in_axes)(params, *batch)
         squares = jax.tree.map(lambda a: a * g.batch_size, g.second_moment())
         return {"sum": g.sum(rounded=False), "squares": squares}
 
@@ -207,11 +207,13 @@ def second_moments(loss: Callable[..., Any], params: PyTree, **options: Any) -> 
     return part
 
 
-def influence(loss: Callable[..., Any], params: PyTree, fixed: PerExampleGrads, **options: Any) -> Callable[..., Part]:
+def influence(
+    loss: Callable[..., Any], params: PyTree, fixed: PerExampleGrads, *, in_axes: Any = None
+) -> Callable[..., Part]:
     """For `run`: rows "products", the inner products of every gradient with each of a fixed set's.
 
     Args:
-        loss, params, options: as in `norms`.
+        loss, params, in_axes: as in `norms`.
         fixed: the gradients of M examples with respect to the same parameters; rows are [b, M].
 
     Example:
@@ -220,7 +222,7 @@ def influence(loss: Callable[..., Any], params: PyTree, fixed: PerExampleGrads, 
         >>> each(jnp.ones((5, 3))).rows["products"].shape
         (5, 3)
     """
-    gram = jax.jit(lambda params, fixed, batch: per_example_grad(loss, **options)(params, *batch).gram(fixed))
+    gram = jax.jit(lambda params, fixed, batch: per_example_grad(loss, in_axes=in_axes)(params, *batch).gram(fixed))
     return lambda *batch: Part({"products": gram(params, fixed, batch)}, {})
 
 

@@ -184,6 +184,12 @@ def test_a_step_is_differentiated_as_the_dense_one_is():
         assert_close(found, expected, 1e-8)
 
 
+def test_the_derivative_with_respect_to_no_damping_is_that_of_little():
+    g = of_matrix(np.random.default_rng(0).normal(size=(4, 6)))
+    at_zero, near = (jax.jacobian(lambda mu: natural_gradient(g, mu))(mu) for mu in (0.0, 1e-7))
+    assert_close(at_zero, near, 1e-5)
+
+
 # --- Gauss-Newton ----------------------------------------------------------------------------------------------------
 
 
@@ -207,15 +213,16 @@ def test_gauss_newton_rows_products_diagonal_and_step_are_the_dense_ones(name, k
     def run(params, v, x, y):
         found = gauss_newton(model.model, loss)(params, x, y)
         rows, product = found.rows, curvature.gauss_newton_vector_product(model.model, loss)
-        several = product(params, v, x, y), fisher_vector_product(rows, v), rows.second_moment()
-        return rows.materialize(), found.residuals, *several, natural_gradient(found, mu)
+        several = product(params, v, x, y), fisher_vector_product(found, v), rows.second_moment()
+        return rows.materialize(), found.residuals, *several, natural_gradient(found, mu), fisher_solve(found, v, mu)
 
-    rows, residuals, product, through_rows, diagonal, step = run(model.params, v, model.x, y)
+    rows, residuals, product, through_rows, diagonal, step, fisher_solve_ = run(model.params, v, model.x, y)
     G = matrix(rows)
     assert_close(G.T @ G / len(G), matrix_)
     assert_close(G.T @ np.ravel(residuals) / len(G), each.mean(0))
     assert_close(flat(product), matrix_ @ flat(v))
     assert_close(flat(through_rows), matrix_ @ flat(v))
+    assert_close(flat(fisher_solve_), np.linalg.solve(matrix_ + mu * np.eye(len(matrix_)), flat(v)))
     assert_close(flat(diagonal), np.diag(matrix_))
     assert_close(flat(step), np.linalg.solve(matrix_ + mu * np.eye(len(matrix_)), each.mean(0)))
 
@@ -257,6 +264,42 @@ def test_roots_keep_their_digits_where_units_saturate(margin, dtype):
         assert abs(float(S[j, j]) / (mp.sqrt(p[j]) * others) - 1) < 80 * eps
         total = mp.fdot([mp.mpf(float(a)) for a in S[j]], [mp.mpf(float(a)) for a in r])
         assert abs(total / (-others if j == 0 else p[j]) - 1) < 80 * eps
+
+
+def test_a_class_that_is_masked_or_hopeless_has_no_part_in_the_roots():
+    for logit in (-np.inf, -1e4):
+        S, r = curvature.softmax.root(jnp.array([0.5, logit, 1.0]), jnp.asarray(0))
+        without, r_without = curvature.softmax.root(jnp.array([0.5, 1.0]), jnp.asarray(0))
+        assert_close(S[np.ix_([0, 2], [0, 2])], without)
+        assert_close(S[1], np.zeros(3))
+        assert_close(r[np.array([0, 2])], r_without)
+        assert r[1] == 0
+
+
+def test_targets_that_are_none_give_nan_or_are_refused():
+    for label in (-100, -1, 3):
+        assert np.isnan(curvature.softmax.value(jnp.zeros(3), label))
+        assert np.isnan(curvature.softmax.root(jnp.zeros(3), label)[1]).all()
+    margin = jnp.array(0.3)
+    for y in (0, 2, 0.5, np.nan):
+        assert np.isnan(curvature.logistic.value(margin, jnp.asarray(y)))
+        assert np.isnan(curvature.logistic.root(margin, jnp.asarray(y))[1]).all()
+    for y, sign in ((True, 1.0), (False, -1.0), (1, 1.0), (-1, -1.0)):
+        found, expected = (curvature.logistic.root(margin, jnp.asarray(v)) for v in (y, sign))
+        assert_close(found[1], expected[1])
+    for target in (jnp.zeros(4), jnp.zeros((3, 1))):
+        with pytest.raises(ValueError, match="squared: expected a target of the outputs' shape"):
+            curvature.squared.product(jnp.zeros(3), target, jnp.zeros(3))
+    for logits, label in ((jnp.zeros((3, 1)), 0), (jnp.zeros(3), jnp.zeros(3)), (jnp.zeros(3), 0.0)):
+        with pytest.raises(ValueError, match=r"softmax: expected logits \[O\] and one integer"):
+            curvature.softmax.product(logits, label, jnp.zeros(3))
+
+
+def test_products_of_a_large_batch_in_half_precision_do_not_overflow():
+    x = jnp.full((70_000, 1), 2, jnp.float16)
+    product = curvature.gauss_newton_vector_product(lambda w, x: w @ x, curvature.squared)
+    found = product(jnp.zeros(1, jnp.float16), jnp.ones(1, jnp.float16), x, jnp.zeros(70_000, jnp.float16))
+    assert float(found[0]) == pytest.approx(4, rel=0.05)
 
 
 def test_a_loss_that_is_not_convex_is_not_given_a_root():
@@ -373,7 +416,7 @@ def test_steps_go_through_jit_and_vmap():
         assert_close(flat(jax.tree.map(lambda a, k=k: a[k], together)), flat(step(mu)), 1e-6 if mu < 1e-3 else 1e-9)
 
 
-@pytest.mark.parametrize("mu", [-1.0, np.nan, np.ones(2)])
+@pytest.mark.parametrize("mu", [-1.0, np.nan, np.ones(2), None, "much"])
 def test_a_damping_that_is_none_is_refused(mu):
     g = of_matrix(np.eye(3))
     with pytest.raises(ValueError, match="natural_gradient: expected a damping ≥ 0, got"):

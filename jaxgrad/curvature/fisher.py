@@ -8,18 +8,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxgrad.curvature.gauss_newton import GaussNewton
-from jaxgrad.curvature.solve import EXACT, damped_solve, known, scaled_system
+from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve, scaled_system
 from jaxgrad.per_example.factors import Precision
 from jaxgrad.per_example.gradients import PerExampleGrads
 
 
-def fisher_vector_product(g: PerExampleGrads, v: PyTree, *, precision: Precision = None) -> PyTree:
+def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree, *, precision: Precision = None) -> PyTree:
     """GᵀG v / n: the empirical Fisher matrix times a direction.
 
     Cost: two matrix products a factor.
 
     Args:
-        g: n gradients; or the rows of `gauss_newton`'s result, for the Gauss-Newton matrix.
+        g: n gradients; or `gauss_newton`'s result, for the Gauss-Newton matrix.
         v: a direction, of the parameters' structure and shapes.
         precision: as in `jax.lax.dot_general`.
 
@@ -34,7 +34,8 @@ def fisher_vector_product(g: PerExampleGrads, v: PyTree, *, precision: Precision
         >>> fisher_vector_product(g, jnp.array([3.0, 6.0, 9.0])).tolist()
         [1.0, 2.0, 3.0]
     """
-    return g.weighted_sum(g.dot(v, precision=precision) / max(g.batch_size, 1), precision=precision)
+    rows = g.rows if isinstance(g, GaussNewton) else g
+    return rows.weighted_sum(rows.dot(v, precision=precision) / max(rows.batch_size, 1), precision=precision)
 
 
 def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any, *, precision: Precision = EXACT) -> PyTree:
@@ -42,10 +43,11 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any, *, precisio
 
     Formula: Gᵀ(GGᵀ + μn I)⁻¹ r, a weighted sum of the gradients. Cost: the Gram matrix, an n × n solve and the sum.
 
-    Accuracy: a Gram matrix knows its small eigenvalues to n·eps of its largest, λ. Where μn is well above n·eps·λ, the
-    relative error is of the order of eps·λ/(μn). Where it is not (float32, μ → 0, duplicate examples), eigenvectors
-    with eigenvalues below n·eps·λ are left out: with μ = 0 the result is the shortest least-squares solution of Gd = r,
-    of the rank that is seen so. Gradients are scaled by a power of two on the way: no square overflows or underflows.
+    Accuracy: of the order of n·eps·κ relative, κ the condition of GGᵀ + μn I with its rows and columns scaled to a
+    diagonal of ones. Where that is beyond the dtype (float32, μ → 0, dependent examples), eigenvectors of GGᵀ with
+    eigenvalues below n·eps times the largest are left out: with μ = 0 the result is the shortest least-squares solution
+    of Gd = r, of the rank that is seen so. Gradients are scaled by a power of two on the way: no square of a norm
+    overflows or underflows.
 
     Edge cases: a gradient of zero counts in n and changes nothing else; all zero give zero; n = 0, or a gradient that
     is not finite, gives NaN.
@@ -69,6 +71,7 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any, *, precisio
     Source: Amari 1998; through the Gram matrix as in Ren and Goldfarb 2019.
     """
     rows, residuals = g if isinstance(g, GaussNewton) else (g, jnp.ones(g.batch_size, jnp.float32))
+    checked_damping("natural_gradient", damping)
     if not rows.batch_size:
         return rows.mean()
     scaled, ridge, unit = scaled_system("natural_gradient", rows, damping)
@@ -78,7 +81,7 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any, *, precisio
     return jax.tree.map(lambda a, p: (a / unit.astype(a.dtype)).astype(p.dtype), total, jax.eval_shape(rows.sum))
 
 
-def fisher_solve(g: PerExampleGrads, v: PyTree, damping: Any, *, precision: Precision = EXACT) -> PyTree:
+def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any, *, precision: Precision = EXACT) -> PyTree:
     """(GᵀG/n + μI)⁻¹ v for any direction v and μ > 0, exactly.
 
     Formula: (v - Gᵀ(GGᵀ + μn I)⁻¹Gv)/μ (Woodbury), and one step of refinement, since that cancels where μ is far below
@@ -86,7 +89,7 @@ def fisher_solve(g: PerExampleGrads, v: PyTree, damping: Any, *, precision: Prec
     `natural_gradient`, where nothing cancels.
 
     Args:
-        g: n gradients, or the rows of `gauss_newton`'s result.
+        g: n gradients, or `gauss_newton`'s result.
         v: a direction, of the parameters' structure and shapes.
         damping: μ > 0.
         precision: as in `natural_gradient`.
@@ -102,8 +105,8 @@ def fisher_solve(g: PerExampleGrads, v: PyTree, damping: Any, *, precision: Prec
         >>> fisher_solve(g, jnp.ones(3), 1.0).tolist()
         [0.5, 1.0, 1.0]
     """
-    if known(lambda: not damping > 0):
-        raise ValueError(f"fisher_solve: expected a damping > 0, got {damping}.")
+    checked_damping("fisher_solve", damping, positive=True)
+    g = g.rows if isinstance(g, GaussNewton) else g
     n, like = g.batch_size, jax.eval_shape(g.sum)
     if not n:
         return jax.tree.map(lambda a, p: (a / damping).astype(p.dtype), v, like)

@@ -36,46 +36,85 @@ class OutputLoss(NamedTuple):
     root: Callable[[Array, Any], tuple[Array, Array]]
 
 
+def _difference(outputs: Array, target: Any) -> Array:
+    if jnp.shape(target) != outputs.shape:
+        raise ValueError(f"squared: expected a target of the outputs' shape {outputs.shape}, got {jnp.shape(target)}.")
+    return outputs - jnp.asarray(target, outputs.dtype)
+
+
+def _squared_product(outputs: Array, target: Any, u: Array) -> Array:
+    _difference(outputs, target)
+    return u
+
+
 def _squared_root(outputs: Array, target: Any) -> tuple[Array, Array]:
-    difference = (outputs - jnp.asarray(target, outputs.dtype)).ravel()
+    difference = _difference(outputs, target).ravel()
     return jnp.eye(difference.size, dtype=difference.dtype), difference
 
 
 squared = OutputLoss(
-    lambda outputs, target: ((outputs - target) ** 2).sum() / 2, lambda outputs, target, u: u, _squared_root
+    lambda outputs, target: (_difference(outputs, target) ** 2).sum() / 2, _squared_product, _squared_root
 )
 """½ ‖outputs - target‖²: H = I."""
 
 
+def _checked_logits(logits: Array, label: Any) -> None:
+    if logits.ndim != 1 or jnp.ndim(label) or not jnp.issubdtype(jnp.result_type(label), jnp.integer):
+        raise ValueError(
+            f"softmax: expected logits [O] and one integer as label, got shape {logits.shape} and "
+            f"{jnp.result_type(label)} of shape {jnp.shape(label)}."
+        )
+
+
+def _at_label(logits: Array, label: Any, value: Array) -> Array:
+    """[O]: the value at the label, 0 elsewhere; NaN for a label that is none."""
+    places = jnp.arange(logits.size)
+    label = jnp.asarray(label, places.dtype)
+    known = (label >= 0) & (label < logits.size)
+    there = jnp.where(places == label, value, jnp.zeros_like(value))
+    return jnp.where(known, there, jnp.full_like(there, jnp.nan))
+
+
 def _softmax_value(logits: Array, label: Any) -> Array:
-    return -jnp.take(jax.nn.log_softmax(logits), label)
+    _checked_logits(logits, label)
+    return -_at_label(logits, label, jax.nn.log_softmax(logits)).sum()
 
 
 def _softmax_product(logits: Array, label: Any, u: Array) -> Array:
+    _checked_logits(logits, label)
     p = jax.nn.softmax(logits)
     return p * (u - (p * u).sum())
 
 
 def _softmax_root(logits: Array, label: Any) -> tuple[Array, Array]:
     """S = diag(√p) - p √pᵀ and r = -e/√p at the label. 1 - p is the sum of the other p: it does not cancel."""
+    _checked_logits(logits, label)
     logp = jax.nn.log_softmax(logits)
     p, root, eye = jnp.exp(logp), jnp.exp(logp / 2), jnp.eye(logits.size, dtype=logp.dtype)
     others = ((1 - eye) * p[None, :]).sum(1)
     S = eye * (root * others)[:, None] - (1 - eye) * p[:, None] * root[None, :]
-    return S, -eye[label] * jnp.exp(-logp / 2)
+    return S, _at_label(logits, label, -jnp.exp(-logp / 2))
 
 
 softmax = OutputLoss(_softmax_value, _softmax_product, _softmax_root)
-"""-log softmax(logits [O])[label]: H = diag(p) - ppᵀ."""
+"""-log softmax(logits [O])[label]: H = diag(p) - ppᵀ. A label that is none gives NaN, as does, in a root, one whose
+logit is more than about 170 below the largest in float32 (1,400 in float64)."""
 
 
-def _logistic_product(margin: Array, sign: Any, u: Array) -> Array:
-    return u * jnp.exp(_log_slope(margin))
+def _sign(margin: Array, y: Any) -> Array:
+    """y = ±1, from booleans too; NaN for anything else."""
+    y = jnp.asarray(y)
+    sign = jnp.where(y, 1.0, -1.0).astype(margin.dtype) if y.dtype == bool else y.astype(margin.dtype)
+    return jnp.where(jnp.abs(sign) == 1, sign, jnp.full_like(sign, jnp.nan))
 
 
-def _logistic_root(margin: Array, sign: Any) -> tuple[Array, Array]:
-    sign = jnp.asarray(sign, margin.dtype)
-    return jnp.exp(_log_slope(margin) / 2).reshape(1, 1), (-sign * jnp.exp(-sign * margin / 2)).reshape(1)
+def _logistic_product(margin: Array, y: Any, u: Array) -> Array:
+    return u * jnp.exp(_log_slope(_sign(margin, y) * margin))
+
+
+def _logistic_root(margin: Array, y: Any) -> tuple[Array, Array]:
+    sign = _sign(margin, y)
+    return jnp.exp(_log_slope(sign * margin) / 2).reshape(1, 1), (-sign * jnp.exp(-sign * margin / 2)).reshape(1)
 
 
 def _log_slope(margin: Array) -> Array:
@@ -83,8 +122,10 @@ def _log_slope(margin: Array) -> Array:
     return jax.nn.log_sigmoid(margin) + jax.nn.log_sigmoid(-margin)
 
 
-logistic = OutputLoss(lambda margin, sign: jax.nn.softplus(-sign * margin).sum(), _logistic_product, _logistic_root)
-"""log(1 + exp(-y·margin)), y = ±1, the exercise's: H = π(1 - π), one output."""
+logistic = OutputLoss(
+    lambda margin, y: jax.nn.softplus(-_sign(margin, y) * margin).sum(), _logistic_product, _logistic_root
+)
+"""log(1 + exp(-y·margin)), the exercise's: H = π(1 - π), one output. y is ±1 or boolean; anything else gives NaN."""
 
 
 def from_function(loss: Callable[[Array, Any], Array]) -> OutputLoss:
@@ -206,8 +247,9 @@ def gauss_newton_vector_product(
     def product(params: PyTree, v: PyTree, x: Any, y: Any) -> PyTree:
         B, _ = _examples("gauss_newton_vector_product", x, y)
         outputs, forwards = jax.linearize(lambda p: jax.vmap(model, (None, 0))(p, x), params)
-        cotangent = jax.vmap(of_outputs)(outputs, y, forwards(v)) / B
-        return jax.linear_transpose(forwards, params)(cotangent)[0]
+        wide = working_dtype(outputs.dtype)
+        cotangent = jax.vmap(of_outputs)(outputs.astype(wide), y, forwards(v).astype(wide)) / max(B, 1)
+        return jax.linear_transpose(forwards, params)(cotangent.astype(outputs.dtype))[0]
 
     return product
 

@@ -44,16 +44,17 @@ def kfac_factors(g: PerExampleGrads, *, precision: Precision = None) -> PyTree:
     gradient's own, for square matrices 4/3 of a plain gradient's operations.
 
     The gradients of the loss on the data make this the empirical Fisher's; with labels drawn from the model it is the
-    Fisher's. Which side is which, and how a number that scales a product is divided between the two, is as in
-    `PerExampleGrads.factors`; the Kronecker product does not depend on it.
+    Fisher's. A constant that scales a product is on either side, and the Kronecker product does not depend on it; a
+    number that differs from example to example belongs in the loss, and not in `scale` or `clip`.
 
     Args:
         g: gradients of B examples.
         precision: as in `jax.lax.dot_general`.
 
     Returns:
-        The parameters' tree with `KroneckerFactors` at every leaf; None where it is no single `Outer` or `Windows`
-        (biases, embeddings, matrices used in several ways).
+        The parameters' tree with `KroneckerFactors` at every leaf; None where it is no single `Outer` or `Windows`:
+        biases, embeddings, matrices used in several ways, and those whose product over many positions was the smaller
+        thing and is carried out (`explain` says "formed").
 
     Example:
         >>> loss = lambda p, x: jnp.tanh(p["W"] @ x + p["b"]).sum()

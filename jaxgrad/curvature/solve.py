@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.scipy as jsp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -13,15 +14,16 @@ from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.sharding import gathered
 
 EXACT = lax.Precision.HIGHEST  # of a Gram matrix that is solved with: accelerators round more unless told
-MARGIN = 10.0  # how far above what rounding leaves of K its damping is for a Cholesky decomposition
+MARGIN = 10.0  # how far above what rounding leaves of them the pivots of a Cholesky decomposition have to be
 
 
 def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[Array, ""] | float) -> Array:
     """(K + ridge·I)⁻¹ b for a Gram matrix K = GGᵀ: symmetric, without negative eigenvalues, of any rank.
 
-    K is known to about n·eps·λ, λ its largest eigenvalue. A ridge well above that makes it a Cholesky decomposition;
-    otherwise eigenvectors with eigenvalues up to n·eps·λ are left out, as a pseudo-inverse does: what rounding left in
-    them would come back magnified. Derivatives are those of the solution, by the same solve.
+    With rows and columns scaled to a diagonal of ones, so that it is no matter how the norms in G differ, a Cholesky
+    decomposition is taken if its pivots are well above n·eps. Otherwise K is singular as far as rounding lets one see:
+    eigenvectors with eigenvalues up to n·eps times the largest are left out, as a pseudo-inverse does, since what
+    rounding left in them would come back magnified. Derivatives are those of the solution, by the same solve.
 
     Args:
         K: [n, n], float32 or float64.
@@ -55,10 +57,15 @@ def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[
 
 
 def _solved(K: Array, b: Array, ridge: Array) -> Array:
-    unknown = K.shape[0] * jnp.finfo(K.dtype).eps  # times the largest eigenvalue
+    unknown = K.shape[0] * jnp.finfo(K.dtype).eps  # of the largest eigenvalue
+    eye = jnp.eye(len(K), dtype=K.dtype)
+    diagonal = jnp.diagonal(K) + ridge
+    inverse_root = jax.lax.rsqrt(jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal))
+    factor = jnp.linalg.cholesky(inverse_root[:, None] * (K + ridge * eye) * inverse_root[None, :])
+    D = inverse_root.reshape(-1, *[1] * (b.ndim - 1))
 
     def by_cholesky() -> Array:
-        return jsp.linalg.cho_solve(jsp.linalg.cho_factor(K + ridge * jnp.eye(len(K), dtype=K.dtype)), b)
+        return D * jsp.linalg.cho_solve((factor, True), D * b)
 
     def by_eigenvectors() -> Array:
         values, vectors = jnp.linalg.eigh(K)
@@ -69,18 +76,26 @@ def _solved(K: Array, b: Array, ridge: Array) -> Array:
         parts = jnp.matmul(vectors.T, b, precision=EXACT)
         return jnp.matmul(vectors, inverse.reshape(-1, *[1] * (b.ndim - 1)) * parts, precision=EXACT)
 
-    largest = jnp.abs(K).sum(1).max()  # no less than the largest eigenvalue
-    return lax.cond(ridge > MARGIN * unknown * largest, by_cholesky, by_eigenvectors)
+    return lax.cond((jnp.diagonal(factor) ** 2).min() > MARGIN * unknown, by_cholesky, by_eigenvectors)
+
+
+def checked_damping(call: str, damping: Any, positive: bool = False) -> None:
+    """Raise ValueError for what is known not to be a number ≥ 0, or > 0."""
+    try:
+        wrong = np.ndim(damping) != 0 or known(lambda: not (damping > 0 if positive else damping >= 0))
+    except TypeError:
+        wrong = True
+    if wrong:
+        raise ValueError(f"{call}: expected a damping {'>' if positive else '≥'} 0, got {damping}.")
 
 
 def scaled_system(call: str, g: PerExampleGrads, damping: Any) -> tuple[PerExampleGrads, Array, Array]:
     """(g / unit, μn / unit², unit): unit is a power of two near the largest norm or √(μn), whichever is larger."""
-    if jnp.ndim(damping) or known(lambda: not damping >= 0):
-        raise ValueError(f"{call}: expected a damping ≥ 0, got {damping}.")
+    checked_damping(call, damping)
     norms = g.norms(precision=EXACT)
-    root = jnp.sqrt(jnp.asarray(damping, norms.dtype)) * g.batch_size**0.5
-    unit = power_of_two(jnp.maximum(norms.max(), root))
-    return g.scale(jnp.full_like(norms, 1) / unit), (root / unit) ** 2, unit
+    mu = jnp.asarray(damping, norms.dtype)
+    unit = power_of_two(jnp.maximum(norms.max(), jnp.sqrt(lax.stop_gradient(mu)) * g.batch_size**0.5))
+    return g.scale(jnp.full_like(norms, 1) / unit), mu / unit * g.batch_size / unit, unit
 
 
 def known(condition: Any) -> bool:
