@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of JAX's Cholesky on CPU; beside other tests its threads stall
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings

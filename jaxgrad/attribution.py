@@ -196,7 +196,8 @@ def noise_scale(g: PerExampleGrads, *, precision: Precision = None) -> NoiseScal
     mean ‖g_b‖², absolute; where it is smaller than that (all gradients equal) it is 0 and not below.
 
     Args:
-        g: gradients of B ≥ 2 examples, drawn at random; NaN for fewer.
+        g: gradients of B ≥ 2 examples, drawn at random from many more; NaN for fewer. If they are all there are, the
+            signal is too low by noise/B.
         precision: as in `jax.lax.dot_general`.
 
     Returns:
@@ -362,7 +363,8 @@ def ntk(
 
     Returns:
         A function of (params, x, x2=None), trees of arrays with an example axis, that returns [B, C] for a scalar fun,
-        otherwise [B, C, O, O]: J_b J_cᵀ. x2 None: x itself. Jit it.
+        otherwise [B, C, O, O]: J_b J_cᵀ (a matrix by `transpose(0, 2, 1, 3).reshape(B * O, C * O)`). x2 None: x itself.
+        Jit it.
 
     Raises:
         TypeError, ValueError: as `per_example_grad`; a block size below 1.

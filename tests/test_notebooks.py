@@ -14,6 +14,40 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
+# What a notebook says it found, as "name: number" lines of its last cell, and between what bounds that must lie.
+HEADLINES = {
+    "05_influence_and_curvature": {
+        "table, AUC of loss": (0.97, 1),
+        "table, AUC of averaged loss": (0.97, 1),
+        "table, AUC of gradient norm": (0.97, 1),
+        "table, AUC of GraNd": (0.97, 1),
+        "table, AUC of self-influence": (0.96, 1),
+        "table, found in the first 5 % by GraNd": (0.8, 1),
+        "digits, AUC of loss": (0.97, 1),
+        "digits, AUC of averaged loss": (0.98, 1),
+        "digits, AUC of gradient norm": (0.97, 1),
+        "digits, AUC of GraNd": (0.98, 1),
+        "digits, AUC of self-influence": (0.97, 1),
+        "digits, found in the first 5 % by GraNd": (0.85, 1),
+        "digits memorised, AUC of loss": (0.95, 0.99),
+        "digits memorised, AUC of self-influence": (0.96, 1),
+        "digits memorised, AUC of GraNd": (0.98, 1),
+        "influence on the test set, AUC for flipped labels": (0.97, 1),
+        "influence, one left out: rank correlation with training again": (0.95, 1),
+        "influence, twenty left out: rank correlation with training again": (0.9, 1),
+        "NTK at step 0, cosine within a class less that between": (0.16, 0.22),
+        "NTK at step 600, cosine within a class less that between": (0.26, 0.36),
+        "NTK, largest eigenvalue: last over first": (2.5, 4),
+        "noise scale, before training": (45, 56),
+        "noise scale, mean of the last five": (800, 3500),
+        "noise scale, batches averaged over all data, median": (0.6, 1.6),
+        "SGD, steps to a loss of 0.01": (40, 150),
+        "Adam, steps to a loss of 0.01": (120, 450),
+        "Fisher, steps to a loss of 0.01": (4, 20),
+        "Gauss-Newton, steps to a loss of 0.01": (4, 15),
+    },
+}
+
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -35,6 +69,20 @@ def kinds(cell):
     return {(o.output_type, o.get("name", ""), *sorted(o.get("data", {}))) for o in cell.outputs}
 
 
+def headlines(notebook):
+    """The numbers of its last code cell, by name."""
+    lines = code_cells(notebook)[-1].outputs[0].text.splitlines()
+    return {name: float(number) for name, number in (line.rsplit(": ", 1) for line in lines)}
+
+
+def assert_headlines_hold(notebook, stem):
+    if stem not in HEADLINES:
+        return
+    bounds, found = HEADLINES[stem], headlines(notebook)
+    assert found.keys() == bounds.keys()
+    assert not {name: value for name, value in found.items() if not bounds[name][0] <= value <= bounds[name][1]}
+
+
 @each_notebook
 def test_runs_from_top_to_bottom_and_puts_out_what_is_committed(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
@@ -51,6 +99,7 @@ def test_runs_from_top_to_bottom_and_puts_out_what_is_committed(path, tmp_path, 
     )
     for ran, kept in zip(code_cells(notebook), code_cells(committed), strict=True):
         assert kinds(ran) == kinds(kept), ran.source
+    assert_headlines_hold(notebook, path.stem)
 
 
 @each_notebook
@@ -65,6 +114,7 @@ def test_is_committed_with_the_outputs_of_one_run_without_errors_or_warnings(pat
             assert output.output_type != "error", output.evalue
             assert output.get("name") != "stderr", output.text
     assert notebook.metadata.kernelspec.name == "python3"
+    assert_headlines_hold(notebook, path.stem)
 
 
 def test_there_are_notebooks():

@@ -182,8 +182,7 @@ def gauss_newton(
     Args:
         model: model(params, x) → outputs of one example, an array of any shape.
         loss: `squared`, `softmax`, `logistic`, another `OutputLoss`; or a convex function (outputs, target) → scalar,
-        of
-            which H is decomposed by eigenvectors. NaN where that is not convex.
+            whose H is decomposed by eigenvectors. NaN where that is not convex.
 
     Returns:
         A function of (params, x, y), x and y trees of arrays with an example axis, that returns `GaussNewton`.
