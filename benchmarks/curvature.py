@@ -149,7 +149,7 @@ from the matrix that `vmap(jax.grad)` writes out. float32. Memory is the compile
     note="""
 Where the floor of the KFAC factors is. A plain gradient of this MLP takes 1.85 million multiplications an example:
 forward, back, and for the weights. With the product of each side with itself in place of the last of these it is 2.82
-million, 1.52 of that. The result is symmetric, but to compute one half and mirror it took longer (two cores, a side of
-256 × 512: 0.59 ms against 0.47), so that the goal of 1.30 is out of reach for separate products.
+million, 1.52 of that: the goal of 1.30 is out of reach for separate products, unless half of a symmetric one could be
+had for half the time.
 """,
 )

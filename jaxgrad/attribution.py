@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.curvature.gauss_newton import GaussNewton
+from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
 from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve, scaled_system
 from jaxgrad.per_example.chunks import CHUNK_BYTES, chunk_size, map_examples
 from jaxgrad.per_example.factors import Precision, added, power_of_two
@@ -77,12 +77,12 @@ def self_influence(
     if damping is None and isinstance(g, PerExampleGrads):
         return g.squared_norms(precision=precision)
     checked_damping("self_influence", damping)
-    rows, residuals = _rows(g)
+    rows, residuals = rows_and_residuals(g)
     B, R = residuals.shape
     if not B:
         return residuals.sum(1)
     exact = EXACT if precision is None else precision
-    scaled, ridge, _ = scaled_system("self_influence", rows, damping)
+    scaled, ridge, _ = scaled_system(rows, damping)
     right = scaled.gram(scaled.scale(residuals.ravel()), precision=exact)
     inner = damped_solve(scaled.gram(precision=exact), right, ridge)  # by row, then by column times r
     own = jnp.diagonal(inner.reshape(B, R, B, R), axis1=0, axis2=2)  # [R, R, B]
@@ -120,20 +120,13 @@ def influence(
     Source: Koh and Liang 2017.
     """
     checked_damping("influence", damping)
-    rows, residuals = _rows(train)
+    rows, residuals = rows_and_residuals(train)
     if not rows.batch_size:
         return test.gram(rows)
-    scaled, ridge, unit = scaled_system("influence", rows, damping)
+    scaled, ridge, unit = scaled_system(rows, damping)
     across = test.gram(scaled, precision=precision)
     weights = damped_solve(scaled.gram(precision=precision), across.T, ridge).T / unit
     return (weights.reshape(test.batch_size, *residuals.shape) * residuals[None]).sum(2)
-
-
-def _rows(g: PerExampleGrads | GaussNewton) -> tuple[PerExampleGrads, Array]:
-    """(G, r [B, R] in the accumulator's dtype): the mean gradient is Gᵀr/n."""
-    rows, residuals = g if isinstance(g, GaussNewton) else (g, jnp.ones((g.batch_size, 1), jnp.float32))
-    dtype = jax.eval_shape(rows.norms).dtype
-    return rows, residuals.astype(dtype)
 
 
 def cosine_similarity(
@@ -337,10 +330,12 @@ def tracin(loss: Callable[..., Any], *, in_axes: Any = None) -> Callable[..., Fl
     gradients = per_example_grad(loss, in_axes=in_axes)
     products = jax.jit(lambda params, train, test: gradients(params, *test).gram(gradients(params, *train)))
 
+    missing = object()
+
     def over(checkpoints: Iterable[PyTree], rates: Iterable[Any], train: Any, test: Any) -> Array:
         def terms() -> Iterator[Array]:
-            for params, rate in zip_longest(checkpoints, rates):
-                if params is None or rate is None:
+            for params, rate in zip_longest(checkpoints, rates, fillvalue=missing):
+                if params is missing or rate is missing:
                     raise ValueError("tracin: expected as many rates as checkpoints, got fewer of one of them.")
                 term = products(params, train, test)
                 yield jnp.asarray(rate, term.dtype) * term

@@ -67,20 +67,28 @@ def gram(
         >>> gram(lambda w, x: w @ x, jnp.zeros(3), batches).tolist()
         [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    return _gram(loss, params, batches, others, progress, precision, in_axes, 1.0)
+    return _gram("blocks.gram", loss, params, batches, others, progress, precision, in_axes, 1.0)
 
 
 def _gram(
-    loss: Any, params: PyTree, batches: Any, others: Any, progress: bool, precision: Any, in_axes: Any, unit: float
+    call: str,
+    loss: Callable[..., Any],
+    params: PyTree,
+    batches: Sequence[Batch],
+    others: Sequence[Batch] | None,
+    progress: bool,
+    precision: Precision,
+    in_axes: Any,
+    unit: float,
 ) -> np.ndarray:
     """Of the gradients divided by `unit`."""
     if not len(batches) or (others is not None and not len(others)):
-        raise ValueError("blocks.gram: expected at least one batch on each side, got none.")
+        raise ValueError(f"{call}: expected at least one batch on each side, got none.")
 
     @jax.jit
     def gradients(params: PyTree, batch: Batch) -> PerExampleGrads:
         g = per_example_grad(loss, in_axes=in_axes)(params, *batch)
-        return g if unit == 1 else g.scale(jnp.full(g.batch_size, 1 / unit))
+        return g.scale(jnp.full(g.batch_size, 1 / unit))
 
     product = jax.jit(lambda g, g_: g.gram(g_, precision=precision))
     second = batches if others is None else others
@@ -118,7 +126,7 @@ def influence(
         [C, B], a NumPy array; > 0 helpful.
 
     Raises:
-        ValueError: a damping that is not a number ≥ 0; and as `gram`.
+        ValueError: a damping that is not a number ≥ 0; no batches; and as `per_example_grad`.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2
@@ -133,8 +141,8 @@ def influence(
     root = math.sqrt(float(damping)) * math.sqrt(sum(len(jax.tree.leaves(train[k])[0]) for k in range(len(train))))
     exponent = math.frexp(max([*norms, root]))[1] if np.isfinite(norms).all() else 0
     unit = 2.0**exponent
-    K = _gram(loss, params, train, None, progress, precision, in_axes, unit)
-    across = _gram(loss, params, train, test, progress, precision, in_axes, unit)
+    K = _gram("blocks.influence", loss, params, train, None, progress, precision, in_axes, unit)
+    across = _gram("blocks.influence", loss, params, train, test, progress, precision, in_axes, unit)
     ridge = jnp.asarray(float(damping) / unit * len(K) / unit, K.dtype)
     return np.asarray(jax.jit(damped_solve)(K, across, ridge)).T
 

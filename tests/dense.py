@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from quick import quick_jit
@@ -17,6 +18,7 @@ from jaxgrad.network import Params
 
 NAMES = ("exercise", "mlp", "tied_to_the_output_layer", "transformer_block", "gru", "conv_1d")
 LOSSES = [entry for entry in ENTRIES if entry.name in NAMES]
+each_loss = pytest.mark.parametrize("entry", LOSSES, ids=lambda entry: entry.name)
 
 
 def reordered(entry: Any) -> tuple[np.ndarray, ...]:
@@ -33,6 +35,12 @@ def gradients(name: str, other: bool = False) -> tuple[PerExampleGrads, np.ndarr
         g = quick_jit(per_example_grad(entry.loss))(entry.params, *batch)
         written = quick_jit(jax.vmap(jax.grad(entry.loss), (None, *[0] * len(batch))))(entry.params, *batch)
     return g, matrix(written)
+
+
+def of_matrix(G: Any, dtype: Any = jnp.float64) -> PerExampleGrads:
+    """Rows G as the gradients of G w."""
+    G = jnp.asarray(G, dtype)
+    return per_example_grad(lambda w, x: w @ x)(jnp.zeros(G.shape[1], dtype), G)
 
 
 def matrix(tree: Any) -> np.ndarray:
@@ -96,6 +104,7 @@ MODELS = {
     "conv": Model(_conv, {"K": _draw(3, 3, 1, 6), "out": _draw(6, 4)}, X),
     "recurrent": Model(_recurrent, {"W": _draw(4, 4) / 2, "V": _draw(4, 5), "out": _draw(4, 4)}, X),
 }
+each_model = pytest.mark.parametrize("name", MODELS)
 
 
 def jacobian(model: Model) -> np.ndarray:

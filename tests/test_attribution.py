@@ -4,22 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import LOSSES, MODELS, assert_close, exercise, gradients, jacobian, matrix, reordered, solved
+from dense import (
+    LOSSES,
+    MODELS,
+    assert_close,
+    each_loss,
+    each_model,
+    exercise,
+    gradients,
+    jacobian,
+    matrix,
+    of_matrix,
+    reordered,
+    solved,
+)
 from quick import quick_jit
 
 import jaxgrad as jg
 from jaxgrad import attribution, blocks, curvature, network
 from jaxgrad.streams import Batches
-
-each_loss = pytest.mark.parametrize("entry", LOSSES, ids=lambda entry: entry.name)
-each_model = pytest.mark.parametrize("name", MODELS)
-
-
-def of_matrix(G, dtype=jnp.float64):
-    """Rows G as the gradients of G w."""
-    G = jnp.asarray(G, dtype)
-    return jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(G.shape[1], dtype), G)
-
 
 # --- Scores and similarities -----------------------------------------------------------------------------------------
 

@@ -8,7 +8,19 @@ import jax.scipy as jsp
 import numpy as np
 import optax
 import pytest
-from dense import LOSSES, MODELS, assert_close, exercise, flat, gradients, jacobian, matrix, solved
+from dense import (
+    MODELS,
+    assert_close,
+    each_loss,
+    each_model,
+    exercise,
+    flat,
+    gradients,
+    jacobian,
+    matrix,
+    of_matrix,
+    solved,
+)
 from jax.flatten_util import ravel_pytree
 from quick import quick_jit
 
@@ -16,8 +28,6 @@ import jaxgrad as jg
 from jaxgrad import curvature, network
 from jaxgrad.curvature import damped_solve, fisher_solve, fisher_vector_product, gauss_newton, natural_gradient
 
-each_loss = pytest.mark.parametrize("entry", LOSSES, ids=lambda entry: entry.name)
-each_model = pytest.mark.parametrize("name", MODELS)
 OUTPUT_LOSSES = {
     "softmax": (curvature.softmax, np.array([0, 3, 1, 1, 2])),
     "squared": (curvature.squared, np.random.default_rng(3).normal(size=(5, 4))),
@@ -29,12 +39,6 @@ each_output_loss = pytest.mark.parametrize("kind", OUTPUT_LOSSES)
 def random_like(tree, seed=0):
     vector, unravel = ravel_pytree(tree)
     return unravel(jnp.asarray(np.random.default_rng(seed).normal(size=vector.shape), vector.dtype))
-
-
-def of_matrix(G, dtype=jnp.float64):
-    """Rows G as the gradients of G w."""
-    G = jnp.asarray(G, dtype)
-    return jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(G.shape[1], dtype), G)
 
 
 # --- Fisher ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxgrad.curvature.gauss_newton import GaussNewton
+from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
 from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve, scaled_system
 from jaxgrad.per_example.factors import Precision
 from jaxgrad.per_example.gradients import PerExampleGrads
@@ -70,13 +70,12 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any, *, precisio
 
     Source: Amari 1998; through the Gram matrix as in Ren and Goldfarb 2019.
     """
-    rows, residuals = g if isinstance(g, GaussNewton) else (g, jnp.ones(g.batch_size, jnp.float32))
     checked_damping("natural_gradient", damping)
+    rows, residuals = rows_and_residuals(g)
     if not rows.batch_size:
         return rows.mean()
-    scaled, ridge, unit = scaled_system("natural_gradient", rows, damping)
-    K = scaled.gram(precision=precision)
-    weights = damped_solve(K, residuals.ravel().astype(K.dtype), ridge)
+    scaled, ridge, unit = scaled_system(rows, damping)
+    weights = damped_solve(scaled.gram(precision=precision), residuals.ravel(), ridge)
     total = scaled.scale(weights).sum(precision=precision, rounded=False)
     return jax.tree.map(lambda a, p: (a / unit.astype(a.dtype)).astype(p.dtype), total, jax.eval_shape(rows.sum))
 
@@ -110,7 +109,7 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any, *, p
     n, like = g.batch_size, jax.eval_shape(g.sum)
     if not n:
         return jax.tree.map(lambda a, p: (a / damping).astype(p.dtype), v, like)
-    scaled, ridge, unit = scaled_system("fisher_solve", g, damping)
+    scaled, ridge, unit = scaled_system(g, damping)
     K, mu = scaled.gram(precision=precision), ridge / n
 
     def rows(c: Array) -> PyTree:
@@ -157,7 +156,7 @@ def scale_by_natural_gradient(damping: float | Callable[[Array], Any]) -> Any:
 
     Raises:
         ImportError: optax is not installed.
-        TypeError: an update with something else than PerExampleGrads.
+        TypeError: an update with something else than PerExampleGrads or GaussNewton.
 
     Example:
         >>> import optax

@@ -167,6 +167,12 @@ class GaussNewton(NamedTuple):
     residuals: Float[Array, "B R"]
 
 
+def rows_and_residuals(g: PerExampleGrads | GaussNewton) -> tuple[PerExampleGrads, Float[Array, "B R"]]:
+    """(G, r in the accumulator's dtype), of gradients themselves r = 1: the mean gradient is Gᵀr/n."""
+    rows, residuals = g if isinstance(g, GaussNewton) else (g, jnp.ones((g.batch_size, 1), jnp.float32))
+    return rows, residuals.astype(jax.eval_shape(rows.norms).dtype)
+
+
 def gauss_newton(
     model: Callable[..., Any], loss: OutputLoss | Callable[[Array, Any], Array]
 ) -> Callable[..., GaussNewton]:

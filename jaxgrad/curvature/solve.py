@@ -83,25 +83,18 @@ def _solved(K: Array, b: Array, ridge: Array) -> Array:
 def checked_damping(call: str, damping: Any, positive: bool = False) -> None:
     """Raise ValueError for what is known not to be a number ≥ 0, or > 0."""
     try:
-        wrong = np.ndim(damping) != 0 or known(lambda: not (damping > 0 if positive else damping >= 0))
+        wrong = np.ndim(damping) != 0 or not (damping > 0 if positive else damping >= 0)
+    except jax.errors.TracerBoolConversionError:
+        wrong = False  # known only when it runs
     except TypeError:
         wrong = True
     if wrong:
         raise ValueError(f"{call}: expected a damping {'>' if positive else '≥'} 0, got {damping}.")
 
 
-def scaled_system(call: str, g: PerExampleGrads, damping: Any) -> tuple[PerExampleGrads, Array, Array]:
+def scaled_system(g: PerExampleGrads, damping: Any) -> tuple[PerExampleGrads, Array, Array]:
     """(g / unit, μn / unit², unit): unit is a power of two near the largest norm or √(μn), whichever is larger."""
-    checked_damping(call, damping)
     norms = g.norms(precision=EXACT)
     mu = jnp.asarray(damping, norms.dtype)
     unit = power_of_two(jnp.maximum(norms.max(), jnp.sqrt(lax.stop_gradient(mu)) * g.batch_size**0.5))
     return g.scale(jnp.full_like(norms, 1) / unit), mu / unit * g.batch_size / unit, unit
-
-
-def known(condition: Any) -> bool:
-    """Whether it holds; False of what is known only when it runs."""
-    try:
-        return bool(condition())
-    except jax.errors.TracerBoolConversionError:
-        return False
