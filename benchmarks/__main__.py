@@ -17,6 +17,7 @@ import jax
 
 from benchmarks import report
 from benchmarks.measure import environment, measure
+from benchmarks.timing import keep_memory
 from benchmarks.workload import Row, Settings, Theme
 
 THEMES = {  # a theme: its module, which has a THEME
@@ -113,4 +114,5 @@ def command_line() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.timing import medians, threads
+from benchmarks.timing import keep_memory, medians, threads
 
 LARGEST = 2**31  # bytes that a peer may write out at once
 
@@ -96,4 +96,5 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]))
