@@ -12,6 +12,7 @@ from conftest import FUZZ
 from jaxgrad import per_example_grad
 from jaxgrad.per_example.factors import Dense
 
+ONCE_WRONG = {1230, 1350}  # beyond the first hundred
 QUICK = {"xla_backend_optimization_level": "0"}  # compiling is most of the time
 
 
@@ -54,7 +55,7 @@ def census(seeds) -> tuple[Counter, Counter]:
     return parameters, kinds
 
 
-@pytest.mark.parametrize("seed", range(100 * FUZZ))
+@pytest.mark.parametrize("seed", sorted({*range(100 * FUZZ), *ONCE_WRONG}))
 def test_a_random_program_agrees(seed):
     p = programs.program(seed)
     try:

@@ -18,6 +18,7 @@ from jaxgrad.per_example.layout import Layout
 from jaxgrad.per_example.undone import Box, Reason, Term
 from jaxgrad.per_example.values import FORMED, Broadcast, Plain, Undone, Value, array_of, is_zero, spread
 from jaxgrad.per_example.windows import Unfolding
+from jaxgrad.precision import working_dtype
 
 MERGED = 3  # more products of one layout than this become one, its positions one after another
 
@@ -180,9 +181,10 @@ def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
 
 
 def _joined(arrays: Sequence[Array], axis: int) -> Array:
-    dtype = (
-        jnp.result_type(*arrays)
-        if len({a.dtype for a in arrays}) == 1
-        else jnp.promote_types(max((a.dtype for a in arrays), key=lambda d: d.itemsize), jnp.float32)
-    )
+    """In their own dtype if they share one; otherwise floats in float32 at least, indices in the widest of theirs."""
+    dtypes = {a.dtype for a in arrays}
+    dtype = dtypes.pop()
+    if dtypes:
+        floating = jnp.issubdtype(dtype, jnp.floating)
+        dtype = working_dtype(dtype, *dtypes) if floating else max(dtype, *dtypes, key=lambda d: d.itemsize)
     return jnp.concatenate([a.astype(dtype) for a in arrays], axis)
