@@ -151,5 +151,8 @@ Where the floor of the KFAC factors is. A plain gradient of this MLP takes 1.85 
 forward, back, and for the weights. With the product of each side with itself in place of the last of these it is 2.82
 million, 1.52 of that: the goal of 1.30 is out of reach for separate products, unless half of a symmetric one could be
 had for half the time.
+
+Solves are by one thread of OpenBLAS (`OPENBLAS_NUM_THREADS=1`): JAX's Cholesky decomposition on a CPU calls it, and
+where its threads wait beside XLA's, a step takes 20 times as long.
 """,
 )

@@ -68,4 +68,10 @@ the compiled program's temporary memory.""",
         report.memory("optax"),
     ),
     workloads,
+    note="""
+What a clipped step has beyond norms and a clipped sum: an example that is masked or whose gradient is not finite adds
+exactly zero, and as 0 · NaN is NaN, both sides of every factor are written once more with such examples left out,
+whether there are any or not. Where T positions are many and examples few, the gradients written out (optax) take little
+more time; they take the memory.
+""",
 )
