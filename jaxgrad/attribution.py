@@ -29,7 +29,7 @@ from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
 from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve, scaled_system
 from jaxgrad.per_example.chunks import CHUNK_BYTES, chunk_size, map_examples
 from jaxgrad.per_example.factors import Precision, added, power_of_two
-from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 from jaxgrad.per_example.transform import per_example_grad
 
 __all__ = [
@@ -74,10 +74,10 @@ def self_influence(
 
     Source: Pruthi et al. 2020 (TracIn); Koh and Liang 2017.
     """
-    if damping is None and isinstance(g, PerExampleGrads):
+    rows, residuals = rows_and_residuals("self_influence", g)
+    if damping is None and not isinstance(g, GaussNewton):
         return g.squared_norms(precision=precision)
     checked_damping("self_influence", damping)
-    rows, residuals = rows_and_residuals(g)
     B, R = residuals.shape
     if not B:
         return residuals.sum(1)
@@ -120,7 +120,8 @@ def influence(
     Source: Koh and Liang 2017.
     """
     checked_damping("influence", damping)
-    rows, residuals = rows_and_residuals(train)
+    rows, residuals = rows_and_residuals("influence", train)
+    checked_gradients("influence", test)
     if not rows.batch_size:
         return test.gram(rows)
     scaled, ridge, unit = scaled_system(rows, damping)
@@ -150,6 +151,7 @@ def cosine_similarity(
         >>> cosine_similarity(g).round(3)[0].tolist()
         [1.0, 0.0, 0.707]
     """
+    checked_gradients("cosine_similarity", g)
     first, inverse = _near_one(g)
     second, inverse_ = (None, inverse) if other is None else _near_one(other)
     return jnp.clip(first.gram(second, precision=precision) * inverse[:, None] * inverse_[None, :], -1, 1)
@@ -203,6 +205,7 @@ def noise_scale(g: PerExampleGrads, *, precision: Precision = None) -> NoiseScal
 
     Source: McCandlish et al. 2018, appendix A.1.
     """
+    checked_gradients("noise_scale", g)
     B, norms = g.batch_size, g.norms(precision=precision)
     if B < 2:
         return NoiseScale(*[jnp.full((), jnp.nan, norms.dtype)] * 3)
@@ -244,6 +247,7 @@ def random_projection(g: PerExampleGrads, key: Array, size: int, *, precision: P
 
     Source: Achlioptas 2003; Park et al. 2023 (TRAK).
     """
+    checked_gradients("random_projection", g)
     if operator.index(size) < 1:
         raise ValueError(f"random_projection: expected a size of at least 1, got {size}.")
     treedef: Any

@@ -14,8 +14,8 @@ from jaxtyping import Array, PyTree
 
 from jaxgrad import _jax
 from jaxgrad.per_example.arguments import Arguments
-from jaxgrad.per_example.gradients import PerExampleGrads
-from jaxgrad.per_example.norms import together
+from jaxgrad.per_example.gradients import PerExampleGrads, checked_bound
+from jaxgrad.per_example.norms import shortened, together
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 
@@ -61,7 +61,7 @@ def clip(norms: Array, max_norm: Array) -> Array:
         >>> clip(jnp.array([0.0, 0.5, 4.0]), jnp.array(1.0)).tolist()
         [1.0, 1.0, 0.25]
     """
-    return max_norm / jnp.maximum(max_norm, norms)
+    return shortened(norms, max_norm)
 
 
 def normalize(norms: Array, max_norm: Array) -> Array:
@@ -123,7 +123,7 @@ def clipped_grad(
     Args:
         fun: a pure function of one example to a real scalar, or to (scalar, aux) with has_aux.
         max_norm: a positive number, for the norm over all parameters; or a tree prefix of the parameters, with a number
-            for every leaf or group of leaves, each of which is clipped by itself.
+            for every leaf or group of leaves, each of which is clipped by itself. With inf nothing is clipped.
         argnums, in_axes, has_aux: as in `per_example_grad`.
         microbatch_size: how many examples to treat at once, in a loop, to bound the memory; None for all. The result is
             the same, up to rounding.
@@ -155,7 +155,7 @@ class ClippedGrad:
 
     Example:
         >>> gradient = clipped_grad(lambda params, x: params["a"] * x + params["b"], {"a": 3.0, "b": 4.0})
-        >>> gradient.sensitivity()
+        >>> gradient.sensitivity(None)
         5.0
     """
 
@@ -169,19 +169,38 @@ class ClippedGrad:
         microbatch_size: int | None,
         weighting: Weighting,
     ):
-        if microbatch_size is not None and operator.index(microbatch_size) < 1:
-            raise ValueError(f"clipped_grad: expected a microbatch size of at least 1 or None, got {microbatch_size}.")
+        for bound in jax.tree.leaves(max_norm):
+            checked_bound("clipped_grad", bound)
+        try:
+            whole = microbatch_size is None or operator.index(microbatch_size) >= 1
+        except TypeError:
+            whole = False
+        if not whole:
+            raise ValueError(
+                f"clipped_grad: expected a microbatch size of at least 1 or None, got {microbatch_size!r}."
+            )
+        uncalled: Any = automatic
+        if weighting is uncalled or not callable(weighting):
+            raise TypeError(
+                f"clipped_grad: expected a function (norms, bound) → factors as weighting, such as clipping.normalize "
+                f"or clipping.automatic(0.01), got {weighting!r}."
+            )
         self._transformed = Transformed("clipped_grad", fun, argnums, in_axes, has_aux, False)
         self._max_norm, self._microbatch_size, self._weighting = max_norm, microbatch_size, weighting
         functools.update_wrapper(self, fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
 
-    def sensitivity(self, batch_size: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32) -> float:
+    def sensitivity(self, batch_size: int | None, dtype: jax.typing.DTypeLike = jnp.float32) -> float:
         """How far one example can move the sum: the root sum of squares of the bounds, times 1 + ε.
 
         Args:
             batch_size: B, the largest there is; None for exact arithmetic, ε = 0.
             dtype: of the sum.
+
+        Raises:
+            ValueError: a negative batch size.
         """
+        if batch_size is not None and batch_size < 0:
+            raise ValueError(f"ClippedGrad.sensitivity: expected a batch size of at least 0, got {batch_size}.")
         bound = math.sqrt(sum(float(b) ** 2 for b in jax.tree.leaves(self._max_norm)))
         return (
             bound if batch_size is None else bound * (1 + (1 + math.sqrt(batch_size)) * EPSILON[working_dtype(dtype)])
@@ -232,6 +251,7 @@ class ClippedGrad:
         most = limit / jnp.maximum(largest, jnp.finfo(norms.dtype).tiny)
         c = self._weighting(norms, limit).astype(norms.dtype)
         c = jnp.where(keep & ~jnp.isnan(c), jnp.clip(c, -most, most), nothing)
+        c = jnp.where(limit > 0, c, jnp.full_like(c, jnp.nan))
         return g.where(keep).scale(c)
 
     def _in_microbatches(self, arguments: Arguments, mask: Array, size: int) -> tuple[list[Array], Any]:

@@ -275,6 +275,19 @@ def test_errors_name_the_call():
     ):
         with pytest.raises(ValueError, match=f"^{call}: expected a damping ≥ 0, got"):
             function()
+    for call, function in (
+        ("self_influence", lambda: attribution.self_influence({"W": np.eye(3)}, 1.0)),
+        ("influence", lambda: attribution.influence([np.eye(3)], g, 1.0)),
+        ("influence", lambda: attribution.influence(g, [np.eye(3)], 1.0)),
+        ("cosine_similarity", lambda: attribution.cosine_similarity([np.eye(3)])),
+        ("noise_scale", lambda: attribution.noise_scale(None)),
+        ("random_projection", lambda: attribution.random_projection([], jax.random.key(0), 3)),
+        ("natural_gradient", lambda: curvature.natural_gradient([np.eye(3)], 1.0)),
+        ("fisher_solve", lambda: curvature.fisher_solve({}, np.ones(3), 1.0)),
+        ("fisher_vector_product", lambda: curvature.fisher_vector_product({}, np.ones(3))),
+    ):
+        with pytest.raises(TypeError, match=f"^{call}: expected PerExampleGrads, as jg.per_example_grad"):
+            function()
     with pytest.raises(ValueError, match="expected the same tree of parameters"):
         attribution.influence(g, jg.per_example_grad(lambda p, x: p[0] @ x)((jnp.zeros(3),), jnp.eye(3)), 1.0)
     with pytest.raises(ValueError, match="random_projection: expected a size of at least 1, got 0"):

@@ -159,11 +159,10 @@ def test_one_example_moves_the_sum_by_at_most_the_sensitivity(dtype, kind):
         largest, count = max(largest, moved.max()), count + 500
         nonfinite += int(info.nonfinite.sum())
     bound = gradient.sensitivity(size, dtype)
-    print(
-        f"{kind}, {jnp.dtype(dtype).name}: largest of {count} moves {largest / gradient.sensitivity():.6f} of the bound"
-    )
+    share = largest / gradient.sensitivity(None)
+    print(f"{kind}, {jnp.dtype(dtype).name}: largest of {count} moves {share:.6f} of the bound")
     assert nonfinite > 100
-    assert 0.99 * gradient.sensitivity() < largest
+    assert 0.99 * gradient.sensitivity(None) < largest
     assert largest <= bound
 
 
@@ -251,6 +250,20 @@ def test_other_weightings():
     assert jg.clipped_grad(simple, 2.0, weighting=clipping.normalize)(w, x, jnp.zeros(2))[0].tolist() == [0, 0]
 
 
+def test_an_infinite_bound_clips_nothing_and_one_that_is_not_positive_is_seen():
+    w, x, y = jnp.ones(3), jnp.arange(12.0).reshape(4, 3), jnp.arange(4.0)
+    g = jg.per_example_grad(simple)(w, x, y)
+    total, info = jg.clipped_grad(simple, np.inf)(w, x, y)
+    np.testing.assert_allclose(total, g.sum(), rtol=1e-12)
+    np.testing.assert_allclose(g.clip(np.inf).sum(), g.sum(), rtol=1e-12)
+    assert (info.clipped_fraction, jg.clipped_grad(simple, np.inf).sensitivity(4)) == (0, np.inf)
+    when_it_runs = jax.jit(lambda bound: (jg.clipped_grad(simple, bound)(w, x, y)[0], g.clip(bound).sum()))
+    for bound in (-1.0, 0.0, np.nan):
+        for found in when_it_runs(bound):
+            assert np.isnan(found).all()
+    np.testing.assert_allclose(*when_it_runs(1.5), rtol=1e-9)
+
+
 def test_numbers_that_cancel_do_not_slip_through():
     """The norm of a difference of equal products, by inner products in float32, is what rounding leaves."""
     rng = np.random.default_rng(3)
@@ -276,6 +289,7 @@ def test_arguments_as_those_of_per_example_grad():
     chex.assert_trees_all_close(whole[0], g.clip(2.0).sum(), rtol=1e-12)
 
 
+@pytest.mark.usefixtures("plain_types")
 def test_errors_name_the_call():
     w, x, y = jnp.zeros(3), jnp.ones((4, 3)), jnp.ones(4)
     with pytest.raises(ValueError, match="clipped_grad: expected positive numbers as bounds, got 0"):
@@ -284,6 +298,17 @@ def test_errors_name_the_call():
         jg.clipped_grad(simple, {"w": 1.0})(w, x, y)
     with pytest.raises(ValueError, match="clipped_grad: expected a microbatch size of at least 1"):
         jg.clipped_grad(simple, 1.0, microbatch_size=0)
+    for bound in (-1.0, np.nan, "1", True, 1j, jnp.ones(2), [1.0, -1.0]):
+        with pytest.raises(ValueError, match="clipped_grad: expected positive numbers as bounds, got"):
+            jg.clipped_grad(simple, bound)
+    for size in (-1, 2.5, "2"):
+        with pytest.raises(ValueError, match="clipped_grad: expected a microbatch size of at least 1"):
+            jg.clipped_grad(simple, 1.0, microbatch_size=size)
+    for weighting in ("normalize", clipping.automatic, None):
+        with pytest.raises(TypeError, match=r"clipped_grad: expected a function \(norms, bound\)"):
+            jg.clipped_grad(simple, 1.0, weighting=weighting)
+    with pytest.raises(ValueError, match="sensitivity: expected a batch size of at least 0, got -5"):
+        jg.clipped_grad(simple, 1.0).sensitivity(-5)
     for mask in (jnp.ones(4), jnp.ones(3, bool)):
         with pytest.raises(ValueError, match="clipped_grad: expected a boolean mask of shape"):
             jg.clipped_grad(simple, 1.0)(w, x, y, mask=mask)
@@ -292,6 +317,6 @@ def test_errors_name_the_call():
 
 
 def test_the_sensitivity_of_groups_is_their_root_sum_of_squares():
-    assert jg.clipped_grad(simple, 3.0).sensitivity() == 3
-    assert jg.clipped_grad(loss, {"W": 3.0, "b": 4.0, "E": 12.0}).sensitivity() == 13
+    assert jg.clipped_grad(simple, 3.0).sensitivity(None) == 3
+    assert jg.clipped_grad(loss, {"W": 3.0, "b": 4.0, "E": 12.0}).sensitivity(None) == 13
     assert 3 < jg.clipped_grad(simple, 3.0).sensitivity(100, jnp.float64) < 3.0001

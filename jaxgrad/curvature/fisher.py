@@ -34,7 +34,7 @@ def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree, *, precis
         >>> fisher_vector_product(g, jnp.array([3.0, 6.0, 9.0])).tolist()
         [1.0, 2.0, 3.0]
     """
-    rows = g.rows if isinstance(g, GaussNewton) else g
+    rows, _ = rows_and_residuals("fisher_vector_product", g)
     return rows.weighted_sum(rows.dot(v, precision=precision) / max(rows.batch_size, 1), precision=precision)
 
 
@@ -71,7 +71,7 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any, *, precisio
     Source: Amari 1998; through the Gram matrix as in Ren and Goldfarb 2019.
     """
     checked_damping("natural_gradient", damping)
-    rows, residuals = rows_and_residuals(g)
+    rows, residuals = rows_and_residuals("natural_gradient", g)
     if not rows.batch_size:
         return rows.mean()
     scaled, ridge, unit = scaled_system(rows, damping)
@@ -105,7 +105,7 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any, *, p
         [0.5, 1.0, 1.0]
     """
     checked_damping("fisher_solve", damping, positive=True)
-    g = g.rows if isinstance(g, GaussNewton) else g
+    g, _ = rows_and_residuals("fisher_solve", g)
     n, like = g.batch_size, jax.eval_shape(g.sum)
     if not n:
         return jax.tree.map(lambda a, p: (a / damping).astype(p.dtype), v, like)

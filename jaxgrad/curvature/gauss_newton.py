@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 from jaxgrad.per_example.transform import per_example_grad
 from jaxgrad.precision import working_dtype
 
@@ -167,9 +167,13 @@ class GaussNewton(NamedTuple):
     residuals: Float[Array, "B R"]
 
 
-def rows_and_residuals(g: PerExampleGrads | GaussNewton) -> tuple[PerExampleGrads, Float[Array, "B R"]]:
+def rows_and_residuals(call: str, g: PerExampleGrads | GaussNewton) -> tuple[PerExampleGrads, Float[Array, "B R"]]:
     """(G, r in the accumulator's dtype), of gradients themselves r = 1: the mean gradient is Gᵀr/n."""
-    rows, residuals = g if isinstance(g, GaussNewton) else (g, jnp.ones((g.batch_size, 1), jnp.float32))
+    if isinstance(g, GaussNewton):
+        rows, residuals = g
+    else:
+        checked_gradients(call, g)
+        rows, residuals = g, jnp.ones((g.batch_size, 1), jnp.float32)
     return rows, residuals.astype(jax.eval_shape(rows.norms).dtype)
 
 

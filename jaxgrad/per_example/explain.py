@@ -92,7 +92,7 @@ class Explanation:
         for row in self.rows:
             if row.path == path:
                 return row
-        raise KeyError(path)
+        raise KeyError(f"{path}: expected one of {', '.join(row.path for row in self.rows)}")
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "how", "held as", "norm", "held", "written out")
@@ -102,7 +102,7 @@ class Explanation:
         table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         table.insert(1, "-" * max(len(line) for line in table))
         for row in self.direct:
-            at = f" at {row.source}" if row.source else ""
+            at = f" at {row.source}" if row.source else " in a function of JAX that the loss calls"
             table.append(f"{row.path or 'parameter'}: written out, for {row.primitive}{at}: {row.why}")
         return "\n".join([f"{self.batch_size} examples", *table])
 
@@ -111,6 +111,13 @@ def explain(
     fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, in_axes: Any = None, has_aux: bool = False
 ) -> Callable[..., Explanation]:
     """What `per_example_grad(fun)` does with each parameter: a function of its arguments, that computes nothing.
+
+    How to read the table. `how`: "factored", kept as a product; "formed", a product that is smaller carried out than as
+    factors; "vector", at most one axis, written out as it is no larger than an activation; "unused"; "direct", written
+    out as `vmap(jax.grad)` would. `held as`, B examples, T positions, G groups: Outer(left [B, G, T, F], right
+    [B, G, T, K]) for Σ_t left ⊗ right; Rows(ids [B, T], values [B, T, K]) for rows of a table; Windows(cotangents,
+    image) for a convolution; Dense for the gradient itself. `norm`: from "sides", ‖left‖·‖right‖; "positions", inner
+    products of T × T positions; "matrix", the product carried out, a few examples at a time; or its "entries".
 
     Args:
         fun, argnums, in_axes, has_aux: as in `per_example_grad`.

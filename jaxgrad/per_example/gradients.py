@@ -242,7 +242,8 @@ class PerExampleGrads:
 
         Args:
             max_norm: a number, for the norm over all parameters; or a tree prefix of the parameters with a number for
-                every leaf or group of leaves, for the norm of each group by itself. Numbers > 0.
+                every leaf or group of leaves, for the norm of each group by itself. Numbers > 0; inf clips nothing, and
+                one that is found to be ≤ 0 only when it runs gives NaN.
 
         Raises:
             ValueError: a bound that is not positive, or a tree that is not a prefix of the parameters.
@@ -252,7 +253,7 @@ class PerExampleGrads:
         for bound, part in zip(bounds, groups, strict=True):
             lengths = part.norms(chunk_bytes=chunk_bytes, precision=precision)
             limit = jnp.asarray(bound, lengths.dtype)
-            leaves += part.scale(limit / jnp.maximum(limit, lengths))._leaves
+            leaves += part.scale(norms.shortened(lengths, limit))._leaves
         return self._with(leaves)
 
     def where(self, mask: Array) -> "PerExampleGrads":
@@ -284,7 +285,7 @@ class PerExampleGrads:
         ):
             raise TypeError(
                 f"PerExampleGrads[...]: expected a slice or a one-dimensional array of integers or booleans, "
-                f"got {index!r}. For one example take g[i : i + 1]."
+                f"got {index!r}. For one example take g[i : i + 1]; for one parameter g.factors or g.materialize()."
             )
         return jax.tree.map(lambda a: a[chosen], self)
 
@@ -335,8 +336,7 @@ class PerExampleGrads:
         return [jnp.asarray(v) for v in leaves]
 
     def _same_parameters(self, call: str, other: "PerExampleGrads") -> None:
-        if not isinstance(other, PerExampleGrads):
-            raise TypeError(f"PerExampleGrads.{call}: expected PerExampleGrads, got {type(other).__name__}.")
+        checked_gradients(f"PerExampleGrads.{call}", other)
         if other._treedef != self._treedef:
             raise ValueError(
                 f"PerExampleGrads.{call}: expected the same tree of parameters, {self._treedef}, got {other._treedef}."
@@ -362,8 +362,7 @@ class PerExampleGrads:
         treedef: Any
         bounds, treedef = jax.tree.flatten(prefix)
         for bound in bounds:
-            if jnp.ndim(bound) != 0 or _known_not_positive(bound):
-                raise ValueError(f"{call}: expected positive numbers as bounds, got {bound}.")
+            checked_bound(call, bound)
         try:
             groups = treedef.flatten_up_to(self._tree(range(len(self._leaves))))
         except (ValueError, TypeError, KeyError) as error:
@@ -374,8 +373,26 @@ class PerExampleGrads:
         return bounds, [self.tree_unflatten(jax.tree.structure([0] * len(part)), part) for part in members]
 
 
-def _known_not_positive(bound: Any) -> bool:
+def checked_bound(call: str, bound: Any) -> None:
+    """Raise ValueError for what is known not to be a positive number."""
     try:
-        return not bound > 0
-    except jax.errors.TracerBoolConversionError:  # decided when it runs; a bound ≤ 0 then gives NaN or zeros
-        return False
+        real = any(jnp.issubdtype(jnp.result_type(bound), kind) for kind in (jnp.integer, jnp.floating))
+        wrong = not real or jnp.ndim(bound) != 0 or not bound > 0
+    except jax.errors.TracerBoolConversionError:  # decided when it runs: what is not positive then gives NaN
+        wrong = False
+    except TypeError:
+        wrong = True
+    if wrong:
+        raise ValueError(
+            f"{call}: expected positive numbers as bounds, got {bound!r}. One number is for all parameters together; "
+            f"for groups of them give a tree prefix of numbers."
+        )
+
+
+def checked_gradients(call: str, g: Any) -> None:
+    """Raise TypeError for anything but PerExampleGrads."""
+    if not isinstance(g, PerExampleGrads):
+        raise TypeError(
+            f"{call}: expected PerExampleGrads, as jg.per_example_grad(loss)(params, *batch) returns, got "
+            f"{type(g).__name__}."
+        )

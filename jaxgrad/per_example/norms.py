@@ -110,6 +110,14 @@ def _safe_sqrt(a: Array) -> Array:
     return jnp.where(a == 0, jnp.zeros_like(a), jnp.sqrt(positive))
 
 
+def shortened(norms: Array, limit: Array) -> Array:
+    """min(1, limit/‖g‖): 1 for an infinite limit, NaN for one that is not positive."""
+    endless = jnp.isinf(limit)
+    finite = jnp.where(endless, jnp.ones_like(limit), limit)
+    factor = jnp.where(endless, jnp.ones_like(norms), finite / jnp.maximum(finite, norms))
+    return jnp.where(limit > 0, factor, jnp.full_like(norms, jnp.nan))
+
+
 def together(each: Sequence[Array]) -> Array:
     """√Σ n² of norms that may be huge or tiny."""
     if len(each) == 1:

@@ -28,7 +28,9 @@ def per_example_grad(
     stop_gradient and control flow mean what they mean there. What differs is that the last product of each gradient is
     not carried out. Where a parameter's gradient is no product, it is evaluated as `jax.vmap(jax.grad(fun))` would, the
     direct route; `explain` names each such parameter, and `check_gradient(per_example_grad(fun), fun, params, *batch)`
-    holds the result against `jax.grad` on your own model: do that first.
+    holds the result against `jax.grad` on your own model: do that first. Jit what calls it, as with `jax.grad`: its
+    costs are those under `jax.jit`. A penalty of the parameters alone in the loss makes their gradients sums that are
+    no products: put weight decay into the optimizer.
 
     Args:
         fun: a pure function of one example to a real scalar, or to (scalar, aux) with has_aux.
@@ -151,7 +153,7 @@ class Transformed:
             if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
                 raise TypeError(
                     f"{self.call}: expected a loss that returns (scalar, aux), as has_aux=True says, "
-                    f"got {type(result).__name__}."
+                    f"got {'one array' if hasattr(result, 'dtype') else type(result).__name__}."
                 )
             value, aux = result if self.has_aux else (result, None)
             return checked_scalar(self.call, value), (value, aux)
@@ -170,6 +172,7 @@ class Transformed:
                 raise ValueError(
                     f"{self.call}: with strict=True expected a product for the gradient of every matrix, got the "
                     f"direct route for {path or 'the parameter'}: {f.reason.primitive}{at}: {f.reason.why}. Write "
-                    f"the use of the parameter as a matrix product, convolution or lookup, or drop "
-                    f"strict=True: the result is the same."
+                    f"the use of the parameter as a matrix product, convolution or lookup (and a penalty of the "
+                    f"parameters alone, such as weight decay, outside of the loss), or drop strict=True: the result is "
+                    f"the same."
                 )
