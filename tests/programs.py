@@ -219,6 +219,9 @@ class Program(NamedTuple):
     kinds: Counter  # how often each kind of step was drawn
 
 
+FEW = 1000  # how often a small array is repeated one operand at a time
+
+
 def program(seed: int) -> Program:
     b = Builder(np.random.default_rng(seed))
     a, c, T = b.side(), b.side(), b.dim()
@@ -439,7 +442,11 @@ class Builder:
             return self.line(
                 "fit", f"lax.pad({name}[{', '.join(['None'] * k + ['0'] * -k) or '...'}], 0.0, {edges})", pool, shape
             )
-        code = f"{name}.ravel()" if n <= have else f"jnp.concatenate([{name}.ravel()] * {-(-n // have)})"
+        times = -(-n // have)
+        repeated = f"jnp.concatenate([{name}.ravel()] * {times})"
+        if times > FEW:  # XLA overflows its stack on tens of thousands of operands
+            repeated = f"jnp.tile({name}.ravel(), {times})"
+        code = f"{name}.ravel()" if n <= have else repeated
         code = f"{code}[:{n}]" if n != have else code
         if pool is None and n * have < 3000 and n != have and self.coin(0.7 if n < have else 0.2):
             code = f"({self.const(n, have)} @ {name}.ravel() / {have} ** 0.5)"
