@@ -220,6 +220,19 @@ def test_a_norm_neither_overflows_nor_loses_its_small_terms(kind, dtype, size):
     np.testing.assert_allclose(two_leaves.norms(), np.sqrt(2) * expected, rtol=2e-5)
 
 
+def test_a_norm_has_positions_whose_huge_side_meets_a_tiny_one():
+    """Each position's product is near 1; a single scale for all positions would lose both."""
+    sizes = np.array([1e30, 1.0, 1e-30, 0.0], np.float32)[None, None, :, None]
+    left = normal(0, 5, 1, 4, 3, dtype=np.float32) * sizes
+    right = normal(1, 5, 1, 4, 6, dtype=np.float32) * sizes[:, :, [2, 1, 0, 3]]
+    f = Outer.of_matrix(jnp.ones((5, 3)), jnp.ones((5, 6)), jnp.float32)
+    f = Outer(left, right, f.layout)
+    expected = np.sqrt((dense_of(f) ** 2).sum((1, 2)))
+    np.testing.assert_allclose(PerExampleGrads((f,)).norms(), expected, rtol=2e-6)
+    huge = Outer(left.at[:, :, 1].mul(np.float32(1e30)), right.at[:, :, 1].mul(np.float32(1e30)), f.layout)
+    assert np.isinf(PerExampleGrads((huge,)).norms()).all()
+
+
 def test_variance_does_not_cancel():
     """A mean a million times the deviations: mean of squares minus square of mean has no digit left in float32."""
     deviations = 1e-3 * np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)

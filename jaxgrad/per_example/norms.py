@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from jaxgrad.per_example import pairs
@@ -73,7 +74,8 @@ def magnitude(leaf: Factors) -> Array | None:
     Where that is far more than the gradient's norm, the products cancel, and the norm is what rounding leaves of them.
     None where there is one product, or what is written out: nothing cancels.
 
-    Formula: Σ_t ‖left_t‖ ‖right_t‖ ≤ ‖left‖ ‖right‖ by Cauchy-Schwarz, of all positions together.
+    Formula: of an Outer Σ_t ‖left_t‖ ‖right_t‖; elsewhere ‖left‖ ‖right‖ of all positions together, which is no less by
+    Cauchy-Schwarz.
     """
     match leaf:
         case (f,) if is_nothing(f) or isinstance(f, Dense):
@@ -87,7 +89,7 @@ def magnitude(leaf: Factors) -> Array | None:
 def _magnitude(f: Factor, dtype: jnp.dtype) -> Array:
     match f:
         case Outer(left, right, _):
-            return _of_vectors(left, dtype) * _of_vectors(right, dtype)
+            return (_of_positions(left, dtype) * _of_positions(right, dtype)).sum((1, 2))
         case Rows(ids, _, _):
             return math.sqrt(ids.shape[1]) * _of_vectors(f.valid()[1], dtype)
         case Windows(left, image, unfolding, _):
@@ -102,6 +104,13 @@ def _of_vectors(a: Array, dtype: jax.typing.DTypeLike) -> Array:
     a = a.reshape(a.shape[0], math.prod(a.shape[1:])).astype(dtype)
     unit = power_of_two(largest(a))
     return unit * _safe_sqrt(row_sums((a / unit[:, None]) ** 2))
+
+
+def _of_positions(a: Array, dtype: jax.typing.DTypeLike) -> Array:
+    """‖a_bgt‖ of a [B, G, T, …] as one vector a position."""
+    a = a.astype(dtype)
+    unit = power_of_two(jnp.abs(lax.stop_gradient(a)).max(3, initial=0))
+    return unit * _safe_sqrt(((a / unit[..., None]) ** 2).sum(3))
 
 
 def _safe_sqrt(a: Array) -> Array:
