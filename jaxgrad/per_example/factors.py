@@ -37,7 +37,9 @@ def _factor(*arrays: str) -> Any:
     return functools.partial(jax.tree_util.register_dataclass, data_fields=arrays, meta_fields=("layout",))
 
 
-@_factor("left", "right")
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("left", "right"), meta_fields=("layout", "positions_first")
+)
 @dataclass(frozen=True)
 class Outer:
     """Σ_t left[b,g,t,:] ⊗ right[b,g,t,:]: the gradient of a weight that enters through a matrix product.
@@ -46,6 +48,8 @@ class Outer:
         left: [B, G, T, F], floating.
         right: [B, G, T, K], floating.
         layout: where [G, F, K] lies in the parameter.
+        positions_first: whether sums over examples and positions run over the positions first, which is how both sides
+            lie in memory if a loop gave them step by step. The sums are the same.
 
     Example:
         >>> f = Outer.of_matrix(jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.float32)
@@ -56,6 +60,7 @@ class Outer:
     left: Any  # an Array, or what jax.eval_shape makes of one
     right: Any
     layout: Layout
+    positions_first: bool = False
 
     @staticmethod
     def of_matrix(left: Array, right: Array, dtype: jax.typing.DTypeLike) -> "Outer":
@@ -188,10 +193,10 @@ def scale(f: Factor, c: Any) -> Factor:
     c = c.astype(accumulator(f))
     f = wide(f, c.dtype)
     match f:
-        case Outer(left, right, layout) if left.size <= right.size:
-            return Outer(_examples(c, left) * left, right, layout)
-        case Outer(left, right, layout):
-            return Outer(left, _examples(c, right) * right, layout)
+        case Outer(left, right) if left.size <= right.size:
+            return dataclasses.replace(f, left=_examples(c, left) * left)
+        case Outer(_, right):
+            return dataclasses.replace(f, right=_examples(c, right) * right)
         case Rows(ids, values, layout):
             return Rows(ids, _examples(c, values) * values, layout)
         case Windows(left, image, _, _) if left.size <= image.size:
@@ -269,10 +274,12 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
     if is_nothing(f):
         return jnp.zeros(f.layout.shape, acc, out_sharding=replicated(arrays(f)[0]))
     match wide(f if c is None else scale(f, c), acc):
-        case Outer(left, right, layout):
+        case Outer(left, right, layout) as f:
             lies = replicated(left)
             if layout.matrix[0] == 1:
                 count = left.shape[0] * left.shape[2]
+                if f.positions_first:
+                    left, right = left.swapaxes(0, 2), right.swapaxes(0, 2)
                 lefts, rights = left.reshape(count, left.shape[3]), right.reshape(count, right.shape[3])
                 total = jnp.matmul(lefts.T, rights, precision=precision, out_sharding=lies)[None]
             else:
@@ -314,7 +321,7 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
         return a / _examples(unit, a), unit
 
     match f:
-        case Outer(left, right, layout):
+        case Outer(left, right):
             a, b = (nearest_power(jnp.abs(side).max(3, initial=0)) for side in (left, right))  # [B, G, T]
             products = a * b
             unit = products.max((1, 2), initial=0)
@@ -322,7 +329,7 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
             each = _examples(unit, products)
             share = jnp.where(jnp.isinf(products), jnp.ones_like(products), products / each)
             left, right = left / power_of_two(a)[..., None], right / power_of_two(b)[..., None]
-            return Outer(left * share[..., None], right, layout), unit
+            return dataclasses.replace(f, left=left * share[..., None], right=right), unit
         case Rows(ids, _, layout):
             values, unit = scaled(f.valid()[1])  # what a padding id holds does not count
             return Rows(ids, values, layout), unit

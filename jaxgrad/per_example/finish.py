@@ -103,7 +103,7 @@ def _factor(term: Term, shape: tuple[int, ...], dtype: Any) -> Factor:
         return Rows(_ordered(term.left, term.left_labels, T).reshape(count[3]), values, layout)
     left = _ordered(term.left, term.left_labels, [*G, *T, *F]).reshape(count[0], count[3], count[1])
     right = _ordered(term.right, term.right_labels, [*G, *T, *K]).reshape(count[0], count[3], count[2])
-    return Outer(left, right, layout)
+    return Outer(left, right, layout, term.stepped)
 
 
 def _windows(term: Term, shape: tuple[int, ...], dtype: Any) -> Windows:

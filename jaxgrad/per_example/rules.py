@@ -49,10 +49,15 @@ def _on_first(function: Callable[[_jax.Equation, Term], Any], on_windows: bool =
     return rule
 
 
+def _axes(eqn: _jax.Equation, name: str) -> list[int]:
+    """Axes in the params; NumPy's integers are allowed there."""
+    return [int(k) for k in eqn.params[name]]
+
+
 def _reshape(eqn: _jax.Equation, term: Term) -> Term | None:
-    order = eqn.params["dimensions"]  # the order in which the axes are read; a squeeze's are those of size 1
-    if eqn.primitive is lax.reshape_p and order is not None:
-        term = moves.transpose(term, order)
+    # The order in which the axes are read; a squeeze's are those of size 1.
+    if eqn.primitive is lax.reshape_p and eqn.params["dimensions"] is not None:
+        term = moves.transpose(term, _axes(eqn, "dimensions"))
     return moves.reshape(term, eqn.outvars[0].aval.shape)
 
 
@@ -270,15 +275,15 @@ def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value]
 
 
 RULES: dict[_jax.Primitive, Rule] = {
-    lax.transpose_p: _on_first(lambda eqn, term: moves.transpose(term, eqn.params["permutation"]), on_windows=True),
+    lax.transpose_p: _on_first(lambda eqn, term: moves.transpose(term, _axes(eqn, "permutation")), on_windows=True),
     lax.reshape_p: _on_first(_reshape),
     lax.squeeze_p: _on_first(_reshape),
     lax.broadcast_in_dim_p: _on_first(_broadcast),
     lax.convert_element_type_p: _on_first(_cast, on_windows=True),
     lax.copy_p: _on_first(lambda eqn, term: term, on_windows=True),
     lax.neg_p: _on_first(lambda eqn, term: linear.on_smaller(term, lax.neg), on_windows=True),
-    lax.reduce_sum_p: _on_first(lambda eqn, term: linear.sums(term, eqn.params["axes"])),
-    lax.rev_p: _on_first(lambda eqn, term: moves.reverse(term, eqn.params["dimensions"])),
+    lax.reduce_sum_p: _on_first(lambda eqn, term: linear.sums(term, _axes(eqn, "axes"))),
+    lax.rev_p: _on_first(lambda eqn, term: moves.reverse(term, _axes(eqn, "dimensions"))),
     lax.slice_p: _on_first(_slice),
     lax.pad_p: _pad,
     lax.split_p: _split,

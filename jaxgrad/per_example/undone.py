@@ -50,7 +50,7 @@ class Reason(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("left", "right"),
-    meta_fields=("left_labels", "right_labels", "dims", "box", "row", "windows", "precision", "reason"),
+    meta_fields=("left_labels", "right_labels", "dims", "box", "row", "windows", "precision", "stepped", "reason"),
 )
 @dataclass(frozen=True)
 class Term:
@@ -65,6 +65,7 @@ class Term:
         row: (label, number of rows) of a lookup, None of a product.
         windows: the axes of `right` that are not unfolded yet; the labels in `dims` and `left` are the unfolded ones.
         precision: of the product, as in `jax.lax.dot_general`.
+        stepped: whether a loop gave the operands, step by step.
         reason: why this term was carried out after all; None if it is a product.
     """
 
@@ -77,6 +78,7 @@ class Term:
     row: tuple[int, int] | None = None
     windows: tuple[Unfolded, ...] = ()
     precision: Any = None
+    stepped: bool = False
     reason: Reason | None = None
 
     def size_of(self, label: int) -> int:

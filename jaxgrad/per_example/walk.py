@@ -286,6 +286,7 @@ def _along(value: Undone, S: int, group: bool) -> Undone:
         changes: dict[str, Any] = {
             "left_labels": (label, *term.left_labels),
             "right_labels": (label, *term.right_labels),
+            "stepped": not group,
         }
         if group:
             changes["dims"] = ((label,), *term.dims)
