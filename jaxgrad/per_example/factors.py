@@ -277,10 +277,11 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
         case Outer(left, right, layout) as f:
             lies = replicated(left)
             if layout.matrix[0] == 1:
-                count = left.shape[0] * left.shape[2]
+                sides = (left[:, 0], right[:, 0])
                 if f.positions_first:
-                    left, right = left.swapaxes(0, 2), right.swapaxes(0, 2)
-                lefts, rights = left.reshape(count, left.shape[3]), right.reshape(count, right.shape[3])
+                    sides = (left[:, 0].swapaxes(0, 1), right[:, 0].swapaxes(0, 1))
+                count = left.shape[0] * left.shape[2]
+                lefts, rights = (a.reshape(count, a.shape[2]) for a in sides)
                 total = jnp.matmul(lefts.T, rights, precision=precision, out_sharding=lies)[None]
             else:
                 total = jnp.einsum("bgtf,bgtk->gfk", left, right, precision=precision, out_sharding=lies)
