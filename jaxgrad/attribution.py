@@ -28,8 +28,9 @@ from jaxtyping import Array, Float, PyTree
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
 from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve, scaled_system
 from jaxgrad.per_example.chunks import CHUNK_BYTES, chunk_size, map_examples
-from jaxgrad.per_example.factors import Precision, added, power_of_two
+from jaxgrad.per_example.factors import Precision, added
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
+from jaxgrad.per_example.scales import power_of_two
 from jaxgrad.per_example.transform import per_example_grad
 
 __all__ = [

@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from jaxgrad import _jax
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_bound
-from jaxgrad.per_example.norms import shortened, together
+from jaxgrad.per_example.norms import root_sum_of_squares, shortened
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 
@@ -239,7 +239,7 @@ class ClippedGrad:
             limit = jnp.asarray(bound, n.dtype)
             total += jax.tree.leaves(self._clipped(group, n, limit, keep).sum(rounded=False))
             over |= n > limit
-        return total, (values, aux, together(norms), over)
+        return total, (values, aux, root_sum_of_squares(norms), over)
 
     def _clipped(self, g: PerExampleGrads, norms: Array, limit: Array, keep: Array) -> PerExampleGrads:
         nothing = jnp.zeros_like(norms)
@@ -247,7 +247,7 @@ class ClippedGrad:
         largest, magnitudes = norms, g.magnitudes()
         if magnitudes is not None:
             guard = jnp.asarray(math.sqrt(GUARD[jnp.dtype(norms.dtype)]), norms.dtype)
-            largest = together([norms, guard * jnp.where(keep, magnitudes.astype(norms.dtype), nothing)])
+            largest = root_sum_of_squares([norms, guard * jnp.where(keep, magnitudes.astype(norms.dtype), nothing)])
         most = limit / jnp.maximum(largest, jnp.finfo(norms.dtype).tiny)
         c = self._weighting(norms, limit).astype(norms.dtype)
         c = jnp.where(keep & ~jnp.isnan(c), jnp.clip(c, -most, most), nothing)

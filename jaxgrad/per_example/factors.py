@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from jaxgrad.per_example.chunks import map_examples
 from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.scales import largest, nearest_power, power_of_two, row_sums
 from jaxgrad.per_example.windows import Unfolding
 from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import gathered, replicated
@@ -296,20 +297,6 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
             return value.sum(0)
 
 
-def power_of_two(a: Array) -> Array:
-    """A power of two near a ≥ 0, and 1 where a is 0: to divide by it loses nothing. Not differentiated."""
-    near = nearest_power(a)
-    return jnp.where(near == 0, jnp.ones_like(a), near)
-
-
-def nearest_power(a: Array) -> Array:
-    """A power of two near a ≥ 0 and 0 where a is 0. Not differentiated."""
-    a = lax.stop_gradient(a)
-    largest = jnp.asarray(2.0 ** (jnp.finfo(a.dtype).maxexp - 3), a.dtype)
-    near = lax.reduce_precision(jnp.minimum(a, largest), 8 if a.dtype == jnp.float32 else 11, 0)
-    return jnp.where(jnp.isnan(a), a, near)
-
-
 def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
     """(f / unit, unit): every example brought near 1, so that no square overflows or underflows.
 
@@ -323,7 +310,8 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
 
     match f:
         case Outer(left, right):
-            a, b = (nearest_power(jnp.abs(side).max(3, initial=0)) for side in (left, right))  # [B, G, T]
+            most = (jnp.abs(lax.stop_gradient(side)).max(3, initial=0) for side in (left, right))
+            a, b = (nearest_power(m) for m in most)  # [B, G, T]
             products = a * b
             unit = products.max((1, 2), initial=0)
             unit = jnp.where(jnp.isinf(unit), unit, power_of_two(unit))  # too large a norm is infinite
@@ -340,27 +328,6 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
         case Dense(value, layout):
             value, unit = scaled(value)
             return Dense(value, layout), unit
-
-
-LONG_AXIS = 32  # from here on the last axis is reduced first: on CPU that is twice as fast as both at once
-LONG_ROW = 512  # from here on a reduction is as fast as a product with ones, and nothing is written for it
-
-
-def row_sums(a: Array) -> Float[Array, " B"]:
-    """[B, …] → [B]: each example's entries summed; short rows as a product with ones, which is faster on CPU."""
-    flat = a.reshape(a.shape[0], math.prod(a.shape[1:]))
-    if flat.shape[1] >= LONG_ROW:
-        return flat.sum(1)
-    return jnp.matmul(jnp.ones((1, flat.shape[1]), a.dtype), flat.T, precision=lax.Precision.HIGHEST)[0]
-
-
-def largest(a: Array) -> Float[Array, " B"]:
-    """[B, …] → [B]: a number near each example's largest entry; not differentiated."""
-    a = jnp.abs(lax.stop_gradient(a))
-    if a.ndim > 2 and a.shape[-1] >= LONG_AXIS:  # powers of two between, or XLA makes one reduction of the two
-        a = nearest_power(a.max(-1))
-    flat = a.reshape(a.shape[0], math.prod(a.shape[1:]))
-    return flat.max(1) if flat.shape[1] >= LONG_ROW else row_sums(flat)
 
 
 def added(terms: Sequence[Array]) -> Array:

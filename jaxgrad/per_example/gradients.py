@@ -136,7 +136,7 @@ class PerExampleGrads:
 
     def leaf_norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
         """The norm of each parameter's gradient by itself: the tree with a [B] at every leaf. As `norms`."""
-        return self._each(lambda leaf: leaf.norm(chunk_bytes, precision))
+        return self._each(lambda leaf: leaf.length(chunk_bytes, precision).norm)
 
     def norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> Float[Array, " B"]:
         """‖g_b‖ [B], over all parameters together.
@@ -145,7 +145,7 @@ class PerExampleGrads:
         Every example is scaled by powers of two on the way, so that nothing overflows or underflows unless the norm
         itself does. Differentiable; the derivative at a zero gradient is 0.
         """
-        return norms.together([leaf.norm(chunk_bytes, precision) for leaf in self._leaves])
+        return norms.together([leaf.length(chunk_bytes, precision) for leaf in self._leaves])
 
     def magnitudes(self) -> Float[Array, " B"] | None:
         """[B]: how large the numbers are that may cancel in each gradient; None where nothing does.
@@ -154,7 +154,7 @@ class PerExampleGrads:
         products are off by about eps times this, be the gradient ever so small.
         """
         found = [size for leaf in self._leaves if (size := leaf.magnitude()) is not None]
-        return norms.together(found) if found else None
+        return norms.root_sum_of_squares(found) if found else None
 
     # --- linear maps
 

@@ -50,9 +50,10 @@ class Leaf:
         """[B]: ‖·‖²."""
         return norms.squared(self.weighted(), chunk_bytes, precision)
 
-    def norm(self, chunk_bytes: int, precision: Precision) -> Float[Array, " B"]:
-        """[B]: ‖·‖, without overflow on the way."""
-        return jnp.abs(self.weight) * norms.norm(self.factors, chunk_bytes, precision)
+    def length(self, chunk_bytes: int, precision: Precision) -> norms.Length:
+        """Its norms, as they are before anything overflows."""
+        found = norms.length(self.factors, chunk_bytes, precision)
+        return norms.Length(found.squares, jnp.abs(self.weight) * found.unit)
 
     def magnitude(self) -> Float[Array, " B"] | None:
         """[B]: of the products that are added up in it; None where there is one."""

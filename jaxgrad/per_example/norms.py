@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,30 @@ from jaxgrad.per_example.factors import (
     added,
     arrays,
     is_nothing,
-    largest,
-    power_of_two,
-    row_sums,
     scale,
     scaled_by_power_of_two,
 )
+from jaxgrad.per_example.scales import compact, largest, power_of_two, row_sums
+from jaxgrad.precision import working_dtype
 
 Factors = tuple[Factor, ...]
+
+
+class Length(NamedTuple):
+    """‖·‖ of every example, as √squares · unit: only at the end do they become a number that may be too large or small.
+
+    Attributes:
+        squares: [B], near 1 or larger, but where it is 0.
+        unit: [B], ≥ 0.
+    """
+
+    squares: Array
+    unit: Array
+
+    @property
+    def norm(self) -> Array:
+        """[B]."""
+        return self.unit * _safe_sqrt(self.squares)
 
 
 def squared(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
@@ -41,21 +58,24 @@ def squared(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Arr
     return total if len(leaf) == 1 else jnp.maximum(total, jnp.zeros_like(total))  # NaN stays NaN
 
 
-def norm(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
-    """[B]: ‖Σ_i f_i‖ of one parameter's factors, each example scaled by powers of two on the way."""
+def length(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Length:
+    """Of Σ_i f_i of one parameter's factors, each example scaled by powers of two on the way."""
     match leaf:
         case (f,) if is_nothing(f):
-            return jnp.zeros_like(arrays(f)[0][:, 0].sum((1, 2)), accumulator(f))
+            nothing = jnp.zeros_like(arrays(f)[0][:, 0].sum((1, 2)), accumulator(f))
+            return Length(nothing, nothing)
         case (Outer(left, right, _),) if left.shape[1:3] == (1, 1):
-            return _of_vectors(left, accumulator(*leaf)) * _of_vectors(right, accumulator(*leaf))
+            a, b = (_of_vectors(side, accumulator(*leaf)) for side in (left, right))
+            return Length(a.squares * b.squares, a.unit * b.unit)
         case (Dense(value, _),):
             return _of_vectors(value, accumulator(*leaf))
         case (Windows() as f,):
-            return map_examples(lambda w: _scaled_norm((w,), chunk_bytes, precision), f.at_once, f)
-    return _scaled_norm(leaf, chunk_bytes, precision)
+            norms = map_examples(lambda w: _of_sum((w,), chunk_bytes, precision).norm, f.at_once, f)
+            return Length(jnp.ones_like(norms), norms)
+    return _of_sum(leaf, chunk_bytes, precision)
 
 
-def _scaled_norm(leaf: Factors, chunk_bytes: int, precision: Precision) -> Array:
+def _of_sum(leaf: Factors, chunk_bytes: int, precision: Precision) -> Length:
     """By the pairs of factors, each scaled by powers of two."""
     scaled = [scaled_by_power_of_two(f) for f in leaf]
     units = [unit for _, unit in scaled]
@@ -63,9 +83,10 @@ def _scaled_norm(leaf: Factors, chunk_bytes: int, precision: Precision) -> Array
     for u in units[1:]:
         unit = jnp.maximum(unit, u)
     if len(leaf) == 1:
-        return unit * _safe_sqrt(squared((scaled[0][0],), chunk_bytes, precision))
-    balanced = tuple(scale(f, u / unit) for f, u in scaled)
-    return unit * _safe_sqrt(squared(balanced, chunk_bytes, precision))
+        return Length(squared((scaled[0][0],), chunk_bytes, precision), unit)
+    divisor = jnp.where(unit == 0, jnp.ones_like(unit), unit)
+    balanced = tuple(scale(f, u / divisor) for f, u in scaled)
+    return Length(squared(balanced, chunk_bytes, precision), unit)
 
 
 def magnitude(leaf: Factors) -> Array | None:
@@ -91,19 +112,19 @@ def _magnitude(f: Factor, dtype: jnp.dtype) -> Array:
         case Outer(left, right, _):
             return (_of_positions(left, dtype) * _of_positions(right, dtype)).sum((1, 2))
         case Rows(ids, _, _):
-            return math.sqrt(ids.shape[1]) * _of_vectors(f.valid()[1], dtype)
+            return math.sqrt(ids.shape[1]) * _of_vectors(f.valid()[1], dtype).norm
         case Windows(left, image, unfolding, _):
             places = math.prod(window.places for window in unfolding.windows)
-            return math.sqrt(places) * _of_vectors(left, dtype) * _of_vectors(image, dtype)
+            return math.sqrt(places) * _of_vectors(left, dtype).norm * _of_vectors(image, dtype).norm
         case Dense(value, _):
-            return _of_vectors(value, dtype)
+            return _of_vectors(value, dtype).norm
 
 
-def _of_vectors(a: Array, dtype: jax.typing.DTypeLike) -> Array:
-    """‖a_b‖ of a [B, …] as one vector an example. Flat: what two parameters share is then computed once."""
-    a = a.reshape(a.shape[0], math.prod(a.shape[1:])).astype(dtype)
+def _of_vectors(a: Array, dtype: jax.typing.DTypeLike) -> Length:
+    """Of a [B, …] as one vector an example."""
+    a = compact(a).astype(dtype)
     unit = power_of_two(largest(a))
-    return unit * _safe_sqrt(row_sums((a / unit[:, None]) ** 2))
+    return Length(row_sums((a / unit.reshape(-1, *[1] * (a.ndim - 1))) ** 2), unit)
 
 
 def _of_positions(a: Array, dtype: jax.typing.DTypeLike) -> Array:
@@ -127,11 +148,16 @@ def shortened(norms: Array, limit: Array) -> Array:
     return jnp.where(limit > 0, factor, jnp.full_like(norms, jnp.nan))
 
 
-def together(each: Sequence[Array]) -> Array:
-    """√Σ n² of norms that may be huge or tiny."""
+def together(each: Sequence[Length]) -> Array:
+    """√Σ ‖·‖² of lengths that may be huge or tiny."""
     if len(each) == 1:
-        return each[0]
-    dtype = jnp.dtype(jnp.float64 if any(n.dtype == jnp.float64 for n in each) else jnp.float32)
-    stacked = jnp.stack([n.astype(dtype) for n in each])
-    unit = power_of_two(stacked.max(0))
-    return unit * _safe_sqrt(((stacked / unit[None]) ** 2).sum(0))
+        return each[0].norm
+    dtype = working_dtype(*(length.unit.dtype for length in each))
+    squares, units = (jnp.stack([a.astype(dtype) for a in part]) for part in zip(*each, strict=True))
+    unit = power_of_two(units.max(0))
+    return unit * _safe_sqrt((squares * (units / unit[None]) ** 2).sum(0))
+
+
+def root_sum_of_squares(each: Sequence[Array]) -> Array:
+    """√Σ n² of norms that may be huge or tiny."""
+    return together([Length(jnp.ones_like(n), n) for n in each])

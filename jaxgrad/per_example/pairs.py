@@ -30,11 +30,11 @@ from jaxgrad.per_example.factors import (
     Rows,
     Windows,
     accumulator,
-    row_sums,
     wide,
     written_out,
 )
 from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.scales import row_sums
 from jaxgrad.sharding import gathered
 
 
