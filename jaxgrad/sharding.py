@@ -1,9 +1,11 @@
-"""Where a result lies on a mesh whose axes are explicit.
+"""Where a result lies on a mesh.
 
-Under an explicit mesh JAX asks how a sum over a sharded axis (here the examples) is to lie; otherwise the compiler
-decides, and these functions return what leaves it to it.
+Where axes are explicit JAX asks how a sum over a sharded axis (here the examples) is to lie; otherwise the compiler
+decides, and `replicated` and `gathered` return what leaves it to it. It is told only that a Gram matrix needs every
+example everywhere, and that a block of examples has some of each device's.
 """
 
+import math
 from typing import TypeVar
 
 import jax
@@ -28,3 +30,25 @@ def gathered(tree: T) -> T:
         return a if target is None else jax.sharding.reshard(a, target)
 
     return jax.tree.map(one, tree)
+
+
+def every_example(tree: T) -> T:
+    """The tree's arrays with all examples (axis 0) on every device, before anything larger is made of them."""
+
+    def one(a: Array) -> Array:
+        mesh = jax.typeof(a).sharding.mesh
+        if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+            return a
+        others = [PartitionSpec.UNCONSTRAINED] * (a.ndim - 1)
+        return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(None, *others)))
+
+    return jax.tree.map(one, gathered(tree))
+
+
+def devices(tree: object) -> int:
+    """How many devices the compiler may have spread the examples over; 1 where it does not decide."""
+    meshes = [jax.typeof(a).sharding.mesh for a in jax.tree.leaves(tree)]
+    return max(
+        math.prod(n for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if kind == AxisType.Auto)
+        for mesh in meshes
+    )

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxgrad as jg
 from jaxgrad import network
+from jaxgrad.per_example import windows
 
 DEVICES, B = 8, 32
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
@@ -132,6 +133,25 @@ def test_norms_communicate_nothing(name):
 
 
 @MODEL
+def test_norms_and_moments_block_by_block_move_no_example(name, monkeypatch):
+    """A moment is one reduction of the parameters' size for each parameter, whatever it takes to get there."""
+    monkeypatch.setattr(windows, "UNFOLDED_BYTES", 1)
+    expected = jax.jit(results(MODELS[name][0]))(MODELS[name][1], *MODELS[name][2])
+    loss, params, batch = placed(name, mesh())
+
+    def blocks(params, *batch):
+        g = jg.per_example_grad(loss)(params, *batch)
+        return g.norms(chunk_bytes=1), g.second_moment(chunk_bytes=1)
+
+    assert told(lambda *args: blocks(*args)[0], params, *batch) == []
+    collectives = told(lambda *args: blocks(*args)[1], params, *batch)
+    assert {kind for kind, _ in collectives} == {"all-reduce"}
+    norms, moment = jax.jit(blocks)(params, *batch)
+    np.testing.assert_allclose(norms, expected[1], rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(jax.tree.map(np.asarray, moment), expected[4], rtol=1e-4, atol=1e-6)
+
+
+@MODEL
 def test_a_clipped_sum_communicates_one_reduction_of_the_parameters_size(name):
     """A table that is tied to the output layer has a factor for each of its two uses, and is reduced for each."""
     loss, params, batch = placed(name, mesh())
@@ -145,11 +165,8 @@ def test_a_clipped_sum_communicates_one_reduction_of_the_parameters_size(name):
 EXPLICIT = [("exercise", AxisType.Explicit), ("attention", AxisType.Explicit)]
 
 
-@pytest.mark.parametrize(
-    ("name", "axis_type"), [*EXPLICIT, *((n, AxisType.Auto) for n in ("exercise", "tied", "conv"))]
-)
+@pytest.mark.parametrize(("name", "axis_type"), [*EXPLICIT, *((n, AxisType.Auto) for n in MODELS)])
 def test_a_gram_matrix_communicates_factors(name, axis_type):
-    """Where axes are not explicit the compiler may gather what it has written out, as it does for attention."""
     on = mesh(axis_type)
     loss, params, batch = placed(name, on)
     gram = lambda params, *batch: jg.per_example_grad(loss)(params, *batch).gram()  # noqa: E731

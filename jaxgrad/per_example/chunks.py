@@ -1,12 +1,14 @@
 """Loops that write out no more at once than a stated number of bytes."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
+
+from jaxgrad.sharding import devices
 
 T = TypeVar("T")
 
@@ -22,45 +24,71 @@ def chunk_size(bytes_each: int, chunk_bytes: int, count: int) -> int:
 def map_examples(function: Callable[..., Array], size: int, *trees: PyTree) -> Array:
     """function(*trees) where it treats examples (axis 0) independently, on `size` examples at a time or somewhat fewer.
 
-    The blocks are cut out where they are used: no second copy of the examples is made.
+    The blocks are cut out where they are used: no second copy of the examples is made. Of a batch that is spread over
+    devices a block has every so-manyth example, `size` rounded up to some of each device's: none has to travel.
     """
-    count = _count(trees)
-    if size >= count:
+    cut = _Cut.of(trees, size)
+    if cut.blocks <= 1:
         return function(*trees)
-    size = _even(size, count)
-    blocks = count // size
-
-    def block(k: Array) -> Array:
-        return function(*jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, k * size, size), trees))
-
-    results = lax.map(block, jnp.arange(blocks))
-    results = results.reshape(results.shape[0] * results.shape[1], *results.shape[2:])
-    rest = jax.tree.map(lambda a: a[blocks * size :], trees)
+    results = lax.map(lambda k: function(*cut.block(trees, k)), jnp.arange(cut.blocks))
+    results = results.swapaxes(0, 1) if cut.spread else results
+    results = results.reshape(cut.blocks * cut.size, *results.shape[2:])
+    rest = cut.rest(trees)
     return jnp.concatenate([results, function(*rest)]) if _count(rest) else results
 
 
 def sum_examples(function: Callable[..., T], size: int, *trees: PyTree) -> T:
-    """function(*trees), a tree of arrays, where it sums over examples (axis 0), on `size` examples at a time."""
-    if size >= _count(trees):
+    """function(*trees), a tree of arrays, where it sums over examples (axis 0), on blocks as in `map_examples`."""
+    cut = _Cut.of(trees, size)
+    if cut.blocks <= 1:
         return function(*trees)
-    blocks, rest = _cut(trees, size)
-    first = function(*jax.tree.map(lambda a: a[0], blocks))
-    others = jax.tree.map(lambda a: a[1:], blocks)
-    total, _ = lax.scan(lambda total, block: (jax.tree.map(jnp.add, total, function(*block)), None), first, others)
+
+    def step(total: T, k: Array) -> tuple[T, None]:
+        return jax.tree.map(jnp.add, total, function(*cut.block(trees, k))), None
+
+    total, _ = lax.scan(step, function(*cut.block(trees, jnp.arange(1)[0])), jnp.arange(1, cut.blocks))
+    rest = cut.rest(trees)
     return jax.tree.map(jnp.add, total, function(*rest)) if _count(rest) else total
+
+
+class _Cut(NamedTuple):
+    """How examples fall into blocks.
+
+    Attributes:
+        size: of a block.
+        blocks: how many.
+        spread: whether a block has every so-manyth example, and not neighbours.
+    """
+
+    size: int
+    blocks: int
+    spread: bool
+
+    @staticmethod
+    def of(trees: PyTree, size: int) -> "_Cut":
+        count, over = _count(trees), devices(trees)
+        if size >= count:
+            return _Cut(count, 1, False)
+        size = -(-size // over) * over
+        even = (n for n in range(size, size // 2, -over) if count % n == 0)  # leaves nothing over
+        size = min(next(even, size), count)
+        return _Cut(size, count // size, over > 1)
+
+    def block(self, trees: PyTree, k: Array) -> PyTree:
+        """Block k."""
+
+        def one(a: Array) -> Array:
+            if not self.spread:
+                return lax.dynamic_slice_in_dim(a, k * self.size, self.size)
+            whole = a[: self.blocks * self.size].reshape(self.size, self.blocks, *a.shape[1:])
+            return lax.dynamic_index_in_dim(whole, k, 1, keepdims=False)
+
+        return jax.tree.map(one, trees)
+
+    def rest(self, trees: PyTree) -> PyTree:
+        """What is left over."""
+        return jax.tree.map(lambda a: a[self.blocks * self.size :], trees)
 
 
 def _count(trees: PyTree) -> int:
     return jax.tree.leaves(trees)[0].shape[0]
-
-
-def _even(size: int, count: int) -> int:
-    """A size that leaves nothing over, if there is one that is not much smaller."""
-    return next((n for n in range(size, size // 2, -1) if count % n == 0), size)
-
-
-def _cut(trees: PyTree, size: int) -> tuple[PyTree, PyTree]:
-    """(whole blocks of `size` examples, [blocks, size, …]; what is left over)."""
-    blocks = _count(trees) // size
-    whole = jax.tree.map(lambda a: a[: blocks * size].reshape(blocks, size, *a.shape[1:]), trees)
-    return whole, jax.tree.map(lambda a: a[blocks * size :], trees)

@@ -229,10 +229,11 @@ def written_out(f: Factor, precision: Precision = None) -> Array:
         case Outer(left, right, layout):
             return layout.from_matrix(jnp.einsum("bgtf,bgtk->bgfk", left, right, precision=precision))
         case Rows() as rows:
-            ids, values = rows.valid()
-            examples = jnp.arange(ids.shape[0], dtype=ids.dtype)[:, None]
-            table = jnp.zeros((ids.shape[0], *rows.layout.matrix[1:]), acc)
-            return rows.layout.from_matrix(table.at[examples, ids].add(values)[:, None])
+
+            def table(ids: Array, values: Array) -> Array:
+                return jnp.zeros(rows.layout.matrix[1:], acc).at[ids].add(values)
+
+            return rows.layout.from_matrix(jax.vmap(table)(*rows.valid())[:, None])
         case Windows() as windows:
             return map_examples(lambda w: written_out(w.unfolded(), precision), windows.at_once, windows)
         case Dense(value, _):

@@ -35,7 +35,7 @@ from jaxgrad.per_example.factors import (
 )
 from jaxgrad.per_example.layout import Layout
 from jaxgrad.per_example.scales import row_sums
-from jaxgrad.sharding import gathered
+from jaxgrad.sharding import every_example
 
 
 def inner(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -> Float[Array, " B"]:
@@ -72,7 +72,7 @@ def gram(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -
         return gram(f_, f, chunk_bytes, precision).T
     if isinstance(f, Windows) and isinstance(f_, Windows) and _smaller_unfolded(f) and _smaller_unfolded(f_):
         return gram(f.unfolded(), f_.unfolded(), chunk_bytes, precision)
-    f, f_ = _in_matrix_order(f, gathered(f_))  # the factors travel, never what they stand for
+    f, f_ = _in_matrix_order(f, every_example(f_))  # the factors travel, never what they stand for
     match f, f_:
         case Outer(), Outer() if _same_matrix(f, f_) and _gram_through_positions(f, f_):
             if f.left.shape[1:3] == f_.left.shape[1:3] == (1, 1):  # G = T = 1: two matrix products
