@@ -12,7 +12,7 @@ from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows, pai
 
 # The parameter is always of this many rows and columns; a factor may see it transposed or in groups.
 SHAPES = [(4, 6), (6, 4), (1, 3), (2, 2)]
-KINDS = ["outer", "outer transposed", "outer grouped", "rows", "rows transposed", "dense"]
+KINDS = ["outer", "outer transposed", "outer grouped", "rows", "rows transposed", "rows repeated", "dense"]
 CHUNKS = [1, 700, 2**26]
 
 
@@ -37,11 +37,12 @@ def factor(kind, seed, B, T, shape, dtype=np.float64):
             G = 2 if F % 2 == 0 else 1
             layout = Layout(shape, jnp.dtype(dtype), (0, 1), (G, F // G, K))
             return Outer(normal(seed, B, G, T, F // G, dtype=dtype), normal(seed + 1, B, G, T, K, dtype=dtype), layout)
-        case "rows" | "rows transposed":
-            N, E, axes = (F, K, (0, 1)) if kind == "rows" else (K, F, (1, 0))
+        case "rows" | "rows transposed" | "rows repeated":
+            N, E, axes = (K, F, (1, 0)) if kind == "rows transposed" else (F, K, (0, 1))
+            S = 1 if kind == "rows repeated" else T
             # repeated ids, and padding ids on both sides of the table
             ids = jnp.asarray(np.random.default_rng(seed).integers(-2, N + 2, size=(B, T)))
-            return Rows(ids, normal(seed, B, T, E, dtype=dtype), Layout(shape, jnp.dtype(dtype), axes, (1, N, E)))
+            return Rows(ids, normal(seed, B, S, E, dtype=dtype), Layout(shape, jnp.dtype(dtype), axes, (1, N, E)))
         case "dense":
             return Dense.of(normal(seed, B, F, K, dtype=dtype), dtype)
 
@@ -58,6 +59,7 @@ def dense_of(f):
             out[b, g] += np.outer(left[b, g, t], right[b, g, t])
     else:
         ids, values = np.asarray(f.ids), np.asarray(f.values, np.float64)
+        values = np.broadcast_to(values, (*ids.shape, values.shape[2]))
         out = np.zeros((len(ids), 1, F, K))
         for b, t in np.ndindex(ids.shape):
             if 0 <= ids[b, t] < F:

@@ -77,7 +77,7 @@ class Rows:
 
     Attributes:
         ids: [B, T], integer; an id outside 0 ≤ id < F (a padding id) contributes nothing.
-        values: [B, T, K], floating.
+        values: [B, T, K], floating; or [B, 1, K] where they are the same at all positions (a mean of embeddings).
         layout: where [1, F, K] lies in the parameter; F is the number of rows.
 
     Example:
@@ -100,11 +100,26 @@ class Rows:
         """F, the number of rows of the table."""
         return self.layout.matrix[1]
 
+    @property
+    def repeated(self) -> bool:
+        """Whether the values are held once for several positions."""
+        return self.values.shape[1] != self.ids.shape[1]
+
+    @property
+    def inside(self) -> Array:
+        """[B, T]: which ids are rows of the table."""
+        return (self.ids >= 0) & (self.ids < self.rows)
+
     def valid(self) -> tuple[Array, Array]:
-        """(ids, values) with every id in range: those that were not are 0 with values 0."""
-        inside = (self.ids >= 0) & (self.ids < self.rows)
-        values = jnp.where(inside[..., None], self.values, jnp.zeros_like(self.values))
-        return jnp.where(inside, self.ids, jnp.zeros_like(self.ids)), values
+        """(ids, values [B, T, K]) with every id in range: those that were not are 0 with values 0."""
+        values = jnp.where(self.inside[..., None], self.values, jnp.zeros_like(self.values))
+        return jnp.where(self.inside, self.ids, jnp.zeros_like(self.ids)), values
+
+    def at_each_position(self) -> "Rows":
+        """The same with values [B, T, K]."""
+        if not self.repeated:
+            return self
+        return Rows(self.ids, jnp.broadcast_to(self.values, (*self.ids.shape, self.values.shape[2])), self.layout)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("left", "image"), meta_fields=("unfolding", "layout"))
@@ -320,8 +335,9 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
             share = jnp.where(jnp.isinf(products), jnp.ones_like(products), products / each)
             left, right = left / power_of_two(a)[..., None], right / power_of_two(b)[..., None]
             return dataclasses.replace(f, left=left * share[..., None], right=right), unit
-        case Rows(ids, _, layout):
-            values, unit = scaled(f.valid()[1])  # what a padding id holds does not count
+        case Rows(ids, values, layout):  # what a padding id holds does not count
+            used = f.inside.any(1, keepdims=True) if f.repeated else f.inside
+            values, unit = scaled(jnp.where(used[..., None], values, jnp.zeros_like(values)))
             return Rows(ids, values, layout), unit
         case Windows(left, image, _, _):
             (left, a), (image, b) = scaled(left), scaled(image)

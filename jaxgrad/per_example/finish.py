@@ -99,8 +99,10 @@ def _factor(term: Term, shape: tuple[int, ...], dtype: Any) -> Factor:
     count = tuple(math.prod(term.size_of(label) for label in labels) for labels in (G, F, K, T))
     layout = Layout(shape, jnp.dtype(dtype), axes, (count[0], count[1], count[2]), split, _box(term))
     if term.row is not None:
-        values = _ordered(term.right, term.right_labels, [*T, *K]).reshape(count[3], count[2])
-        return Rows(_ordered(term.left, term.left_labels, T).reshape(count[3]), values, layout)
+        ids, values = _ordered(term.left, term.left_labels, T), _ordered(term.right, term.right_labels, [*T, *K])
+        if any(n != 1 for n in values.shape[: len(T)]):
+            values = jnp.broadcast_to(values, (*ids.shape, *values.shape[len(T) :]))
+        return Rows(ids.reshape(count[3]), values.reshape(math.prod(values.shape[: len(T)]), count[2]), layout)
     left = _ordered(term.left, term.left_labels, [*G, *T, *F]).reshape(count[0], count[3], count[1])
     right = _ordered(term.right, term.right_labels, [*G, *T, *K]).reshape(count[0], count[3], count[2])
     return Outer(left, right, layout, term.stepped)
@@ -174,10 +176,17 @@ def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
         if len(same) <= MERGED or kind is Windows:
             merged += same
         else:  # positions are the second axis of Outer's arrays, the first of Rows'
-            held = [jax.tree.leaves(f) for f in same]
+            held = [jax.tree.leaves(_at_each_position(f)) for f in same]
             joined = [_joined(parts, 1 if kind is Outer else 0) for parts in zip(*held, strict=True)]
             merged.append(kind(*joined, layout))
     return tuple(merged)
+
+
+def _at_each_position(f: Factor) -> Factor:
+    """Of one example."""
+    if not isinstance(f, Rows):
+        return f
+    return Rows(f.ids, jnp.broadcast_to(f.values, (f.ids.shape[0], f.values.shape[1])), f.layout)
 
 
 def _joined(arrays: Sequence[Array], axis: int) -> Array:

@@ -105,6 +105,7 @@ def _concatenated(same: tuple[Factor, ...]) -> Factor:
     """The position axis T is padded with zeros where it differs."""
     if isinstance(same[0], Dense | Windows):
         return jax.tree.map(lambda *a: jnp.concatenate(a), *same)
+    same = tuple(f.at_each_position() if isinstance(f, Rows) else f for f in same)
     axis = {Outer: 2, Rows: 1}[type(same[0])]
     T = max(factors.arrays(f)[0].shape[axis] for f in same)
 

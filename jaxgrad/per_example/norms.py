@@ -111,6 +111,10 @@ def _magnitude(f: Factor, dtype: jnp.dtype) -> Array:
     match f:
         case Outer(left, right, _):
             return (_of_positions(left, dtype) * _of_positions(right, dtype)).sum((1, 2))
+        case Rows() if f.repeated:
+            count = f.inside.sum(1)
+            values = jnp.where((count > 0)[:, None, None], f.values, jnp.zeros_like(f.values))
+            return count.astype(dtype) * _of_vectors(values, dtype).norm
         case Rows(ids, _, _):
             return math.sqrt(ids.shape[1]) * _of_vectors(f.valid()[1], dtype).norm
         case Windows(left, image, unfolding, _):

@@ -191,6 +191,12 @@ def _outer_outer(f: Outer, f_: Outer, chunk_bytes: int, precision: Precision) ->
 
 
 def _rows_rows(f: Rows, f_: Rows, chunk_bytes: int, precision: Precision) -> Array:
+    def repeated(f: Rows, f_: Rows) -> Array:
+        same = (f.ids[:, :, None] == f_.ids[:, None, :]) & f.inside[:, :, None]
+        count = same.sum((1, 2))
+        products = row_sums(f.values * f_.values)
+        return jnp.where(count > 0, count.astype(products.dtype) * products, jnp.zeros_like(products))
+
     def positions(f: Rows, f_: Rows) -> Array:
         (ids, values), (ids_, values_) = f.valid(), f_.valid()
         same = ids[:, :, None] == ids_[:, None, :]
@@ -198,7 +204,7 @@ def _rows_rows(f: Rows, f_: Rows, chunk_bytes: int, precision: Precision) -> Arr
         return row_sums(jnp.where(same, products, jnp.zeros_like(products)))
 
     size = chunk_size(2 * f.ids.shape[1] * f_.ids.shape[1] * f.values.dtype.itemsize, chunk_bytes, _count(f))
-    return map_examples(positions, size, f, f_)
+    return map_examples(repeated if f.repeated and f_.repeated else positions, size, f, f_)
 
 
 def _rows_outer(f: Rows, f_: Outer, chunk_bytes: int, precision: Precision) -> Array:

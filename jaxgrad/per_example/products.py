@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jaxgrad import _jax
 from jaxgrad.per_example import moves, undone
 from jaxgrad.per_example.undone import Term, Unfolded
-from jaxgrad.per_example.values import FORMED, Plain, Undone, Value, array_of, as_broadcast, is_zero
+from jaxgrad.per_example.values import FORMED, Broadcast, Plain, Undone, Value, array_of, as_broadcast, is_zero
 from jaxgrad.per_example.windows import Window
 
 
@@ -47,7 +47,7 @@ def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
     shape, window, axes = eqn.outvars[0].aval.shape, _jax.scatter_window(eqn), _jax.scatter_axes(eqn)
     if not is_zero(operand) or window is None:
         return None
-    added = jnp.asarray(array_of(updates))
+    added = _once_for_all_positions(updates, [k for k in window if k is not None])
     sizes = [1 if k is None else added.shape[k] for k in window]
     axis = next((k for k, (n, m) in enumerate(zip(shape, sizes, strict=True)) if n != m), axes[0])
     clipped = _jax.scatter_clips(eqn)
@@ -72,6 +72,14 @@ def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
     if any(k is None for j, k in enumerate(dims) if j != axis):  # an axis of size 1 that the updates do not have
         return None
     return undone.lookup(ids, added, positions, dims, shape[axis])
+
+
+def _once_for_all_positions(updates: Value, window: Sequence[int]) -> Array:
+    """The updates, with size 1 along the positions at which they are the same (a mean of embeddings)."""
+    if not isinstance(updates, Broadcast):
+        return jnp.asarray(array_of(updates))
+    sizes = [n if k in window or k in updates.varies else 1 for k, n in enumerate(updates.shape)]
+    return lax.broadcast_in_dim(jnp.asarray(updates.source), sizes, updates.dims)
 
 
 def _dynamic_update_slice(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:

@@ -58,7 +58,8 @@ class Term:
     windows, a convolution of the two, in which `right` is the image.
 
     Attributes:
-        left, right: arrays; in a lookup `left` holds the row numbers (one out of range adds nothing).
+        left, right: arrays; in a lookup `left` holds the row numbers (one out of range adds nothing), and `right` may
+            have size 1 along positions at which it is the same.
         left_labels, right_labels: a label for each of their axes.
         dims: for each axis of the result the labels it is made of, the slowest first; none for an axis of size 1.
         box: where the result lies in something larger; None if it is the whole.
@@ -203,6 +204,7 @@ def form(term: Term, dtype: jax.typing.DTypeLike) -> Array:
     positions = term.left_labels
     others = tuple(label for label in term.right_labels if label not in positions)
     values = term.right.transpose([term.right_labels.index(label) for label in (*positions, *others)])
+    values = jnp.broadcast_to(values, (*term.left.shape, *values.shape[term.left.ndim :]))
     values = values.reshape(term.left.size, *(term.size_of(label) for label in others)).astype(work)
     ids = jnp.where((term.left < 0) | (term.left >= rows), rows, term.left).ravel()
     table = jnp.zeros((rows, *values.shape[1:]), work).at[ids].add(values, mode="drop")

@@ -31,6 +31,33 @@ def ids_of_rank_2(p, ids, y):
     return jnp.sum(jnp.tanh(p["E"][ids].sum(1) @ y))
 
 
+@entry({"E": w(29, 7), "V": w(9, 7)}, (ids(29, 4, 3), BEYOND, x(4, 9)), paths("E", "V"))
+def means_of_embeddings(p, ids, some, y):
+    """The cotangents are the same at all positions, and held once; with padding ids; and two means of one table."""
+    h = jnp.tanh(p["E"][ids].mean(0)) + jnp.take(p["E"], some, axis=0, mode="fill", fill_value=0.0).sum(0)
+    return jax.nn.softplus(y @ p["V"] @ jnp.sin(h))
+
+
+@entry({"E": w(113, 7)}, (ids(113, 4, 5, 3), x(4, 7)), paths("E"))
+def means_in_a_row(p, ids, y):
+    """So many that they are merged, and beside lookups that differ by position."""
+    h = sum(jnp.tanh(p["E"][ids[k]].mean(0) * (k + 1)) for k in range(4))
+    return jnp.sum(jnp.sin(h * y)) + jnp.sum(jnp.tanh(p["E"][ids[4]] * y))
+
+
+@entry({"E": w(113, 7)}, (ids(113, 4, 5, 3), x(4, 7)), paths("E"))
+def a_mean_of_embeddings_at_every_step(p, ids, y):
+    def step(h, ids):
+        return jnp.tanh(h * y + p["E"][ids].mean(0)), None
+
+    return jnp.sum(lax.scan(step, jnp.zeros(7), ids)[0])
+
+
+@entry({"E": w(60, 7)}, (ids(60, 4, 3), x(4, 7)), paths("E"))
+def a_mean_of_embeddings_tied_to_the_output(p, ids, y):
+    return jax.nn.logsumexp(p["E"] @ jnp.tanh(p["E"][ids].mean(0) * y))
+
+
 @entry({"E": w(13, 7)}, (ids(13, 4), x(4, 7)), paths("E"))
 def one_id(p, i, y):
     return jnp.sum(jnp.tanh(p["E"][i] * y))
