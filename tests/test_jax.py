@@ -106,7 +106,7 @@ def test_the_parts_of_a_scan(step, init, xs, parts, reverse):
 
 
 def recurrent(W, xs):
-    return lax.scan(lambda h, x: (jnp.tanh(W @ h + x), None), jnp.zeros(4), xs)[0].sum()
+    return lax.scan(lambda h, x: (jnp.tanh(W @ h + x), None), jnp.zeros(len(W)), xs)[0].sum()
 
 
 def test_a_scans_accumulated_gradient_is_a_carry_that_is_added_to():
@@ -148,6 +148,16 @@ def test_a_tables_gradient_is_added_to_zeros_and_a_kernels_is_a_convolution():
     assert (eqn.primitive, eqn.invars[0]) == (lax.conv_general_dilated_p, jaxpr.invars[1])
     numbers = eqn.params["dimension_numbers"]
     assert numbers.lhs_spec == numbers.rhs_spec == numbers.out_spec == (1, 0, 2, 3)
+
+
+def test_a_mean_of_lookups_adds_one_row_at_every_index_and_a_loop_gives_products_step_by_step():
+    mean = lambda E, ids: jnp.sin(E[ids].mean(0)).sum()  # noqa: E731
+    eqn, jaxpr = gradient(mean, jnp.ones((30, 4)), IDS)
+    assert writes(jaxpr, eqn.invars[2]).primitive is lax.broadcast_in_dim_p
+    (rows,) = jaxgrad.per_example_grad(mean)(jnp.ones((30, 4)), IDS[None]).factors
+    assert (rows.ids.shape, rows.values.shape) == ((1, 5), (1, 1, 4))
+    (outer,) = jaxgrad.per_example_grad(recurrent)(jnp.ones((40, 40)), jnp.ones((2, 3, 40))).factors
+    assert (outer.left.shape, outer.positions_first) == ((2, 1, 3, 40), True)
 
 
 odd, strange = jax.custom_jvp(jnp.sin), jax.custom_vjp(jnp.cos)

@@ -115,9 +115,10 @@ def explain(
     How to read the table. `how`: "factored", kept as a product; "formed", a product that is smaller carried out than as
     factors; "vector", at most one axis, written out as it is no larger than an activation; "unused"; "direct", written
     out as `vmap(jax.grad)` would. `held as`, B examples, T positions, G groups: Outer(left [B, G, T, F], right
-    [B, G, T, K]) for Σ_t left ⊗ right; Rows(ids [B, T], values [B, T, K]) for rows of a table; Windows(cotangents,
-    image) for a convolution; Dense for the gradient itself. `norm`: from "sides", ‖left‖·‖right‖; "positions", inner
-    products of T × T positions; "matrix", the product carried out, a few examples at a time; or its "entries".
+    [B, G, T, K]) for Σ_t left ⊗ right; Rows(ids [B, T], values [B, T, K]) for rows of a table, values [B, 1, K] for a
+    mean of rows; Windows(cotangents, image) for a convolution; Dense for the gradient itself. `norm`: from "sides",
+    ‖left‖·‖right‖; "positions", inner products of T × T positions; "matrix", the product carried out, a few examples at
+    a time; or its "entries".
 
     Args:
         fun, argnums, in_axes, has_aux: as in `per_example_grad`.
