@@ -114,7 +114,7 @@ def parameters(dtype):
 
 
 def adversarial(rng, pairs, size):
-    """(s, x, ids) of pairs × size examples: of all magnitudes, cancelling, aligned, zero, tiny, huge, not finite."""
+    """(s, x, ids) of pairs × size examples: of all magnitudes, cancelling, aligned, zero, not finite, apart."""
     s, x = rng.normal(size=(pairs, size, T, F)), rng.normal(size=(pairs, size, T, K))
     kind = rng.integers(0, 9, (pairs, size, 1, 1))
     s *= np.where(kind >= 1, 10.0 ** rng.uniform(-20, 15, (pairs, size, 1, 1)), 1)
@@ -125,6 +125,8 @@ def adversarial(rng, pairs, size):
     same = rng.normal(size=F), rng.normal(size=K)
     s, x = np.where(kind == 4, same[0] * 1e3, s), np.where(kind == 4, same[1], x)
     s = np.where(kind == 5, 0.0, s)
+    apart = np.where(kind == 8, 10.0 ** rng.uniform(-18, 18, (pairs, size, T, 1)), 1)
+    s, x = s * apart, x / apart
     worst = rng.choice([np.nan, np.inf, -np.inf, 3e38, 1e-45, 1e-38], (pairs, size, 1, 1))
     s = np.where((kind == 6) & (rng.random(s.shape) < 0.3), worst, s)
     x = np.where((kind == 7) & (rng.random(x.shape) < 0.3), worst, x)
