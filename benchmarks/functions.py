@@ -45,6 +45,27 @@ def factored(model: Model, bound: float) -> Function:
     return of
 
 
+def norms(model: Model) -> Function:
+    """The mean loss and the norms, without a sum."""
+
+    def of(params: Any, *batch: Any) -> Any:
+        values, g = jg.per_example_value_and_grad(model.loss)(params, *batch)
+        return values.mean(), g.norms()
+
+    return of
+
+
+def weighted(model: Model) -> Function:
+    """The mean loss and a sum whose weights are known beforehand, without norms."""
+    c = jnp.linspace(0.5, 1.5, model.batch_size)
+
+    def of(params: Any, *batch: Any) -> Any:
+        values, g = jg.per_example_value_and_grad(model.loss)(params, *batch)
+        return values.mean(), g.weighted_sum(c)
+
+    return of
+
+
 def clipped(model: Model, bound: float) -> Function:
     """`jaxgrad.clipped_grad`, with a mask."""
     gradient = jg.clipped_grad(model.loss, bound)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import exercise, report
-from benchmarks.functions import factored, max_norm, plain, written_out
+from benchmarks.functions import factored, max_norm, norms, plain, weighted, written_out
 from benchmarks.models import Model, models
 from benchmarks.workload import Settings, Theme, Workload, same
 from jaxgrad import per_example_grad
@@ -18,7 +18,13 @@ def workload(model: Model) -> Workload:
     bound = max_norm(model)
     return Workload(
         model.name,
-        {"plain": plain(model), "jaxgrad": factored(model, bound), "vmap(grad)": written_out(model, bound)},
+        {
+            "plain": plain(model),
+            "jaxgrad": factored(model, bound),
+            "norms": norms(model),
+            "sum": weighted(model),
+            "vmap(grad)": written_out(model, bound),
+        },
         (model.params, *model.batch),
         agree=("jaxgrad", "vmap(grad)"),
         goal=model.goal,
@@ -38,7 +44,8 @@ def the_exercise(size: tuple[int, int, int] = (256, 784, 1024)) -> Workload:
     def found(params: Any, X: Any, Y: Any) -> Any:
         return per_example_grad(loss)(params, X, Y).clip(MAX_NORM).sum()
 
-    functions = {"plain": plain(model), "jaxgrad": found, "by hand": by_hand}
+    functions = {"plain": plain(model), "jaxgrad": found, "norms": norms(model), "sum": weighted(model)}
+    functions["by hand"] = by_hand
     return Workload(
         f"the exercise's own loss, (B, D, H) = {size}",
         functions | {"vmap(grad)": written_out(model, MAX_NORM)},
@@ -61,12 +68,15 @@ THEME = Theme(
     "per_example_grad against a plain gradient",
     """
 Plain, `jit(value_and_grad(mean loss))`, is 1.00. `jaxgrad` is the mean loss, the norms and the clipped sum of the
-per-example gradients as factors; `vmap(grad)` is the same after `vmap(jax.grad)`; `by hand` starts from hand-written
-factors. float32. Memory is the compiled program's temporary memory; compiling is tracing and compiling together.""",
+per-example gradients as factors; `norms` has no sum, and `sum` has weights that are known beforehand and no norms.
+`vmap(grad)` is the first after `vmap(jax.grad)`; `by hand` starts from hand-written factors. float32. Memory is the
+compiled program's temporary memory; compiling is tracing and compiling together.""",
     (
         report.milliseconds("plain"),
         report.ratio("jaxgrad"),
         report.goal(),
+        report.ratio("norms"),
+        report.ratio("sum"),
         report.ratio("by hand"),
         report.ratio("vmap(grad)"),
         report.mebibytes("plain"),
