@@ -250,7 +250,8 @@ class ClippedGrad:
             largest = root_sum_of_squares([norms, guard * jnp.where(keep, magnitudes.astype(norms.dtype), nothing)])
         most = limit / jnp.maximum(largest, jnp.finfo(norms.dtype).tiny)
         c = self._weighting(norms, limit).astype(norms.dtype)
-        c = jnp.where(keep & ~jnp.isnan(c), jnp.clip(c, -most, most), nothing)
+        c = jnp.clip(c, -most, most)
+        c = jnp.where(keep & ~jnp.isnan(c), c, nothing)
         c = jnp.where(limit > 0, c, jnp.full_like(c, jnp.nan))
         return g.where(keep).scale(c)
 

@@ -278,6 +278,16 @@ def test_numbers_that_cancel_do_not_slip_through():
     assert np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in total.values())) <= gradient.sensitivity(1)
 
 
+@pytest.mark.parametrize(("huge", "zero"), [(3e38, 0.0), (3e38, 1e-42), (np.inf, 0.0)])
+def test_a_side_beyond_all_numbers_beside_one_of_zero_spoils_nothing(huge, zero):
+    """Of two positions: the first side's norm is infinite, and the product is 0 (or, of ∞, not a number)."""
+    s = jnp.ones((3, 2, F), jnp.float32).at[0, 0].set(huge)
+    x = jnp.ones((3, 2, K), jnp.float32).at[0, 0].set(zero)
+    total, info = jg.clipped_grad(lambda W, s, x: jnp.sum(s * (x @ W.T)), 1.0)(jnp.zeros((F, K), jnp.float32), s, x)
+    assert info.nonfinite == np.isinf(huge)
+    np.testing.assert_allclose(np.linalg.norm(total), 2 + np.isfinite(huge), rtol=1e-3)
+
+
 def test_arguments_as_those_of_per_example_grad():
     keys = jax.random.split(jax.random.key(0), 5)
     noisy = lambda scale, w, x, key: (scale * simple(w["w"], x + jax.random.normal(key, (3,)), 1.0), x)  # noqa: E731

@@ -235,6 +235,44 @@ def test_a_norm_has_positions_whose_huge_side_meets_a_tiny_one():
     assert np.isinf(PerExampleGrads((huge,)).norms()).all()
 
 
+@pytest.mark.parametrize("small", [1e-25, 1.0])
+@pytest.mark.parametrize("T", [1, 2])
+def test_a_zero_gradient_beside_huge_sides_does_not_hide_the_others(T, small):
+    """As of a parameter behind units that are off, whose inputs are large; in another parameter, or in the same."""
+    layout = Outer.of_matrix(jnp.ones((1, 70)), jnp.ones((1, 60)), jnp.float32).layout
+    nothing = Outer(jnp.zeros((3, 1, T, 70), jnp.float32), jnp.full((3, 1, T, 60), 1e30, jnp.float32), layout)
+    tiny = normal(1, 3, 1, T, 60, dtype=np.float32) * np.float32(small)
+    something = Outer(normal(0, 3, 1, T, 70, dtype=np.float32), tiny, layout)
+    vector = Dense.of(normal(2, 3, 4, dtype=np.float32) * np.float32(small), jnp.float32)
+    expected = np.sqrt((dense_of(something) ** 2).sum((1, 2)))
+    np.testing.assert_allclose(PerExampleGrads([(nothing,), (something,)]).norms(), expected, rtol=1e-5)
+    np.testing.assert_allclose(PerExampleGrads([(nothing, something)]).norms(), expected, rtol=1e-5)
+    expected = np.sqrt((dense_of(vector) ** 2).sum(1))
+    g = PerExampleGrads([(nothing,), (vector,)])
+    np.testing.assert_allclose(g.norms(), expected, rtol=1e-5)
+    bound = np.float32(small * 1e-3)
+    np.testing.assert_allclose(g.clip(bound).norms(), np.full(3, bound), rtol=1e-5)
+    slope = jax.grad(lambda v: PerExampleGrads([(nothing,), (Dense.of(v, jnp.float32),)]).norms().sum())(vector.value)
+    np.testing.assert_allclose(slope, dense_of(vector) / expected[:, None], rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [400, 600])
+def test_a_norm_just_below_the_largest_number_is_finite(n):
+    left, right = jnp.full((2, n), 1e17, jnp.float32), jnp.full((2, n), 2e17, jnp.float32)
+    g = PerExampleGrads([(Outer.of_matrix(left, right, jnp.float32),), (Dense.of(left, jnp.float32),)])
+    np.testing.assert_allclose(g.norms(), n * 2e34, rtol=1e-5)
+
+
+def test_factors_of_a_loop_and_of_a_mean_of_rows_concatenate_with_others():
+    plain = factor("outer", 0, 3, 4, (4, 6))
+    looped = Outer(plain.left, plain.right, plain.layout, positions_first=True)
+    rows = factor("rows", 0, 3, 4, (4, 6))
+    repeated = Rows(rows.ids, rows.values[:, :1], rows.layout)
+    for f, f_ in ((plain, looped), (rows, repeated)):
+        both = PerExampleGrads.concatenate([PerExampleGrads([(f,)]), PerExampleGrads([(f_,)])])
+        close(both.materialize()[0], np.concatenate([dense_of(f), dense_of(f_)]))
+
+
 def test_variance_does_not_cancel():
     """A mean a million times the deviations: mean of squares minus square of mean has no digit left in float32."""
     deviations = 1e-3 * np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)

@@ -21,13 +21,16 @@ def chunk_size(bytes_each: int, chunk_bytes: int, count: int) -> int:
     return max(1, min(count, chunk_bytes // max(bytes_each, 1)))
 
 
-def map_examples(function: Callable[..., Array], size: int, *trees: PyTree) -> Array:
+def map_examples(function: Callable[..., Array], size: int, *trees: PyTree, spread: bool = True) -> Array:
     """function(*trees) where it treats examples (axis 0) independently, on `size` examples at a time or somewhat fewer.
 
-    The blocks are cut out where they are used: no second copy of the examples is made. Of a batch that is spread over
-    devices a block has every so-manyth example, `size` rounded up to some of each device's: none has to travel.
+    The blocks are cut out where they are used: no second copy of the examples is made. Of a batch that may be spread
+    over devices a block has every so-manyth example, `size` rounded up to some of each device's: none has to travel.
+
+    Args:
+        spread: whether axis 0 may be spread over devices.
     """
-    cut = _Cut.of(trees, size)
+    cut = _Cut.of(trees, size, spread)
     if cut.blocks <= 1:
         return function(*trees)
     results = lax.map(lambda k: function(*cut.block(trees, k)), jnp.arange(cut.blocks))
@@ -37,16 +40,16 @@ def map_examples(function: Callable[..., Array], size: int, *trees: PyTree) -> A
     return jnp.concatenate([results, function(*rest)]) if _count(rest) else results
 
 
-def sum_examples(function: Callable[..., T], size: int, *trees: PyTree) -> T:
+def sum_examples(function: Callable[..., T], size: int, *trees: PyTree, spread: bool = True) -> T:
     """function(*trees), a tree of arrays, where it sums over examples (axis 0), on blocks as in `map_examples`."""
-    cut = _Cut.of(trees, size)
+    cut = _Cut.of(trees, size, spread)
     if cut.blocks <= 1:
         return function(*trees)
-
-    def step(total: T, k: Array) -> tuple[T, None]:
-        return jax.tree.map(jnp.add, total, function(*cut.block(trees, k))), None
-
-    total, _ = lax.scan(step, function(*cut.block(trees, jnp.arange(1)[0])), jnp.arange(1, cut.blocks))
+    blocks = jax.tree.map(lambda a: cut.whole(a).swapaxes(0, 1) if cut.spread else cut.whole(a), trees)
+    first, others = jax.tree.map(lambda a: a[0], blocks), jax.tree.map(lambda a: a[1:], blocks)
+    total, _ = lax.scan(
+        lambda total, block: (jax.tree.map(jnp.add, total, function(*block)), None), function(*first), others
+    )
     rest = cut.rest(trees)
     return jax.tree.map(jnp.add, total, function(*rest)) if _count(rest) else total
 
@@ -65,8 +68,8 @@ class _Cut(NamedTuple):
     spread: bool
 
     @staticmethod
-    def of(trees: PyTree, size: int) -> "_Cut":
-        count, over = _count(trees), devices(trees)
+    def of(trees: PyTree, size: int, spread: bool) -> "_Cut":
+        count, over = _count(trees), devices(trees) if spread else 1
         if size >= count:
             return _Cut(count, 1, False)
         size = -(-size // over) * over
@@ -74,16 +77,16 @@ class _Cut(NamedTuple):
         size = min(next(even, size), count)
         return _Cut(size, count // size, over > 1)
 
+    def whole(self, a: Array) -> Array:
+        """[blocks, size, …] without what is left over; [size, blocks, …] where a block has every so-manyth."""
+        shape = (self.size, self.blocks) if self.spread else (self.blocks, self.size)
+        return a[: self.blocks * self.size].reshape(*shape, *a.shape[1:])
+
     def block(self, trees: PyTree, k: Array) -> PyTree:
         """Block k."""
-
-        def one(a: Array) -> Array:
-            if not self.spread:
-                return lax.dynamic_slice_in_dim(a, k * self.size, self.size)
-            whole = a[: self.blocks * self.size].reshape(self.size, self.blocks, *a.shape[1:])
-            return lax.dynamic_index_in_dim(whole, k, 1, keepdims=False)
-
-        return jax.tree.map(one, trees)
+        if not self.spread:
+            return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, k * self.size, self.size), trees)
+        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(self.whole(a), k, 1, keepdims=False), trees)
 
     def rest(self, trees: PyTree) -> PyTree:
         """What is left over."""

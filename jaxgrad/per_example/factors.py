@@ -304,7 +304,7 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
                 total = jnp.einsum("bgtf,bgtk->gfk", left, right, precision=precision, out_sharding=lies)
             return layout.from_matrix(total)
         case Rows() as rows:
-            ids, values = gathered(rows.valid())
+            ids, values = gathered(rows).valid()
             table = jnp.zeros(rows.layout.matrix[1:], acc)
             return rows.layout.from_matrix(table.at[ids.ravel()].add(values.reshape(ids.size, values.shape[2]))[None])
         case Windows(left, image, unfolding, layout):
@@ -314,36 +314,37 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
 
 
 def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
-    """(f / unit, unit): every example brought near 1, so that no square overflows or underflows.
+    """(f / unit, unit): every example brought near 1, so that no square overflows or underflows; unit 0 where f is 0.
 
     Of an Outer every position has units of its own: where one side is huge and the other tiny, their product counts.
     """
     f = wide(f, accumulator(f))
 
-    def scaled(a: Array) -> tuple[Array, Array]:
-        unit = power_of_two(largest(a))
-        return a / _examples(unit, a), unit
+    def scaled(a: Array, most: Array) -> tuple[Array, Array]:
+        return a / _examples(power_of_two(most), a), nearest_power(most)
 
     match f:
         case Outer(left, right):
             most = (jnp.abs(lax.stop_gradient(side)).max(3, initial=0) for side in (left, right))
             a, b = (nearest_power(m) for m in most)  # [B, G, T]
             products = a * b
-            unit = products.max((1, 2), initial=0)
-            unit = jnp.where(jnp.isinf(unit), unit, power_of_two(unit))  # too large a norm is infinite
-            each = _examples(unit, products)
+            total = products.max((1, 2), initial=0)
+            unit = jnp.where(jnp.isinf(total), total, nearest_power(total))  # too large a norm is infinite
+            each = _examples(jnp.where(unit == 0, jnp.ones_like(unit), unit), products)
             share = jnp.where(jnp.isinf(products), jnp.ones_like(products), products / each)
             left, right = left / power_of_two(a)[..., None], right / power_of_two(b)[..., None]
             return dataclasses.replace(f, left=left * share[..., None], right=right), unit
         case Rows(ids, values, layout):  # what a padding id holds does not count
             used = f.inside.any(1, keepdims=True) if f.repeated else f.inside
-            values, unit = scaled(jnp.where(used[..., None], values, jnp.zeros_like(values)))
+            values = jnp.where(used[..., None], values, jnp.zeros_like(values))
+            values, unit = scaled(values, largest(values))
             return Rows(ids, values, layout), unit
-        case Windows(left, image, _, _):
-            (left, a), (image, b) = scaled(left), scaled(image)
+        case Windows(left, image, _, _):  # the maxima themselves: their product is no larger than the norm can be
+            sides = [jnp.abs(lax.stop_gradient(a)).max(tuple(range(1, a.ndim)), initial=0) for a in (left, image)]
+            (left, a), (image, b) = scaled(left, sides[0]), scaled(image, sides[1])
             return dataclasses.replace(f, left=left, image=image), a * b
         case Dense(value, layout):
-            value, unit = scaled(value)
+            value, unit = scaled(value, largest(value))
             return Dense(value, layout), unit
 
 

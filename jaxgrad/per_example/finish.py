@@ -169,24 +169,20 @@ def _ordered(a: Array, labels: Sequence[int], order: Sequence[int]) -> Array:
 def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
     """Many uses of one weight as one factor with their positions one after another, as an unrolled loop has them."""
     alike: dict[Any, list[Factor]] = {}
-    for f in factors:
-        alike.setdefault((type(f), f.layout), []).append(f)
     merged: list[Factor] = []
+    for f in factors:
+        if isinstance(f, Windows) or (isinstance(f, Rows) and f.values.shape[0] != f.ids.shape[0]):
+            merged.append(f)  # joined, it would hold more
+        else:
+            alike.setdefault((type(f), f.layout), []).append(f)
     for (kind, layout), same in alike.items():
-        if len(same) <= MERGED or kind is Windows:
+        if len(same) <= MERGED:
             merged += same
         else:  # positions are the second axis of Outer's arrays, the first of Rows'
-            held = [jax.tree.leaves(_at_each_position(f)) for f in same]
+            held = [jax.tree.leaves(f) for f in same]
             joined = [_joined(parts, 1 if kind is Outer else 0) for parts in zip(*held, strict=True)]
             merged.append(kind(*joined, layout))
     return tuple(merged)
-
-
-def _at_each_position(f: Factor) -> Factor:
-    """Of one example."""
-    if not isinstance(f, Rows):
-        return f
-    return Rows(f.ids, jnp.broadcast_to(f.values, (f.ids.shape[0], f.values.shape[1])), f.layout)
 
 
 def _joined(arrays: Sequence[Array], axis: int) -> Array:

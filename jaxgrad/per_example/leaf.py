@@ -1,5 +1,6 @@
 """The gradients of one parameter: a sum of factors, times one number an example."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def _concatenated(same: tuple[Factor, ...]) -> Factor:
     """The position axis T is padded with zeros where it differs."""
     if isinstance(same[0], Dense | Windows):
         return jax.tree.map(lambda *a: jnp.concatenate(a), *same)
-    same = tuple(f.at_each_position() if isinstance(f, Rows) else f for f in same)
+    same = tuple(_alike(f) for f in same)
     axis = {Outer: 2, Rows: 1}[type(same[0])]
     T = max(factors.arrays(f)[0].shape[axis] for f in same)
 
@@ -113,6 +114,13 @@ def _concatenated(same: tuple[Factor, ...]) -> Factor:
         return jnp.pad(a, [(0, T - a.shape[axis] if k == axis else 0) for k in range(a.ndim)])
 
     return jax.tree.map(lambda *a: jnp.concatenate([padded(x) for x in a]), *same)
+
+
+def _alike(f: Factor) -> Factor:
+    """In the form that all of its kind can take."""
+    if isinstance(f, Outer):
+        return dataclasses.replace(f, positions_first=False)
+    return f.at_each_position() if isinstance(f, Rows) else f
 
 
 def _shown(f: Factor) -> str:

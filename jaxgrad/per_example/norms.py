@@ -32,10 +32,10 @@ Factors = tuple[Factor, ...]
 
 
 class Length(NamedTuple):
-    """‖·‖ of every example, as √squares · unit: only at the end do they become a number that may be too large or small.
+    """‖·‖ of every example as unit · √squares: the roots of several parameters are taken together.
 
     Attributes:
-        squares: [B], near 1 or larger, but where it is 0.
+        squares: [B].
         unit: [B], ≥ 0.
     """
 
@@ -65,8 +65,8 @@ def length(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Leng
             nothing = jnp.zeros_like(arrays(f)[0][:, 0].sum((1, 2)), accumulator(f))
             return Length(nothing, nothing)
         case (Outer(left, right, _),) if left.shape[1:3] == (1, 1):
-            a, b = (_of_vectors(side, accumulator(*leaf)) for side in (left, right))
-            return Length(a.squares * b.squares, a.unit * b.unit)
+            a, b = (_of_vectors(side, accumulator(*leaf)).norm for side in (left, right))
+            return Length(jnp.ones_like(a), a * b)
         case (Dense(value, _),):
             return _of_vectors(value, accumulator(*leaf))
         case (Windows() as f,):
@@ -110,7 +110,7 @@ def magnitude(leaf: Factors) -> Array | None:
 def _magnitude(f: Factor, dtype: jnp.dtype) -> Array:
     match f:
         case Outer(left, right, _):
-            return (_of_positions(left, dtype) * _of_positions(right, dtype)).sum((1, 2))
+            return _product(_of_positions(left, dtype), _of_positions(right, dtype)).sum((1, 2))
         case Rows() if f.repeated:
             count = f.inside.sum(1)
             values = jnp.where((count > 0)[:, None, None], f.values, jnp.zeros_like(f.values))
@@ -119,7 +119,7 @@ def _magnitude(f: Factor, dtype: jnp.dtype) -> Array:
             return math.sqrt(ids.shape[1]) * _of_vectors(f.valid()[1], dtype).norm
         case Windows(left, image, unfolding, _):
             places = math.prod(window.places for window in unfolding.windows)
-            return math.sqrt(places) * _of_vectors(left, dtype).norm * _of_vectors(image, dtype).norm
+            return math.sqrt(places) * _product(_of_vectors(left, dtype).norm, _of_vectors(image, dtype).norm)
         case Dense(value, _):
             return _of_vectors(value, dtype).norm
 
@@ -136,6 +136,11 @@ def _of_positions(a: Array, dtype: jax.typing.DTypeLike) -> Array:
     a = a.astype(dtype)
     unit = power_of_two(jnp.abs(lax.stop_gradient(a)).max(3, initial=0))
     return unit * _safe_sqrt(((a / unit[..., None]) ** 2).sum(3))
+
+
+def _product(a: Array, b: Array) -> Array:
+    """a · b of norms: 0 beside one that is too large is 0."""
+    return jnp.where((a == 0) | (b == 0), jnp.zeros_like(a), a * b)
 
 
 def _safe_sqrt(a: Array) -> Array:
@@ -157,9 +162,9 @@ def together(each: Sequence[Length]) -> Array:
     if len(each) == 1:
         return each[0].norm
     dtype = working_dtype(*(length.unit.dtype for length in each))
-    squares, units = (jnp.stack([a.astype(dtype) for a in part]) for part in zip(*each, strict=True))
-    unit = power_of_two(units.max(0))
-    return unit * _safe_sqrt((squares * (units / unit[None]) ** 2).sum(0))
+    norms = Length(*(jnp.stack([a.astype(dtype) for a in part]) for part in zip(*each, strict=True))).norm
+    unit = power_of_two(norms.max(0))
+    return unit * _safe_sqrt(((norms / unit[None]) ** 2).sum(0))
 
 
 def root_sum_of_squares(each: Sequence[Array]) -> Array:

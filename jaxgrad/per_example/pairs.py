@@ -251,7 +251,8 @@ def _by_blocks(pair, f, f_, pair_bytes, chunk_bytes, precision):  # type: ignore
         return pair(*jax.tree.map(lambda a: a[None], (f_b, f_c)), chunk_bytes, precision)[0]
 
     def block(f: Factor) -> Array:
-        return map_examples(lambda f_: jax.vmap(lambda f_c: jax.vmap(one, (0, None))(f, f_c))(f_), columns, f_).T
+        pairs = jax.vmap(jax.vmap(one, (0, None)), (None, 0))
+        return map_examples(lambda f_: pairs(f, f_), columns, f_, spread=False).T  # gathered
 
     return map_examples(block, rows, f)
 
@@ -279,7 +280,7 @@ def _through_matrix(f: Outer, f_: Outer, chunk_bytes: int, precision: Precision)
             )
         return lax.dot_general(P, P_, (((1, 2, 3), (1, 2, 3)), ((), ())), precision=precision)
 
-    return sum_examples(part, size, sliced(f), sliced(f_))
+    return sum_examples(part, size, sliced(f), sliced(f_), spread=False)
 
 
 def _written_out_blocks(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision) -> Array:
@@ -291,6 +292,6 @@ def _written_out_blocks(f: Factor, f_: Factor, chunk_bytes: int, precision: Prec
 
     def block(f: Factor) -> Array:
         G = matrix(f)
-        return map_examples(lambda f_: lax.dot(matrix(f_), G.T, precision=precision), size, f_).T
+        return map_examples(lambda f_: lax.dot(matrix(f_), G.T, precision=precision), size, f_, spread=False).T
 
     return map_examples(block, size, f)

@@ -75,10 +75,10 @@ def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
 
 
 def _once_for_all_positions(updates: Value, window: Sequence[int]) -> Array:
-    """The updates, with size 1 along the positions at which they are the same (a mean of embeddings)."""
-    if not isinstance(updates, Broadcast):
+    """The updates, with size 1 along the positions if they are the same at all of them (a mean of embeddings)."""
+    if not isinstance(updates, Broadcast) or not set(updates.varies) <= set(window):
         return jnp.asarray(array_of(updates))
-    sizes = [n if k in window or k in updates.varies else 1 for k, n in enumerate(updates.shape)]
+    sizes = [n if k in window else 1 for k, n in enumerate(updates.shape)]
     return lax.broadcast_in_dim(jnp.asarray(updates.source), sizes, updates.dims)
 
 

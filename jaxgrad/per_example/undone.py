@@ -114,6 +114,13 @@ class Term:
         return self.left.size + self.right.size
 
     @property
+    def held_at_each_position(self) -> int:
+        """How many they are if what a lookup adds is written at every position."""
+        if self.row is None:
+            return self.held
+        return self.left.size * (1 + math.prod(self.size_of(x) for x in self.right_labels if x not in self.left_labels))
+
+    @property
     def carried(self) -> bool:
         """Whether it is an array times 1."""
         return self.right.size == 1 and not self.right_labels

@@ -271,7 +271,8 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
 def _worth_emitting(value: Undone, steps: int, stacked: bool) -> bool:
     if any(term.carried or (stacked and term.row is not None) for term in value.terms):
         return False
-    return not value.terms or steps * value.held < value.size
+    held = value.held if steps == 1 else steps * sum(term.held_at_each_position for term in value.terms)
+    return not value.terms or held < value.size
 
 
 def _first(a: Any) -> Any:
