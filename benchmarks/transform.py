@@ -86,10 +86,14 @@ compiled program's temporary memory; compiling is tracing and compiling together
     ),
     workloads,
     note="""
-Where the floor is. The products for the weights have to wait for the norms, and so cannot run beside the elementwise
-parts of the backward pass, as they do in a plain gradient; then one side of every matrix is scaled. With T positions
+Where the floor is. `sum` does the plain gradient's matrix products and scales one side of every matrix: where it is
+above 1.00, so is `jaxgrad`, which has the norms besides. In the MLP those read both sides of every matrix twice, for
+the power of two by which they are scaled and for the squares. The products for the weights have to wait for the norms,
+and so cannot run beside the elementwise parts of the backward pass, as they do in a plain gradient. With T positions
 the norm of a D × D matrix takes 2·T²·D multiplications, of 3·T·D² for a plain gradient 2T/3D: 17 % at T = 128 and
-D = 512, or T = 64 and D = 256. In the embedding, plain writes 49 MiB of zeros and little else.
+D = 512, or T = 64 and D = 256; what `sum` saves on the plain gradient, which turns its operands, pays for them or not.
+In the embedding, plain writes 49 MiB of zeros and little else. To compile the conv net is to compile three loops over
+blocks of unfolded images as well, which bound its memory.
 
 Freed memory is kept because glibc by itself returns blocks above 32 MiB to the kernel after every call, and to fault
 them in again can take longer than the gradient: 28 MiB and 36 MiB are then far apart. In a program of your own that
