@@ -142,8 +142,9 @@ class PerExampleGrads:
         """‖g_b‖ [B], over all parameters together.
 
         Formula: √Σ_leaves ‖·‖²; of an Outer with T = 1, ‖left_b‖·‖right_b‖. Cost: see `pairs`.
-        Every example is scaled by powers of two on the way, so that nothing overflows or underflows unless the norm
-        itself does. Differentiable; the derivative at a zero gradient is 0.
+        Every example and position is scaled by powers of two on the way, so that nothing overflows or underflows unless
+        the norm itself does; where every position's product is below the smallest normal number their sum may be 0.
+        Differentiable; the derivative at a zero gradient is 0.
         """
         return norms.together([leaf.length(chunk_bytes, precision) for leaf in self._leaves])
 
