@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jaxgrad import _jax
 from jaxgrad.per_example import moves, undone
 from jaxgrad.per_example.undone import Term, Unfolded
-from jaxgrad.per_example.values import FORMED, Broadcast, Plain, Undone, Value, array_of, as_broadcast, is_zero
+from jaxgrad.per_example.values import FORMED, Broadcast, Plain, Undone, Value, array_of, as_broadcast, is_zero, nonempty
 from jaxgrad.per_example.windows import Window
 
 
@@ -174,5 +174,5 @@ def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | Plai
     if term is None:
         return None
     if term.windows or term.held < out.size:
-        return Undone((term,), tuple(out.shape), out.dtype)
+        return Undone(nonempty([term]), tuple(out.shape), out.dtype)
     return Plain(_jax.bind(eqn, [array_of(value) for value in values])[0], FORMED)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +121,9 @@ def zero(shape: Sequence[int], dtype: Any) -> Broadcast:
 
 
 def literal(value: Any, dtype: Any) -> Value:
-    """A number written in the program."""
-    if np.ndim(value) == 0 and isinstance(value, int | float | np.number | np.bool_ | np.ndarray) and not value:
-        return Broadcast(np.asarray(value, dtype), (), (), True)
-    return value
+    """A number written in the program: a Python, NumPy or typed scalar becomes an array of the variable's dtype."""
+    array = np.asarray(value, dtype)
+    return Broadcast(array, (), (), True) if array.ndim == 0 and not array else array
 
 
 def as_broadcast(value: Value) -> Broadcast | None:
@@ -185,7 +184,12 @@ def mapped(
         if result is None:
             return None
         terms += result if isinstance(result, tuple) else (result,)
-    return Undone(tuple(terms), tuple(shape), dtype)
+    return Undone(nonempty(terms), tuple(shape), dtype)
+
+
+def nonempty(terms: Iterable[Term]) -> tuple[Term, ...]:
+    """The terms that have entries: a part of size zero, put into zeros, is zero."""
+    return tuple(term for term in terms if 0 not in term.sizes)
 
 
 def reason_at(eqn: _jax.Equation, why: str) -> Reason:

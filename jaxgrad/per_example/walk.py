@@ -122,6 +122,9 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
             return _scan(eqn, values, wanted, used)
         if eqn.primitive is _jax.cond_p:
             return _cond(eqn, values, wanted, used)
+    if not eqn.outvars:  # it has an effect, and no result
+        _jax.bind(eqn, [array_of(value) for value in values])
+        return []
     taken = operands(eqn)
     if taken and eqn.primitive in KEEPS_ZERO and all(is_zero(values[k]) for k in taken):
         return [zero(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
