@@ -11,7 +11,17 @@ from jaxtyping import Array
 from jaxgrad import _jax
 from jaxgrad.per_example import moves, undone
 from jaxgrad.per_example.undone import Term, Unfolded
-from jaxgrad.per_example.values import FORMED, Broadcast, Plain, Undone, Value, array_of, as_broadcast, is_zero, nonempty
+from jaxgrad.per_example.values import (
+    FORMED,
+    Broadcast,
+    Plain,
+    Undone,
+    Value,
+    array_of,
+    as_broadcast,
+    is_zero,
+    nonempty,
+)
 from jaxgrad.per_example.windows import Window
 
 

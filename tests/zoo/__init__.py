@@ -1,6 +1,18 @@
 """Losses of one example, by topic: what `per_example_grad` has to get right, and where it has to keep factors."""
 
-from zoo import attention, control, convolution, dense, embedding, functions, literals, parts, recurrent, sharing, structure
+from zoo import (
+    attention,
+    control,
+    convolution,
+    dense,
+    embedding,
+    functions,
+    literals,
+    parts,
+    recurrent,
+    sharing,
+    structure,
+)
 from zoo.base import Loss
 
 TOPICS = (dense, attention, embedding, sharing, parts, functions, control, recurrent, convolution, structure, literals)

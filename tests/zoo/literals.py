@@ -38,7 +38,7 @@ def truths_that_are_full(p, x):
 
 @entry({"w": np.float64(1.5), "W": w(9, 7)}, (x(4, 7),), paths("W"))
 def powers_of_a_number(p, x):
-    return p["w"] ** 3 + jnp.sum(jnp.tanh(p["W"] @ x) ** 2) + 2**x[0]
+    return p["w"] ** 3 + jnp.sum(jnp.tanh(p["W"] @ x) ** 2) + 2 ** x[0]
 
 
 @entry({"W": w(9, 7)}, (x(4, 7),), paths("W"))
