@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives
 
@@ -22,6 +23,10 @@ jit_p = primitives.jit_p
 remat_p = primitives.remat_p
 add_any_p = primitives.add_jaxvals_p
 scan_p, cond_p = lax.scan_p, lax.cond_p
+IDENTITIES = (
+    *(lax.copy_p, lax.reduce_precision_p, lax.optimization_barrier_p),
+    *(primitives.sharding_constraint_p, primitives.device_put_p),
+)  # what a value may pass without being changed, each operand by itself
 unstack_p = getattr(lax, "unstack_p", None)  # since JAX 0.10.1
 
 _JAX = os.path.dirname(os.path.abspath(jax.__file__))
@@ -158,3 +163,22 @@ def source_line(eqn: Equation) -> str:
         if not inside.startswith((_JAX + os.sep, _HERE + os.sep)) and not frame.file_name.startswith("<"):
             return f"{frame.file_name}:{frame.line_num}"
     return ""
+
+
+def bind_wide(eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """As `bind`, for values that may be wider than the equation's own; it then rounds to nothing narrower."""
+    avals = [v.aval.dtype for v in eqn.invars]
+    wider = [jnp.result_type(x) for x, dtype in zip(values, avals, strict=True) if jnp.issubdtype(dtype, jnp.inexact)]
+    if wider == [dtype for dtype in avals if jnp.issubdtype(dtype, jnp.inexact)]:
+        return bind(eqn, values)
+    if any(_is_program(p) for p in eqn.params.values()):
+        narrow = bind(eqn, [lax.convert_element_type(x, dtype) for x, dtype in zip(values, avals, strict=True)])
+        return [x.astype(wider[0]) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in narrow]
+    if eqn.primitive is lax.convert_element_type_p:
+        (x,), to = values, eqn.outvars[0].aval.dtype
+        return [x if x.dtype.itemsize > to.itemsize else x.astype(to)]
+    params = dict(eqn.params)
+    if params.get("preferred_element_type") is not None:
+        params["preferred_element_type"] = None
+    results = eqn.primitive.bind(*values, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]

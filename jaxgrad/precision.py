@@ -5,5 +5,9 @@ import jax.numpy as jnp
 
 
 def working_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    """What to compute in for inputs of these floating dtypes: float64 if one of them is, otherwise float32."""
-    return jnp.dtype(jnp.float64 if any(jnp.dtype(d) == jnp.float64 for d in dtypes) else jnp.float32)
+    """What to compute in for these dtypes: float64 if one of them is, otherwise float32; complex if one is."""
+    kinds = [jnp.dtype(d) for d in dtypes]
+    double = any(d in (jnp.float64, jnp.complex128) for d in kinds)
+    if any(jnp.issubdtype(d, jnp.complexfloating) for d in kinds):
+        return jnp.dtype(jnp.complex128 if double else jnp.complex64)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from jaxgrad.per_example.mapped import map_examples_of, of_examples, put_back, taken_out
 from jaxgrad.sharding import devices
 
 T = TypeVar("T")
@@ -45,10 +46,13 @@ def sum_examples(function: Callable[..., T], size: int, *trees: PyTree, spread: 
     cut = _Cut.of(trees, size, spread)
     if cut.blocks <= 1:
         return function(*trees)
-    blocks = jax.tree.map(lambda a: cut.whole(a).swapaxes(0, 1) if cut.spread else cut.whole(a), trees)
+    without, shared = taken_out(trees)
+    blocks = jax.tree.map(lambda a: cut.whole(a).swapaxes(0, 1) if cut.spread else cut.whole(a), without)
     first, others = jax.tree.map(lambda a: a[0], blocks), jax.tree.map(lambda a: a[1:], blocks)
     total, _ = lax.scan(
-        lambda total, block: (jax.tree.map(jnp.add, total, function(*block)), None), function(*first), others
+        lambda total, block: (jax.tree.map(jnp.add, total, function(*put_back(block, shared))), None),
+        function(*put_back(first, shared)),
+        others,
     )
     rest = cut.rest(trees)
     return jax.tree.map(jnp.add, total, function(*rest)) if _count(rest) else total
@@ -85,13 +89,13 @@ class _Cut(NamedTuple):
     def block(self, trees: PyTree, k: Array) -> PyTree:
         """Block k."""
         if not self.spread:
-            return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, k * self.size, self.size), trees)
-        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(self.whole(a), k, 1, keepdims=False), trees)
+            return map_examples_of(lambda a: lax.dynamic_slice_in_dim(a, k * self.size, self.size), trees)
+        return map_examples_of(lambda a: lax.dynamic_index_in_dim(self.whole(a), k, 1, keepdims=False), trees)
 
     def rest(self, trees: PyTree) -> PyTree:
         """What is left over."""
-        return jax.tree.map(lambda a: a[self.blocks * self.size :], trees)
+        return map_examples_of(lambda a: a[self.blocks * self.size :], trees)
 
 
 def _count(trees: PyTree) -> int:
-    return jax.tree.leaves(trees)[0].shape[0]
+    return of_examples(trees)[0].shape[0]

@@ -12,6 +12,7 @@ from jaxgrad.per_example.factors import arrays
 from jaxgrad.per_example.finish import Finished
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.leaf import Leaf
+from jaxgrad.per_example.mapped import of_examples
 from jaxgrad.per_example.pairs import way
 from jaxgrad.per_example.transform import Transformed
 
@@ -170,7 +171,7 @@ def _is_leaf(node: Any) -> bool:
 def _row(path: str, factors: Sequence[Any], finished: Finished) -> Row:
     layout = factors[0].layout
     held = [a for f in factors for a in arrays(f)]
-    B = held[0].shape[0]
+    B = of_examples(factors)[0].shape[0]
     reason = finished.reason
     norm = tuple(way(f, f_) for i, f in enumerate(factors) for f_ in factors[: i + 1])
     return Row(

@@ -10,6 +10,8 @@ parameter's own shape each of them lies. A parameter's gradient is a sum of fact
     Rows(ids [B,T], values [B,T,K])          values added to rows of an [F, K] table: an embedding
     Windows(left, image)                     an Outer whose right side lies in the windows of an image: a convolution
     Dense(value [B, *shape])                 written out: biases, scales, whatever is small
+    Mapped(inputs, shared)                   a map that all examples share, of other factors (`mapped`)
+    Common(number [B], array)                an array that all examples share, times one number of each (`mapped`)
 """
 
 import dataclasses
@@ -26,6 +28,7 @@ from jaxtyping import Array, Float
 
 from jaxgrad.per_example.chunks import map_examples
 from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.mapped import Common, Mapped, Same, map_examples_of, of_examples
 from jaxgrad.per_example.scales import largest, nearest_power, power_of_two, row_sums
 from jaxgrad.per_example.windows import Unfolding
 from jaxgrad.precision import working_dtype
@@ -179,7 +182,7 @@ class Dense:
         return Dense(value, Layout(shape, jnp.dtype(dtype), tuple(range(len(shape))), (1, 1, math.prod(shape))))
 
 
-Factor = Outer | Rows | Windows | Dense
+Factor = Outer | Rows | Windows | Dense | Mapped | Common
 """Any of them."""
 
 
@@ -200,8 +203,14 @@ def accumulator(*factors: Factor) -> jnp.dtype:
 
 
 def wide(f: Factor, dtype: jnp.dtype) -> Factor:
-    """The factor with its floating arrays in `dtype`."""
-    return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, f)
+    """The factor with its floating arrays in `dtype`, complex ones in the complex dtype that it is half of."""
+
+    def one(a: Array) -> Array:
+        if jnp.issubdtype(a.dtype, jnp.complexfloating):
+            return a.astype(working_dtype(dtype, jnp.complex64))
+        return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    return jax.tree.map(one, f)
 
 
 def scale(f: Factor, c: Any) -> Factor:
@@ -219,13 +228,17 @@ def scale(f: Factor, c: Any) -> Factor:
             return dataclasses.replace(f, left=_examples(c, left) * left)
         case Windows(_, image, _, _):
             return dataclasses.replace(f, image=_examples(c, image) * image)
+        case Common(number):
+            return dataclasses.replace(f, number=c * number)
+        case Mapped(inputs):
+            return dataclasses.replace(f, inputs=tuple(tuple(scale(part, c) for part in parts) for parts in inputs))
         case Dense(value, layout):
             return Dense(_examples(c, value) * value, layout)
 
 
 def where(f: Factor, mask: Float[Array, " B"] | Array) -> Factor:
     """Zero in every array of the examples where the mask is False, whatever was there."""
-    return jax.tree.map(lambda a: jnp.where(_examples(mask, a), a, jnp.zeros_like(a)), f)
+    return map_examples_of(lambda a: jnp.where(_examples(mask, a), a, jnp.zeros_like(a)), f)
 
 
 def _examples(c: Array, like: Array) -> Array:
@@ -251,6 +264,11 @@ def written_out(f: Factor, precision: Precision = None) -> Array:
             return rows.layout.from_matrix(jax.vmap(table)(*rows.valid())[:, None])
         case Windows() as windows:
             return map_examples(lambda w: written_out(w.unfolded(), precision), windows.at_once, windows)
+        case Common(number, array):
+            return _examples(number, array.value[None]) * array.value[None]
+        case Mapped(inputs) as mapped:
+            whole = [added([written_out(part, precision) for part in parts]) for parts in inputs]
+            return jax.vmap(lambda xs: mapped.apply(xs))([a.astype(acc) for a in whole]).astype(acc)
         case Dense(value, _):
             return value
 
@@ -264,6 +282,11 @@ def dot(f: Factor, V: Array, precision: Precision = None) -> Float[Array, " B"]:
     f = wide(f, acc)
     if isinstance(f, Windows):
         return map_examples(lambda w: dot(w.unfolded(), V, precision), f.at_once, f)
+    if isinstance(f, Common):
+        return f.number * jnp.vdot(f.array.value, V.astype(acc), precision=precision)
+    if isinstance(f, Mapped):
+        pairs = zip(f.inputs, f.back(V.astype(acc)), strict=True)
+        return added([dot(part, v, precision) for parts, v in pairs for part in parts])
     V = f.layout.to_matrix(V.astype(acc))
     match f:
         case Outer(left, right, layout) if layout.matrix[1] <= layout.matrix[2]:
@@ -309,6 +332,11 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
             return rows.layout.from_matrix(table.at[ids.ravel()].add(values.reshape(ids.size, values.shape[2]))[None])
         case Windows(left, image, unfolding, layout):
             return layout.from_matrix(unfolding.summed(left, image, precision))
+        case Common(number, array):
+            return number.sum() * array.value
+        case Mapped(inputs) as mapped:
+            totals = [added([weighted_sum(part, None, precision) for part in parts]) for parts in inputs]
+            return mapped.apply([a.astype(acc) for a in totals]).astype(acc)
         case Dense(value, _):
             return value.sum(0)
 
@@ -343,6 +371,12 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
             sides = [jnp.abs(lax.stop_gradient(a)).max(tuple(range(1, a.ndim)), initial=0) for a in (left, image)]
             (left, a), (image, b) = scaled(left, sides[0]), scaled(image, sides[1])
             return dataclasses.replace(f, left=left, image=image), a * b
+        case Common(number, array, layout):
+            number, unit = scaled(number, jnp.abs(lax.stop_gradient(number)))
+            most = jnp.abs(lax.stop_gradient(array.value)).max(initial=0)
+            return Common(number, Same(array.value / power_of_two(most)), layout), unit * nearest_power(most)
+        case Mapped():
+            return f, jnp.ones_like(of_examples(f)[0], accumulator(f), shape=of_examples(f)[0].shape[:1])
         case Dense(value, layout):
             value, unit = scaled(value, largest(value))
             return Dense(value, layout), unit

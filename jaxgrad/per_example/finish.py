@@ -15,8 +15,21 @@ from jaxtyping import Array
 
 from jaxgrad.per_example.factors import Dense, Factor, Outer, Rows, Windows, added, written_out
 from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.mapped import Common, Mapped, Same
+from jaxgrad.per_example.maps import Map, Node, inputs_of
 from jaxgrad.per_example.undone import Box, Reason, Term
-from jaxgrad.per_example.values import FORMED, Broadcast, Plain, Undone, Value, array_of, is_zero, spread
+from jaxgrad.per_example.values import (
+    FORMED,
+    Broadcast,
+    Plain,
+    Shared,
+    Undone,
+    Value,
+    array_of,
+    is_zero,
+    spread,
+    times_shared,
+)
 from jaxgrad.per_example.windows import Unfolding
 from jaxgrad.precision import working_dtype
 
@@ -45,13 +58,16 @@ def finish(value: Value, shape: tuple[int, ...], dtype: Any) -> Finished:
         return Finished((_nothing(shape, dtype),), "unused", None)
     if isinstance(value, Broadcast):
         value = spread(value, dtype) or value
-    if isinstance(value, Undone) and value.held < size:
-        factors = _merged([_factor(term, shape, dtype) for term in value.terms])
+    if isinstance(value, Shared) and matrix:
+        value = times_shared(jnp.ones((), value.array.dtype), value.array)
+    if isinstance(value, Undone) and value.held < size and (matrix or not value.maps):
+        factors = _factors(value.terms, shape, dtype) + _behind_maps(value.maps, shape, dtype)
         direct = matrix and value.reason not in (None, FORMED)
         return Finished(factors, "direct" if direct else "factored", value.reason if direct else None)
     if isinstance(value, Undone) and value.has_windows:  # carried out for several examples at once: `settled`
         others = [term for term in value.terms if not term.windows]
         factors = tuple(_factor(term, shape, dtype) for term in value.terms if term.windows)
+        factors += _behind_maps(value.maps, shape, dtype)
         factors += (_dense(array_of(Undone(tuple(others), shape, dtype)), shape, dtype),) if others else ()
         return Finished(factors, "formed" if value.reason in (None, FORMED) else "direct", value.reason)
     reason = value.reason if isinstance(value, Plain | Undone) else None
@@ -61,15 +77,55 @@ def finish(value: Value, shape: tuple[int, ...], dtype: Any) -> Finished:
 
 def settled(factors: tuple[Factor, ...], finished: Finished) -> tuple[Factor, ...]:
     """The factors of a batch: convolutions that are smaller so are carried out, a few examples at a time."""
-    if finished.how == "factored" or not any(isinstance(f, Windows) for f in factors):
+    if finished.how == "factored" or not any(_has_windows(f) for f in factors):
         return factors
     return (Dense.of(added([written_out(f) for f in factors]), factors[0].layout.dtype),)
 
 
+def _has_windows(f: Factor) -> bool:
+    if isinstance(f, Mapped):
+        return any(_has_windows(part) for factors in f.inputs for part in factors)
+    return isinstance(f, Windows)
+
+
+def _factors(terms: Sequence[Term], shape: tuple[int, ...], dtype: Any) -> tuple[Factor, ...]:
+    return _merged([_factor(term, shape, dtype) for term in terms])
+
+
+def _behind_maps(nodes: Sequence[Node], shape: tuple[int, ...], dtype: Any) -> tuple[Factor, ...]:
+    """A factor for each number that an array is multiplied with, and one for all maps of something larger."""
+    numbers: dict[int, list[Node]] = {}
+    larger: list[Node] = []
+    for node in nodes:
+        inputs = inputs_of([node])
+        if len(inputs) == 1 and not isinstance(inputs[0].value, Undone) and inputs[0].value.size == 1:
+            numbers.setdefault(id(inputs[0].value), []).append(node)
+        else:
+            larger.append(node)
+    layout = _layout(shape, dtype)
+    factors: list[Factor] = []
+    for same in numbers.values():
+        function, (number,), shared = Map.of(same)
+        array = function([jnp.ones_like(number.value, shape=number.value.shape)], shared)
+        factors.append(Common(number.value.reshape(()), Same(array), layout))
+    if larger:
+        function, inputs, shared = Map.of(larger)
+        shapes = tuple((tuple(x.value.shape), jnp.dtype(x.value.dtype)) for x in inputs)
+        parts = tuple(
+            _factors(x.value.terms, *like) if isinstance(x.value, Undone) else (_dense(x.value, *like),)
+            for x, like in zip(inputs, shapes, strict=True)
+        )
+        factors.append(Mapped(parts, Same(tuple(jnp.asarray(a) for a in shared)), function, shapes, layout))
+    return tuple(factors)
+
+
 def _dense(array: Any, shape: tuple[int, ...], dtype: Any) -> Dense:
     """Of one example."""
-    layout = Layout(shape, jnp.dtype(dtype), tuple(range(len(shape))), (1, 1, math.prod(shape)))
-    return Dense(jnp.asarray(array), layout)
+    return Dense(jnp.asarray(array), _layout(shape, dtype))
+
+
+def _layout(shape: tuple[int, ...], dtype: Any) -> Layout:
+    return Layout(shape, jnp.dtype(dtype), tuple(range(len(shape))), (1, 1, math.prod(shape)))
 
 
 def _nothing(shape: tuple[int, ...], dtype: Any) -> Factor:

@@ -11,6 +11,7 @@ from jaxgrad.per_example import factors, norms
 from jaxgrad.per_example.chunks import CHUNK_BYTES
 from jaxgrad.per_example.factors import Factor, Precision, added
 from jaxgrad.per_example.leaf import Leaf, concatenated
+from jaxgrad.per_example.mapped import map_examples_of, of_examples
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -44,7 +45,7 @@ class PerExampleGrads:
         if strange or not leaves:
             where = f"something else at tree{strange[0]}" if strange else "none"
             raise TypeError(f"PerExampleGrads: expected a tree of tuples of factors, got {where}.")
-        sizes = {a.shape[0] for _, leaf in leaves for f in leaf for a in factors.arrays(f)}
+        sizes = {a.shape[0] for _, leaf in leaves for f in leaf for a in of_examples(f)}
         if len(sizes) != 1:
             raise ValueError(f"PerExampleGrads: expected one number of examples in every factor, got {sorted(sizes)}.")
         for path, leaf in leaves:
@@ -274,7 +275,7 @@ class PerExampleGrads:
     def __getitem__(self, index: Any) -> "PerExampleGrads":
         """A subset of the examples: a slice, or an integer or boolean array."""
         if isinstance(index, slice):
-            return jax.tree.map(lambda a: a[index], self)
+            return map_examples_of(lambda a: a[index], self)
         try:
             chosen = jnp.asarray(index)
         except TypeError:
@@ -288,7 +289,7 @@ class PerExampleGrads:
                 f"PerExampleGrads[...]: expected a slice or a one-dimensional array of integers or booleans, "
                 f"got {index!r}. For one example take g[i : i + 1]; for one parameter g.factors or g.materialize()."
             )
-        return jax.tree.map(lambda a: a[chosen], self)
+        return map_examples_of(lambda a: a[chosen], self)
 
     @staticmethod
     def concatenate(parts: Sequence["PerExampleGrads"]) -> "PerExampleGrads":

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxgrad.per_example import factors, moments, norms, pairs
 from jaxgrad.per_example.factors import Dense, Factor, Outer, Precision, Rows, Windows, added
 from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.mapped import of_examples
 from jaxgrad.precision import working_dtype
 
 
@@ -32,7 +33,7 @@ class Leaf:
     @staticmethod
     def of(parts: tuple[Factor, ...]) -> "Leaf":
         """With weight 1."""
-        return Leaf(parts, jnp.ones(factors.arrays(parts[0])[0].shape[0], factors.accumulator(*parts)))
+        return Leaf(parts, jnp.ones(of_examples(parts[0])[0].shape[0], factors.accumulator(*parts)))
 
     @property
     def layout(self) -> Layout:

@@ -155,3 +155,42 @@ def embedded(term: Term, dim: int, start: Array, full: int, mode: str) -> Term |
         dims = term.dims
     box = tuple((0, 1, full) if k == dim else p for k, p in enumerate(place))
     return replace(dataclasses.replace(term, **changes, dims=dims, box=None), box=box)
+
+
+def contracted_with(term: Term, C: Array, dims: Sequence[int]) -> Array:
+    """Σ over axes of the result of the product times C, entry by entry; of a product that is the whole."""
+    work = working_dtype(term.left.dtype, term.right.dtype, C.dtype)
+    sides = [term.left, term.left_labels, term.right, term.right_labels]
+    sides += [C.reshape([term.size_of(label) for label in term.out]), term.out]
+    kept = [k for k in range(len(term.dims)) if k not in dims]
+    out = [label for k in kept for label in term.dims[k]]
+    arrays = [a.astype(work) if k % 2 == 0 else list(a) for k, a in enumerate(sides)]
+    value = jnp.einsum(*arrays, out, optimize="optimal", precision=term.precision)
+    return value.reshape([term.sizes[k] for k in kept])
+
+
+def real(term: Term) -> tuple[Term, ...]:
+    """The real part of a product of complex operands: Re·Re - Im·Im."""
+    (a, b), (c, d) = _parts(term)
+    return tuple(replace(term, left=x, right=y) for x, y in ((a, c), (_minus(b), d)) if x is not None and y is not None)
+
+
+def imag(term: Term) -> tuple[Term, ...]:
+    """The imaginary part: Re·Im + Im·Re."""
+    (a, b), (c, d) = _parts(term)
+    return tuple(replace(term, left=x, right=y) for x, y in ((a, d), (b, c)) if x is not None and y is not None)
+
+
+def _parts(term: Term) -> list[tuple[Array, Array | None]]:
+    """(real, imaginary) of both operands, None for one that is real."""
+    complex_ = [jnp.issubdtype(a.dtype, jnp.complexfloating) for a in (term.left, term.right)]
+    return [(a.real, a.imag) if c else (a, None) for a, c in zip((term.left, term.right), complex_, strict=True)]
+
+
+def _minus(a: Array | None) -> Array | None:
+    return None if a is None else -a
+
+
+def conjugate(term: Term) -> Term:
+    """Both operands conjugated."""
+    return replace(term, left=term.left if term.row is not None else jnp.conj(term.left), right=jnp.conj(term.right))

@@ -1,6 +1,5 @@
 """Second moments of one parameter's gradients, element by element."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -16,6 +15,7 @@ from jaxgrad.per_example.factors import (
     wide,
     written_out,
 )
+from jaxgrad.per_example.mapped import of_examples
 from jaxgrad.sharding import replicated
 
 Factors = tuple[Factor, ...]
@@ -100,4 +100,4 @@ def _sum_of_squares(leaf: Factors, mean: Array | None, chunk_bytes: int, precisi
 
 
 def _count(leaf: Factors) -> int:
-    return jax.tree.leaves(leaf)[0].shape[0]
+    return of_examples(leaf)[0].shape[0]

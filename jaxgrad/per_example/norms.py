@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad.per_example import pairs
-from jaxgrad.per_example.chunks import map_examples
+from jaxgrad.per_example.chunks import chunk_size, map_examples
 from jaxgrad.per_example.factors import (
     Dense,
     Factor,
@@ -24,7 +24,10 @@ from jaxgrad.per_example.factors import (
     is_nothing,
     scale,
     scaled_by_power_of_two,
+    wide,
+    written_out,
 )
+from jaxgrad.per_example.mapped import Common, Mapped, of_examples
 from jaxgrad.per_example.scales import compact, largest, power_of_two, row_sums
 from jaxgrad.precision import working_dtype
 
@@ -72,7 +75,21 @@ def length(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Leng
         case (Windows() as f,):
             norms = map_examples(lambda w: _of_sum((w,), chunk_bytes, precision).norm, f.at_once, f)
             return Length(jnp.ones_like(norms), norms)
+    if any(isinstance(f, Mapped) for f in leaf):
+        return _of_written_out(leaf, chunk_bytes, precision)
     return _of_sum(leaf, chunk_bytes, precision)
+
+
+def _of_written_out(leaf: Factors, chunk_bytes: int, precision: Precision) -> Length:
+    """By what is written out, a few examples at a time."""
+    acc = accumulator(*leaf)
+
+    def norm(*leaf: Factor) -> Array:
+        return _of_vectors(added([written_out(f, precision) for f in leaf]), acc).norm
+
+    layout, B = leaf[0].layout, of_examples(leaf)[0].shape[0]
+    norms = map_examples(norm, chunk_size(2 * layout.size * acc.itemsize, chunk_bytes, B), *leaf)
+    return Length(jnp.ones_like(norms), norms)
 
 
 def _of_sum(leaf: Factors, chunk_bytes: int, precision: Precision) -> Length:
@@ -122,6 +139,11 @@ def _magnitude(f: Factor, dtype: jnp.dtype) -> Array:
             return math.sqrt(places) * _product(_of_vectors(left, dtype).norm, _of_vectors(image, dtype).norm)
         case Dense(value, _):
             return _of_vectors(value, dtype).norm
+        case Common(number, array):
+            return _product(jnp.abs(number.astype(dtype)), _of_vectors(array.value[None], dtype).norm)
+        case Mapped(inputs):
+            sizes = [_magnitude(part, dtype) for parts in inputs for part in parts]
+            return wide(f, dtype).norm(dtype) * root_sum_of_squares(sizes)
 
 
 def _of_vectors(a: Array, dtype: jax.typing.DTypeLike) -> Length:

@@ -30,10 +30,12 @@ from jaxgrad.per_example.factors import (
     Rows,
     Windows,
     accumulator,
+    dot,
     wide,
     written_out,
 )
 from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.mapped import Common, Mapped, of_examples
 from jaxgrad.per_example.scales import row_sums
 from jaxgrad.sharding import every_example
 
@@ -44,6 +46,8 @@ def inner(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) 
     f, f_ = _ordered(wide(f, acc), wide(f_, acc))
     if f.layout.disjoint(f_.layout):
         return jnp.zeros(_count(f), acc)
+    if isinstance(f_, Common):
+        return f_.number * dot(f, f_.array.value, precision)
     if isinstance(f_, Windows):
         at_once = min(w.at_once for w in (f, f_) if isinstance(w, Windows))
         return map_examples(lambda f, f_: inner(_unfolded(f), _unfolded(f_), chunk_bytes, precision), at_once, f, f_)
@@ -70,6 +74,8 @@ def gram(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -
     first, _ = _ordered(f, f_)
     if first is not f:
         return gram(f_, f, chunk_bytes, precision).T
+    if isinstance(f_, Common):
+        return dot(f, f_.array.value, precision)[:, None] * every_example(f_.number)[None, :]
     if isinstance(f, Windows) and isinstance(f_, Windows) and _smaller_unfolded(f) and _smaller_unfolded(f_):
         return gram(f.unfolded(), f_.unfolded(), chunk_bytes, precision)
     f, f_ = _in_matrix_order(f, every_example(f_))  # the factors travel, never what they stand for
@@ -97,6 +103,10 @@ def way(f: Factor, f_: Factor) -> str:
     if f.layout.disjoint(f_.layout):
         return "apart"
     match f, f_:
+        case _, Common():
+            return "direction"
+        case Mapped(), _:
+            return "map"
         case Outer(), Outer() if _same_matrix(f, f_) and _inner_through_positions(f, f_):
             return "sides" if f.left.shape[2] == f_.left.shape[2] == 1 else "positions"
         case Rows(), Rows() if f.layout.same_place(f_.layout) and _rows_through_positions(f, f_):
@@ -112,12 +122,12 @@ def way(f: Factor, f_: Factor) -> str:
 
 
 def _count(f: Factor) -> int:
-    return jax.tree.leaves(f)[0].shape[0]
+    return of_examples(f)[0].shape[0]
 
 
 def _ordered(f: Factor, f_: Factor) -> tuple[Factor, Factor]:
-    """Dense before Rows before Outer before Windows, so that each pair of kinds has one place."""
-    rank = {Dense: 0, Rows: 1, Outer: 2, Windows: 3}
+    """Mapped before Dense before Rows before Outer before Windows before Common: each pair of kinds has one place."""
+    rank = {Mapped: 0, Dense: 1, Rows: 2, Outer: 3, Windows: 4, Common: 5}
     return (f, f_) if rank[type(f)] <= rank[type(f_)] else (f_, f)
 
 
@@ -138,7 +148,7 @@ def _same_matrix(f: Outer, f_: Outer) -> bool:
 
 def _in_matrix_order(f: Factor, f_: Factor) -> tuple[Factor, Factor]:
     """Two factors that lie alike, as factors of a parameter that is [G, F, K] itself: nothing is moved or padded."""
-    if isinstance(f, Dense) or isinstance(f_, Dense) or not f.layout.same_place(f_.layout):
+    if isinstance(f, Dense | Mapped) or isinstance(f_, Dense | Mapped) or not f.layout.same_place(f_.layout):
         return f, f_
     layout = Layout(f.layout.matrix, f.layout.dtype, (0, 1, 2), f.layout.matrix)
     return dataclasses.replace(f, layout=layout), dataclasses.replace(f_, layout=layout)

@@ -178,7 +178,7 @@ PRODUCTS: dict[Any, Callable[[_jax.Equation, Sequence[Value]], Term | None]] = {
 def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | Plain | None:
     """The equation's result as a product, or formed if that is the smaller thing; None if it is neither."""
     make, out = PRODUCTS.get(eqn.primitive), eqn.outvars[0].aval
-    if make is None or out.size == 0 or not jnp.issubdtype(out.dtype, jnp.floating):
+    if make is None or out.size == 0 or not jnp.issubdtype(out.dtype, jnp.inexact):
         return None
     term = make(eqn, values)
     if term is None:

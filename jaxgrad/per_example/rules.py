@@ -3,6 +3,7 @@
 Rules are keyed by the primitive object. A primitive that is not here is evaluated, never guessed.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxgrad import _jax
-from jaxgrad.per_example import linear, moves, undone
+from jaxgrad.per_example import linear, moves, through, undone
 from jaxgrad.per_example.undone import Term
 from jaxgrad.per_example.values import (
     Broadcast,
@@ -69,7 +70,8 @@ def _broadcast(eqn: _jax.Equation, term: Term) -> Term | None:
 
 def _cast(eqn: _jax.Equation, term: Term) -> Term | None:
     """Nothing is rounded: the operands keep their digits."""
-    return term if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating) else None
+    before, after = (jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (eqn.invars[0], eqn.outvars[0]))
+    return term if before == after and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact) else None
 
 
 def _pad(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
@@ -140,6 +142,14 @@ def _add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     if any(v.aval.shape != eqn.outvars[0].aval.shape for v in eqn.invars):
         return None
     return [added(*values)]
+
+
+def _sub(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    first, second = values
+    if not isinstance(second, Undone) or any(v.aval.shape != eqn.outvars[0].aval.shape for v in eqn.invars):
+        return None
+    negative = _each(eqn, second, lambda term: linear.on_smaller(term, lax.neg), on_windows=True)
+    return None if negative is None else [added(first, negative)]
 
 
 def _scaled(term: Term, other: Broadcast, operation: Callable[[Any, Any], Any]) -> Term | None:
@@ -280,7 +290,10 @@ RULES: dict[_jax.Primitive, Rule] = {
     lax.squeeze_p: _on_first(_reshape),
     lax.broadcast_in_dim_p: _on_first(_broadcast),
     lax.convert_element_type_p: _on_first(_cast, on_windows=True),
-    lax.copy_p: _on_first(lambda eqn, term: term, on_windows=True),
+    **dict.fromkeys(_jax.IDENTITIES, lambda eqn, values: list(values)),
+    lax.real_p: _on_first(lambda eqn, term: linear.real(term), on_windows=True),
+    lax.imag_p: _on_first(lambda eqn, term: linear.imag(term), on_windows=True),
+    lax.conj_p: _on_first(lambda eqn, term: linear.conjugate(term), on_windows=True),
     lax.neg_p: _on_first(lambda eqn, term: linear.on_smaller(term, lax.neg), on_windows=True),
     lax.reduce_sum_p: _on_first(lambda eqn, term: linear.sums(term, _axes(eqn, "axes"))),
     lax.rev_p: _on_first(lambda eqn, term: moves.reverse(term, _axes(eqn, "dimensions"))),
@@ -291,6 +304,7 @@ RULES: dict[_jax.Primitive, Rule] = {
     lax.concatenate_p: _concatenate,
     _jax.add_any_p: _add,
     lax.add_p: _add,
+    lax.sub_p: _sub,
     lax.mul_p: _mul,
     lax.div_p: _div,
     lax.select_n_p: _select,
@@ -304,6 +318,8 @@ _OPERANDS: dict[_jax.Primitive, Callable[[int], range]] = {
     lax.concatenate_p: range,
     _jax.add_any_p: range,
     lax.add_p: range,
+    lax.sub_p: range,
+    **dict.fromkeys(_jax.IDENTITIES, range),
     lax.mul_p: range,
     lax.dot_general_p: range,
     lax.select_n_p: lambda n: range(1, n),
@@ -315,8 +331,28 @@ _OPERANDS: dict[_jax.Primitive, Callable[[int], range]] = {
 KEEPS_ZERO = frozenset(RULES) - {lax.mul_p, lax.div_p, lax.dot_general_p, lax.dynamic_update_slice_p, lax.scatter_add_p}
 
 
-def operands(eqn: _jax.Equation) -> range:
-    """The operands of an equation that its rule takes as undone products."""
+def operands(eqn: _jax.Equation) -> Sequence[int]:
+    """The operands of an equation that may stand for undone products."""
     if eqn.primitive not in RULES:
-        return range(0)
+        return through.operands(eqn)
     return _OPERANDS.get(eqn.primitive, lambda n: range(1))(len(eqn.invars))
+
+
+def behind(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    """The equation done to the undone products among its operands: by rule, or as a map that all examples share.
+
+    It is linear in them, so that products and maps in a sum are treated one after the other.
+    """
+    rule = RULES.get(eqn.primitive)
+    if not any(isinstance(value, Undone) and value.maps for value in values):
+        results = None if rule is None else rule(eqn, values)
+        return through.through(eqn, values) if results is None else results
+    if eqn.primitive in (lax.add_p, _jax.add_any_p):
+        return [added(*values)]
+    products = [dataclasses.replace(v, maps=(), as_written=None) if isinstance(v, Undone) else v for v in values]
+    maps = [dataclasses.replace(v, terms=(), as_written=None) if isinstance(v, Undone) else v for v in values]
+    results = through.through(eqn, maps)
+    if results is None or all(is_zero(value) for value in products if isinstance(value, Undone)):
+        return results
+    others = behind(eqn, products)
+    return None if others is None else [added(a, b) for a, b in zip(others, results, strict=True)]

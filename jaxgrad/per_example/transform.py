@@ -11,6 +11,8 @@ from jaxgrad import _jax
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
 from jaxgrad.per_example.finish import Finished, finish, settled
 from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.mapped import put_back, taken_out
+from jaxgrad.per_example.values import Shared
 from jaxgrad.per_example.walk import evaluate
 
 
@@ -127,7 +129,7 @@ class Transformed:
         finished: list[Finished] = []
 
         def one(examples: Sequence[Any]) -> Any:
-            leaves = [*arguments.params, *examples]
+            leaves = [*map(Shared, arguments.params), *examples]
             n = len(program.jaxpr.outvars)
             wanted = [k >= n - count for k in range(n)]
             results = evaluate(program, leaves, wanted, [True] * n)
@@ -135,9 +137,11 @@ class Transformed:
                 finish(value, jnp.shape(p), jnp.result_type(p))
                 for value, p in zip(results[n - count :], arguments.params, strict=True)
             ]
-            return results[: n - count], [f.factors for f in finished]
+            return results[: n - count], *taken_out([f.factors for f in finished])
 
-        others, parts = jax.vmap(one, in_axes=(arguments.axes,), axis_size=arguments.batch_size)(arguments.batch)
+        over_examples = jax.vmap(one, (arguments.axes,), (0, 0, None), axis_size=arguments.batch_size)
+        others, parts, shared = over_examples(arguments.batch)
+        parts = put_back(parts, shared)
         parts = [settled(factors, f) for factors, f in zip(parts, finished, strict=True)]
         if self.strict:
             self._refuse_direct(arguments, finished)

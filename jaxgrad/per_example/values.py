@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,10 +13,16 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
+from jaxgrad.per_example.maps import Call, Input, Map, Node, Result, inputs_of
 from jaxgrad.per_example.undone import Reason, Term, carried_out, form, product, replace, unfolded
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("terms",), meta_fields=("shape", "dtype"))
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("terms",),
+    meta_fields=("shape", "dtype"),
+    drop_fields=("maps", "as_written"),
+)
 @dataclass(frozen=True)
 class Undone:
     """A sum of products that are not carried out; zero if there is none.
@@ -24,16 +30,27 @@ class Undone:
     Attributes:
         terms: the products, each of this shape.
         shape, dtype: of the variable.
+        maps: what else is in the sum: linear maps, that no example changes, of products or small arrays. They are
+            carried out before a value leaves a loop or a branch.
+        as_written: the sum as the program has it, equation by equation; None where that is not at hand.
     """
 
     terms: tuple[Term, ...]
     shape: tuple[int, ...]
     dtype: jnp.dtype
+    maps: tuple[Node, ...] = ()
+    as_written: Callable[[], Array] | None = field(default=None, compare=False)
+
+    @property
+    def inputs(self) -> list[Any]:
+        """What the maps are applied to."""
+        return [x.value for x in inputs_of(self.maps)]
 
     @property
     def held(self) -> int:
         """How many numbers the operands are."""
-        return sum(term.held for term in self.terms)
+        behind = sum(x.held if isinstance(x, Undone) else x.size for x in self.inputs)
+        return sum(term.held for term in self.terms) + behind
 
     @property
     def size(self) -> int:
@@ -43,7 +60,9 @@ class Undone:
     @property
     def has_windows(self) -> bool:
         """Whether there is a convolution among them: whether that is smaller carried out is decided at the end."""
-        return any(term.windows for term in self.terms)
+        return any(term.windows for term in self.terms) or any(
+            isinstance(x, Undone) and x.has_windows for x in self.inputs
+        )
 
     @property
     def reason(self) -> Reason | None:
@@ -60,12 +79,14 @@ class Broadcast:
         dims: the axis of the result that each axis of source is.
         shape: of the result.
         zero: whether the program writes a zero there.
+        shared: whether it is the same for all examples.
     """
 
     source: Any
     dims: tuple[int, ...]
     shape: tuple[int, ...]
     zero: bool = False
+    shared: bool = False
 
     @property
     def varies(self) -> tuple[int, ...]:
@@ -86,6 +107,13 @@ class Plain:
     reason: Reason
 
 
+@dataclass(frozen=True)
+class Shared:
+    """An array that all examples share: it was computed from the parameters and from what they share."""
+
+    array: Any
+
+
 FORMED = Reason("", "", "the product is smaller than its operands")
 """The reason of a product that was carried out because it is smaller so: no direct route."""
 
@@ -95,24 +123,40 @@ Value = Any  # an Array, Undone, Broadcast or Plain
 def array_of(value: Value) -> Any:
     """The array, whatever it takes; a number that the program writes as it stands there."""
     match value:
-        case Undone(terms, shape, dtype):
-            total = None
-            for term in terms:
-                part = form(term, dtype)
-                total = part if total is None else total + part
-            return jnp.zeros(shape, dtype) if total is None else total
+        case Undone(as_written=function) if function is not None:
+            return function()
+        case Undone(terms, shape, dtype, maps):
+            parts = [form(term, dtype) for term in terms]
+            if maps:
+                function, inputs, shared = Map.of(maps)
+                parts.append(function([array_of(x.value) for x in inputs], shared).astype(dtype))
+            return functools.reduce(jnp.add, parts) if parts else jnp.zeros(shape, dtype)
         case Broadcast(source, dims, shape, _):
             if source.shape == shape:
                 return source
             return lax.broadcast_in_dim(source, shape, dims)
-        case Plain(array, _):
+        case Plain(array) | Shared(array):
             return array
     return value
 
 
+def is_shared(value: Value) -> bool:
+    """Whether it is the same for all examples. Numbers and constants in the program are."""
+    if isinstance(value, Broadcast):
+        return value.zero or value.shared
+    return isinstance(value, Shared | np.ndarray | np.generic)
+
+
+def settled(value: Value) -> Value:
+    """What may leave a loop or a branch: products as they are, maps carried out."""
+    return array_of(value) if isinstance(value, Undone) and value.maps else value
+
+
 def is_zero(value: Value) -> bool:
     """Whether the program says that it is zero everywhere."""
-    return (isinstance(value, Broadcast) and value.zero) or (isinstance(value, Undone) and not value.terms)
+    if isinstance(value, Broadcast):
+        return value.zero
+    return isinstance(value, Undone) and not value.terms and not value.maps
 
 
 def zero(shape: Sequence[int], dtype: Any) -> Broadcast:
@@ -155,7 +199,7 @@ def added(value: Value, other: Value) -> Value:
     if is_zero(other):
         return value
     first, second = (v if isinstance(v, Undone) else _as_undone(v) for v in (value, other))
-    return Undone((*first.terms, *second.terms), first.shape, first.dtype)
+    return Undone((*first.terms, *second.terms), first.shape, first.dtype, (*first.maps, *second.maps))
 
 
 def _as_undone(value: Value) -> Undone:
@@ -163,11 +207,20 @@ def _as_undone(value: Value) -> Undone:
         repeated = spread(value, value.source.dtype)
         if repeated is not None:
             return repeated
+    if isinstance(value, Shared):
+        return times_shared(jnp.ones((), value.array.dtype), value.array)
     array = array_of(value)
     reason = (
         value.reason if isinstance(value, Plain) else Reason("add_any", "", "added to something that is no product")
     )
     return Undone((carried_out(array, reason),), tuple(array.shape), array.dtype)
+
+
+def times_shared(number: Array, array: Array) -> Undone:
+    """A number of each example times an array that all share."""
+    ones = [1] * array.ndim
+    call = Call(lambda arrays: [arrays[0].reshape(ones) * arrays[1]], "times", (Input(number), array))
+    return Undone((), tuple(array.shape), array.dtype, (Result(call, 0),))
 
 
 def mapped(

@@ -6,30 +6,36 @@ whatever has no rule is evaluated as it stands. Programs within the program (jit
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example import undone
+from jaxgrad.per_example import through, undone
 from jaxgrad.per_example.products import undone_product
-from jaxgrad.per_example.rules import KEEPS_ZERO, RULES, operands
+from jaxgrad.per_example.rules import KEEPS_ZERO, behind, operands
 from jaxgrad.per_example.undone import Term
 from jaxgrad.per_example.values import (
     FORMED,
     Broadcast,
     Plain,
+    Shared,
     Undone,
     Value,
     added,
     array_of,
     as_broadcast,
+    is_shared,
     is_zero,
     literal,
     reason_at,
+    settled,
     zero,
 )
 
@@ -97,7 +103,7 @@ def evaluate(
     """
     jaxpr = program.jaxpr
     found = tail(jaxpr, wanted, used)
-    known: dict[Any, Value] = dict(zip(jaxpr.constvars, program.consts, strict=True))
+    known: dict[Any, Value] = dict(zip(jaxpr.constvars, map(Shared, program.consts), strict=True))
     known |= dict(zip(jaxpr.invars, values, strict=True))
 
     def read(v: Any) -> Value:
@@ -128,28 +134,46 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
     taken = operands(eqn)
     if taken and eqn.primitive in KEEPS_ZERO and all(is_zero(values[k]) for k in taken):
         return [zero(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+
+    @functools.cache
+    def as_written() -> list[Any]:
+        return _jax.bind(eqn, [array_of(value) for value in values])
+
+    def kept(results: Sequence[Value]) -> list[Value]:
+        return [_smaller(result, lambda k=k: as_written()[k]) for k, result in enumerate(results)]
+
     if any(isinstance(value, Undone) for value in values):
-        results = RULES[eqn.primitive](eqn, values) if eqn.primitive in RULES else None
+        results = behind(eqn, values)
         if results is not None:
-            return [_settled(result) for result in results]
-    if all(wanted):
-        settled = [Plain(array_of(v), _refused(eqn, v)) if isinstance(v, Undone) else v for v in values]
-        product = undone_product(eqn, settled)
+            return kept(results)
+    shared = not eqn.effects and all(is_shared(value) for value in values)
+    if all(wanted) and not shared:
+        product = undone_product(
+            eqn, [Plain(array_of(v), _refused(eqn, v)) if isinstance(v, Undone) else v for v in values]
+        )
         if product is not None:
-            return [product]
+            return kept([product])
     repeated = _repeated(eqn, values)
     if repeated is not None:
         return [repeated]
-    arrays = _jax.bind(eqn, [array_of(value) for value in values])
+    if all(wanted) and not shared:
+        results = through.scaled(eqn, values)
+        if results is not None:
+            return kept(results)
+    if shared:
+        return [Shared(a) for a in as_written()]
     if not any(wanted):
-        return arrays
-    reason = _inherited(eqn, [values[k] for k in taken])
-    return [Plain(a, reason) if want else a for a, want in zip(arrays, wanted, strict=True)]
+        return as_written()
+    reason = _inherited(eqn, values, taken)
+    return [Plain(a, reason) if want else a for a, want in zip(as_written(), wanted, strict=True)]
 
 
-def _settled(value: Value) -> Value:
-    """A sum of products that holds more than it stands for is carried out; a convolution's at the end."""
-    if isinstance(value, Undone) and value.terms and not value.has_windows and value.held >= value.size:
+def _smaller(value: Value, as_written: Callable[[], Array]) -> Value:
+    """A sum that holds more than it stands for is evaluated as the program has it; a convolution's at the end."""
+    if not isinstance(value, Undone):
+        return value
+    value = dataclasses.replace(value, as_written=as_written)
+    if not is_zero(value) and not value.has_windows and value.held >= value.size:
         return Plain(array_of(value), value.reason or FORMED)
     return value
 
@@ -158,14 +182,21 @@ def _refused(eqn: _jax.Equation, value: Undone) -> undone.Reason:
     return value.reason or reason_at(eqn, "what it does here cannot be done to the product's operands")
 
 
-def _inherited(eqn: _jax.Equation, values: Sequence[Value]) -> undone.Reason:
-    """Why a result in the tail is no product: one was none before, cannot be one here, or there is none."""
+def _inherited(eqn: _jax.Equation, values: Sequence[Value], taken: Sequence[int]) -> undone.Reason:
+    """Why a result in the tail is no product: one was none before, cannot be one here, or there is none.
+
+    What is no larger than something else of the same example, such as an activation, needs no product.
+    """
     size = max(v.aval.size for v in eqn.outvars)
-    for value in values:
+    for value in (values[k] for k in taken):
         if isinstance(value, Plain) and value.array.size >= size:
             return value.reason
         if isinstance(value, Undone):
             return _refused(eqn, value)
+    if eqn.primitive is lax.while_p:
+        return reason_at(eqn, "it is computed in a loop whose number of steps is not known: give the loop a fixed one")
+    if any(np.size(array_of(value)) >= size for value in values if not is_shared(value)):
+        return FORMED
     return reason_at(eqn, "its result is not a product of two smaller arrays")
 
 
@@ -175,11 +206,12 @@ def _repeated(eqn: _jax.Equation, values: Sequence[Value]) -> Broadcast | None:
     if eqn.primitive is lax.broadcast_in_dim_p and len(values) == 1:
         dims, value = [int(d) for d in eqn.params["broadcast_dimensions"]], values[0]
         if isinstance(value, Broadcast):
-            return Broadcast(value.source, tuple(dims[d] for d in value.dims), tuple(out.shape), value.zero)
-        return Broadcast(array_of(value), tuple(dims), tuple(out.shape), is_zero(value))
+            dims = [dims[d] for d in value.dims]
+            return dataclasses.replace(value, dims=tuple(dims), shape=tuple(out.shape))
+        return Broadcast(array_of(value), tuple(dims), tuple(out.shape), is_zero(value), is_shared(value))
     if eqn.primitive in (lax.neg_p, lax.convert_element_type_p) and isinstance(values[0], Broadcast):
         value = values[0]
-        return Broadcast(_jax.bind(eqn, [value.source])[0], value.dims, value.shape, value.zero)
+        return dataclasses.replace(value, source=_jax.bind(eqn, [value.source])[0])
     if eqn.primitive is lax.mul_p and any(isinstance(value, Broadcast) for value in values):
         for value, other in (values, values[::-1]):
             value, scale = as_broadcast(value), as_broadcast(other)
@@ -187,7 +219,8 @@ def _repeated(eqn: _jax.Equation, values: Sequence[Value]) -> Broadcast | None:
                 continue
             if jnp.size(value.source) < out.size and not value.zero and not scale.zero:
                 source = value.source * jnp.reshape(scale.source, ())
-                return Broadcast(source, value.dims, tuple(out.shape))
+                shared = all(is_shared(v) for v in values)
+                return Broadcast(source, value.dims, tuple(out.shape), shared=shared)
     return None
 
 
@@ -195,11 +228,11 @@ def _behind_barrier(eqn: _jax.Equation, values: list[Value]) -> list[Value]:
     """What is computed a second time to save memory is not to be merged with the first."""
     if not eqn.params.get("prevent_cse", True):
         return values
-    at = [k for k, value in enumerate(values) if value is not None and not is_zero(value)]
+    at = [k for k, v in enumerate(values) if not (v is None or is_zero(v) or isinstance(v, Undone))]
     arrays = lax.optimization_barrier(tuple(jnp.asarray(array_of(values[k])) for k in at))
     values = list(values)
     for k, array in zip(at, arrays, strict=True):
-        values[k] = array
+        values[k] = Shared(array) if is_shared(values[k]) else array
     return values
 
 
@@ -217,6 +250,7 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         values[parts.consts : parts.consts + parts.carry],
         [array_of(v) for v in values[parts.consts + parts.carry :]],
     )
+    same = [is_shared(v) for v in values[parts.consts + parts.carry :]]
     kept = [
         want and (k >= parts.carry or _accumulates(jaxpr, jaxpr.invars[parts.consts + k], jaxpr.outvars[k]))
         for k, want in enumerate(wanted)
@@ -230,13 +264,14 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
             zero(v.aval.shape, v.aval.dtype) if kept[k] else next(carried)
             for k, v in enumerate(jaxpr.invars[parts.consts : parts.consts + parts.carry])
         ]
-        return evaluate(program, [*consts, *full, *xs], kept, used)
+        steps = [Shared(x) if shared else x for x, shared in zip(xs, same, strict=True)]
+        return evaluate(program, [*consts, *full, *steps], kept, used)
 
     def emitted(kept: Sequence[bool]) -> Any:
         def step(carry: Any, xs: Any) -> Any:
             results = body(carry, xs, kept)
             arrays = [
-                None if not use else result if keep and isinstance(result, Undone) else array_of(result)
+                None if not use else settled(result) if keep and isinstance(result, Undone) else array_of(result)
                 for result, keep, use in zip(results, kept, used, strict=True)
             ]
             onward = [jnp.asarray(a) for a, keep in zip(arrays[: parts.carry], kept, strict=False) if not keep]
@@ -318,11 +353,12 @@ def _accumulates(jaxpr: _jax.Jaxpr, into: Any, out: Any) -> bool:
 def _cond(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]) -> Sequence[Value]:
     """Each branch gives its own products, and zeros in the place of the other branches'."""
     programs, (index, *rest) = _jax.branches(eqn), values
+    rest = [dataclasses.replace(v, as_written=None) if isinstance(v, Undone) else v for v in rest]
 
     def branch(program: _jax.Program, wanted: Sequence[bool]) -> Any:
         def run() -> list[Value]:
             results: list[Value] = []
-            for v, value in enumerate(evaluate(program, rest, wanted, used)):
+            for v, value in enumerate(map(settled, evaluate(program, rest, wanted, used))):
                 aval = eqn.outvars[v].aval
                 if not used[v]:
                     results.append(None)

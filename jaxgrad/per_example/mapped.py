@@ -1,0 +1,120 @@
+"""Gradients that are a map, which all examples share, of something smaller: the kinds `Mapped` and `Common`.
+
+Arrays that all examples share have no example axis. They lie inside `Same`, which what cuts examples out passes by.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.maps import Map
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=())
+@dataclass(frozen=True)
+class Same:
+    """An array, or a tuple of arrays, that all examples share."""
+
+    value: Any
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("number", "array"), meta_fields=("layout",))
+@dataclass(frozen=True)
+class Common:
+    """number_b times one array: the gradient of a penalty of the parameters.
+
+    Attributes:
+        number: [B], floating.
+        array: a `Same` of the parameter's shape.
+        layout: the parameter's shape and dtype.
+
+    Example:
+        >>> loss = lambda W, x: jnp.tanh(W @ x).sum() + 0.1 * (W**2).sum()
+        >>> g = jg.per_example_grad(loss)(jnp.ones((30, 20)), jnp.ones((4, 20)))
+        >>> [type(f).__name__ for f in g.factors]
+        ['Outer', 'Common']
+    """
+
+    number: Any
+    array: Same
+    layout: Layout
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("inputs", "shared"), meta_fields=("map", "shapes", "layout")
+)
+@dataclass(frozen=True)
+class Mapped:
+    """A linear map, the same for all examples, of gradients of something else: of a weight as it is used.
+
+    Attributes:
+        inputs: for each input of the map a tuple of factors that add up to it.
+        shared: a `Same` of the arrays that the map depends on.
+        map: the map.
+        shapes: of the inputs, as (shape, dtype).
+        layout: the parameter's shape and dtype.
+
+    Example:
+        >>> loss = lambda W, x: jnp.tanh(jnp.exp(W) @ x).sum()
+        >>> g = jg.per_example_grad(loss)(jnp.ones((30, 20)), jnp.ones((4, 20)))
+        >>> f = g.factors[0]
+        >>> type(f).__name__, type(f.inputs[0][0]).__name__
+        ('Mapped', 'Outer')
+    """
+
+    inputs: tuple[tuple[Any, ...], ...]
+    shared: Same
+    map: Map
+    shapes: tuple[tuple[tuple[int, ...], jnp.dtype], ...]
+    layout: Layout
+
+    def avals(self, dtype: Any) -> list[jax.ShapeDtypeStruct]:
+        """What one example of each input looks like, in `dtype`."""
+        return [jax.ShapeDtypeStruct(shape, dtype) for shape, _ in self.shapes]
+
+    def apply(self, inputs: Sequence[Array]) -> Array:
+        """The map of one array for each input."""
+        return self.map(inputs, self.shared.value)
+
+    def back(self, cotangent: Array) -> Any:
+        """The map's transpose of an array of the parameter's shape."""
+        return self.map.transposed(self.avals(cotangent.dtype), self.shared.value, cotangent)
+
+    def norm(self, dtype: Any) -> Array:
+        """About the largest factor by which the map lengthens anything."""
+        return self.map.norm(self.avals(dtype), self.shared.value)
+
+
+def is_same(node: Any) -> bool:
+    """For JAX's `is_leaf`."""
+    return isinstance(node, Same)
+
+
+def map_examples_of(function: Callable[..., Any], *trees: Any) -> Any:
+    """`jax.tree.map` over arrays with an example axis; what all examples share is the first tree's."""
+    return jax.tree.map(lambda *a: a[0] if is_same(a[0]) else function(*a), *trees, is_leaf=is_same)
+
+
+def of_examples(tree: Any) -> list[Any]:
+    """The arrays with an example axis."""
+    return [a for a in jax.tree.leaves(tree, is_leaf=is_same) if not is_same(a)]
+
+
+def taken_out(tree: Any) -> tuple[Any, list[Any]]:
+    """(the tree without what all examples share, what they share)."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_same)
+    shared = [a.value for a in leaves if is_same(a)]
+    return treedef.unflatten([Same(()) if is_same(a) else a for a in leaves]), shared
+
+
+def put_back(tree: Any, shared: Sequence[Any]) -> Any:
+    """The inverse of `taken_out`."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_same)
+    rest = iter(shared)
+    return treedef.unflatten([Same(next(rest)) if is_same(a) else a for a in leaves])

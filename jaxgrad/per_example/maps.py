@@ -1,0 +1,156 @@
+"""Linear maps that no example changes, recorded while a program is walked and applied when their result is asked for.
+
+A weight that is normalised, masked, or otherwise computed from the parameters before it meets an example has a gradient
+that is one such map, behind a product. `Node`s are the record: a graph of calls, from what differs between examples
+(`Input`) and from arrays that all examples share. `Map` is the same graph without its arrays, to be kept with factors.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxgrad import _jax
+
+Function = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """What a map is applied to: an undone product, or an array of one example."""
+
+    value: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A function that is linear in those of its operands that are nodes.
+
+    Attributes:
+        function: list of arrays → list of arrays, in whatever floating dtype they come.
+        key: what makes two functions the same.
+        operands: nodes, and arrays that all examples share.
+    """
+
+    function: Function
+    key: Any
+    operands: tuple[Any, ...]
+
+
+class Result(NamedTuple):
+    """One result of a call."""
+
+    call: Call
+    index: int
+
+
+Node = Input | Result
+
+
+def call_of(eqn: _jax.Equation, operands: Sequence[Any]) -> Call:
+    """The equation as a call."""
+    key = (eqn.primitive, tuple(sorted(eqn.params.items())))
+    return Call(lambda arrays: _jax.bind_wide(eqn, arrays), _hashable(key, eqn), tuple(operands))
+
+
+def _hashable(key: Any, otherwise: Any) -> Any:
+    try:
+        hash(key)
+    except TypeError:
+        return id(otherwise), otherwise
+    return key
+
+
+def inputs_of(nodes: Sequence[Node]) -> list[Input]:
+    """What the nodes are made of, each once."""
+    found: dict[int, Input] = {}
+    seen: set[int] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Input):
+            found.setdefault(id(node.value), node)
+        elif isinstance(node, Result) and id(node.call) not in seen:
+            seen.add(id(node.call))
+            stack += [x for x in node.call.operands if isinstance(x, Node)]
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call of a `Map`: its operands are ("input", i), ("shared", i) or ("step", i, index of the result)."""
+
+    function: Function = field(compare=False)
+    key: Any
+    operands: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class Map:
+    """A linear map of several arrays to one, that depends on arrays which all examples share.
+
+    Attributes:
+        steps: in an order in which they can run.
+        results: which operands, as in `Step`, are added up.
+    """
+
+    steps: tuple[Step, ...]
+    results: tuple[tuple[Any, ...], ...]
+
+    @staticmethod
+    def of(nodes: Sequence[Node]) -> tuple["Map", list[Input], list[Any]]:
+        """(the map, its inputs, the shared arrays) of the sum of these nodes."""
+        steps: list[Step] = []
+        inputs: dict[int, tuple[int, Input]] = {}
+        shared: dict[int, tuple[int, Any]] = {}
+        done: dict[int, int] = {}
+
+        def named(x: Any) -> tuple[Any, ...]:
+            if isinstance(x, Input):
+                return ("input", inputs.setdefault(id(x.value), (len(inputs), x))[0])
+            if not isinstance(x, Result):
+                return ("shared", shared.setdefault(id(x), (len(shared), x))[0])
+            if id(x.call) not in done:
+                operands = tuple(named(operand) for operand in x.call.operands)
+                done[id(x.call)] = len(steps)
+                steps.append(Step(x.call.function, x.call.key, operands))
+            return ("step", done[id(x.call)], x.index)
+
+        results = tuple(named(node) for node in nodes)
+        return Map(tuple(steps), results), [x for _, x in inputs.values()], [x for _, x in shared.values()]
+
+    def __call__(self, inputs: Sequence[Array], shared: Sequence[Array]) -> Array:
+        """The map of these inputs."""
+        done: list[Sequence[Array]] = []
+
+        def read(operand: tuple[Any, ...]) -> Array:
+            kind, index, *rest = operand
+            return {"input": inputs, "shared": shared}[kind][index] if kind != "step" else done[index][rest[0]]
+
+        for step in self.steps:
+            done.append(step.function([read(operand) for operand in step.operands]))
+        total, *others = (read(result) for result in self.results)
+        for other in others:
+            total = total + other
+        return total
+
+    def transposed(self, inputs: Sequence[jax.ShapeDtypeStruct], shared: Sequence[Array], cotangent: Array) -> Any:
+        """The map's transpose of a cotangent: one array for each input."""
+        return jax.linear_transpose(lambda *xs: self(xs, shared), *inputs)(cotangent)
+
+    def norm(self, inputs: Sequence[jax.ShapeDtypeStruct], shared: Sequence[Array], steps: int = 6) -> Array:
+        """About the largest factor by which the map lengthens anything, by the power method."""
+        start = jax.random.normal(jax.random.key(0), (sum(x.size for x in inputs),), inputs[0].dtype)
+        ends = [sum(x.size for x in inputs[:k]) for k in range(1, len(inputs))]
+        vs = [part.reshape(x.shape) for part, x in zip(jnp.split(start, ends), inputs, strict=True)]
+        length = jnp.ones((), inputs[0].dtype)
+        for _ in range(steps):
+            size = jnp.sqrt(sum((v * v).sum() for v in vs))
+            size = jnp.where(size > 0, size, jnp.ones_like(size))
+            image = self([v / size for v in vs], shared)
+            length = jnp.sqrt((image * image).sum())
+            vs = list(self.transposed(inputs, shared, image))
+        return length
