@@ -75,6 +75,16 @@ gather: jnp.take({w}, np.array({perm(s[axis])}), {axis}) |
     jnp.take({w}, np.array({perm(s[axis])[:2]}), {axis}, mode='clip') |
     jnp.take({w}, {ids(3)}, {axis}, mode='wrap') ! | jnp.take({w}, {ids(3)}, {axis}, mode='fill', fill_value=0.0) |
     {w}[np.array({perm(s[0])})] | jnp.take_along_axis({w}, np.argsort({const(*s)}, {axis}), {axis})
+maps: {w} * ({like(along)} / jnp.sqrt(({w} ** 2).sum({axis}, keepdims=True) + 0.1)) |
+    {w} / (1 + jnp.abs({w}).max()) | {w} / jnp.sqrt(({w} * {const(*s)}).sum() ** 2 + 1) |
+    ({w} - {w}.mean()) / ({w}.std() + 0.5) | {w} * jax.nn.sigmoid({like(s)}) | jnp.where({w} > 0, {w}, 0.1 * {w}) |
+    {w} + lax.stop_gradient(jnp.round({w} * 4) / 4 - {w}) | jnp.fft.fft({w}, axis={axis}).imag / {s[axis]} ** 0.5 |
+    lax.cumsum({w}, {axis}, reverse=True) / {s[axis]} ** 0.5 | jnp.linalg.norm({w}) * {const(*s)} / {n} ** 0.5 |
+    lax.fori_loop(0, 2, lambda i, w: jnp.tanh(w), {w}) | lax.cond({const()} > 0, jnp.tanh, jnp.sin, {w})
+identity: jax.device_put({w}, jax.devices()[0]) | lax.optimization_barrier(({w}, {like(s)}))[0] |
+    lax.reduce_precision({w}, 11, 52) | identity({w})
+full: {w} + jnp.full({s}, 0.5) | {w} * jnp.full({s}, 2) | jnp.where(jnp.full({s}, True), {w}, 1.0) |
+    {w} ** np.int32(2) | {w} + jnp.zeros({s}) | 1.5 - {w} * np.float64(0.5)
 inside: jax.jit({t})({w}) | jax.jit(jax.jit({t}))({w}) | (lambda t: t({w}) + t({like(s)}))(jax.jit({t})) |
     (lambda t: t({w}) * t({given(s)}))(jax.jit({t})) ! | jax.checkpoint({t})({w}) |
     lax.cond({flag()}, {t}, lambda w: {t}(2 * w), {w}) | lax.cond({flag()}, lambda: {w}, lambda: 0.5 * {like(s)}) |
@@ -109,6 +119,14 @@ conv_2d/4: lax.conv_general_dilated({conv(w, s)})
 elementwise: {w} * {given(s)} ! | ({w} * {given(along)}).sum({axis}) / {s[axis]} ** 0.5 | {w} * {given(())} ! |
     {w} + {given(along)} ! | {given((2, *s))} * {w}[None] ! | ({given((T, *s))} * {w}[None]).sum({axis}) ! |
     jnp.maximum({w}, {given(s)}) !
+complex/2: jnp.abs(lax.complex({w}, {like(s)}) @ cis({given((s[1], T))})) / {s[1]} ** 0.5 |
+    (cis({given((T, s[0]))}) @ lax.complex({like(s)}, {w})).real / {s[0]} ** 0.5 |
+    jnp.fft.irfft(jnp.fft.rfft({given((4, s[0]))}, axis=0) @ lax.complex({w}, {like(s)}), n=4, axis=0) / {s[0]} ** 0.5
+recurrence/2: recurrence(jax.nn.sigmoid({like(s[1:])}), {given((T, s[0]))} @ {w} / {s[0]} ** 0.5)
+masked/2: jax.nn.softmax({given((T, s[0]))} @ {w} @ {given((s[1], T))} / {n} ** 0.5 +
+    jnp.triu(jnp.full(({T}, {T}), -1e9), 1))
+penalty: 0.1 * ({w} ** 2).sum() / {n} ** 0.5 | {given(())} * jnp.abs({w}).sum() / {n} |
+    jnp.sqrt(({w} * {like(s)}).sum() ** 2 + 1) | jnp.where({flag()}, ({w} ** 2).mean(), 0.0)
 scalar/0: {w} * {given((T,))} | {w} + {given((T,))}
 attention/2: (lambda x: jax.nn.softmax((x @ {w}) @ (x @ {like(s)}).T / {n} ** 0.5, 1) @ x)({given((T, s[0]))}) |
     (lambda q: jax.nn.softmax(q @ q.T / {s[1]} ** 0.5, 1) @ q)({given((T, s[0]))} @ {w} / {s[0]} ** 0.5) |
@@ -155,6 +173,12 @@ branches: lax.cond({flag()}, {f}, {g}, {w}, {x}) | lax.cond({flag()}, lambda: {f
     {f}(lax.cond({flag()}, lambda w, v: w, lambda w, v: v, {w}, {v}), {x}) |
     lax.switch({ids(1)}[0] % 3, [{f}, {g}, lambda w, x: {f}(w, x) + {g}(w, x)], {w}, {x}) |
     jax.jit(lambda w, x: lax.cond(x[0] > 0, {f}, {g}, w, x))({w}, {x})
+effects: seen({f}, {w}, {x}) | jax.jit(lambda w, x: seen({f}, w, x))({w}, {x}) |
+    scan(lambda h, x: (seen({f}, {w}, h + x), None), {h}, {xs}, {options}) |
+    jax.checkpoint({f})(seen(lambda w, x: w, {w}, {x}), {x})
+numbers: scan(lambda h, x: ({f}({w}, h + x), None), jnp.full({k}, 0.5), {xs}, {options}) |
+    {f}({w}, {x}) * lax.cond({flag()}, lambda: 0.5, lambda: {x}[0]) | {f}({w}, jnp.full({k}, 0.3).at[0].set({x}[0])) |
+    {f}({w}, {x}) + lax.switch({ids(1)}[0] % 3, [lambda: 1.0, lambda: 0.0, lambda: {x}[0] ** 2])
 loops: lax.fori_loop(0, 3, lambda i, h: {f}({w}, h), {h}) |
     lax.fori_loop(0, 3, lambda i, c: (c[0], {f}(*c)), ({w}, {h}))[1] |
     {f}({w}, {x}) * lax.while_loop(lambda c: abs(c) > 0.5, lambda c: c / 2, lax.stop_gradient({x}[0]))
@@ -189,6 +213,22 @@ product = jax.custom_vjp(lambda w, x: w * x)
 product.defvjp(lambda w, x: (w * x, (w, x)), lambda saved, d: (d * saved[1], d * saved[0]))
 
 
+identity = jax.custom_vjp(lambda w: w)
+identity.defvjp(lambda w: (w, None), lambda _, d: (0.5 * d,))
+
+
+def seen(f, w, x):
+    """f(w, x), with an effect beside it."""
+    jax.debug.callback(lambda _: None, x)
+    return f(w, x)
+
+
+def recurrence(decay, u):
+    """h_t = decay h_{t-1} + u_t, for all t."""
+    combine = lambda l, r: (l[0] * r[0], r[0] * l[1] + r[1])  # noqa: E731, E741
+    return lax.associative_scan(combine, (jnp.broadcast_to(decay, u.shape), u))[1]
+
+
 def scan(step, start, xs, **options):
     """The [k] of the last carry, and what was stacked."""
     last, ys = lax.scan(step, start, xs, **options)
@@ -202,6 +242,8 @@ def learnt(f, w, h, x):
 
 
 GLOBALS = {"jax": jax, "jnp": jnp, "np": np, "lax": lax, "product": product, "scan": scan, "learnt": learnt}
+GLOBALS |= {"identity": identity, "seen": seen, "recurrence": recurrence}
+GLOBALS |= {"cis": lambda x: lax.complex(jnp.cos(x), jnp.sin(x))}
 GLOBALS |= {"normal": lambda seed, *shape: np.random.default_rng(seed).normal(size=shape)}
 GLOBALS |= {"f32": lambda v: v.astype(np.float32), "f64": lambda v: v.astype(np.float64)}
 GLOBALS |= {"custom_jvp": custom_jvp, "custom_vjp": custom_vjp}

@@ -59,6 +59,13 @@ class Layout:
         """A parameter that is an [F, K] matrix itself."""
         return Layout((F, K), jnp.dtype(dtype), (0, 1), (1, F, K))
 
+    @staticmethod
+    def of_rows(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> "Layout":
+        """A parameter whose first axis is F; all others are K."""
+        F, K = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+        split = (F, K) if len(shape) > 1 else None
+        return Layout(shape, jnp.dtype(dtype), (0, 1) if split else tuple(range(len(shape))), (1, F, K), split)
+
     @property
     def size(self) -> int:
         """Number of entries of the parameter."""

@@ -11,9 +11,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
+
+# What does one thing to each entry.
+ENTRYWISE = frozenset(
+    {lax.mul_p, lax.div_p, lax.neg_p, lax.add_p, _jax.add_any_p, lax.sub_p, lax.select_n_p, lax.copy_p}
+    | {lax.convert_element_type_p, "sum"}
+)
 
 Function = Callable[[Sequence[Any]], Sequence[Any]]
 
@@ -136,6 +143,26 @@ class Map:
         for other in others:
             total = total + other
         return total
+
+    def parts(self) -> list["Map"]:
+        """The maps that are added up in it."""
+        return [Map(self.steps, (result,)) for result in self.results]
+
+    def entrywise(self) -> tuple[int, ...] | None:
+        """The axes of the result along which the one input varies, in its order; () for all of them.
+
+        None unless each entry of the result is one entry of the input times a number.
+        """
+        dims: set[tuple[int, ...]] = set()
+        for step in self.steps:
+            kind = step.key[0] if isinstance(step.key, tuple) else step.key
+            if kind == "broadcast" and step.operands[0] == ("input", 0):
+                dims.add(step.key[1])
+            elif kind not in ENTRYWISE:
+                return None
+            elif any(operand[0] == "input" for operand in step.operands):
+                dims.add(())
+        return dims.pop() if len(dims) == 1 else None
 
     def transposed(self, inputs: Sequence[jax.ShapeDtypeStruct], shared: Sequence[Array], cotangent: Array) -> Any:
         """The map's transpose of a cotangent: one array for each input."""

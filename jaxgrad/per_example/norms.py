@@ -1,5 +1,6 @@
 """Norms of one parameter's gradients, and of several parameters together."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxgrad.per_example import pairs
+from jaxgrad.per_example import pairs, scaled
 from jaxgrad.per_example.chunks import chunk_size, map_examples
 from jaxgrad.per_example.factors import (
     Dense,
@@ -32,6 +33,9 @@ from jaxgrad.per_example.scales import compact, largest, power_of_two, row_sums
 from jaxgrad.precision import working_dtype
 
 Factors = tuple[Factor, ...]
+
+MAPPED_BYTES = 16 * 2**20
+"""How much is written out at once of gradients behind a map."""
 
 
 class Length(NamedTuple):
@@ -76,8 +80,23 @@ def length(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Leng
             norms = map_examples(lambda w: _of_sum((w,), chunk_bytes, precision).norm, f.at_once, f)
             return Length(jnp.ones_like(norms), norms)
     if any(isinstance(f, Mapped) for f in leaf):
-        return _of_written_out(leaf, chunk_bytes, precision)
+        products = scaled.scaled_products(leaf)
+        return _of_written_out(leaf, chunk_bytes, precision) if products is None else _of_scaled(products)
     return _of_sum(leaf, chunk_bytes, precision)
+
+
+def _of_scaled(products: Sequence[scaled.Scaled]) -> Length:
+    """Of products scaled by what all examples share, each by powers of two as well."""
+    parts = [scaled.scaled_by_powers_of_two(product) for product in products]
+    unit = functools.reduce(jnp.maximum, [unit for _, unit in parts])
+    divisor = jnp.where(unit == 0, jnp.ones_like(unit), unit)
+    balanced = [scaled.times(product, unit / divisor) for product, unit in parts]
+    terms = []
+    for i, p in enumerate(balanced):
+        terms.append(scaled.inner(p, p))
+        terms += [2 * scaled.inner(p, q) for q in balanced[:i]]
+    total = added(terms)
+    return Length(jnp.maximum(total, jnp.zeros_like(total)) if len(parts) > 1 else total, unit)
 
 
 def _of_written_out(leaf: Factors, chunk_bytes: int, precision: Precision) -> Length:
@@ -88,7 +107,7 @@ def _of_written_out(leaf: Factors, chunk_bytes: int, precision: Precision) -> Le
         return _of_vectors(added([written_out(f, precision) for f in leaf]), acc).norm
 
     layout, B = leaf[0].layout, of_examples(leaf)[0].shape[0]
-    norms = map_examples(norm, chunk_size(2 * layout.size * acc.itemsize, chunk_bytes, B), *leaf)
+    norms = map_examples(norm, chunk_size(2 * layout.size * acc.itemsize, min(chunk_bytes, MAPPED_BYTES), B), *leaf)
     return Length(jnp.ones_like(norms), norms)
 
 

@@ -104,7 +104,7 @@ def through(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
 
 def scaled(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     """A product, entry by entry, of a few numbers of each example and a larger array that all share."""
-    if eqn.primitive not in (lax.mul_p, lax.div_p, lax.select_n_p):
+    if eqn.primitive not in (*BILINEAR, lax.div_p, lax.select_n_p, lax.scatter_add_p):
         return None
     few = [k in operands(eqn) and _is_few(v, eqn.outvars[0].aval.size) for k, v in enumerate(values)]
     if not any(few):
@@ -150,22 +150,35 @@ def _input(value: Any) -> Node:
 
 
 def _contracted(eqn: _jax.Equation, node: Node) -> Array | None:
-    """Σ over some axes of a product times shared arrays, entry by entry: one product of three, nothing written out."""
-    scale: Any = None
-    while isinstance(node, Result) and isinstance(node.call.key, tuple) and node.call.key[0] in (lax.mul_p, lax.div_p):
-        nodes = [x for x in node.call.operands if isinstance(x, Node)]
-        (array,) = (x for x in node.call.operands if not isinstance(x, Node))
-        array = 1 / array if node.call.key[0] is lax.div_p else array
-        scale = array if scale is None else scale * array
-        (node,) = nodes
-    if scale is None or not isinstance(node, Input) or not isinstance(node.value, Undone):
-        return None
-    shape = node.value.shape
-    if scale.ndim not in (0, len(shape)) or any(n not in (1, m) for n, m in zip(scale.shape, shape, strict=False)):
-        return None
-    scale = jnp.broadcast_to(scale, shape)
-    terms, axes = node.value.terms, [int(k) for k in eqn.params["axes"]]
-    if any(term.windows or term.row is not None or term.box is not None for term in terms):
-        return None
-    parts = [linear.contracted_with(term, scale, axes) for term in terms]
-    return sum(parts[1:], parts[0])
+    """Σ over some axes of what products times shared arrays are, entry by entry: nothing is written out."""
+    aval = eqn.invars[0].aval
+    found = _against(node, jnp.ones((), aval.dtype), tuple(aval.shape), [int(k) for k in eqn.params["axes"]])
+    return None if found is None else found.reshape(eqn.outvars[0].aval.shape)
+
+
+def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[int]) -> Array | None:
+    """Σ over axes of the node, of this shape, times `scale`, entry by entry; None where that takes writing it out."""
+    scale = scale if scale.ndim == 0 else jnp.broadcast_to(scale, shape)
+    if isinstance(node, Input):
+        if not isinstance(node.value, Undone) or tuple(node.value.shape) != shape:
+            return None
+        terms = node.value.terms
+        if any(term.windows or term.row is not None or term.box is not None for term in terms):
+            return None
+        return sum(linear.contracted_with(term, jnp.broadcast_to(scale, shape), axes) for term in terms)
+    kind = node.call.key[0] if isinstance(node.call.key, tuple) else node.call.key
+    nodes = [x for x in node.call.operands if isinstance(x, Node)]
+    arrays = [x for x in node.call.operands if not isinstance(x, Node)]
+    if kind in (lax.mul_p, lax.div_p) and len(nodes) == 1 and arrays[0].ndim in (0, len(shape)):
+        return _against(nodes[0], scale / arrays[0] if kind is lax.div_p else scale * arrays[0], shape, axes)
+    if kind is lax.neg_p:
+        return _against(nodes[0], -scale, shape, axes)
+    if kind in ("sum", lax.add_p, _jax.add_any_p) and not arrays:
+        parts = [_against(x, scale, shape, axes) for x in nodes]
+        return None if any(part is None for part in parts) else sum(parts[1:], parts[0])
+    if kind == "broadcast" and isinstance(nodes[0], Input):
+        source, dims = nodes[0].value, node.call.key[1]
+        kept = [k for k in range(len(shape)) if k not in axes]
+        wide = [k if n != 1 or shape[k] == 1 else len(shape) + k for k, n in zip(dims, source.shape, strict=True)]
+        return jnp.einsum(source, wide, jnp.broadcast_to(scale, shape), list(range(len(shape))), kept)
+    return None

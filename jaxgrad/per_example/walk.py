@@ -267,9 +267,14 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         steps = [Shared(x) if shared else x for x, shared in zip(xs, same, strict=True)]
         return evaluate(program, [*consts, *full, *steps], kept, used)
 
+    reasons: dict[int, undone.Reason] = {}
+
     def emitted(kept: Sequence[bool]) -> Any:
         def step(carry: Any, xs: Any) -> Any:
             results = body(carry, xs, kept)
+            for k, result in enumerate(results):
+                if kept[k]:
+                    reasons.setdefault(k, _reason(result, eqn))
             arrays = [
                 None if not use else settled(result) if keep and isinstance(result, Undone) else array_of(result)
                 for result, keep, use in zip(results, kept, used, strict=True)
@@ -279,6 +284,19 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
             return onward, (stays, arrays[parts.carry :])
 
         return step
+
+    def explained(results: Sequence[Value]) -> list[Value]:
+        sizes = [np.size(array_of(v)) for v in values[: parts.consts] if not is_shared(v)]
+        sizes += [x.size // S for x, shared in zip(xs, same, strict=True) if not shared and S]
+        other = reason_at(eqn, "it is carried through a loop that does more than add to it")
+
+        def one(k: int, result: Value) -> Value:
+            if not wanted[k] or isinstance(result, Undone):
+                return result
+            small = max(sizes, default=0) >= eqn.outvars[k].aval.size // (S if k >= parts.carry and S else 1)
+            return Plain(result, reasons.get(k, FORMED if small else other))
+
+        return [one(k, result) for k, result in enumerate(results)]
 
     def starts(kept: Sequence[bool]) -> list[Any]:
         return [jnp.asarray(array_of(v)) for v, keep in zip(init, kept, strict=False) if not keep]
@@ -293,9 +311,7 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
             for k, (keep, v) in enumerate(zip(kept, [*stays, *ys], strict=True))
         ]
     if not any(kept) or S == 0:
-        arrays = _jax.bind(eqn, [array_of(value) for value in values])
-        reason = reason_at(eqn, "no product of a step is smaller than the gradient it adds to")
-        return [Plain(a, reason) if want else a for a, want in zip(arrays, wanted, strict=True)]
+        return explained(_jax.bind(eqn, [array_of(value) for value in values]))
     onward, (stays, ys) = lax.scan(
         emitted(kept), starts(kept), xs, length=S, reverse=parts.reverse, unroll=parts.unroll
     )
@@ -303,7 +319,16 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
     results: list[Value] = [
         added(_along(stays[k], S, False), init[k]) if kept[k] else next(carried) for k in range(parts.carry)
     ]
-    return results + [_along(y, S, True) if isinstance(y, Undone) else y for y in ys]
+    return explained(results + [_along(y, S, True) if isinstance(y, Undone) else y for y in ys])
+
+
+def _reason(value: Value, eqn: _jax.Equation) -> undone.Reason:
+    """Why what a step of a loop gives is not kept, if it is not: what it is by itself."""
+    if isinstance(value, Plain):
+        return value.reason
+    if isinstance(value, Undone) and value.maps:
+        return reason_at(eqn, "a map that all examples share is applied to it in every step of a loop")
+    return value.reason or FORMED if isinstance(value, Undone) else FORMED
 
 
 def _worth_emitting(value: Undone, steps: int, stacked: bool) -> bool:

@@ -8,6 +8,7 @@ from zoo import (
     embedding,
     functions,
     literals,
+    maps,
     parts,
     recurrent,
     sharing,
@@ -15,5 +16,18 @@ from zoo import (
 )
 from zoo.base import Loss
 
-TOPICS = (dense, attention, embedding, sharing, parts, functions, control, recurrent, convolution, structure, literals)
+TOPICS = (
+    dense,
+    attention,
+    embedding,
+    sharing,
+    parts,
+    functions,
+    control,
+    recurrent,
+    convolution,
+    structure,
+    literals,
+    maps,
+)
 ENTRIES: list[Loss] = [entry for topic in TOPICS for entry in topic.ENTRIES]

@@ -1,0 +1,127 @@
+"""Norms of gradients that are one product an example, scaled entry by entry by arrays that all examples share.
+
+A weight under a mask, softplus(W), a normalised weight, a penalty: Σ_i left_i[b, f] right_i[b, k] C_i[f, k], where C is
+the same for all examples. The inner product of two of these is (left left′)ᵀ (C C′) (right right′), one matrix product
+for the batch; nothing of B × parameters is written out, and of C C′ a block of rows at a time.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxgrad.per_example.chunks import chunk_size, sum_examples
+from jaxgrad.per_example.factors import Dense, Factor, Outer, accumulator, wide
+from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.mapped import Common, Mapped
+from jaxgrad.per_example.scales import nearest_power, power_of_two, row_sums
+
+BLOCK_BYTES = 2**20
+"""How much of C C′ is there at once."""
+
+
+class Scaled(NamedTuple):
+    """left [B, F] · right [B, K] · array [F, K] / unit; None for what is 1. The unit is a power of two."""
+
+    left: Array | None
+    right: Array | None
+    array: Array | None
+    unit: Array | None = None
+
+
+def scaled_products(leaf: Sequence[Factor]) -> list[Scaled] | None:
+    """One parameter's factors in this form; None if they have more positions, or lie otherwise in the parameter."""
+    acc = accumulator(*leaf)
+    found = [_scaled(wide(f, acc)) for f in leaf]
+    return None if any(products is None for products in found) else [p for products in found for p in products or ()]
+
+
+def _scaled(f: Factor) -> list[Scaled] | None:
+    shape = f.layout.shape
+    if isinstance(f, Outer):
+        whole = f.layout.same_place(Layout.of_rows(shape, f.layout.dtype))
+        return [Scaled(f.left[:, 0, 0], f.right[:, 0, 0], None)] if whole and f.left.shape[1:3] == (1, 1) else None
+    if isinstance(f, Common):
+        return [Scaled(f.number[:, None], None, _rows(f.array.value))]
+    if not isinstance(f, Mapped) or len(f.inputs) != 1 or len(f.inputs[0]) != 1:
+        return None
+    dims, (part,), ((of, _),) = f.map.entrywise(), f.inputs[0], f.shapes
+    if dims is None or not shape:
+        return None
+    ones = [jnp.ones(of, accumulator(f))]
+    arrays = [_rows(dataclasses.replace(f, map=each).apply(ones)) for each in f.map.parts()]
+    if isinstance(part, Outer) and of == shape:
+        product = _scaled(part)
+        return None if product is None else [product[0]._replace(array=array) for array in arrays]
+    along = [d for d, n in zip(dims or range(len(of)), of, strict=True) if n != 1]
+    if not isinstance(part, Dense) or along not in ([], [0], list(range(1, len(shape)))):
+        return None
+    values = part.value.reshape(part.value.shape[0], math.prod(of))
+    first = not along or along == [0]
+    return [Scaled(values if first else None, None if first else values, array) for array in arrays]
+
+
+def _rows(a: Array) -> Array:
+    return a.reshape(a.shape[0], math.prod(a.shape[1:]))
+
+
+def scaled_by_powers_of_two(product: Scaled) -> tuple[Scaled, Array]:
+    """(the product with each of its arrays near 1, unit [B]); the shared array is scaled where it is read."""
+
+    def one(a: Array | None) -> tuple[Array | None, list[Array]]:
+        if a is None:
+            return None, []
+        most = jnp.abs(lax.stop_gradient(a)).max(1, initial=0)
+        return a / power_of_two(most)[:, None], [nearest_power(most)]
+
+    (left, units), (right, more) = one(product.left), one(product.right)
+    units += more
+    if product.array is None:
+        return Scaled(left, right, None), math.prod(units[1:], start=units[0])
+    most = jnp.abs(lax.stop_gradient(product.array)).max(initial=0)
+    units.append(nearest_power(most))
+    return Scaled(left, right, product.array, power_of_two(most)), math.prod(units[1:], start=units[0])
+
+
+def times(product: Scaled, c: Array) -> Scaled:
+    """c_b times example b."""
+    if product.left is not None:
+        return product._replace(left=product.left * c[:, None])
+    assert product.right is not None
+    return product._replace(right=product.right * c[:, None])
+
+
+def inner(p: Scaled, q: Scaled) -> Array:
+    """[B]: the inner product of each example's two."""
+    left, right = _both(p.left, q.left), _both(p.right, q.right)
+    shared = [x for x in (p, q) if x.array is not None]
+    if not shared:
+        assert left is not None
+        assert right is not None
+        return row_sums(left) * row_sums(right)
+
+    def whole(arrays: Sequence[Array]) -> Array:
+        near = [a / x.unit for a, x in zip(arrays, shared, strict=True)]
+        return math.prod(near[1:], start=near[0])
+
+    arrays = [x.array for x in shared if x.array is not None]
+    F, K = arrays[0].shape
+    if right is None:
+        assert left is not None
+        return row_sums(left * whole(arrays).sum(1)[None])
+    if left is None:
+        return row_sums(right * whole(arrays).sum(0)[None])
+    left = jnp.broadcast_to(left, (left.shape[0], F))
+
+    def part(left: Array, *arrays: Array) -> Array:
+        return row_sums(left.T * jnp.matmul(right, whole(arrays).T))
+
+    return sum_examples(part, chunk_size(K * right.dtype.itemsize, BLOCK_BYTES, F), left.T, *arrays, spread=False)
+
+
+def _both(a: Array | None, b: Array | None) -> Array | None:
+    return b if a is None else a if b is None else a * b

@@ -1,0 +1,193 @@
+"""Weights behind a map that no example changes, penalties of the parameters, complex weights, and identities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from zoo.base import Draws, collection, paths
+
+ENTRIES, entry = collection()
+draws = Draws(12)
+w, x, positive = draws.weight, draws.normal, draws.positive
+MASK = np.random.default_rng(1).random((21, 17)) < 0.5
+PERMUTATION = np.random.default_rng(0).permutation(21)
+
+
+def used(W, x):
+    return jnp.sum(jnp.tanh(W @ x))
+
+
+# --- normalised weights
+
+
+def weight_norm(p):
+    return p["v"] * (p["g"] / jnp.linalg.norm(p["v"], axis=1))[:, None]
+
+
+@entry({"v": w(21, 17), "g": positive(21)}, (x(4, 17),), paths("v"))
+def weight_normalised(p, x):
+    return used(weight_norm(p), x)
+
+
+@entry({"v": w(21, 17), "g": positive(21)}, (x(4, 2, 17),), paths("v"))
+def weight_normalised_and_computed_twice(p, x):
+    return jnp.sum(jax.checkpoint(lambda p, x: jnp.tanh(jnp.tanh(x @ weight_norm(p).T) @ weight_norm(p)))(p, x))
+
+
+@entry({"v": w(17, 17), "g": positive(17)}, (x(3, 2, 17),), paths("v"))
+def weight_normalised_and_recurrent(p, x):
+    W = weight_norm(p)
+    return lax.scan(lambda h, u: (jnp.tanh(W @ h + u), None), x[0], x)[0].sum()
+
+
+@entry({"W": w(21, 17)}, (x(4, 17),), paths("W"))
+def rows_standardised(p, x):
+    W = p["W"] - p["W"].mean(1, keepdims=True)
+    return used(W / (W.std(1, keepdims=True) + 0.1), x)
+
+
+@entry({"W": w(21, 17)}, (x(4, 17),), paths("W"))
+def spectrally_normalised(p, x):
+    u = lax.fori_loop(0, 3, lambda _, u: jnp.tanh(p["W"] @ (u @ p["W"])), jnp.ones(21))
+    v = lax.stop_gradient(u @ p["W"])
+    v = v / jnp.linalg.norm(v)
+    u = lax.stop_gradient(u / jnp.linalg.norm(u))
+    return used(p["W"] / (u @ p["W"] @ v), x)
+
+
+@entry({"K": w(9, 8, 3, 3)}, (x(3, 8, 4, 4),), (), paths("K"))
+def kernels_standardised(p, x):
+    K = p["K"] - p["K"].mean((1, 2, 3), keepdims=True)
+    return jnp.sum(jnp.tanh(lax.conv(x[None], K / (K.std((1, 2, 3), keepdims=True) + 0.1), (1, 1), "SAME")))
+
+
+# --- functions of each entry, and of all of them
+
+
+@entry({"V": w(21, 17), "W": w(21, 17)}, (x(4, 17), x(4, 21)), paths("V", "W"))
+def positive_weights(p, x, y):
+    return used(jax.nn.softplus(p["V"]), x) + jnp.tanh(y @ jnp.exp(p["W"]) @ x)
+
+
+@entry({"V": w(2, 21, 17)}, (x(4, 2, 17),), paths("V"))
+def one_weight_of_two_scales_the_other(p, x):
+    return used(p["V"][0] * jnp.exp(p["V"][1]), x.T)
+
+
+@entry({"W": w(21, 17), "L": w(21, 21), "V": w(21, 17)}, (x(4, 17), x(4, 21)), paths("W", "L", "V"))
+def weights_under_masks(p, x, y):
+    return used(p["W"] * MASK, x) + used(jnp.tril(p["L"]), y) + used(jnp.where(MASK, p["V"], 0), x)
+
+
+@entry({"W": w(21, 17)}, (x(4, 17),), paths("W"))
+def rounded_with_a_straight_gradient(p, x):
+    scale = jnp.abs(p["W"]).max() / 7
+    return used(p["W"] + lax.stop_gradient(jnp.round(p["W"] / scale) * scale - p["W"]), x)
+
+
+@entry({"W": w(21, 17), "V": w(21, 17), "U": w(21, 17)}, (x(4, 17),), paths("W", "V", "U"))
+def accumulated_sorted_and_permuted(p, x):
+    return used(jnp.cumsum(p["W"], 1), x) + used(jnp.sort(p["V"], 0), x) + used(p["U"][PERMUTATION], x)
+
+
+@entry({"A": w(6, 4), "B": w(5, 6)}, (x(4, 24),), (), paths("A", "B"))
+def kronecker_product(p, x):
+    return used(jnp.kron(p["A"], p["B"]), x)
+
+
+@entry({"L": w(17, 17)}, (x(4, 17),), paths("L"))
+def triangular_solve(p, x):
+    return jnp.sum(jnp.tanh(jax.scipy.linalg.solve_triangular(jnp.tril(p["L"]) + 3 * jnp.eye(17), x, lower=True)))
+
+
+@entry({"W": w(21, 17), "V": w(17, 21)}, (x(4, 17),), paths("W", "V"))
+def tied_and_mapped(p, x):
+    W = jnp.tanh(p["W"])
+    return jnp.sum(jnp.tanh(p["W"].T @ jnp.tanh(W @ x) + jnp.cumsum(p["V"], 0) @ jnp.tanh(p["V"].T @ x)))
+
+
+# --- penalties
+
+
+@entry({"W": w(21, 17), "b": x(21), "E": w(30, 17)}, (x(4, 17), draws.ids(30, 4, 2)), paths("W", "E"))
+def weight_decay(p, x, i):
+    penalty = sum(jnp.sum(a**2) for a in jax.tree.leaves(p))
+    return jnp.sum(jnp.tanh(p["W"] @ (x + p["E"][i].sum(0)) + p["b"])) + 0.1 * penalty
+
+
+@entry({"W": w(21, 17)}, (x(4, 17), positive(4)), paths("W"))
+def weighted_examples_and_a_lasso(p, x, weight):
+    return weight * (used(p["W"], x) + 0.1 * jnp.sum(jnp.abs(p["W"])))
+
+
+@entry({"W": w(21, 17), "V": w(21, 17)}, (x(4, 17),), paths("W", "V"))
+def penalties_that_couple_weights(p, x):
+    penalty = jnp.linalg.norm(p["W"] @ p["V"].T) + jnp.linalg.svd(p["V"], compute_uv=False).sum()
+    return used(p["W"], x) + jnp.tanh(x[0]) * penalty + used(p["V"], x)
+
+
+@entry({"W": w(21, 17), "unseen": w(5, 4)}, (x(4, 17),), paths("W"))
+def log_prior(p, x):
+    prior = sum(jax.scipy.stats.norm.logpdf(a).sum() for a in jax.tree.leaves(p))
+    return used(p["W"], x) - 0.01 * prior
+
+
+# --- complex weights
+
+
+@entry({"re": w(21, 17), "im": w(21, 17)}, (x(4, 17),), paths("re", "im"))
+def complex_weight(p, x):
+    return jnp.sum(jnp.abs(lax.complex(p["re"], p["im"]) @ lax.complex(x, jnp.sin(x))))
+
+
+@entry({"re": w(3, 11, 9), "im": w(3, 11, 9)}, (x(3, 8, 11),), paths("re", "im"))
+def fourier_layer(p, x):
+    modes = jnp.einsum("mi,mio->mo", jnp.fft.rfft(x, axis=0)[:3], lax.complex(p["re"], p["im"]))
+    return jnp.sum(jnp.tanh(jnp.fft.irfft(modes, n=8, axis=0)))
+
+
+@entry({"W": w(2, 21, 17)}, (x(4, 17),), paths("W"))
+def real_and_imaginary_parts_in_one_array(p, x):
+    y = (p["W"][0] + 1j * p["W"][1]) @ jnp.exp(1j * x)
+    return jnp.sum(jnp.cos(y.real) * y.imag)
+
+
+# --- identities
+
+
+@entry({"W": w(21, 17), "V": w(21, 17)}, (x(4, 17),), paths("W", "V"))
+def behind_identities(p, x):
+    (V,) = lax.optimization_barrier((p["V"],))
+    return used(jax.device_put(p["W"], jax.devices()[0]), x) + used(V, x)
+
+
+@entry({"W": w(21, 17)}, (x(4, 17),), paths("W"))
+def behind_a_custom_identity(p, x):
+    @jax.custom_vjp
+    def identity(W):
+        return W
+
+    identity.defvjp(lambda W: (W, None), lambda _, g: (-0.5 * g,))
+    return used(identity(p["W"]), x)
+
+
+# --- what is no larger than an activation
+
+
+@entry(
+    {"W": w(13, 3, 4), "b": x(3, 4), "scale": positive(3, 4), "position": x(5, 13), "token": x(1, 13)},
+    (x(3, 4, 13),),
+    paths("W"),
+    paths("b", "scale", "position"),
+)
+def small_parameters_of_two_axes(p, x):
+    h = jnp.concatenate([p["token"], x]) + p["position"]
+    y = jnp.einsum("td,dhk->thk", h, p["W"]) + p["b"]
+    return jnp.sum(jnp.tanh((y - y.mean((1, 2), keepdims=True)) * p["scale"]))
+
+
+@entry({"U": w(8, 8), "V": w(8, 2), "b": x(2, 4)}, (x(3, 9, 2),), (), paths("U", "V", "b"))
+def recurrent_on_two_inputs(p, x):
+    step = lambda h, u: (jnp.tanh(p["U"] @ h + p["V"] @ u + p["b"].ravel()), None)  # noqa: E731
+    return lax.scan(step, jnp.zeros(8), x)[0].sum()
