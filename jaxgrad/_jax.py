@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import primitives
 
@@ -166,19 +167,30 @@ def source_line(eqn: Equation) -> str:
 
 
 def bind_wide(eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """As `bind`, for values that may be wider than the equation's own; it then rounds to nothing narrower."""
-    avals = [v.aval.dtype for v in eqn.invars]
-    wider = [jnp.result_type(x) for x, dtype in zip(values, avals, strict=True) if jnp.issubdtype(dtype, jnp.inexact)]
-    if wider == [dtype for dtype in avals if jnp.issubdtype(dtype, jnp.inexact)]:
+    """As `bind`, for values that may be wider than the equation's own: nothing is rounded to something narrower."""
+    (first, *_), to = values, eqn.outvars[0].aval.dtype
+    if eqn.primitive is lax.convert_element_type_p and jnp.issubdtype(to, jnp.floating):
+        return [first if _bits(first) > _bits(eqn.outvars[0].aval) else first.astype(to)]
+    inexact = [k for k, x in enumerate(values) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    if all(values[k].dtype == eqn.invars[k].aval.dtype for k in inexact):
         return bind(eqn, values)
+    widest = max((values[k] for k in inexact), key=_bits)
+    real = jnp.finfo(widest.dtype).dtype
     if any(_is_program(p) for p in eqn.params.values()):
-        narrow = bind(eqn, [lax.convert_element_type(x, dtype) for x, dtype in zip(values, avals, strict=True)])
-        return [x.astype(wider[0]) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in narrow]
-    if eqn.primitive is lax.convert_element_type_p:
-        (x,), to = values, eqn.outvars[0].aval.dtype
-        return [x if x.dtype.itemsize > to.itemsize else x.astype(to)]
+        narrow = bind(eqn, [x.astype(v.aval.dtype) for x, v in zip(values, eqn.invars, strict=True)])
+        return [x.astype(real) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in narrow]
+    values = [_as_wide(x, real) if k in inexact else x for k, x in enumerate(values)]
     params = dict(eqn.params)
     if params.get("preferred_element_type") is not None:
         params["preferred_element_type"] = None
     results = eqn.primitive.bind(*values, **params)
     return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _bits(x: Any) -> int:
+    """Of the real numbers in an array."""
+    return int(jnp.finfo(x.dtype).bits)
+
+
+def _as_wide(x: Any, real: Any) -> Any:
+    return x.astype(np.result_type(real, np.complex64) if jnp.iscomplexobj(x) else real)

@@ -141,7 +141,8 @@ class Map:
             done.append(step.function([read(operand) for operand in step.operands]))
         total, *others = (read(result) for result in self.results)
         for other in others:
-            total = total + other
+            dtype = max(total.dtype, other.dtype, key=lambda d: d.itemsize)
+            total = total.astype(dtype) + other.astype(dtype)
         return total
 
     def parts(self) -> list["Map"]:
