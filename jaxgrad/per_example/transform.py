@@ -2,15 +2,19 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
 from jaxgrad.per_example.finish import Finished, finish, settled
 from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.undone import Reason
+from jaxgrad.per_example.values import Value, array_of, is_zero
 from jaxgrad.per_example.walk import evaluate
 
 
@@ -104,6 +108,20 @@ def per_example_value_and_grad(
     return values_and_gradients
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Route:
+    """What was done for one parameter, as in `Finished`. A tree without leaves, so that it leaves `vmap` as a result.
+
+    Attributes:
+        how: the route.
+        reason: why it is the direct one.
+    """
+
+    how: str
+    reason: Reason | None
+
+
 class Transformed:
     """A loss, and how it is to be called."""
 
@@ -121,28 +139,33 @@ class Transformed:
         """The call taken apart."""
         return arguments_of(self.call, args, kwargs, self.argnums, self.in_axes)
 
-    def evaluated(self, arguments: Arguments) -> tuple[Any, Any, PerExampleGrads, list[Finished]]:
+    def evaluated(self, arguments: Arguments) -> tuple[Any, Any, PerExampleGrads, list[Route]]:
         """(values, aux, gradients, what was done for each parameter)."""
         program, out_tree, count = self._program(arguments)
-        finished: list[Finished] = []
+        outvars = program.jaxpr.outvars
+        first = len(outvars) - count  # of the gradients
 
         def one(examples: Sequence[Any]) -> Any:
             leaves = [*arguments.params, *examples]
-            n = len(program.jaxpr.outvars)
-            wanted = [k >= n - count for k in range(n)]
-            results = evaluate(program, leaves, wanted, [True] * n)
-            finished[:] = [
+            wanted = [k >= first for k in range(len(outvars))]
+            results = evaluate(program, leaves, wanted, [True] * len(outvars))
+            finished = [
                 finish(value, jnp.shape(p), jnp.result_type(p))
-                for value, p in zip(results[n - count :], arguments.params, strict=True)
+                for value, p in zip(results[first:], arguments.params, strict=True)
             ]
-            return results[: n - count], [f.factors for f in finished]
+            others = [_as_returned(value, v.aval) for value, v in zip(results[:first], outvars, strict=False)]
+            return others, [f.factors for f in finished], [Route(f.how, f.reason) for f in finished]
 
-        others, parts = jax.vmap(one, in_axes=(arguments.axes,), axis_size=arguments.batch_size)(arguments.batch)
-        parts = [settled(factors, f) for factors, f in zip(parts, finished, strict=True)]
+        over_examples = jax.vmap(one, in_axes=(arguments.axes,), axis_size=arguments.batch_size)
+        others, parts, routes = over_examples(arguments.batch)
+        parts = [
+            settled(factors, Finished(factors, route.how, route.reason))
+            for factors, route in zip(parts, routes, strict=True)
+        ]
         if self.strict:
-            self._refuse_direct(arguments, finished)
+            self._refuse_direct(arguments, routes)
         values, aux = jax.tree.unflatten(out_tree, others)
-        return values, aux, PerExampleGrads(jax.tree.unflatten(arguments.params_tree, parts)), finished
+        return values, aux, PerExampleGrads(jax.tree.unflatten(arguments.params_tree, parts)), routes
 
     def _program(self, arguments: Arguments) -> tuple[_jax.Program, Any, int]:
         """The gradient's program for one example: results (value, aux …, gradients …)."""
@@ -165,8 +188,8 @@ class Transformed:
         closed, shape = jax.make_jaxpr(program, return_shape=True)(arguments.params, arguments.example)
         return _jax.program_of(closed), jax.tree.structure(shape[0]), len(arguments.params)
 
-    def _refuse_direct(self, arguments: Arguments, finished: Sequence[Finished]) -> None:
-        for path, f in zip(arguments.paths, finished, strict=True):
+    def _refuse_direct(self, arguments: Arguments, routes: Sequence[Route]) -> None:
+        for path, f in zip(arguments.paths, routes, strict=True):
             if f.how == "direct" and f.reason is not None:
                 at = f" at {f.reason.source}" if f.reason.source else ""
                 raise ValueError(
@@ -176,3 +199,13 @@ class Transformed:
                     f"parameters alone, such as weight decay, outside of the loss), or drop strict=True: the result is "
                     f"the same."
                 )
+
+
+def _as_returned(value: Value, aval: Any) -> Array:
+    """A result that is no gradient, as the array that the program returns."""
+    if is_zero(value) and aval.weak_type:  # what is known to be zero does not remember how its dtype came about
+        zeros = jnp.broadcast_to(jnp.asarray(aval.dtype.type(0).item()), aval.shape)
+        if zeros.dtype == aval.dtype:
+            return zeros
+    array = array_of(value)
+    return array if isinstance(array, jax.Array) else jnp.asarray(array, None if aval.weak_type else aval.dtype)
