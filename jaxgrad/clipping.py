@@ -93,7 +93,7 @@ def clipped_grad(
     max_norm: PyTree,
     *,
     argnums: int | Sequence[int] = 0,
-    in_axes: Any = None,
+    in_axes: Any = 0,
     has_aux: bool = False,
     microbatch_size: int | None = None,
     weighting: Weighting = clip,

@@ -292,12 +292,12 @@ def test_arguments_as_those_of_per_example_grad():
     keys = jax.random.split(jax.random.key(0), 5)
     noisy = lambda scale, w, x, key: (scale * simple(w["w"], x + jax.random.normal(key, (3,)), 1.0), x)  # noqa: E731
     x, w = jnp.arange(15.0).reshape(3, 5), {"w": jnp.ones(3)}
-    options = {"argnums": 1, "in_axes": (None, 1, 0), "has_aux": True}
+    options = {"argnums": 1, "in_axes": (None, None, 1, 0), "has_aux": True}
     whole = jg.clipped_grad(noisy, 2.0, **options)(0.1, w, x, keys)
     parts = jg.clipped_grad(noisy, 2.0, microbatch_size=2, **options)(0.1, w, x, keys)
     chex.assert_trees_all_close(whole, parts, rtol=1e-12)
     np.testing.assert_array_equal(whole[1].aux, x.T)
-    g = jg.per_example_grad(noisy, 1, in_axes=(None, 1, 0), has_aux=True)(0.1, w, x, keys)[0]
+    g = jg.per_example_grad(noisy, 1, in_axes=(None, None, 1, 0), has_aux=True)(0.1, w, x, keys)[0]
     chex.assert_trees_all_close(whole[0], g.clip(2.0).sum(), rtol=1e-12)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -107,7 +107,7 @@ class Explanation:
 
 
 def explain(
-    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, in_axes: Any = None, has_aux: bool = False
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, in_axes: Any = 0, has_aux: bool = False
 ) -> Callable[..., Explanation]:
     """What `per_example_grad(fun)` does with each parameter: a function of its arguments, that computes nothing.
 
@@ -137,17 +137,16 @@ def explain(
     transformed = Transformed("explain", fun, argnums, in_axes, has_aux, False)
 
     def explained(*args: Any, **kwargs: Any) -> Explanation:
-        def run(leaves: Sequence[Any]) -> tuple[PerExampleGrads, list[Route]]:
-            whole = [leaf if k not in traced else leaves[traced.index(k)] for k, leaf in enumerate(flat)]
-            args, kwargs = jax.tree.unflatten(treedef, whole)
-            return transformed.evaluated(transformed.arguments(args, kwargs))[2:]
-
-        # What all examples share stays as it is: the loss may look at its values.
         arguments = transformed.arguments(args, kwargs)
-        own = {id(leaf) for leaf in [*arguments.params, *arguments.batch]}
-        flat, treedef = jax.tree.flatten((args, kwargs))
-        traced = [k for k, leaf in enumerate(flat) if id(leaf) in own or isinstance(leaf, jax.ShapeDtypeStruct)]
-        g, routes = jax.eval_shape(run, [flat[k] for k in traced])
+        # What all examples share stays as it is, for the loss may look at its values, unless it has none.
+        absent = [k for k, leaf in enumerate(arguments.shared) if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+        def run(params: list[Any], batch: list[Any], shapes: list[Any]) -> tuple[PerExampleGrads, list[Route]]:
+            traced = dict(zip(absent, shapes, strict=True))
+            shared = [traced.get(k, leaf) for k, leaf in enumerate(arguments.shared)]
+            return transformed.evaluated(replace(arguments, params=params, batch=batch, shared=shared))[2:]
+
+        g, routes = jax.eval_shape(run, arguments.params, arguments.batch, [arguments.shared[k] for k in absent])
         rows = [
             _row(path, leaf.factors, route)
             for path, leaf, route in zip(g.paths, jax.tree.leaves(g, is_leaf=_is_leaf), routes, strict=True)

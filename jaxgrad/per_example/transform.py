@@ -22,7 +22,7 @@ def per_example_grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = 0,
     has_aux: bool = False,
     strict: bool = False,
 ) -> Callable[..., Any]:
@@ -40,9 +40,10 @@ def per_example_grad(
         fun: a pure function of one example to a real scalar, or to (scalar, aux) with has_aux.
         argnums: which arguments to differentiate with respect to, one or several, as in `jax.grad`; they are the same
             for all examples.
-        in_axes: as in `jax.vmap`, for the arguments that are not differentiated: a number, or a sequence with one entry
-            for each of them, each a number, None for an argument that all examples share, or a tree prefix. None:
-            axis 0 of all of them. Keyword arguments are batched along axis 0.
+        in_axes: as in `jax.vmap(jax.grad(fun), in_axes)`: a number, for all arguments but the differentiated ones; or a
+            sequence with one entry for each positional argument: None for the differentiated ones and for what all
+            examples share, a number, or a tree prefix of both. Keyword arguments: arrays, leaf by leaf, are batched
+            along axis 0; scalars and what is no array are shared.
         has_aux: whether fun returns (scalar, aux).
         strict: whether to raise an error where a parameter takes the direct route.
 
@@ -77,7 +78,7 @@ def per_example_value_and_grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = 0,
     has_aux: bool = False,
     strict: bool = False,
 ) -> Callable[..., Any]:
