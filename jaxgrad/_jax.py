@@ -6,12 +6,14 @@ tests/test_jax.py pins each layout that is read here. When JAX changes one, that
 import functools
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 from jax import lax
 from jax.extend.core import primitives
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Literal: Any = jex.Literal
 Jaxpr = Any  # a jex.Jaxpr
@@ -99,6 +101,11 @@ def _rank(v: Any) -> int:
     return len(v.aval.shape)
 
 
+def context(eqn: Equation) -> AbstractContextManager[None]:
+    """What an equation is evaluated in, as JAX does: the kinds of the mesh's axes, where to compute, how keys split."""
+    return eqn.ctx.manager
+
+
 def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """The equation's results. One that holds programs of its own is bound whole, as a program of one equation."""
     if not any(_is_program(p) for p in eqn.params.values()):
@@ -130,11 +137,17 @@ def _alone(eqn: Equation, variables: tuple[Any, ...]) -> Any:
 
 
 def one_example(a: Any, axis: int) -> Any:
-    """What an example of a batch looks like; inside shard_map one of them, which differs along the same mesh axes."""
+    """What an example of a batch looks like, on an explicit mesh with where its own axes lie; inside shard_map one of
+    them, which differs along the same mesh axes."""
     if varying(a) and a.shape[axis]:
         return lax.index_in_dim(a, 0, axis, keepdims=False)
     aval = a if isinstance(a, jax.ShapeDtypeStruct) else jax.typeof(a)
-    return jax.ShapeDtypeStruct(aval.shape[:axis] + aval.shape[axis + 1 :], aval.dtype, weak_type=aval.weak_type)
+    shape, lies = aval.shape[:axis] + aval.shape[axis + 1 :], aval.sharding
+    if isinstance(lies, NamedSharding) and AxisType.Explicit in lies.mesh.axis_types:
+        spec = [*lies.spec, *[None] * len(aval.shape)][: len(aval.shape)]
+        lies = NamedSharding(lies.mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+        return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type, sharding=lies)
+    return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def varying(a: Any) -> frozenset[str]:

@@ -18,6 +18,7 @@ from jaxgrad.per_example.gradients import PerExampleGrads, checked_bound
 from jaxgrad.per_example.norms import root_sum_of_squares, shortened
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
+from jaxgrad.sharding import divisible, kept
 
 __all__ = ["ClipInfo", "ClippedGrad", "Weighting", "automatic", "clip", "clipped_grad", "normalize"]
 
@@ -219,7 +220,7 @@ class ClippedGrad:
             flat, each = self._of(arguments, mask)
         else:
             flat, each = self._in_microbatches(arguments, mask, size)
-        each = jax.tree.map(lambda a: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, jnp.zeros_like(a)), each)
+        each = jax.tree.map(lambda a: kept(mask, a), each)
         values, aux, norms, over = each
         count = jnp.maximum(mask.sum(), 1).astype(norms.dtype)
         nonfinite = mask & ~jnp.isfinite(norms)
@@ -242,16 +243,15 @@ class ClippedGrad:
         return total, (values, aux, root_sum_of_squares(norms), over)
 
     def _clipped(self, g: PerExampleGrads, norms: Array, limit: Array, keep: Array) -> PerExampleGrads:
-        nothing = jnp.zeros_like(norms)
-        norms = jnp.where(keep, norms, nothing)
+        norms = kept(keep, norms)
         largest, magnitudes = norms, g.magnitudes()
         if magnitudes is not None:
             guard = jnp.asarray(math.sqrt(GUARD[jnp.dtype(norms.dtype)]), norms.dtype)
-            largest = root_sum_of_squares([norms, guard * jnp.where(keep, magnitudes.astype(norms.dtype), nothing)])
+            largest = root_sum_of_squares([norms, guard * kept(keep, magnitudes.astype(norms.dtype))])
         most = limit / jnp.maximum(largest, jnp.finfo(norms.dtype).tiny)
         c = self._weighting(norms, limit).astype(norms.dtype)
         c = jnp.clip(c, -most, most)
-        c = jnp.where(keep & ~jnp.isnan(c), c, nothing)
+        c = kept(keep & ~jnp.isnan(c), c)
         c = jnp.where(limit > 0, c, jnp.full_like(c, jnp.nan))
         return g.where(keep).scale(c)
 
@@ -260,14 +260,15 @@ class ClippedGrad:
         B = arguments.batch_size
         count = -(-B // size)
 
+        whole = count * size == B
+
         def divided(a: Any, axis: int = 0) -> Any:
-            a = jnp.moveaxis(a, axis, 0)
-            if count * size != B:  # the last example again; masked
-                a = a[jnp.minimum(jnp.arange(count * size), B - 1)]
+            a = divisible(jnp.moveaxis(a, axis, 0), size if whole else 1)
+            a = a if whole else a[jnp.minimum(jnp.arange(count * size), B - 1)]  # the last example again; masked
             return a.reshape(size, count, *a.shape[1:]).swapaxes(0, 1)
 
         leaves = [divided(a, axis) for a, axis in zip(arguments.batch, arguments.axes, strict=True)]
-        valid = jnp.concatenate([mask, jnp.zeros(count * size - B, bool)]).reshape(size, count).T
+        valid = divided(mask) & (jnp.arange(count * size) < B).reshape(size, count).T
 
         def step(total: list[Array], part: tuple[list[Any], Array]) -> tuple[list[Array], Any]:
             batch, mask = part

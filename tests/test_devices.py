@@ -162,6 +162,50 @@ def test_a_clipped_sum_communicates_one_reduction_of_the_parameters_size(name):
     assert sum(numbers for _, numbers in collectives) == size
 
 
+WHOLE, EACH = PartitionSpec(), PartitionSpec("data")
+ON_EXPLICIT = {
+    "a matrix": (lambda W, x: jnp.sin(W @ x).sum(), normal(0, 4, 3), (normal(1, B, 3),)),
+    "every route": (
+        lambda p, x: jnp.sin(p["W"] @ x).sum() + p["b"] @ x + jnp.exp(p["D"] * x).sum(),
+        weights({"W": (40, 30), "b": (30,), "D": (20, 30)}),
+        (normal(1, B, 30),),
+    ),
+    "an embedding by one-hot products": (
+        lambda p, words, y: jnp.square(jax.nn.one_hot(words, 20) @ p["E"] @ p["W"] - y).sum(),
+        weights({"E": (20, 6), "W": (6, 2)}),
+        (ids(0, 20, B, 5), normal(1, B, 5, 2)),
+    ),
+    "an embedding by a lookup": (
+        lambda p, words, y: jnp.square(p["E"].at[words].get(out_sharding=WHOLE) @ p["W"] - y).sum(),
+        weights({"E": (20, 6), "W": (6, 2)}),
+        (ids(0, 20, B, 5), normal(1, B, 5, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", ON_EXPLICIT)
+def test_a_clipped_sum_on_an_explicit_mesh_is_that_of_one_device(name, jit):
+    loss, params, batch = ON_EXPLICIT[name]
+    on, mask = mesh(AxisType.Explicit), jnp.arange(B) % 3 != 0
+    with jax.set_mesh(mesh()):
+        written_out = jax.vmap(jax.grad(loss), (None, *[0] * len(batch)))(params, *batch)
+    norms = np.sqrt(sum(np.square(a.reshape(B, -1)).sum(1) for a in jax.tree.leaves(written_out)))
+    bound = float(np.median(norms))
+    with jax.set_mesh(on):
+        params, batch = jax.device_put((params, batch), (NamedSharding(on, WHOLE), NamedSharding(on, EACH)))
+        spread = jax.device_put(mask, NamedSharding(on, EACH))
+        ways = [(mask, None)] if jit is not jax.jit else [(None, None), (mask, None), (spread, 16), (None, 5)]
+        for given, size in ways:
+            total, info = jit(jg.clipped_grad(loss, bound, microbatch_size=size))(params, *batch, mask=given)
+            kept = np.ones(B) if given is None else np.asarray(mask, float)
+            c = kept * np.minimum(1, bound / norms)
+            expected = jax.tree.map(lambda a, c=c: np.tensordot(c, a, 1), written_out)
+            chex.assert_trees_all_close(jax.tree.map(np.asarray, total), expected, rtol=1e-4, atol=1e-4 * bound)
+            np.testing.assert_allclose(info.norms, kept * norms, rtol=1e-4)
+            assert size == 5 or jax.typeof(info.norms).sharding.spec == EACH
+
+
 EXPLICIT = [("exercise", AxisType.Explicit), ("attention", AxisType.Explicit)]
 
 

@@ -14,6 +14,7 @@ from jaxgrad.per_example import factors, moments, norms, pairs
 from jaxgrad.per_example.factors import Dense, Factor, Outer, Precision, Rows, Windows, added
 from jaxgrad.per_example.layout import Layout
 from jaxgrad.precision import working_dtype
+from jaxgrad.sharding import kept
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("factors", "weight"), meta_fields=())
@@ -84,7 +85,7 @@ class Leaf:
 
     def where(self, mask: Array) -> "Leaf":
         """Exactly zero where the mask is False, whatever was there."""
-        return self.map(lambda f: factors.where(f, mask), jnp.where(mask, self.weight, jnp.zeros_like(self.weight)))
+        return self.map(lambda f: factors.where(f, mask), kept(mask, self.weight))
 
     def materialize(self) -> Array:
         """[B, *shape] in the parameter's dtype."""

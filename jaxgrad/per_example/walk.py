@@ -107,7 +107,8 @@ def evaluate(
     for eqn, live in zip(jaxpr.eqns, found.live, strict=True):
         if live:
             here = [v in found.used for v in eqn.outvars]
-            results = _step(eqn, [read(v) for v in eqn.invars], found.of(eqn), here)
+            with _jax.context(eqn):
+                results = _step(eqn, [read(v) for v in eqn.invars], found.of(eqn), here)
             known |= dict(zip(eqn.outvars, results, strict=True))
     return [read(v) if use else None for v, use in zip(jaxpr.outvars, used, strict=True)]
 
