@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -133,11 +134,13 @@ def clipped_grad(
 
     Returns:
         A function of fun's arguments, the batched ones with an example axis, and of `mask`, booleans [B] that are False
-        for padding; it returns (the sum, a tree of the parameters' shapes in float32 at least, `ClipInfo`).
+        for padding; it returns (the sum, a tree of the parameters' shapes in float32 at least, `ClipInfo`). A loss with
+        a keyword argument `mask` of its own has to be wrapped before it can be given padding.
 
     Raises:
         TypeError, ValueError: as `per_example_grad`; bounds that are not positive numbers or no prefix of the
-            parameters; a mask that is not [B] booleans; a microbatch size below 1.
+            parameters; a mask that is not [B] booleans, or a mask for a loss that has a keyword argument of this name;
+            a microbatch size below 1; a weighting that returns neither one number nor one for each example.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2
@@ -149,6 +152,31 @@ def clipped_grad(
         '1.0007'
     """
     return ClippedGrad(fun, max_norm, argnums, in_axes, has_aux, microbatch_size, weighting)
+
+
+def _one_for_each(c: Any, norms: Array) -> Array:
+    """What a weighting returns, as an array like the norms."""
+    dtype: Any
+    try:
+        shape, dtype = jnp.shape(c), jnp.result_type(c)
+    except TypeError:
+        shape, dtype = None, type(c).__name__
+    if shape not in ((), norms.shape) or jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(
+            f"clipped_grad: expected a weighting that returns an array of factors of shape {norms.shape}, as its norms "
+            f"are, or one number for all, got {dtype if shape is None else f'{dtype} of shape {shape}'}."
+        )
+    return jnp.broadcast_to(jnp.asarray(c, norms.dtype), norms.shape)
+
+
+def _takes_a_mask(fun: Callable[..., Any]) -> bool:
+    """Whether the loss may mean something else by mask=... than that an example is padding."""
+    try:
+        parameters = inspect.signature(fun).parameters
+    except (TypeError, ValueError):  # a function without a signature takes its arguments by position
+        return False
+    named = "mask" in parameters and parameters["mask"].kind is not inspect.Parameter.POSITIONAL_ONLY
+    return named or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 class ClippedGrad:
@@ -186,29 +214,41 @@ class ClippedGrad:
                 f"clipped_grad: expected a function (norms, bound) → factors as weighting, such as clipping.normalize "
                 f"or clipping.automatic(0.01), got {weighting!r}."
             )
+        self._own_mask = _takes_a_mask(fun)
         self._transformed = Transformed("clipped_grad", fun, argnums, in_axes, has_aux, False)
         self._max_norm, self._microbatch_size, self._weighting = max_norm, microbatch_size, weighting
         functools.update_wrapper(self, fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
 
-    def sensitivity(self, batch_size: int | None, dtype: jax.typing.DTypeLike = jnp.float32) -> float:
+    def sensitivity(self, batch_size: int | None, dtype: jax.typing.DTypeLike = jnp.float32) -> float | Array:
         """How far one example can move the sum: the root sum of squares of the bounds, times 1 + ε.
 
         Args:
             batch_size: B, the largest there is; None for exact arithmetic, ε = 0.
             dtype: of the sum.
 
+        Returns:
+            A Python float; an array where a bound is traced.
+
         Raises:
             ValueError: a negative batch size.
         """
         if batch_size is not None and batch_size < 0:
             raise ValueError(f"ClippedGrad.sensitivity: expected a batch size of at least 0, got {batch_size}.")
-        bound = math.sqrt(sum(float(b) ** 2 for b in jax.tree.leaves(self._max_norm)))
-        return (
-            bound if batch_size is None else bound * (1 + (1 + math.sqrt(batch_size)) * EPSILON[working_dtype(dtype)])
-        )
+        wide = working_dtype(dtype)
+        more = 1.0 if batch_size is None else 1 + (1 + math.sqrt(batch_size)) * EPSILON[wide]
+        bounds = jax.tree.leaves(self._max_norm)
+        if any(isinstance(bound, jax.core.Tracer) for bound in bounds):
+            return root_sum_of_squares([jnp.asarray(bound, wide) for bound in bounds]) * jnp.asarray(more, wide)
+        return math.sqrt(sum(float(bound) ** 2 for bound in bounds)) * more
 
     def __call__(self, *args: Any, mask: Any = None, **kwargs: Any) -> tuple[PyTree, ClipInfo]:
         """(the sum, ClipInfo)."""
+        if mask is not None and self._own_mask:
+            raise ValueError(
+                "clipped_grad: expected mask=, which says what is padding, with a loss that has no keyword argument of "
+                "this name, got a loss that takes one. Wrap the loss, so that its own mask has another name: "
+                "clipped_grad(lambda params, x, own: loss(params, x, mask=own), ...)(params, x, own, mask=padding)."
+            )
         arguments = self._transformed.arguments(args, kwargs)
         B, size = arguments.batch_size, self._microbatch_size
         mask = jnp.ones(B, bool) if mask is None else jnp.asarray(mask)
@@ -249,7 +289,7 @@ class ClippedGrad:
             guard = jnp.asarray(math.sqrt(GUARD[jnp.dtype(norms.dtype)]), norms.dtype)
             largest = root_sum_of_squares([norms, guard * kept(keep, magnitudes.astype(norms.dtype))])
         most = limit / jnp.maximum(largest, jnp.finfo(norms.dtype).tiny)
-        c = self._weighting(norms, limit).astype(norms.dtype)
+        c = _one_for_each(self._weighting(norms, limit), norms)
         c = jnp.clip(c, -most, most)
         c = kept(keep & ~jnp.isnan(c), c)
         c = jnp.where(limit > 0, c, jnp.full_like(c, jnp.nan))
