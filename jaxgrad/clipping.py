@@ -156,15 +156,12 @@ def clipped_grad(
 
 def _one_for_each(c: Any, norms: Array) -> Array:
     """What a weighting returns, as an array like the norms."""
-    dtype: Any
-    try:
-        shape, dtype = jnp.shape(c), jnp.result_type(c)
-    except TypeError:
-        shape, dtype = None, type(c).__name__
-    if shape not in ((), norms.shape) or jnp.issubdtype(dtype, jnp.complexfloating):
+    shape = getattr(c, "shape", () if isinstance(c, int | float) else None)
+    if shape not in ((), norms.shape) or jnp.issubdtype(jnp.result_type(c), jnp.complexfloating):
+        got = type(c).__name__ if shape is None else f"{jnp.result_type(c)} of shape {shape}"
         raise ValueError(
             f"clipped_grad: expected a weighting that returns an array of factors of shape {norms.shape}, as its norms "
-            f"are, or one number for all, got {dtype if shape is None else f'{dtype} of shape {shape}'}."
+            f"are, or one number for all, got {got}."
         )
     return jnp.broadcast_to(jnp.asarray(c, norms.dtype), norms.shape)
 

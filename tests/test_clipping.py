@@ -264,7 +264,7 @@ def test_a_weighting_may_return_one_number_and_nothing_but_numbers():
         (None, "NoneType"),
         ("1", "str"),
     )
-    for other, got in (*others, (1j, "complex128"), ([0.5, 0.5], "list")):
+    for other, got in (*others, (1j, "complex"), (jnp.full(2, 1j), "complex128"), ([0.5, 0.5], "list")):
         with pytest.raises(
             ValueError, match=rf"clipped_grad: expected a weighting that returns .* \(2,\), .*got {got}"
         ):
