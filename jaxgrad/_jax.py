@@ -6,6 +6,7 @@ tests/test_jax.py pins each layout that is read here. When JAX changes one, that
 import functools
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import primitives
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Literal: Any = jex.Literal
 Jaxpr = Any  # a jex.Jaxpr
@@ -105,14 +107,40 @@ def _rank(v: Any) -> int:
     return len(v.aval.shape)
 
 
+def context(eqn: Equation) -> AbstractContextManager[None]:
+    """What an equation is evaluated in, as JAX does: the kinds of the mesh's axes, where to compute, how keys split."""
+    return eqn.ctx.manager
+
+
 def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """The equation's results. One that holds programs of its own is bound whole, as a program of one equation."""
+    """The equation's results. One that holds programs of its own is bound whole, as a program of one equation.
+
+    Inside shard_map the operands differ along the same mesh axes, as JAX's own functions see to before they bind.
+    """
+    if any(map(varying, values)):
+        if _only_varies(eqn):
+            return [made_varying(x, varying(v.aval)) for x, v in zip(values, eqn.outvars, strict=True)]
+        values = _alike(eqn, values)
     if not any(_is_program(p) for p in eqn.params.values()):
         results = eqn.primitive.bind(*values, **eqn.params)
         return list(results) if eqn.primitive.multiple_results else [results]
     variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, Literal)))
     known = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)}
     return jex.jaxpr_as_fun(_alone(eqn, tuple(variables)))(*(known[v] for v in variables))
+
+
+def _only_varies(eqn: Equation) -> bool:
+    """Whether all that it does is to say that its operand may differ along more mesh axes, which it may do already."""
+    if len(eqn.invars) != 1 or len(eqn.outvars) != 1 or any(_is_program(p) for p in eqn.params.values()):
+        return False
+    return varying(eqn.outvars[0].aval) > varying(eqn.invars[0].aval)
+
+
+def _alike(eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """Each operand differs along the axes that the program says, and along those that it does not know of."""
+    said = [frozenset() if isinstance(v, Literal) else varying(v.aval) for v in eqn.invars]
+    more = frozenset().union(*map(varying, values)) - frozenset().union(*said)
+    return [made_varying(x, axes | more) for x, axes in zip(values, said, strict=True)]
 
 
 def _is_program(p: Any) -> bool:
@@ -136,18 +164,25 @@ def _alone(eqn: Equation, variables: tuple[Any, ...]) -> Any:
 
 
 def one_example(a: Any, axis: int) -> Any:
-    """What an example of a batch looks like; inside shard_map one of them, which differs along the same mesh axes."""
+    """What an example of a batch looks like, on an explicit mesh with where its own axes lie; inside shard_map one of
+    them, which differs along the same mesh axes."""
     if varying(a) and a.shape[axis]:
         return lax.index_in_dim(a, 0, axis, keepdims=False)
     aval = a if isinstance(a, jax.ShapeDtypeStruct) else jax.typeof(a)
-    return jax.ShapeDtypeStruct(aval.shape[:axis] + aval.shape[axis + 1 :], aval.dtype, weak_type=aval.weak_type)
+    shape, lies = aval.shape[:axis] + aval.shape[axis + 1 :], aval.sharding
+    if isinstance(lies, NamedSharding) and AxisType.Explicit in lies.mesh.axis_types:
+        spec = [*lies.spec, *[None] * len(aval.shape)][: len(aval.shape)]
+        lies = NamedSharding(lies.mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+        return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type, sharding=lies)
+    return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def varying(a: Any) -> frozenset[str]:
     """The mesh axes along which an array differs inside shard_map."""
     if isinstance(a, jax.ShapeDtypeStruct):
         return frozenset()
-    return frozenset(getattr(getattr(jax.typeof(a), "manual_axis_type", None), "varying", ()))
+    aval = a if isinstance(a, jax.core.AbstractValue) else jax.typeof(a)
+    return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()))
 
 
 def made_varying(a: Any, axes: frozenset[str]) -> Any:

@@ -269,7 +269,7 @@ def random_projection(g: PerExampleGrads, key: Array, size: int, *, precision: P
 # --- Of a loss or a model, over several checkpoints and in blocks ----------------------------------------------------
 
 
-def grand(loss: Callable[..., Any], *, in_axes: Any = None) -> Callable[..., Float[Array, " B"]]:
+def grand(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float[Array, " B"]]:
     """GraNd: the norm of each example's gradient, averaged over several parameters (initialisations, checkpoints).
 
     Args:
@@ -308,7 +308,7 @@ def _summed(call: str, terms: Iterable[Array]) -> tuple[Array, int]:
     return total, count
 
 
-def tracin(loss: Callable[..., Any], *, in_axes: Any = None) -> Callable[..., Float[Array, "C B"]]:
+def tracin(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float[Array, "C B"]]:
     """TracIn: how much training on each example lowered each test loss, to first order, summed over checkpoints.
 
     Formula: Σ_k η_k test_c(w_k) · g_b(w_k), for plain gradient descent with learning rates η_k.

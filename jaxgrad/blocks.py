@@ -40,7 +40,7 @@ def gram(
     *,
     progress: bool = False,
     precision: Precision = None,
-    in_axes: Any = None,
+    in_axes: Any = 0,
 ) -> Float[np.ndarray, "N M"]:
     """GGᵀ of N examples, or GG′ᵀ with M others, from batches.
 
@@ -110,7 +110,7 @@ def influence(
     *,
     progress: bool = False,
     precision: Precision = EXACT,
-    in_axes: Any = None,
+    in_axes: Any = 0,
 ) -> Float[np.ndarray, "C B"]:
     """`attribution.influence` of B training on C test examples, from batches: exact, of any number of parameters.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from jaxgrad.per_example.gradients import PerExampleGrads, checked_bound
 from jaxgrad.per_example.norms import root_sum_of_squares, shortened
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
+from jaxgrad.sharding import divisible, kept
 
 __all__ = ["ClipInfo", "ClippedGrad", "Weighting", "automatic", "clip", "clipped_grad", "normalize"]
 
@@ -93,7 +95,7 @@ def clipped_grad(
     max_norm: PyTree,
     *,
     argnums: int | Sequence[int] = 0,
-    in_axes: Any = None,
+    in_axes: Any = 0,
     has_aux: bool = False,
     microbatch_size: int | None = None,
     weighting: Weighting = clip,
@@ -132,11 +134,13 @@ def clipped_grad(
 
     Returns:
         A function of fun's arguments, the batched ones with an example axis, and of `mask`, booleans [B] that are False
-        for padding; it returns (the sum, a tree of the parameters' shapes in float32 at least, `ClipInfo`).
+        for padding; it returns (the sum, a tree of the parameters' shapes in float32 at least, `ClipInfo`). A loss with
+        a keyword argument `mask` of its own has to be wrapped before it can be given padding.
 
     Raises:
         TypeError, ValueError: as `per_example_grad`; bounds that are not positive numbers or no prefix of the
-            parameters; a mask that is not [B] booleans; a microbatch size below 1.
+            parameters; a mask that is not [B] booleans, or a mask for a loss that has a keyword argument of this name;
+            a microbatch size below 1; a weighting that returns neither one number nor one for each example.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2
@@ -148,6 +152,28 @@ def clipped_grad(
         '1.0007'
     """
     return ClippedGrad(fun, max_norm, argnums, in_axes, has_aux, microbatch_size, weighting)
+
+
+def _one_for_each(c: Any, norms: Array) -> Array:
+    """What a weighting returns, as an array like the norms."""
+    shape = getattr(c, "shape", () if isinstance(c, int | float) else None)
+    if shape not in ((), norms.shape) or jnp.issubdtype(jnp.result_type(c), jnp.complexfloating):
+        got = type(c).__name__ if shape is None else f"{jnp.result_type(c)} of shape {shape}"
+        raise ValueError(
+            f"clipped_grad: expected a weighting that returns an array of factors of shape {norms.shape}, as its norms "
+            f"are, or one number for all, got {got}."
+        )
+    return jnp.broadcast_to(jnp.asarray(c, norms.dtype), norms.shape)
+
+
+def _takes_a_mask(fun: Callable[..., Any]) -> bool:
+    """Whether the loss may mean something else by mask=... than that an example is padding."""
+    try:
+        parameters = inspect.signature(fun).parameters
+    except (TypeError, ValueError):  # a function without a signature takes its arguments by position
+        return False
+    named = "mask" in parameters and parameters["mask"].kind is not inspect.Parameter.POSITIONAL_ONLY
+    return named or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 class ClippedGrad:
@@ -185,29 +211,41 @@ class ClippedGrad:
                 f"clipped_grad: expected a function (norms, bound) → factors as weighting, such as clipping.normalize "
                 f"or clipping.automatic(0.01), got {weighting!r}."
             )
+        self._own_mask = _takes_a_mask(fun)
         self._transformed = Transformed("clipped_grad", fun, argnums, in_axes, has_aux, False)
         self._max_norm, self._microbatch_size, self._weighting = max_norm, microbatch_size, weighting
         functools.update_wrapper(self, fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
 
-    def sensitivity(self, batch_size: int | None, dtype: jax.typing.DTypeLike = jnp.float32) -> float:
+    def sensitivity(self, batch_size: int | None, dtype: jax.typing.DTypeLike = jnp.float32) -> float | Array:
         """How far one example can move the sum: the root sum of squares of the bounds, times 1 + ε.
 
         Args:
             batch_size: B, the largest there is; None for exact arithmetic, ε = 0.
             dtype: of the sum.
 
+        Returns:
+            A Python float; an array where a bound is traced.
+
         Raises:
             ValueError: a negative batch size.
         """
         if batch_size is not None and batch_size < 0:
             raise ValueError(f"ClippedGrad.sensitivity: expected a batch size of at least 0, got {batch_size}.")
-        bound = math.sqrt(sum(float(b) ** 2 for b in jax.tree.leaves(self._max_norm)))
-        return (
-            bound if batch_size is None else bound * (1 + (1 + math.sqrt(batch_size)) * EPSILON[working_dtype(dtype)])
-        )
+        wide = working_dtype(dtype)
+        more = 1.0 if batch_size is None else 1 + (1 + math.sqrt(batch_size)) * EPSILON[wide]
+        bounds = jax.tree.leaves(self._max_norm)
+        if any(isinstance(bound, jax.core.Tracer) for bound in bounds):
+            return root_sum_of_squares([jnp.asarray(bound, wide) for bound in bounds]) * jnp.asarray(more, wide)
+        return math.sqrt(sum(float(bound) ** 2 for bound in bounds)) * more
 
     def __call__(self, *args: Any, mask: Any = None, **kwargs: Any) -> tuple[PyTree, ClipInfo]:
         """(the sum, ClipInfo)."""
+        if mask is not None and self._own_mask:
+            raise ValueError(
+                "clipped_grad: expected mask=, which says what is padding, with a loss that has no keyword argument of "
+                "this name, got a loss that takes one. Wrap the loss, so that its own mask has another name: "
+                "clipped_grad(lambda params, x, own: loss(params, x, mask=own), ...)(params, x, own, mask=padding)."
+            )
         arguments = self._transformed.arguments(args, kwargs)
         B, size = arguments.batch_size, self._microbatch_size
         mask = jnp.ones(B, bool) if mask is None else jnp.asarray(mask)
@@ -219,7 +257,7 @@ class ClippedGrad:
             flat, each = self._of(arguments, mask)
         else:
             flat, each = self._in_microbatches(arguments, mask, size)
-        each = jax.tree.map(lambda a: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, jnp.zeros_like(a)), each)
+        each = jax.tree.map(lambda a: kept(mask, a), each)
         values, aux, norms, over = each
         count = jnp.maximum(mask.sum(), 1).astype(norms.dtype)
         nonfinite = mask & ~jnp.isfinite(norms)
@@ -242,16 +280,15 @@ class ClippedGrad:
         return total, (values, aux, root_sum_of_squares(norms), over)
 
     def _clipped(self, g: PerExampleGrads, norms: Array, limit: Array, keep: Array) -> PerExampleGrads:
-        nothing = jnp.zeros_like(norms)
-        norms = jnp.where(keep, norms, nothing)
+        norms = kept(keep, norms)
         largest, magnitudes = norms, g.magnitudes()
         if magnitudes is not None:
             guard = jnp.asarray(math.sqrt(GUARD[jnp.dtype(norms.dtype)]), norms.dtype)
-            largest = root_sum_of_squares([norms, guard * jnp.where(keep, magnitudes.astype(norms.dtype), nothing)])
+            largest = root_sum_of_squares([norms, guard * kept(keep, magnitudes.astype(norms.dtype))])
         most = limit / jnp.maximum(largest, jnp.finfo(norms.dtype).tiny)
-        c = self._weighting(norms, limit).astype(norms.dtype)
+        c = _one_for_each(self._weighting(norms, limit), norms)
         c = jnp.clip(c, -most, most)
-        c = jnp.where(keep & ~jnp.isnan(c), c, nothing)
+        c = kept(keep & ~jnp.isnan(c), c)
         c = jnp.where(limit > 0, c, jnp.full_like(c, jnp.nan))
         return g.where(keep).scale(c)
 
@@ -260,14 +297,15 @@ class ClippedGrad:
         B = arguments.batch_size
         count = -(-B // size)
 
+        whole = count * size == B
+
         def divided(a: Any, axis: int = 0) -> Any:
-            a = jnp.moveaxis(a, axis, 0)
-            if count * size != B:  # the last example again; masked
-                a = a[jnp.minimum(jnp.arange(count * size), B - 1)]
+            a = divisible(jnp.moveaxis(a, axis, 0), size if whole else 1)
+            a = a if whole else a[jnp.minimum(jnp.arange(count * size), B - 1)]  # the last example again; masked
             return a.reshape(size, count, *a.shape[1:]).swapaxes(0, 1)
 
         leaves = [divided(a, axis) for a, axis in zip(arguments.batch, arguments.axes, strict=True)]
-        valid = jnp.concatenate([mask, jnp.zeros(count * size - B, bool)]).reshape(size, count).T
+        valid = divided(mask) & (jnp.arange(count * size) < B).reshape(size, count).T
 
         def step(total: list[Array], part: tuple[list[Any], Array]) -> tuple[list[Array], Any]:
             batch, mask = part

@@ -6,9 +6,10 @@ example everywhere, and that a block of examples has some of each device's.
 """
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -20,6 +21,30 @@ def replicated(like: Array) -> NamedSharding | None:
     mesh = jax.typeof(like).sharding.mesh
     explicit = not mesh.empty and AxisType.Explicit in mesh.axis_types
     return NamedSharding(mesh, PartitionSpec()) if explicit else None
+
+
+def kept(mask: Array, a: Array) -> Array:
+    """The examples (axis 0) whose mask is True, exactly zero elsewhere; spread over the devices as either is."""
+    mask = jnp.broadcast_to(mask.reshape(-1, *[1] * (a.ndim - 1)), a.shape)
+    on = replicated(a) or replicated(mask)
+    if on is not None:  # a select takes operands that lie alike
+        (examples, *others), (masked, *_) = _spec(a), _spec(mask)
+        lies = NamedSharding(on.mesh, PartitionSpec(examples or masked, *others))
+        mask, a = jax.sharding.reshard(mask, lies), jax.sharding.reshard(a, lies)
+    return jnp.where(mask, a, jnp.zeros_like(a))
+
+
+def divisible(a: Array, n: int) -> Array:
+    """An array whose axis 0 can be cut into n parts: gathered where an explicit mesh has cut it into others."""
+    if replicated(a) is None or a.shape[0] == 0:
+        return a
+    parts = a.shape[0] // jax.typeof(a).sharding.shard_shape(a.shape)[0]
+    return a if n % parts == 0 else gathered(a)
+
+
+def _spec(a: Array) -> list[Any]:
+    """The mesh axes that each axis is spread over, None where it is not."""
+    return [*jax.typeof(a).sharding.spec, *[None] * a.ndim][: a.ndim]
 
 
 def gathered(tree: T) -> T:

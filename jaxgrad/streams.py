@@ -155,7 +155,7 @@ def run(
     return store.results()
 
 
-def norms(loss: Callable[..., Any], params: PyTree, *, in_axes: Any = None) -> Callable[..., Part]:
+def norms(loss: Callable[..., Any], params: PyTree, *, in_axes: Any = 0) -> Callable[..., Part]:
     """For `run`: rows "values" and "norms", of the losses and of the norms of their gradients.
 
     Args:
@@ -182,7 +182,7 @@ def _values_and_norms(loss: Any, in_axes: Any, params: PyTree, batch: Any) -> An
     return values, g.norms()
 
 
-def second_moments(loss: Callable[..., Any], params: PyTree, *, in_axes: Any = None) -> Callable[..., Part]:
+def second_moments(loss: Callable[..., Any], params: PyTree, *, in_axes: Any = 0) -> Callable[..., Part]:
     """For `run`: sums of the gradients and of their squares, entry by entry, under "sum" and "squares" with the path.
 
     Args:
@@ -208,7 +208,7 @@ def second_moments(loss: Callable[..., Any], params: PyTree, *, in_axes: Any = N
 
 
 def influence(
-    loss: Callable[..., Any], params: PyTree, fixed: PerExampleGrads, *, in_axes: Any = None
+    loss: Callable[..., Any], params: PyTree, fixed: PerExampleGrads, *, in_axes: Any = 0
 ) -> Callable[..., Part]:
     """For `run`: rows "products", the inner products of every gradient with each of a fixed set's.
 

@@ -252,6 +252,25 @@ def test_other_weightings():
     assert jg.clipped_grad(simple, 2.0, weighting=clipping.normalize)(w, x, jnp.zeros(2))[0].tolist() == [0, 0]
 
 
+def test_a_weighting_may_return_one_number_and_nothing_but_numbers():
+    w, x, y = jnp.zeros(2), jnp.eye(2), jnp.array([-3.0, -0.5])
+    for half in (0.5, np.float32(0.5), jnp.float32(0.5), np.array([0.5, 0.5]), jnp.full(2, 0.5, jnp.bfloat16)):
+        total, _ = jg.clipped_grad(simple, 2.0, weighting=lambda norms, bound, half=half: half)(w, x, y)
+        assert total.tolist() == [1.5, 0.25]
+    assert jg.clipped_grad(simple, 2.0, weighting=lambda norms, bound: 1)(w, x, y)[0].tolist() == [2, 0.5]
+    others = (
+        (jnp.ones(3), r"float64 of shape \(3,\)"),
+        (jnp.ones((2, 1)), "float64 of shape"),
+        (None, "NoneType"),
+        ("1", "str"),
+    )
+    for other, got in (*others, (1j, "complex"), (jnp.full(2, 1j), "complex128"), ([0.5, 0.5], "list")):
+        with pytest.raises(
+            ValueError, match=rf"clipped_grad: expected a weighting that returns .* \(2,\), .*got {got}"
+        ):
+            jg.clipped_grad(simple, 2.0, weighting=lambda norms, bound, other=other: other)(w, x, y)
+
+
 def test_an_infinite_bound_clips_nothing_and_one_that_is_not_positive_is_seen():
     w, x, y = jnp.ones(3), jnp.arange(12.0).reshape(4, 3), jnp.arange(4.0)
     g = jg.per_example_grad(simple)(w, x, y)
@@ -292,12 +311,12 @@ def test_arguments_as_those_of_per_example_grad():
     keys = jax.random.split(jax.random.key(0), 5)
     noisy = lambda scale, w, x, key: (scale * simple(w["w"], x + jax.random.normal(key, (3,)), 1.0), x)  # noqa: E731
     x, w = jnp.arange(15.0).reshape(3, 5), {"w": jnp.ones(3)}
-    options = {"argnums": 1, "in_axes": (None, 1, 0), "has_aux": True}
+    options = {"argnums": 1, "in_axes": (None, None, 1, 0), "has_aux": True}
     whole = jg.clipped_grad(noisy, 2.0, **options)(0.1, w, x, keys)
     parts = jg.clipped_grad(noisy, 2.0, microbatch_size=2, **options)(0.1, w, x, keys)
     chex.assert_trees_all_close(whole, parts, rtol=1e-12)
     np.testing.assert_array_equal(whole[1].aux, x.T)
-    g = jg.per_example_grad(noisy, 1, in_axes=(None, 1, 0), has_aux=True)(0.1, w, x, keys)[0]
+    g = jg.per_example_grad(noisy, 1, in_axes=(None, None, 1, 0), has_aux=True)(0.1, w, x, keys)[0]
     chex.assert_trees_all_close(whole[0], g.clip(2.0).sum(), rtol=1e-12)
 
 
@@ -328,7 +347,50 @@ def test_errors_name_the_call():
         jg.clipped_grad(lambda w, x: w * x, 1.0)(w, x)
 
 
+def with_a_mask(w, x, mask=None):
+    return jnp.sin(w * x if mask is None else jnp.where(mask, w * x, 0.0)).sum()
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [
+        with_a_mask,
+        functools.partial(with_a_mask, mask=None),
+        lambda w, x, **options: with_a_mask(w, x, **options),
+        lambda w, x, *, mask: with_a_mask(w, x, mask),
+    ],
+    ids=["named", "partial", "any keyword", "keyword only"],
+)
+def test_a_loss_with_a_mask_of_its_own_is_not_given_padding_silently(fun):
+    w, x, own, padding = jnp.ones(3), jnp.ones((4, 3)), jnp.tri(4, 3, dtype=bool), jnp.arange(4) < 2
+    for mask in (own, padding):
+        with pytest.raises(ValueError, match=r"clipped_grad: expected mask=, .*Wrap the loss, .*mask=own"):
+            jg.clipped_grad(fun, 1.0)(w, x, mask=mask)
+    both = jg.clipped_grad(lambda w, x, own: fun(w, x, mask=own), 1.0)
+    _, info = both(w, x, own, mask=padding)
+    norms = jg.per_example_grad(with_a_mask)(w, x, mask=own).norms()
+    np.testing.assert_allclose(info.norms, jnp.where(padding, norms, 0), rtol=1e-12)
+    by_position = jg.clipped_grad(with_a_mask, 1.0)(w, x, own)[1]
+    np.testing.assert_allclose(by_position.norms, norms, rtol=1e-12)
+
+
+def test_a_loss_whose_mask_is_no_keyword_is_given_padding():
+    def fun(w, mask, /):
+        return w @ mask
+
+    norms = jg.clipped_grad(fun, 1.0)(jnp.ones(3), jnp.ones((4, 3)), mask=jnp.arange(4) < 2)[1].norms
+    assert np.count_nonzero(norms) == 2
+
+
 def test_the_sensitivity_of_groups_is_their_root_sum_of_squares():
     assert jg.clipped_grad(simple, 3.0).sensitivity(None) == 3
     assert jg.clipped_grad(loss, {"W": 3.0, "b": 4.0, "E": 12.0}).sensitivity(None) == 13
     assert 3 < jg.clipped_grad(simple, 3.0).sensitivity(100, jnp.float64) < 3.0001
+    for dtype in (jnp.float32, jnp.float64):
+        found = jax.jit(lambda bounds, dtype=dtype: jg.clipped_grad(loss, bounds).sensitivity(100, dtype))(
+            {"W": 3.0, "b": jnp.float32(4.0), "E": 12}
+        )
+        expected = jg.clipped_grad(loss, {"W": 3.0, "b": 4.0, "E": 12.0}).sensitivity(100, dtype)
+        assert (found.shape, found.dtype) == ((), dtype)
+        np.testing.assert_allclose(found, expected, rtol=4 * jnp.finfo(dtype).eps)
+    assert isinstance(jg.clipped_grad(simple, jnp.float32(3)).sensitivity(None), float)

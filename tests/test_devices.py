@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from quick import quick_jit
 
 import jaxgrad as jg
 from jaxgrad import network
@@ -162,6 +163,50 @@ def test_a_clipped_sum_communicates_one_reduction_of_the_parameters_size(name):
     assert sum(numbers for _, numbers in collectives) == size
 
 
+WHOLE, EACH = PartitionSpec(), PartitionSpec("data")
+ON_EXPLICIT = {
+    "a matrix": (lambda W, x: jnp.sin(W @ x).sum(), normal(0, 4, 3), (normal(1, B, 3),)),
+    "every route": (
+        lambda p, x: jnp.sin(p["W"] @ x).sum() + p["b"] @ x + jnp.exp(p["D"] * x).sum(),
+        weights({"W": (40, 30), "b": (30,), "D": (20, 30)}),
+        (normal(1, B, 30),),
+    ),
+    "an embedding by one-hot products": (
+        lambda p, words, y: jnp.square(jax.nn.one_hot(words, 20) @ p["E"] @ p["W"] - y).sum(),
+        weights({"E": (20, 6), "W": (6, 2)}),
+        (ids(0, 20, B, 5), normal(1, B, 5, 2)),
+    ),
+    "an embedding by a lookup": (
+        lambda p, words, y: jnp.square(p["E"].at[words].get(out_sharding=WHOLE) @ p["W"] - y).sum(),
+        weights({"E": (20, 6), "W": (6, 2)}),
+        (ids(0, 20, B, 5), normal(1, B, 5, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", ON_EXPLICIT)
+def test_a_clipped_sum_on_an_explicit_mesh_is_that_of_one_device(name, jit):
+    loss, params, batch = ON_EXPLICIT[name]
+    on, mask = mesh(AxisType.Explicit), jnp.arange(B) % 3 != 0
+    with jax.set_mesh(mesh()):
+        written_out = jax.vmap(jax.grad(loss), (None, *[0] * len(batch)))(params, *batch)
+    norms = np.sqrt(sum(np.square(a.reshape(B, -1)).sum(1) for a in jax.tree.leaves(written_out)))
+    bound = float(np.median(norms))
+    with jax.set_mesh(on):
+        params, batch = jax.device_put((params, batch), (NamedSharding(on, WHOLE), NamedSharding(on, EACH)))
+        spread = jax.device_put(mask, NamedSharding(on, EACH))
+        ways = [(mask, None)] if jit is not jax.jit else [(None, None), (mask, None), (spread, 16), (None, 5)]
+        for given, size in ways:
+            total, info = jit(jg.clipped_grad(loss, bound, microbatch_size=size))(params, *batch, mask=given)
+            kept = np.ones(B) if given is None else np.asarray(mask, float)
+            c = kept * np.minimum(1, bound / norms)
+            expected = jax.tree.map(lambda a, c=c: np.tensordot(c, a, 1), written_out)
+            chex.assert_trees_all_close(jax.tree.map(np.asarray, total), expected, rtol=1e-4, atol=1e-4 * bound)
+            np.testing.assert_allclose(info.norms, kept * norms, rtol=1e-4)
+            assert size == 5 or jax.typeof(info.norms).sharding.spec == EACH
+
+
 EXPLICIT = [("exercise", AxisType.Explicit), ("attention", AxisType.Explicit)]
 
 
@@ -218,3 +263,52 @@ def test_under_shard_map_there_is_one_reduction(name, microbatch_size):
     collectives = told(function, params, mask, *batch)
     assert {kind for kind, _ in collectives} == {"all-reduce"}
     assert sum(numbers for _, numbers in collectives) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def cell(p, h, a):
+    return jax.nn.relu(p["W"] @ h + a) + jax.jit(jnp.tanh)(h)
+
+
+def in_a_branch(p, x, otherwise):
+    return lax.cond(x.sum() > 0, lambda: cell(p, x[0], x[1]).sum(), otherwise)
+
+
+CONTROL = {
+    "scan": lambda p, x, k: lax.scan(lambda h, a: (cell(p, h, a), h), x[0], x)[1].sum(),
+    "scan over layers": lambda p, x, k: lax.scan(lambda h, w: (jnp.tanh(w @ h), None), x[0], p["L"])[0].sum(),
+    "fori_loop": lambda p, x, k: lax.fori_loop(0, 3, lambda i, h: cell(p, h, x[i]), x[0]).sum(),
+    "map": lambda p, x, k: lax.map(lambda a: cell(p, a, x[0]), x).sum(),
+    "cond": lambda p, x, k: in_a_branch(p, x, lambda: p["V"][0] @ x[2]),
+    "cond on what is shared": lambda p, x, k: lax.cond(
+        p["V"].sum() > 0, lambda: cell(p, x[0], x[1]).sum(), lambda: (p["W"] @ x[2]).sum()
+    ),
+    "cond of numbers": lambda p, x, k: cell(p, x[0], x[1]).sum() * lax.cond(x.sum() > 0, lambda: 1.0, lambda: 0.5),
+    "cond without the weight": lambda p, x, k: in_a_branch(p, x, lambda: x[2].sum()),
+    "switch": lambda p, x, k: lax.switch(
+        k, [lambda: cell(p, x[0], x[1]).sum(), lambda: p["V"][0] @ x[2], lambda: jnp.sin(p["W"]).sum()]
+    ),
+    "cond in scan": lambda p, x, k: lax.scan(
+        lambda h, a: (lax.cond(a[0] > 0, lambda: cell(p, h, a), lambda: h), p["V"] @ h), x[0], x
+    )[1].sum(),
+    "scan in checkpoint": lambda p, x, k: jax.checkpoint(CONTROL["scan"])(p, x, k),
+    "associative_scan": lambda p, x, k: lax.associative_scan(jnp.add, x @ p["W"]).sum(),
+}
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_control_flow_under_shard_map(name):
+    """With what differs between devices checked, as it is by default."""
+    loss, params = CONTROL[name], weights({"W": (6, 6), "V": (2, 6), "L": (2, 6, 6)})
+    batch = normal(7, 16, 5, 6), jnp.arange(16) % 3
+    expected = jax.vmap(jax.grad(loss), (None, 0, 0))(params, *batch)
+
+    def part(params, *batch):
+        g = jg.per_example_grad(loss)(params, *batch)
+        total, _ = jg.clipped_grad(loss, np.inf, microbatch_size=1)(params, *batch)
+        return g.materialize(), lax.psum((g.sum(), total), "data")
+
+    specs = {"in_specs": (WHOLE, EACH, EACH), "out_specs": (EACH, WHOLE)}
+    found, totals = quick_jit(jax.shard_map(part, mesh=mesh(), **specs))(params, *batch)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+    for total in totals:
+        chex.assert_trees_all_close(total, jax.tree.map(lambda a: a.sum(0), expected), rtol=1e-4, atol=1e-5)

@@ -36,14 +36,14 @@ def cross_entropy(logits, label):
     return jax.nn.logsumexp(logits) - logits[label]
 
 
-def agrees(loss, params, *batch, in_axes=None):
+def agrees(loss, params, *batch, in_axes=0):
     """Hold the factors against the gradients written out; no matrix may take the direct route."""
-    axes = (0,) * len(batch) if in_axes is None else in_axes
+    axes = (None, *[0] * len(batch)) if in_axes == 0 else in_axes
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def both(params):  # a shared argument may hold functions, which do not go through jit
         g = per_example_grad(loss, in_axes=in_axes)(params, *batch)
-        written_out = jax.vmap(jax.grad(loss), (None, *axes))(params, *batch)
+        written_out = jax.vmap(jax.grad(loss), axes)(params, *batch)
         norms = jnp.sqrt(sum((a.reshape(B, -1) ** 2).sum(1) for a in jax.tree.leaves(written_out)))
         clipped = jax.tree.map(lambda a: jnp.tensordot(1 / jnp.maximum(1, norms), a, 1), written_out)
         return (g.materialize(), g.norms(), g.clip(1.0).sum()), (written_out, norms, clipped)
@@ -105,7 +105,7 @@ def test_equinox_with_the_static_part_as_an_argument():
         return 5 * cross_entropy(eqx.combine(params, frozen)(x), label)
 
     batch = normal(2, B, 8), labels(3, B, classes=3)
-    rows = agrees(loss, params, frozen, *batch, in_axes=(None, 0, 0)).rows
+    rows = agrees(loss, params, frozen, *batch, in_axes=(None, None, 0, 0)).rows
     assert [row.path for row in rows] == [".layers[1].weight", ".layers[1].bias"]
 
 

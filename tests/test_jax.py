@@ -215,3 +215,14 @@ def test_only_one_file_takes_what_is_not_plainly_public():
     for path in Path(jaxgrad.__file__).parent.rglob("*.py"):
         assert not re.search(private, path.read_text()), path
         assert path.name == "_jax.py" or "jax.extend" not in path.read_text()
+
+
+def test_an_equation_knows_what_it_is_evaluated_in():
+    """Of the mesh: the axes that are explicit, or left to the compiler inside of what is."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        inner = program(jax.sharding.auto_axes(jnp.sin, out_sharding=jax.sharding.PartitionSpec()), A).jaxpr
+        eqn = next(eqn for eqn in inner.eqns if eqn.primitive is lax.sin_p)
+        with _jax.context(eqn):
+            assert jax.sharding.get_abstract_mesh().axis_types == (jax.sharding.AxisType.Auto,)
+        assert jax.sharding.get_abstract_mesh().axis_types == (jax.sharding.AxisType.Explicit,)

@@ -62,7 +62,7 @@ def close(found, expected, rtol=1e-12):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max(initial=0))
 
 
-def ours(loss, argnums=0, in_axes=None):
+def ours(loss, argnums=0, in_axes=0):
     def results(*args):
         g = per_example_grad(loss, argnums, in_axes=in_axes)(*args)
         return g.materialize(), g.sum(), g.norms(), g.clip(1.0).sum()
@@ -82,54 +82,7 @@ def theirs(loss, argnums=0, vmap_axes=(None, 0, 0)):
     return results
 
 
-# --- Which argument is what ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("argnums", "in_axes", "axes"),
-    [
-        *((k, (0, None, 0), (0, 0)) for k in (1, 2, -3, (1,), [-2])),
-        *((k, n, (0, 0)) for k, n in (((1, 2), None), ((2, 1), 0), ((-2, 1), np.int32(0)))),
-        *(((1, 2), k, (k, k)) for k in (1, -1)),
-        *(((1, 2), [k, n], (k, n)) for k, n in ((0, -1), (-2, 1), ({"x": 0, "more": None}, 0))),
-        ((1, 2), ({"x": -1, "more": [1, {"y": None, "z": 0}]}, 0), ({"x": -1, "more": [1, {"y": None, "z": 0}]}, 0)),
-    ],
-)
-def test_argnums_and_in_axes(argnums, in_axes, axes):
-    def loss(x, p, q, y):
-        shift, others = x["more"]
-        return mlp(p | q, x["x"], y.sum() + shift.sum() + jnp.sum(others["y"]) * others["z"].sum())
-
-    def placed(axis, tree):
-        return tree if axis is None else jax.tree.map(lambda a: jnp.moveaxis(a, 0, axis), tree)
-
-    (p, X, Y), axes = mlp_data(), (axes[0], None, None, axes[1])
-    x = {"x": X, "more": [normal(5, B, 3), {"y": normal(6, B, 2), "z": normal(7, B, 4)}]}
-    args = jax.tree.map(placed, axes, (x, p, {"v": p.pop("v")}, Y[:, None]), is_leaf=lambda axis: axis is None)
-    close(jit(ours(loss, argnums, in_axes))(*args), jit(theirs(loss, argnums, axes))(*args))
-
-
-@pytest.mark.parametrize("transform", [per_example_grad, explain])
-@pytest.mark.parametrize("flag", [True, np.bool_(True), jnp.array(True)], ids=["bool", "numpy", "jax"])
-def test_what_all_examples_share_may_be_anything_and_is_known(transform, flag):
-    def loss(p, x, y, function, name, flag, power):
-        return function(mlp(p, x, y)) ** power if flag and name == "on" else x.sum()
-
-    (p, X, Y), shared = mlp_data(), (jnp.cos, "on", flag, 3)
-    result = transform(loss, in_axes=(0, 0, None, None, None, None))(p, X, Y, *shared)
-    if transform is per_example_grad:
-        close(result.materialize(), jit(theirs(lambda *a: loss(*a, *shared)))(p, X, Y)[0])
-
-
-def test_keyword_arguments_are_batched():
-    def loss(p, x, *, y, extra):
-        return mlp(p, x, y + extra["a"].sum())
-
-    (p, X, Y), extra = mlp_data(), {"a": normal(5, B, 2)}
-    g = per_example_grad(loss)(p, X, y=Y, extra=extra)
-    expected = jit(theirs(lambda p, x, y, e: loss(p, x, y=y, extra=e), 0, (None, 0, 0, 0)))(p, X, Y, extra)
-    close(g.materialize(), expected[0])
-    assert (len(g), per_example_grad(loss).__name__) == (B, "loss")
+# --- Arguments and results -------------------------------------------------------------------------------------------
 
 
 def test_scalars_are_parameters_and_random_keys_are_examples():
@@ -351,12 +304,6 @@ SCALAR = "expected a loss that returns a real scalar for one example"
         (mlp, {"argnums": (0, -3)}, ValueError, "expected each argument once in argnums"),
         *((mlp, {"argnums": k}, TypeError, "expected a whole number or a sequence") for k in (0.5, "0", (0.5,), None)),
         (mlp, {"argnums": (0, 1, 2)}, ValueError, "expected at least one batched argument"),
-        (mlp, {"in_axes": (None, None)}, ValueError, "expected at least one batched argument"),
-        (mlp, {"in_axes": 1}, ValueError, r"expected an example axis 1 in argument 2, got shape \(6,\)"),
-        (mlp, {"in_axes": (-3, 0)}, ValueError, r"expected an example axis -3 in argument 1, got shape \(6, 7\)"),
-        (mlp, {"in_axes": (None, 0, 0)}, ValueError, "sequence with an entry for each of the 2 arguments"),
-        (mlp, {"in_axes": ({"x": 0}, 0)}, ValueError, "expected in_axes to be a tree prefix of the arguments"),
-        (mlp, {"in_axes": (1, 0)}, ValueError, "expected one batch size .*, got 7 in argument 1, 6 in argument 2"),
     ],
 )
 def test_what_cannot_be_is_named(loss, options, error, message):

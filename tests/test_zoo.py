@@ -22,11 +22,12 @@ def users_settings():
 
 
 def axes_of(entry: Loss) -> tuple:
-    return (0,) * len(entry.batch) if entry.in_axes is None else entry.in_axes
+    """One entry for the parameters, one for each argument of the batch."""
+    return (None, *((0,) * len(entry.batch) if entry.in_axes is None else entry.in_axes))
 
 
 def first_example(entry: Loss, batch: tuple) -> tuple:
-    axes = jax.tree.flatten(axes_of(entry), is_leaf=lambda axis: axis is None)[0]
+    axes = jax.tree.flatten(axes_of(entry)[1:], is_leaf=lambda axis: axis is None)[0]
     leaves, treedef = jax.tree.flatten(batch)
     return treedef.unflatten(
         [a if k is None else a[(slice(None),) * k + (0,)] for a, k in zip(leaves, axes, strict=True)]
@@ -94,7 +95,7 @@ def test_agrees_with_the_written_out_gradients(entry):
 
     @quick_jit
     def reference(params, batch):
-        all_examples = jax.vmap(grad, in_axes=(None, *axes_of(entry)))(params, *batch)
+        all_examples = jax.vmap(grad, in_axes=axes_of(entry))(params, *batch)
         return all_examples, grad(params, *first_example(entry, batch))
 
     expected, of_one = jax.tree.map(np.asarray, reference(params, batch))
@@ -110,7 +111,7 @@ def test_agrees_with_the_written_out_gradients(entry):
 
     @quick_jit
     def run(params, batch, V, c, mask, bound):
-        g = per_example_grad(entry.loss, in_axes=entry.in_axes)(params, *batch)
+        g = per_example_grad(entry.loss, in_axes=axes_of(entry))(params, *batch)
         return g, algebra(g, V, c, mask, bound)
 
     g, found = run(params, batch, treedef.unflatten(V), c, mask, bound)
@@ -124,7 +125,7 @@ def test_agrees_with_the_written_out_gradients(entry):
 @pytest.mark.usefixtures("users_settings")
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.factored or e.formed], ids=lambda entry: entry.name)
 def test_matrices_do_not_take_the_direct_route(entry):
-    told = explain(entry.loss, in_axes=entry.in_axes)(entry.params, *entry.batch)
+    told = explain(entry.loss, in_axes=axes_of(entry))(entry.params, *entry.batch)
     assert {path: told[path].how for path in entry.factored} == dict.fromkeys(entry.factored, "factored"), f"\n{told}"
     assert all(told[path].how in ("factored", "formed") for path in entry.formed), f"\n{told}"
 
@@ -145,13 +146,13 @@ def written_out(entry: Loss, function) -> set[str]:
     """The factored parameters of whose B gradients there is an array that a plain gradient has no use for."""
 
     def ours(params, batch):
-        return function(per_example_grad(entry.loss, in_axes=entry.in_axes)(params, *batch))
+        return function(per_example_grad(entry.loss, in_axes=axes_of(entry))(params, *batch))
 
     def plain(params, batch):
-        losses = jax.vmap(entry.loss, (None, *axes_of(entry)))
+        losses = jax.vmap(entry.loss, axes_of(entry))
         return jax.value_and_grad(lambda params: losses(params, *batch).mean())(params)
 
-    B = jax.eval_shape(per_example_grad(entry.loss, in_axes=entry.in_axes), entry.params, *entry.batch).batch_size
+    B = jax.eval_shape(per_example_grad(entry.loss, in_axes=axes_of(entry)), entry.params, *entry.batch).batch_size
     more = sizes_held(ours, entry.params, entry.batch) - sizes_held(plain, entry.params, entry.batch)
     leaves = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(entry.params)}
     return {path for path in entry.factored if B * leaves[path].size in more}

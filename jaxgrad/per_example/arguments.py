@@ -1,7 +1,7 @@
 """The arguments of a loss over a batch: parameters, what carries examples and along which axis, what all share."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ class Arguments:
         axes: their example axes.
         example: what one example of each looks like.
         batch_size: B.
-        put_back: (params, examples) → (args, kwargs) of the loss of one example.
+        shared: the leaves that all examples share, arrays or not.
+        rebuilt: (params, examples, shared) → (args, kwargs) of the loss of one example.
     """
 
     params: list[Any]
@@ -34,57 +35,78 @@ class Arguments:
     axes: list[int]
     example: list[Any]
     batch_size: int
-    put_back: Any
+    shared: list[Any]
+    rebuilt: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def put_back(self, params: Sequence[Any], examples: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of the loss of one example."""
+        return self.rebuilt(params, examples, self.shared)
 
 
 def arguments_of(call: str, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any, in_axes: Any) -> Arguments:
-    """Takes a call apart; errors name `call`."""
+    """Takes a call apart; errors name `call`. What a leaf is depends on its place in the call, not on its identity."""
     numbers, several = _numbers(call, argnums, len(args))
+    entries = _entries(call, in_axes, numbers, len(args))
     chosen = tuple(args[k] for k in numbers) if several else args[numbers[0]]
     with_paths, params_tree = jax.tree_util.tree_flatten_with_path(chosen)
     paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
     params = [_parameter(call, path, leaf) for path, (_, leaf) in zip(paths, with_paths, strict=True)]
     if not params:
         raise ValueError(f"{call}: expected parameters in argument {argnums}, got a tree without leaves.")
-    others = [k for k in range(len(args)) if k not in numbers]
-    axes = (
-        [*_axes(call, in_axes, [args[k] for k in others]), 0]
-        if kwargs
-        else _axes(call, in_axes, [args[k] for k in others])
-    )
-    rest = [args[k] for k in others] + ([kwargs] if kwargs else [])
-    flat_axes = [_broadcast(call, axis, tree) for axis, tree in zip(axes, rest, strict=True)]
-    flat = [jax.tree_util.tree_flatten_with_path(tree) for tree in rest]
-    leaves = [(k, path, leaf) for k, (part, _) in enumerate(flat) for path, leaf in part]
-    along = [axis for part in flat_axes for axis in part]
-    batched = [i for i, axis in enumerate(along) if axis is not None]
-    names = [_name(others, k, path, bool(kwargs)) for k, path, _ in leaves]
-    batch = [_array(call, names[i], leaves[i][2], along[i]) for i in batched]
-    taken = [int(along[i] or 0) % batch[j].ndim for j, i in enumerate(batched)]
-    sizes = {names[i]: batch[j].shape[taken[j]] for j, i in enumerate(batched)}
-    if not sizes:
-        raise ValueError(f"{call}: expected at least one batched argument beside the parameters, got none.")
-    if len(set(sizes.values())) != 1:
-        shown = ", ".join(f"{n} in {name}" for name, n in sizes.items())
-        raise ValueError(f"{call}: expected one batch size in all batched arguments, got {shown}.")
-    example = [_jax.one_example(a, axis) for a, axis in zip(batch, taken, strict=True)]
-    mesh_axes = frozenset(name for a in batch for name in _jax.varying(a))
+    start = {k: sum(len(jax.tree.leaves(args[j])) for j in numbers[:i]) for i, k in enumerate(numbers)}
+    places, batch, shared = _sorted_out(call, (*args, kwargs), entries, start)
+    arrays, axes = [a for _, a, _ in batch], [axis for _, _, axis in batch]
+    batch_size = _batch_size(call, {name: a.shape[axis] for name, a, axis in batch})
+    example = [_jax.one_example(a, axis) for _, a, axis in batch]
+    mesh_axes = frozenset(name for a in arrays for name in _jax.varying(a))
     params = [_jax.made_varying(p, mesh_axes) for p in params]
+    structures = [jax.tree.structure(tree) for tree in (*args, kwargs)]
 
-    def put_back(new_params: Sequence[Any], examples: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        whole = [leaf for _, _, leaf in leaves]
-        for i, x in zip(batched, examples, strict=True):
-            whole[i] = x
-        filled, start = [], 0
-        for part, treedef in flat:
-            filled.append(jax.tree.unflatten(treedef, whole[start : start + len(part)]))
-            start += len(part)
-        new_kwargs = filled.pop() if kwargs else {}
-        tree = jax.tree.unflatten(params_tree, new_params)
-        mine = dict(zip(numbers, tree if several else (tree,), strict=True)) | dict(zip(others, filled, strict=True))
-        return tuple(mine[k] for k in range(len(args))), new_kwargs
+    def rebuilt(params: Sequence[Any], examples: Sequence[Any], shared: Sequence[Any]) -> Any:
+        source = {"params": params, "batch": examples, "shared": shared}
+        *filled, keywords = (
+            jax.tree.unflatten(structure, [source[kind][i] for kind, i in place])
+            for structure, place in zip(structures, places, strict=True)
+        )
+        return tuple(filled), keywords
 
-    return Arguments(params, paths, params_tree, batch, taken, example, next(iter(sizes.values())), put_back)
+    return Arguments(params, paths, params_tree, arrays, axes, example, batch_size, shared, rebuilt)
+
+
+def _sorted_out(call: str, trees: Sequence[Any], entries: Sequence[Any], start: dict[int, int]) -> tuple[Any, Any, Any]:
+    """(where each leaf of each argument is found, (name, array, axis) of what is batched, what is shared).
+
+    Args:
+        trees: the positional arguments, then the keyword arguments.
+        start: of each differentiated argument, which of the parameters is its first.
+    """
+    places: list[list[tuple[str, int]]] = []
+    batch: list[tuple[str, Any, int]] = []
+    shared: list[Any] = []
+    for k, tree in enumerate(trees):
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        places.append([("params", start[k] + i) for i in range(len(leaves))] if k in start else [])
+        if k in start:
+            continue
+        sparse = [path for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_sparse) if _sparse(node)]
+        positional = k < len(entries)
+        along = _broadcast(call, entries[k], tree) if positional else [_keyword_axis(leaf) for _, leaf in leaves]
+        for axis, (path, leaf) in zip(along, leaves, strict=True):
+            if axis is None:
+                places[k].append(("shared", len(shared)))
+                shared.append(leaf)
+            else:
+                name = f"{f'argument {k}' if positional else 'keyword arguments'}{jax.tree_util.keystr(path)}"
+                if any(path[: len(above)] == above for above in sparse):
+                    raise TypeError(
+                        f"{call}: expected dense arrays of examples, got a sparse one with its examples along an axis "
+                        f"in {name}. Pass its parts (data and indices of every example) as arguments and put them "
+                        f"together inside the loss, or pass x.todense()."
+                    )
+                array = _array(call, name, leaf, axis)
+                places[k].append(("batch", len(batch)))
+                batch.append((name, array, axis % array.ndim))
+    return places, batch, shared
 
 
 def checked_scalar(call: str, value: Any) -> Any:
@@ -133,14 +155,29 @@ def _parameter(call: str, path: str, leaf: Any) -> Any:
     return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
 
 
-def _axes(call: str, in_axes: Any, others: list[Any]) -> list[Any]:
-    if in_axes is None or isinstance(in_axes, int | np.integer):
-        return [0 if in_axes is None else int(in_axes)] * len(others)
-    if not isinstance(in_axes, tuple | list) or len(in_axes) != len(others):
+def _entries(call: str, in_axes: Any, numbers: Sequence[int], count: int) -> list[Any]:
+    """What in_axes says of each positional argument, None of the differentiated ones."""
+    if not isinstance(in_axes, tuple | list):
+        _broadcast(call, in_axes, 0)
+        return [None if k in numbers else in_axes for k in range(count)]
+    others = count - len(numbers)
+    if len(in_axes) == count:
+        given = [axis for k, axis in enumerate(in_axes) if k not in numbers]
+    else:
+        given = list(in_axes) if len(in_axes) == others else [0] * others
+    written = tuple(None if k in numbers else given.pop(0) for k in range(count))
+    if len(in_axes) != count:
         raise ValueError(
-            f"{call}: expected in_axes to be a number or a sequence with an entry for each of the {len(others)} "
-            f"arguments that are not differentiated, got {in_axes!r}."
+            f"{call}: expected in_axes as jax.vmap takes it, a number or a sequence with an entry for each of the "
+            f"{count} positional arguments, got {in_axes!r}. Write in_axes={written!r}, with None at the "
+            f"differentiated arguments and at what all examples share."
         )
+    for k in numbers:
+        if jax.tree.leaves(in_axes[k]):
+            raise ValueError(
+                f"{call}: expected None in in_axes at the differentiated argument {k}, which all examples share, "
+                f"got {in_axes[k]!r}. Write in_axes={written!r}."
+            )
     return list(in_axes)
 
 
@@ -154,25 +191,47 @@ def _broadcast(call: str, axis: Any, tree: Any) -> list[int | None]:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{call}: expected in_axes to be a tree prefix of the arguments, got {axis!r}.") from error
     axes = [prefix for prefix, part in zip(prefixes, parts, strict=True) for _ in jax.tree.leaves(part)]
-    if any(a is not None and not isinstance(a, int | np.integer) for a in axes):
-        raise ValueError(f"{call}: expected numbers or None in in_axes, got {axis!r}.")
-    return axes
+    try:
+        if any(isinstance(prefix, bool) for prefix in prefixes):
+            raise TypeError
+        return [None if a is None else operator.index(a) for a in axes]
+    except TypeError:
+        raise TypeError(f"{call}: expected whole numbers or None in in_axes, got {axis!r}.") from None
 
 
-def _name(others: list[int], k: int, path: Any, kwargs: bool) -> str:
-    where = jax.tree_util.keystr(path)
-    return f"argument {others[k]}{where}" if k < len(others) else f"keyword arguments{where}"
+def _sparse(node: Any) -> bool:
+    return type(node).__module__.startswith("jax.experimental.sparse")
+
+
+def _keyword_axis(leaf: Any) -> int | None:
+    return 0 if getattr(leaf, "ndim", 0) >= 1 and hasattr(leaf, "dtype") else None
+
+
+def _batch_size(call: str, sizes: dict[str, int]) -> int:
+    if not sizes:
+        raise ValueError(
+            f"{call}: expected at least one batched argument beside the parameters, got none. Pass the examples in "
+            f"another argument, with the number of their axis in in_axes; without in_axes it is 0."
+        )
+    if len(set(sizes.values())) != 1:
+        shown = ", ".join(f"{n} in {name}" for name, n in sizes.items())
+        raise ValueError(
+            f"{call}: expected one batch size in all batched arguments, got {shown}. What all examples share is an "
+            f"argument by position, with None in in_axes; arrays in keyword arguments are batched."
+        )
+    return next(iter(sizes.values()))
 
 
 def _array(call: str, name: str, leaf: Any, axis: Any) -> Any:
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "ndim"):
-        try:
+    hint = "What all examples share has None in in_axes."
+    try:
+        if isinstance(leaf, np.ndarray):
+            jnp.result_type(leaf)
+        elif not hasattr(leaf, "ndim"):
             leaf = jnp.asarray(leaf)
-        except TypeError:
-            raise TypeError(
-                f"{call}: expected an array with an example axis in {name}, got {type(leaf).__name__}. "
-                f"Something all examples share has None in in_axes."
-            ) from None
+    except TypeError:
+        got = leaf.dtype if isinstance(leaf, np.ndarray) else type(leaf).__name__
+        raise TypeError(f"{call}: expected an array with an example axis in {name}, got {got}. {hint}") from None
     if not -leaf.ndim <= axis < leaf.ndim:
-        raise ValueError(f"{call}: expected an example axis {axis} in {name}, got shape {leaf.shape}.")
+        raise ValueError(f"{call}: expected an example axis {axis} in {name}, got shape {leaf.shape}. {hint}")
     return leaf

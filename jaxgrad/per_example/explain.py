@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxgrad.per_example.factors import arrays
-from jaxgrad.per_example.finish import Finished
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.leaf import Leaf
 from jaxgrad.per_example.mapped import of_examples
 from jaxgrad.per_example.pairs import way
-from jaxgrad.per_example.transform import Transformed
+from jaxgrad.per_example.transform import Route, Transformed
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Explanation:
 
 
 def explain(
-    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, in_axes: Any = None, has_aux: bool = False
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, in_axes: Any = 0, has_aux: bool = False
 ) -> Callable[..., Explanation]:
     """What `per_example_grad(fun)` does with each parameter: a function of its arguments, that computes nothing.
 
@@ -139,25 +138,19 @@ def explain(
     transformed = Transformed("explain", fun, argnums, in_axes, has_aux, False)
 
     def explained(*args: Any, **kwargs: Any) -> Explanation:
-        done: list[Finished] = []
-        paths: list[str] = []
-
-        def run(leaves: Sequence[Any]) -> PerExampleGrads:
-            whole = [leaf if k not in traced else leaves[traced.index(k)] for k, leaf in enumerate(flat)]
-            args, kwargs = jax.tree.unflatten(treedef, whole)
-            _, _, g, finished = transformed.evaluated(transformed.arguments(args, kwargs))
-            done[:], paths[:] = finished, g.paths
-            return g
-
-        # What all examples share stays as it is: the loss may look at its values.
         arguments = transformed.arguments(args, kwargs)
-        own = {id(leaf) for leaf in [*arguments.params, *arguments.batch]}
-        flat, treedef = jax.tree.flatten((args, kwargs))
-        traced = [k for k, leaf in enumerate(flat) if id(leaf) in own or isinstance(leaf, jax.ShapeDtypeStruct)]
-        g = jax.eval_shape(run, [flat[k] for k in traced])
+        # What all examples share stays as it is, for the loss may look at its values, unless it has none.
+        absent = [k for k, leaf in enumerate(arguments.shared) if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+        def run(params: list[Any], batch: list[Any], shapes: list[Any]) -> tuple[PerExampleGrads, list[Route]]:
+            traced = dict(zip(absent, shapes, strict=True))
+            shared = [traced.get(k, leaf) for k, leaf in enumerate(arguments.shared)]
+            return transformed.evaluated(replace(arguments, params=params, batch=batch, shared=shared))[2:]
+
+        g, routes = jax.eval_shape(run, arguments.params, arguments.batch, [arguments.shared[k] for k in absent])
         rows = [
-            _row(path, leaf.factors, f)
-            for path, leaf, f in zip(paths, jax.tree.leaves(g, is_leaf=_is_leaf), done, strict=True)
+            _row(path, leaf.factors, route)
+            for path, leaf, route in zip(g.paths, jax.tree.leaves(g, is_leaf=_is_leaf), routes, strict=True)
         ]
         return Explanation(tuple(rows), g.batch_size)
 
@@ -168,17 +161,17 @@ def _is_leaf(node: Any) -> bool:
     return isinstance(node, Leaf)
 
 
-def _row(path: str, factors: Sequence[Any], finished: Finished) -> Row:
+def _row(path: str, factors: Sequence[Any], route: Route) -> Row:
     layout = factors[0].layout
     held = [a for f in factors for a in arrays(f)]
     B = of_examples(factors)[0].shape[0]
-    reason = finished.reason
+    reason = route.reason
     norm = tuple(way(f, f_) for i, f in enumerate(factors) for f_ in factors[: i + 1])
     return Row(
         path=path,
         shape=layout.shape,
         dtype=layout.dtype,
-        how=finished.how,
+        how=route.how,
         factors=tuple(f"{type(f).__name__}({', '.join(str(list(a.shape)) for a in arrays(f))})" for f in factors),
         norm=norm,
         nbytes=sum(math.prod(a.shape) * a.dtype.itemsize for a in held),

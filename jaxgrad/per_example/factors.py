@@ -32,7 +32,7 @@ from jaxgrad.per_example.mapped import Common, Mapped, Same, map_examples_of, of
 from jaxgrad.per_example.scales import largest, nearest_power, power_of_two, row_sums
 from jaxgrad.per_example.windows import Unfolding
 from jaxgrad.precision import working_dtype
-from jaxgrad.sharding import gathered, replicated
+from jaxgrad.sharding import gathered, kept, replicated
 
 Precision = Any  # what jax.lax.dot_general takes as precision=
 
@@ -238,7 +238,7 @@ def scale(f: Factor, c: Any) -> Factor:
 
 def where(f: Factor, mask: Float[Array, " B"] | Array) -> Factor:
     """Zero in every array of the examples where the mask is False, whatever was there."""
-    return map_examples_of(lambda a: jnp.where(_examples(mask, a), a, jnp.zeros_like(a)), f)
+    return map_examples_of(lambda a: kept(mask, a), f)
 
 
 def _examples(c: Array, like: Array) -> Array:

@@ -15,6 +15,7 @@ from jaxgrad.per_example.factors import Dense, Factor, Outer, Precision, Rows, W
 from jaxgrad.per_example.layout import Layout
 from jaxgrad.per_example.mapped import of_examples
 from jaxgrad.precision import working_dtype
+from jaxgrad.sharding import kept
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("factors", "weight"), meta_fields=())
@@ -85,7 +86,7 @@ class Leaf:
 
     def where(self, mask: Array) -> "Leaf":
         """Exactly zero where the mask is False, whatever was there."""
-        return self.map(lambda f: factors.where(f, mask), jnp.where(mask, self.weight, jnp.zeros_like(self.weight)))
+        return self.map(lambda f: factors.where(f, mask), kept(mask, self.weight))
 
     def materialize(self) -> Array:
         """[B, *shape] in the parameter's dtype."""

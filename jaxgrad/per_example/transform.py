@@ -2,17 +2,20 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
 from jaxgrad.per_example.finish import Finished, finish, settled
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.mapped import put_back, taken_out
-from jaxgrad.per_example.values import Shared
+from jaxgrad.per_example.undone import Reason
+from jaxgrad.per_example.values import Shared, Value, array_of, is_zero
 from jaxgrad.per_example.walk import evaluate
 
 
@@ -20,7 +23,7 @@ def per_example_grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = 0,
     has_aux: bool = False,
     strict: bool = False,
 ) -> Callable[..., Any]:
@@ -38,9 +41,10 @@ def per_example_grad(
         fun: a pure function of one example to a real scalar, or to (scalar, aux) with has_aux.
         argnums: which arguments to differentiate with respect to, one or several, as in `jax.grad`; they are the same
             for all examples.
-        in_axes: as in `jax.vmap`, for the arguments that are not differentiated: a number, or a sequence with one entry
-            for each of them, each a number, None for an argument that all examples share, or a tree prefix. None:
-            axis 0 of all of them. Keyword arguments are batched along axis 0.
+        in_axes: as in `jax.vmap(jax.grad(fun), in_axes)`: a number, for all arguments but the differentiated ones; or a
+            sequence with one entry for each positional argument: None for the differentiated ones and for what all
+            examples share, a number, or a tree prefix of both. Keyword arguments: arrays, leaf by leaf, are batched
+            along axis 0; scalars and what is no array are shared.
         has_aux: whether fun returns (scalar, aux).
         strict: whether to raise an error where a parameter takes the direct route.
 
@@ -75,7 +79,7 @@ def per_example_value_and_grad(
     fun: Callable[..., Any],
     argnums: int | Sequence[int] = 0,
     *,
-    in_axes: Any = None,
+    in_axes: Any = 0,
     has_aux: bool = False,
     strict: bool = False,
 ) -> Callable[..., Any]:
@@ -106,6 +110,20 @@ def per_example_value_and_grad(
     return values_and_gradients
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Route:
+    """What was done for one parameter, as in `Finished`. A tree without leaves, so that it leaves `vmap` as a result.
+
+    Attributes:
+        how: the route.
+        reason: why it is the direct one.
+    """
+
+    how: str
+    reason: Reason | None
+
+
 class Transformed:
     """A loss, and how it is to be called."""
 
@@ -123,30 +141,34 @@ class Transformed:
         """The call taken apart."""
         return arguments_of(self.call, args, kwargs, self.argnums, self.in_axes)
 
-    def evaluated(self, arguments: Arguments) -> tuple[Any, Any, PerExampleGrads, list[Finished]]:
+    def evaluated(self, arguments: Arguments) -> tuple[Any, Any, PerExampleGrads, list[Route]]:
         """(values, aux, gradients, what was done for each parameter)."""
         program, out_tree, count = self._program(arguments)
-        finished: list[Finished] = []
+        outvars = program.jaxpr.outvars
+        first = len(outvars) - count  # of the gradients
 
         def one(examples: Sequence[Any]) -> Any:
             leaves = [*map(Shared, arguments.params), *examples]
-            n = len(program.jaxpr.outvars)
-            wanted = [k >= n - count for k in range(n)]
-            results = evaluate(program, leaves, wanted, [True] * n)
-            finished[:] = [
+            wanted = [k >= first for k in range(len(outvars))]
+            results = evaluate(program, leaves, wanted, [True] * len(outvars))
+            finished = [
                 finish(value, jnp.shape(p), jnp.result_type(p))
-                for value, p in zip(results[n - count :], arguments.params, strict=True)
+                for value, p in zip(results[first:], arguments.params, strict=True)
             ]
-            return results[: n - count], *taken_out([f.factors for f in finished])
+            others = [_as_returned(value, v.aval) for value, v in zip(results[:first], outvars, strict=False)]
+            parts, shared = taken_out([f.factors for f in finished])
+            return others, parts, [Route(f.how, f.reason) for f in finished], shared
 
-        over_examples = jax.vmap(one, (arguments.axes,), (0, 0, None), axis_size=arguments.batch_size)
-        others, parts, shared = over_examples(arguments.batch)
-        parts = put_back(parts, shared)
-        parts = [settled(factors, f) for factors, f in zip(parts, finished, strict=True)]
+        over_examples = jax.vmap(one, (arguments.axes,), (0, 0, 0, None), axis_size=arguments.batch_size)
+        others, parts, routes, shared = over_examples(arguments.batch)
+        parts = [
+            settled(factors, Finished(factors, route.how, route.reason))
+            for factors, route in zip(put_back(parts, shared), routes, strict=True)
+        ]
         if self.strict:
-            self._refuse_direct(arguments, finished)
+            self._refuse_direct(arguments, routes)
         values, aux = jax.tree.unflatten(out_tree, others)
-        return values, aux, PerExampleGrads(jax.tree.unflatten(arguments.params_tree, parts)), finished
+        return values, aux, PerExampleGrads(jax.tree.unflatten(arguments.params_tree, parts)), routes
 
     def _program(self, arguments: Arguments) -> tuple[_jax.Program, Any, int]:
         """The gradient's program for one example: results (value, aux …, gradients …)."""
@@ -169,8 +191,8 @@ class Transformed:
         closed, shape = jax.make_jaxpr(program, return_shape=True)(arguments.params, arguments.example)
         return _jax.program_of(closed), jax.tree.structure(shape[0]), len(arguments.params)
 
-    def _refuse_direct(self, arguments: Arguments, finished: Sequence[Finished]) -> None:
-        for path, f in zip(arguments.paths, finished, strict=True):
+    def _refuse_direct(self, arguments: Arguments, routes: Sequence[Route]) -> None:
+        for path, f in zip(arguments.paths, routes, strict=True):
             if f.how == "direct" and f.reason is not None:
                 at = f" at {f.reason.source}" if f.reason.source else ""
                 raise ValueError(
@@ -180,3 +202,13 @@ class Transformed:
                     f"parameters alone, such as weight decay, outside of the loss), or drop strict=True: the result is "
                     f"the same."
                 )
+
+
+def _as_returned(value: Value, aval: Any) -> Array:
+    """A result that is no gradient, as the array that the program returns."""
+    if is_zero(value) and aval.weak_type:  # what is known to be zero does not remember how its dtype came about
+        zeros = jnp.broadcast_to(jnp.asarray(aval.dtype.type(0).item()), aval.shape)
+        if zeros.dtype == aval.dtype:
+            return zeros
+    array = array_of(value)
+    return array if isinstance(array, jax.Array) else jnp.asarray(array, None if aval.weak_type else aval.dtype)

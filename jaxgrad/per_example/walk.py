@@ -113,7 +113,8 @@ def evaluate(
     for eqn, live in zip(jaxpr.eqns, found.live, strict=True):
         if live:
             here = [v in found.used for v in eqn.outvars]
-            results = _step(eqn, [read(v) for v in eqn.invars], found.of(eqn), here)
+            with _jax.context(eqn):
+                results = _step(eqn, [read(v) for v in eqn.invars], found.of(eqn), here)
             known |= dict(zip(eqn.outvars, results, strict=True))
     return [read(v) if use else None for v, use in zip(jaxpr.outvars, used, strict=True)]
 
@@ -137,7 +138,8 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
 
     @functools.cache
     def as_written() -> list[Any]:
-        return _jax.bind(eqn, [array_of(value) for value in values])
+        with _jax.context(eqn):
+            return _jax.bind(eqn, [array_of(value) for value in values])
 
     def kept(results: Sequence[Value]) -> list[Value]:
         return [_smaller(result, lambda k=k: as_written()[k]) for k, result in enumerate(results)]
@@ -255,13 +257,14 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         want and (k >= parts.carry or _accumulates(jaxpr, jaxpr.invars[parts.consts + k], jaxpr.outvars[k]))
         for k, want in enumerate(wanted)
     ]
+    differs = _varying(values)
     # What is in the loop is used; a carry always is.
     used = [use or k < parts.carry for k, use in enumerate(used)]
 
     def body(carry: Sequence[Any], xs: Sequence[Any], kept: Sequence[bool]) -> list[Value]:
-        carried = iter(carry)
+        others = iter(carry)
         full = [
-            zero(v.aval.shape, v.aval.dtype) if kept[k] else next(carried)
+            zero(v.aval.shape, v.aval.dtype) if kept[k] else next(others)
             for k, v in enumerate(jaxpr.invars[parts.consts : parts.consts + parts.carry])
         ]
         steps = [Shared(x) if shared else x for x, shared in zip(xs, same, strict=True)]
@@ -279,7 +282,7 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
                 None if not use else settled(result) if keep and isinstance(result, Undone) else array_of(result)
                 for result, keep, use in zip(results, kept, used, strict=True)
             ]
-            onward = [jnp.asarray(a) for a, keep in zip(arrays[: parts.carry], kept, strict=False) if not keep]
+            onward = carried(arrays[: parts.carry], kept)
             stays = [a if keep else None for a, keep in zip(arrays[: parts.carry], kept, strict=False)]
             return onward, (stays, arrays[parts.carry :])
 
@@ -298,14 +301,15 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
 
         return [one(k, result) for k, result in enumerate(results)]
 
-    def starts(kept: Sequence[bool]) -> list[Any]:
-        return [jnp.asarray(array_of(v)) for v, keep in zip(init, kept, strict=False) if not keep]
+    def carried(values: Sequence[Value], kept: Sequence[bool]) -> list[Any]:
+        arrays = [jnp.asarray(array_of(v)) for v, keep in zip(values, kept, strict=False) if not keep]
+        return [_jax.made_varying(a, differs) for a in arrays]
 
     # What comes out of a step is known when one has been traced; fewer products can make others into arrays.
     before: list[bool] = []
     while any(kept) and S > 0 and kept != before:
         before = kept
-        _, (stays, ys) = jax.eval_shape(emitted(kept), starts(kept), jax.tree.map(lambda a: _first(a), xs))
+        _, (stays, ys) = jax.eval_shape(emitted(kept), carried(init, kept), jax.tree.map(lambda a: _first(a), xs))
         kept = [
             keep and isinstance(v, Undone) and _worth_emitting(v, S if k < parts.carry else 1, k >= parts.carry)
             for k, (keep, v) in enumerate(zip(kept, [*stays, *ys], strict=True))
@@ -313,11 +317,11 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
     if not any(kept) or S == 0:
         return explained(_jax.bind(eqn, [array_of(value) for value in values]))
     onward, (stays, ys) = lax.scan(
-        emitted(kept), starts(kept), xs, length=S, reverse=parts.reverse, unroll=parts.unroll
+        emitted(kept), carried(init, kept), xs, length=S, reverse=parts.reverse, unroll=parts.unroll
     )
-    carried = iter(onward)
+    others = iter(onward)
     results: list[Value] = [
-        added(_along(stays[k], S, False), init[k]) if kept[k] else next(carried) for k in range(parts.carry)
+        added(_along(stays[k], S, False), init[k]) if kept[k] else next(others) for k in range(parts.carry)
     ]
     return explained(results + [_along(y, S, True) if isinstance(y, Undone) else y for y in ys])
 
@@ -329,6 +333,12 @@ def _reason(value: Value, eqn: _jax.Equation) -> undone.Reason:
     if isinstance(value, Undone) and value.maps:
         return reason_at(eqn, "a map that all examples share is applied to it in every step of a loop")
     return value.reason or FORMED if isinstance(value, Undone) else FORMED
+
+
+def _varying(values: Sequence[Value]) -> frozenset[str]:
+    """The mesh axes along which some of it differs inside shard_map; what a loop carries or branches give does too."""
+    parts = [v.source if isinstance(v, Broadcast) else v.array if isinstance(v, Plain | Shared) else v for v in values]
+    return frozenset(name for a in jax.tree.leaves(parts) for name in _jax.varying(a))
 
 
 def _worth_emitting(value: Undone, steps: int, stacked: bool) -> bool:
@@ -377,7 +387,7 @@ def _accumulates(jaxpr: _jax.Jaxpr, into: Any, out: Any) -> bool:
 
 def _cond(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]) -> Sequence[Value]:
     """Each branch gives its own products, and zeros in the place of the other branches'."""
-    programs, (index, *rest) = _jax.branches(eqn), values
+    programs, (index, *rest), differs = _jax.branches(eqn), values, _varying(values)
     rest = [dataclasses.replace(v, as_written=None) if isinstance(v, Undone) else v for v in rest]
 
     def branch(program: _jax.Program, wanted: Sequence[bool]) -> Any:
@@ -410,10 +420,11 @@ def _cond(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         def run() -> Any:
             mine = branch(programs[i], kept)()
             nothing = [[jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), v) for v in results] for results in traced]
-            return [
+            results = [
                 [mine[k] if j == i else nothing[j][k] for j in range(len(programs))] if keep else mine[k]
                 for k, keep in enumerate(kept)
             ]
+            return jax.tree.map(lambda a: _jax.made_varying(a, differs), results)
 
         return run
 
