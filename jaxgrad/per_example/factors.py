@@ -373,8 +373,8 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
             return dataclasses.replace(f, left=left, image=image), a * b
         case Common(number, array, layout):
             number, unit = scaled(number, jnp.abs(lax.stop_gradient(number)))
-            most = jnp.abs(lax.stop_gradient(array.value)).max(initial=0)
-            return Common(number, Same(array.value / power_of_two(most)), layout), unit * nearest_power(most)
+            top = jnp.abs(lax.stop_gradient(array.value)).max(initial=0)
+            return Common(number, Same(array.value / power_of_two(top)), layout), unit * nearest_power(top)
         case Mapped():
             return f, jnp.ones_like(of_examples(f)[0], accumulator(f), shape=of_examples(f)[0].shape[:1])
         case Dense(value, layout):

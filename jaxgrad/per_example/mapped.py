@@ -108,6 +108,7 @@ def of_examples(tree: Any) -> list[Any]:
 
 def taken_out(tree: Any) -> tuple[Any, list[Any]]:
     """(the tree without what all examples share, what they share)."""
+    treedef: Any
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_same)
     shared = [a.value for a in leaves if is_same(a)]
     return treedef.unflatten([Same(()) if is_same(a) else a for a in leaves]), shared
@@ -115,6 +116,7 @@ def taken_out(tree: Any) -> tuple[Any, list[Any]]:
 
 def put_back(tree: Any, shared: Sequence[Any]) -> Any:
     """The inverse of `taken_out`."""
+    treedef: Any
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_same)
     rest = iter(shared)
     return treedef.unflatten([Same(next(rest)) if is_same(a) else a for a in leaves])

@@ -7,7 +7,7 @@ that is one such map, behind a product. `Node`s are the record: a graph of calls
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ class Call:
     operands: tuple[Any, ...]
 
 
-class Result(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Result:
     """One result of a call."""
 
     call: Call

@@ -25,7 +25,6 @@ from jaxgrad.per_example.factors import (
     is_nothing,
     scale,
     scaled_by_power_of_two,
-    wide,
     written_out,
 )
 from jaxgrad.per_example.mapped import Common, Mapped, of_examples
@@ -162,7 +161,7 @@ def _magnitude(f: Factor, dtype: jnp.dtype) -> Array:
             return _product(jnp.abs(number.astype(dtype)), _of_vectors(array.value[None], dtype).norm)
         case Mapped(inputs):
             sizes = [_magnitude(part, dtype) for parts in inputs for part in parts]
-            return wide(f, dtype).norm(dtype) * root_sum_of_squares(sizes)
+            return f.norm(dtype) * root_sum_of_squares(sizes)
 
 
 def _of_vectors(a: Array, dtype: jax.typing.DTypeLike) -> Length:

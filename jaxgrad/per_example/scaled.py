@@ -105,7 +105,7 @@ def inner(p: Scaled, q: Scaled) -> Array:
         return row_sums(left) * row_sums(right)
 
     def whole(arrays: Sequence[Array]) -> Array:
-        near = [a / x.unit for a, x in zip(arrays, shared, strict=True)]
+        near = [a if x.unit is None else a / x.unit for a, x in zip(arrays, shared, strict=True)]
         return math.prod(near[1:], start=near[0])
 
     arrays = [x.array for x in shared if x.array is not None]

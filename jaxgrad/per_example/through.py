@@ -4,6 +4,7 @@ Also an array that all examples share times a few numbers of each: a penalty's g
 adds. Nothing here looks at values: an equation is linear in the operands that `LINEAR` says.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -141,6 +142,7 @@ def _input(value: Any) -> Node:
     if not jnp.issubdtype(value.dtype, jnp.complexfloating):
         return Input(value)
     dtype = jnp.finfo(value.dtype).dtype
+    parts: list[Any]
     if isinstance(value, Undone):
         parts = [mapped(value, value.shape, dtype, f) for f in (linear.real, linear.imag)]
         assert all(part is not None for part in parts)
@@ -156,6 +158,12 @@ def _contracted(eqn: _jax.Equation, node: Node) -> Array | None:
     return None if found is None else found.reshape(eqn.outvars[0].aval.shape)
 
 
+def _added(arrays: Sequence[Array]) -> Array:
+    """The sum, in the widest of their dtypes."""
+    dtype = max((a.dtype for a in arrays), key=lambda d: d.itemsize)
+    return functools.reduce(jnp.add, [a.astype(dtype) for a in arrays])
+
+
 def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[int]) -> Array | None:
     """Σ over axes of the node, of this shape, times `scale`, entry by entry; None where that takes writing it out."""
     scale = scale if scale.ndim == 0 else jnp.broadcast_to(scale, shape)
@@ -165,7 +173,7 @@ def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[in
         terms = node.value.terms
         if any(term.windows or term.row is not None or term.box is not None for term in terms):
             return None
-        return sum(linear.contracted_with(term, jnp.broadcast_to(scale, shape), axes) for term in terms)
+        return _added([linear.contracted_with(term, jnp.broadcast_to(scale, shape), axes) for term in terms])
     kind = node.call.key[0] if isinstance(node.call.key, tuple) else node.call.key
     nodes = [x for x in node.call.operands if isinstance(x, Node)]
     arrays = [x for x in node.call.operands if not isinstance(x, Node)]
@@ -175,7 +183,8 @@ def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[in
         return _against(nodes[0], -scale, shape, axes)
     if kind in ("sum", lax.add_p, _jax.add_any_p) and not arrays:
         parts = [_against(x, scale, shape, axes) for x in nodes]
-        return None if any(part is None for part in parts) else sum(parts[1:], parts[0])
+        known = [part for part in parts if part is not None]
+        return _added(known) if len(known) == len(parts) else None
     if kind == "broadcast" and isinstance(nodes[0], Input):
         source, dims = nodes[0].value, node.call.key[1]
         kept = [k for k in range(len(shape)) if k not in axes]

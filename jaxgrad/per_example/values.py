@@ -128,8 +128,8 @@ def array_of(value: Value) -> Any:
         case Undone(terms, shape, dtype, maps):
             parts = [form(term, dtype) for term in terms]
             if maps:
-                function, inputs, shared = Map.of(maps)
-                parts.append(function([array_of(x.value) for x in inputs], shared).astype(dtype))
+                behind, inputs, shared = Map.of(maps)
+                parts.append(behind([array_of(x.value) for x in inputs], shared).astype(dtype))
             return functools.reduce(jnp.add, parts) if parts else jnp.zeros(shape, dtype)
         case Broadcast(source, dims, shape, _):
             if source.shape == shape:

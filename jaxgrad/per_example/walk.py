@@ -142,7 +142,7 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
             return _jax.bind(eqn, [array_of(value) for value in values])
 
     def kept(results: Sequence[Value]) -> list[Value]:
-        return [_smaller(result, lambda k=k: as_written()[k]) for k, result in enumerate(results)]
+        return [_smaller(result, functools.partial(_one_of, as_written, k)) for k, result in enumerate(results)]
 
     if any(isinstance(value, Undone) for value in values):
         results = behind(eqn, values)
@@ -168,6 +168,10 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         return as_written()
     reason = _inherited(eqn, values, taken)
     return [Plain(a, reason) if want else a for a, want in zip(as_written(), wanted, strict=True)]
+
+
+def _one_of(results: Callable[[], list[Any]], k: int) -> Any:
+    return results()[k]
 
 
 def _smaller(value: Value, as_written: Callable[[], Array]) -> Value:
