@@ -100,7 +100,7 @@ def through(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
     number = _contracted(eqn, sides[0]) if eqn.primitive is lax.reduce_sum_p else None
     if number is not None:
         return [Plain(number.astype(eqn.outvars[0].aval.dtype), FORMED)]
-    return _results(eqn, call_of(eqn, sides))
+    return results_of(eqn, sides)
 
 
 def scaled(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
@@ -123,7 +123,9 @@ def _spread(value: Broadcast) -> Undone:
     return Undone((), shape, source.dtype, (Result(call, 0),))
 
 
-def _results(eqn: _jax.Equation, call: Call) -> list[Value]:
+def results_of(eqn: _jax.Equation, sides: Sequence[Any]) -> list[Value]:
+    """The equation's results as maps, of nodes and arrays that all examples share."""
+    call = call_of(eqn, sides)
     avals = [v.aval for v in eqn.outvars]
     return [Undone((), tuple(a.shape), a.dtype, (Result(call, k),)) for k, a in enumerate(avals)]
 

@@ -411,6 +411,10 @@ def _cond(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
 
         return run
 
+    if is_shared(index):
+        whole = _cond_as_map(eqn, index, rest, wanted, used)
+        if whole is not None:
+            return whole
     kept, before = list(wanted), [False]
     while kept != before:  # as in a scan
         before, traced = kept, [jax.eval_shape(branch(program, kept)) for program in programs]
@@ -437,6 +441,31 @@ def _cond(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         Undone(tuple(t for v in result for t in v.terms), result[0].shape, result[0].dtype) if keep else result
         for result, keep in zip(results, kept, strict=True)
     ]
+
+
+def _cond_as_map(
+    eqn: _jax.Equation, index: Value, rest: Sequence[Value], wanted: Sequence[bool], used: Sequence[bool]
+) -> Sequence[Value] | None:
+    """All of a branch as one map, where all examples take the same and it is linear in the products."""
+    products = [k for k, v in enumerate(rest) if isinstance(v, Undone) and not is_zero(v)]
+    if not products or not all(is_shared(v) or is_zero(v) for k, v in enumerate(rest) if k not in products):
+        return None
+
+    def is_linear(value: Value) -> bool:
+        return is_zero(value) or (isinstance(value, Undone) and all(isinstance(x, Undone) for x in value.inputs))
+
+    linear: list[bool] = []
+
+    def look() -> None:
+        for program in _jax.branches(eqn):
+            results = evaluate(program, rest, wanted, used)
+            linear.extend(is_linear(r) for r, use in zip(results, used, strict=True) if use)
+
+    jax.eval_shape(look)
+    if not all(linear):
+        return None
+    sides = [through.node_of(v) if k in products else jnp.asarray(array_of(v)) for k, v in enumerate(rest)]
+    return through.results_of(eqn, [jnp.asarray(array_of(index)), *sides])
 
 
 def _all_products(values: Sequence[Value]) -> bool:
