@@ -34,16 +34,17 @@ def mlp_data(dtype=jnp.float64):
 
 
 def many(p, ids, y):
-    """A lookup, a convolution, a recurrence, a condition, an elementwise use, a product larger than its weight."""
+    """A lookup, a convolution, a recurrence, a condition, a function of a weight in a loop, a product larger than it."""
     x = p["E"][ids]
     c = lax.conv_general_dilated(x[None], p["k"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
     h, _ = lax.scan(lambda h, a: (jnp.tanh(p["R"] @ h + p["W"] @ a + p["b"]), None), jnp.zeros(12), x)
     extra = lax.cond(y > 0, lambda: jnp.sin(p["W"] @ x[0]).sum(), lambda: jnp.zeros(()))
-    direct = (jnp.sin(p["D"]) @ h[:3]).sum()  # the line that explain names
+    steps = h[:6].reshape(2, 3)
+    direct = lax.scan(lambda c, v: (c + (jnp.sin(p["D"]) @ v).sum(), None), 0.0, steps)[0]  # the line explain names
     return (h.sum() - y) ** 2 + jnp.tanh(c).sum() + extra + direct + jnp.cos(p["F"] @ h[:4].reshape(2, 2)).sum()
 
 
-DIRECT = f"{__file__}:{many.__code__.co_firstlineno + 6}"
+DIRECT = f"{__file__}:{many.__code__.co_firstlineno + 7}"
 
 
 def many_data():
@@ -259,10 +260,10 @@ def test_explain():
     assert [row.shape for row in e.rows] == [a.shape for a in jax.tree.leaves(p)]
     assert (e.batch_size, e.nbytes, e.materialized_nbytes) == (B, g.nbytes, g.materialized_nbytes)
     assert (e["['R']"].nbytes, e["['R']"].materialized_nbytes) == (8 * B * 3 * 24, 8 * B * 144)
-    assert [(row.path, row.primitive, row.source) for row in e.direct] == [("['D']", "mul", DIRECT)]
+    assert [(row.path, row.primitive, row.source) for row in e.direct] == [("['D']", "scan", DIRECT)]
     lines = str(e).splitlines()
     assert re.fullmatch(r"\['b'\] +\[12\] +vector +Dense\(\[6, 12\]\) +entries +576 B +576 B", lines[8])
-    assert lines[-1].startswith(f"['D']: written out, for mul at {DIRECT}: ")
+    assert lines[-1].startswith(f"['D']: written out, for scan at {DIRECT}: ")
     n = 10**12  # nothing is computed
     shapes = jax.eval_shape(lambda: p), jax.ShapeDtypeStruct((n, 3), jnp.int32), jax.ShapeDtypeStruct((n,), jnp.float64)
     assert explain(many)(*shapes).nbytes == e.nbytes // B * n
@@ -271,7 +272,7 @@ def test_explain():
 def test_strict():
     close(jit(per_example_grad(mlp, strict=True))(*mlp_data()).sum(), jit(ours(mlp))(*mlp_data())[1])
     for transform in (per_example_grad, per_example_value_and_grad):
-        message = rf"{transform.__name__}: .*\['D'\]: mul at {re.escape(DIRECT)}: .*Write the use .* drop strict=True"
+        message = rf"{transform.__name__}: .*\['D'\]: scan at {re.escape(DIRECT)}: .*Write the use .* drop strict=True"
         with pytest.raises(ValueError, match=message):
             jit(transform(many, strict=True))(*many_data())
 

@@ -7,6 +7,8 @@ The algebra:
     windows      a convolution as a product: an image, and the windows of it that the kernel meets
     pairs        inner products of two factors, for every pair of kinds
     chunks       loops that write out no more at once than a stated number of bytes
+    mapped       what is behind a map that all examples share, and penalties: Mapped, Common
+    scaled       norms of what a map scales entry by entry
     norms        of one parameter's gradients, and of several together
     moments      second moment and variance, element by element
     leaf         the gradients of one parameter: a sum of factors times one number an example
@@ -22,6 +24,8 @@ The transformation:
     undone       an undone product: two operands and which of their axes lie where
     moves        one transposed, reshaped, sliced, put into something larger
     linear       one scaled, masked, summed, multiplied by a matrix
+    through      what no rule can do to operands, as a map that all examples share
+    maps         such maps: recorded, applied, transposed
     values       what else a variable may stand for during the walk
     finish       from undone products to factors, and the cost model
     explain      what is done with each parameter, and why
@@ -31,17 +35,21 @@ from jaxgrad.per_example.explain import Explanation, Row, explain
 from jaxgrad.per_example.factors import Dense, Factor, Outer, Rows, Windows
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.mapped import Common, Mapped, Same
 from jaxgrad.per_example.transform import per_example_grad, per_example_value_and_grad
 
 __all__ = [
+    "Common",
     "Dense",
     "Explanation",
     "Factor",
     "Layout",
+    "Mapped",
     "Outer",
     "PerExampleGrads",
     "Row",
     "Rows",
+    "Same",
     "Windows",
     "explain",
     "per_example_grad",

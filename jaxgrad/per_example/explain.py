@@ -116,9 +116,11 @@ def explain(
     factors; "vector", at most one axis, written out as it is no larger than an activation; "unused"; "direct", written
     out as `vmap(jax.grad)` would. `held as`, B examples, T positions, G groups: Outer(left [B, G, T, F], right
     [B, G, T, K]) for Σ_t left ⊗ right; Rows(ids [B, T], values [B, T, K]) for rows of a table, values [B, 1, K] for a
-    mean of rows; Windows(cotangents, image) for a convolution; Dense for the gradient itself. `norm`: from "sides",
-    ‖left‖·‖right‖; "positions", inner products of T × T positions; "matrix", the product carried out, a few examples at
-    a time; or its "entries".
+    mean of rows; Windows(cotangents, image) for a convolution; Mapped(the arrays of other factors, and those that all
+    examples share) for a weight that passes a map before it is used; Common(number, array) for a penalty; Dense for the
+    gradient itself. `norm`: from "sides", ‖left‖·‖right‖; "positions", inner products of T × T positions; "matrix", the
+    product carried out, a few examples at a time; "direction", a product with an array that all examples share; "map",
+    what is behind a map; or its "entries".
 
     Args:
         fun, argnums, in_axes, has_aux: as in `per_example_grad`.
@@ -130,10 +132,10 @@ def explain(
         TypeError, ValueError: as in `per_example_grad`.
 
     Example:
-        >>> loss = lambda W, x: jnp.tanh(W @ x).sum() + jnp.exp(W).sum()
+        >>> loss = lambda W, x: jnp.tanh(jnp.exp(W) @ x).sum() + (W**2).sum()
         >>> row = explain(loss)(jnp.ones((30, 20)), jnp.ones((4, 20))).rows[0]
-        >>> row.how, row.primitive
-        ('direct', 'mul')
+        >>> row.how, row.norm
+        ('factored', ('map', 'direction', 'direction'))
     """
     transformed = Transformed("explain", fun, argnums, in_axes, has_aux, False)
 

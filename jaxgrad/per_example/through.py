@@ -74,6 +74,8 @@ def operands(eqn: _jax.Equation) -> Sequence[int]:
     """The operands that may stand for a product here."""
     if eqn.primitive in BILINEAR:
         return range(2)
+    if eqn.primitive is lax.linear_solve_p:  # the right sides come last
+        return range(len(eqn.invars) - len(eqn.outvars), len(eqn.invars))
     return LINEAR.get(eqn.primitive, lambda n: range(0))(len(eqn.invars))
 
 

@@ -34,8 +34,7 @@ def per_example_grad(
     not carried out. Where a parameter's gradient is no product, it is evaluated as `jax.vmap(jax.grad(fun))` would, the
     direct route; `explain` names each such parameter, and `check_gradient(per_example_grad(fun), fun, params, *batch)`
     holds the result against `jax.grad` on your own model: do that first. Jit what calls it, as with `jax.grad`: its
-    costs are those under `jax.jit`. A penalty of the parameters alone in the loss makes their gradients sums that are
-    no products: put weight decay into the optimizer.
+    costs are those under `jax.jit`.
 
     Args:
         fun: a pure function of one example to a real scalar, or to (scalar, aux) with has_aux.
@@ -198,9 +197,8 @@ class Transformed:
                 raise ValueError(
                     f"{self.call}: with strict=True expected a product for the gradient of every matrix, got the "
                     f"direct route for {path or 'the parameter'}: {f.reason.primitive}{at}: {f.reason.why}. Write "
-                    f"the use of the parameter as a matrix product, convolution or lookup (and a penalty of the "
-                    f"parameters alone, such as weight decay, outside of the loss), or drop strict=True: the result is "
-                    f"the same."
+                    f"the use of the parameter as a matrix product, convolution or lookup (and what is computed from "
+                    f"the parameters alone outside of loops), or drop strict=True: the result is the same."
                 )
 
 

@@ -454,17 +454,19 @@ def _cond_as_map(
     def is_linear(value: Value) -> bool:
         return is_zero(value) or (isinstance(value, Undone) and all(isinstance(x, Undone) for x in value.inputs))
 
+    nodes = {k: through.node_of(v) for k, v in enumerate(rest) if k in products}
+    inside = [Undone((), v.shape, v.dtype, (nodes[k],)) if k in nodes else v for k, v in enumerate(rest)]
     linear: list[bool] = []
 
     def look() -> None:
         for program in _jax.branches(eqn):
-            results = evaluate(program, rest, wanted, used)
+            results = evaluate(program, inside, wanted, used)
             linear.extend(is_linear(r) for r, use in zip(results, used, strict=True) if use)
 
     jax.eval_shape(look)
     if not all(linear):
         return None
-    sides = [through.node_of(v) if k in products else jnp.asarray(array_of(v)) for k, v in enumerate(rest)]
+    sides = [nodes[k] if k in nodes else jnp.asarray(array_of(v)) for k, v in enumerate(rest)]
     return through.results_of(eqn, [jnp.asarray(array_of(index)), *sides])
 
 
