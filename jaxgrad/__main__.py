@@ -109,7 +109,8 @@ def _run(options: argparse.Namespace) -> int:
     times = evaluation.timings(params, X, Y, activation)
 
     parts: list[Any] = [
-        f"data        {table.name}: {X.shape[0]} examples × {X.shape[1]} inputs",
+        f"data        {table.name}: {X.shape[0]} examples × {X.shape[1]} inputs"
+        f"{table.left_out and f' ({table.left_out})'}",
         f"network     {options.hidden} {activation.name} units, {dtype}, on {jax.devices()[0].device_kind}",
         f"trained     {options.steps} steps: loss {results.loss.mean():.4f}, "
         f"accuracy {np.mean(np.sign(results.margin) == table.Y):.4f}\n",

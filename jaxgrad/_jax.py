@@ -119,7 +119,7 @@ def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """
     if any(map(varying, values)):
         if _only_varies(eqn):
-            return [made_varying(x, varying(v.aval)) for x, v in zip(values, eqn.outvars, strict=True)]
+            return [made_varying(x, _varying(v.aval)) for x, v in zip(values, eqn.outvars, strict=True)]
         values = _alike(eqn, values)
     if not any(_is_program(p) for p in eqn.params.values()):
         results = eqn.primitive.bind(*values, **eqn.params)
@@ -133,12 +133,12 @@ def _only_varies(eqn: Equation) -> bool:
     """Whether all that it does is to say that its operand may differ along more mesh axes, which it may do already."""
     if len(eqn.invars) != 1 or len(eqn.outvars) != 1 or any(_is_program(p) for p in eqn.params.values()):
         return False
-    return varying(eqn.outvars[0].aval) > varying(eqn.invars[0].aval)
+    return _varying(eqn.outvars[0].aval) > _varying(eqn.invars[0].aval)
 
 
 def _alike(eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """Each operand differs along the axes that the program says, and along those that it does not know of."""
-    said = [frozenset() if isinstance(v, Literal) else varying(v.aval) for v in eqn.invars]
+    said = [frozenset() if isinstance(v, Literal) else _varying(v.aval) for v in eqn.invars]
     more = frozenset().union(*map(varying, values)) - frozenset().union(*said)
     return [made_varying(x, axes | more) for x, axes in zip(values, said, strict=True)]
 
@@ -181,7 +181,10 @@ def varying(a: Any) -> frozenset[str]:
     """The mesh axes along which an array differs inside shard_map."""
     if isinstance(a, jax.ShapeDtypeStruct):
         return frozenset()
-    aval = a if isinstance(a, jax.core.AbstractValue) else jax.typeof(a)
+    return _varying(jax.typeof(a))
+
+
+def _varying(aval: Any) -> frozenset[str]:
     return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()))
 
 

@@ -247,3 +247,78 @@ def test_nnx_linear_and_convolution():
 
     batch = normal(1, B, 8, 8, 1, dtype=jnp.float32), labels(2, B, classes=3)
     assert agrees(loss, params, *batch)["['hidden']['kernel'].value"].how == "factored"
+
+
+# --- What is said where a model cannot be taken as it is
+
+
+@pytest.mark.usefixtures("plain_types")
+def test_a_model_given_whole_is_told_how_to_split():
+    eqx, nnx = pytest.importorskip("equinox"), pytest.importorskip("flax.nnx")
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.dropout, self.out = nnx.Dropout(0.5, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+
+    loss = lambda model, x: jnp.sum(model(x))  # noqa: E731
+    models = [(eqx.nn.MLP(8, 3, 16, depth=1, key=jax.random.key(0)), r"eqx\.partition\(.*eqx\.combine\(")]
+    models += [(Net(nnx.Rngs(0)), r"nnx\.split\(.*nnx\.merge\(")]
+    for model, message in [*models, *(({"inside": [model]}, message) for model, message in models)]:
+        for transform in (per_example_grad, explain):
+            with pytest.raises(TypeError, match=rf"{transform.__name__}: expected parameters of .*{message}"):
+                transform(loss)(model, normal(0, B, 8))
+
+
+def test_a_state_that_the_loss_changes_and_an_axis_of_examples_are_explained():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Net(nnx.Module):
+        def __init__(self, layer, rngs):
+            self.hidden, self.layer = nnx.Linear(8, 3, rngs=rngs), layer(rngs)
+
+        def __call__(self, x):
+            return self.layer(self.hidden(x))
+
+    layers = {
+        "dropout": lambda rngs: nnx.Dropout(0.5, rngs=rngs),
+        "statistics": lambda rngs: nnx.BatchNorm(3, rngs=rngs),
+        "an axis": lambda rngs: nnx.BatchNorm(3, axis_name="examples", rngs=rngs),
+    }
+    for name, layer in layers.items():
+        graph, params, rest = nnx.split(Net(layer, nnx.Rngs(0)), nnx.Param, ...)
+
+        def loss(params, x, graph=graph, rest=rest):
+            return nnx.merge(graph, params, rest)(x[None]).sum()
+
+        with pytest.raises(Exception) as raised:  # noqa: PT011
+            per_example_grad(loss)(params, normal(0, B, 8, dtype=jnp.float32))
+        note = "no axis of examples" if name == "an axis" else "Let it change a copy"
+        assert any(note in line and line.startswith("per_example_grad: ") for line in raised.value.__notes__)
+
+
+def test_nnx_dropout_with_a_key_for_every_example_and_running_statistics():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden = nnx.Linear(8, 32, rngs=rngs)
+            self.norm = nnx.BatchNorm(32, use_running_average=True, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.out = nnx.Linear(32, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
+
+    graph, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss(params, rest, key, x, label):
+        net = nnx.merge(graph, params, rest, copy=True)
+        nnx.reseed(net, default=key)
+        return 5 * cross_entropy(net(x), label)
+
+    keys = jax.random.split(jax.random.key(4), B)
+    batch = normal(2, B, 8, dtype=jnp.float32), labels(3, B, classes=3)
+    norms = per_example_grad(loss, in_axes=(None, None, 0, 0, 0))(params, rest, keys, *batch).norms()
+    G = jax.vmap(jax.grad(loss), (None, None, 0, 0, 0))(params, rest, keys, *batch)
+    expected = jnp.sqrt(sum((a.reshape(B, -1) ** 2).sum(1) for a in jax.tree.leaves(G)))
+    np.testing.assert_allclose(norms, expected, rtol=1e-4)

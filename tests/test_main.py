@@ -186,6 +186,30 @@ def test_a_constant_feature_and_large_offsets_are_fine(capsys, tmp_path):
     assert run(capsys, "--data", tmp_path / "in.csv", "--steps", "5")[::2] == (0, "")
 
 
+def test_numbers_that_only_float64_holds_are_standardised_like_others(capsys, tmp_path):
+    frame = table(tmp_path / "in.csv")
+    frame["large"], frame["constant"] = 1e100 * frame["b"], 1e300
+    frame.to_csv(tmp_path / "in.csv", index=False)
+    status, _, err = run(capsys, "--data", tmp_path / "in.csv", "--steps", "5", "--dtype", "float16")
+    assert (status, err) == (0, "")
+    X = data_module.load(tmp_path / "in.csv", None).X
+    np.testing.assert_allclose(X[:, 2], X[:, 1], rtol=1e-9)
+    assert not X[:, 3].any()
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(None, None, -1), slice(3, None, 2)], ids=["all", "turned", "some"])
+def test_a_nameless_column_that_counts_the_rows_is_said_and_not_learnt_from(capsys, tmp_path, rows):
+    frame = table(tmp_path / "in.csv")
+    frame.iloc[rows].to_csv(tmp_path / "in.csv")
+    status, out, err = run(capsys, "--data", tmp_path / "in.csv", "--steps", "5")
+    assert (status, err) == (0, "")
+    assert "2 inputs (without the first column, which counts the rows)" in out
+    frame.iloc[rows].set_index("a").to_csv(tmp_path / "in.csv", index_label="")  # numbers that count nothing
+    assert "2 inputs\n" in run(capsys, "--data", tmp_path / "in.csv", "--steps", "5")[1]
+    frame.iloc[rows].to_csv(tmp_path / "in.csv", index_label="id")  # what has a name is a feature
+    assert "3 inputs\n" in run(capsys, "--data", tmp_path / "in.csv", "--steps", "5")[1]
+
+
 def test_npz(capsys, tmp_path):
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(20, 3)), np.arange(20) % 2
@@ -239,6 +263,13 @@ CSV = {
     "every row too long": (b"a,b,label\n1,2,0,9\n3,4,1,9\n", "not a table with a header"),
     "a row too short": (b"a,label,b\n1,0,2\n3,1\n", "NaN or an empty cell in column 'b', data row 2"),
     "not text": (b"\xff\xfe\x00a,\x81\n", "not a table with a header"),
+    **{
+        f"a number of 1e{n} among small ones": (
+            b"a,b,label\n" + b"1,2,0\n3,5,1\n" * 20 + f"4,1e{n},1\n".encode(),
+            "too large to standardise; scale them first",
+        )
+        for n in (155, 160, 200, 300)
+    },
     "numbers beyond all scale": (b"a,label\n1e308,0\n-1e308,1\n1.7e308,1\n", "too large to standardise"),
 }
 

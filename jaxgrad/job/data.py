@@ -1,5 +1,6 @@
 """Load a two-class table: the breast-cancer data that scikit-learn ships, a CSV file, or an NPZ file."""
 
+import math
 import reprlib
 import warnings
 import zipfile
@@ -25,12 +26,13 @@ class InputError(Exception):
 
 
 class Data(NamedTuple):
-    """Standardised features, the label of every example as given, and the same as ±1."""
+    """Standardised features, the label of every example as given, and the same as ±1; what there is to say of them."""
 
     X: Float[np.ndarray, "n D"]
     labels: np.ndarray
     Y: Float[np.ndarray, " n"]
     name: str
+    left_out: str = ""
 
 
 def load(path: Path | None, label: str | None) -> Data:
@@ -56,13 +58,13 @@ def load(path: Path | None, label: str | None) -> Data:
         readers = {".csv": _read_csv, ".npz": _read_npz}
         if path.suffix.lower() not in readers:
             raise InputError(f"{path}: expected a .csv or .npz file")
-        X, labels = readers[path.suffix.lower()](path, label)
+        X, labels, left_out = readers[path.suffix.lower()](path, label)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
-    return _finished(X, labels, path.name, path)
+    return _finished(X, labels, path.name, path)._replace(left_out=left_out)
 
 
-def _read_csv(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
+def _read_csv(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -87,7 +89,9 @@ def _read_csv(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
     missing = table[name].isna().to_numpy()
     if missing.any():
         raise InputError(f"{path}: missing label: column '{name}' is empty or NA in {_row(missing.argmax())}")
-    features = table.drop(columns=name)
+    features, left_out = table.drop(columns=name), ""
+    if header.iloc[0] == "" and columns[0] != name and _counts(table.iloc[:, 0]):  # as pandas writes its index
+        features, left_out = features.drop(columns=columns[0]), "without the first column, which counts the rows"
     if features.shape[1] == 0:
         raise InputError(f"{path}: there is no column besides the label '{name}'")
     X = np.empty(features.shape)
@@ -100,7 +104,15 @@ def _read_csv(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
             raise InputError(f"{path}: column '{column}' is not numeric: {_row(row)} holds {cell}")
         X[:, j] = values.to_numpy(dtype=float)
     _refuse_non_finite(path, X, list(features.columns), _row)
-    return X, table[name].to_numpy()
+    return X, table[name].to_numpy(), left_out
+
+
+def _counts(column: "pd.Series[Any]") -> bool:
+    """Whether it numbers the rows: whole numbers one after the other in any order, or in order with some left out."""
+    if column.dtype.kind not in "iu":
+        return False
+    steps, sorted_steps = np.diff(column.to_numpy()), np.diff(np.sort(column.to_numpy()))
+    return bool((steps > 0).all() or (sorted_steps == 1).all())
 
 
 def _numbers(cells: "pd.Series[Any]") -> "pd.Series[Any]":
@@ -115,7 +127,7 @@ def _row(index: Any) -> str:
     return f"data row {int(index) + 1} (blank lines not counted)"
 
 
-def _read_npz(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
+def _read_npz(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray, str]:
     try:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):  # one array, as np.save writes it
@@ -140,7 +152,7 @@ def _read_npz(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{path}: missing label: {key} is NaN in row {int(np.isnan(labels).argmax()) + 1}")
     X = X.astype(float)
     _refuse_non_finite(path, X, [str(j + 1) for j in range(X.shape[1])], lambda i: f"row {int(i) + 1}")
-    return X, labels
+    return X, labels, ""
 
 
 def _choose(path: Path, names: list[str], given: str | None, usual: tuple[str, ...], what: str, option: str) -> str:
@@ -174,9 +186,11 @@ def _finished(X: np.ndarray, labels: np.ndarray, name: str, path: Path | None = 
         ) from error
     if len(np.unique(Y)) < 2:  # booleans, all of them the same
         raise InputError(f"{path}: the label is constant: {labels[0]}")
+    constant = X.min(0) == X.max(0)
     with np.errstate(all="ignore"):
-        scaled = StandardScaler().fit_transform(X)
-    if not np.isfinite(scaled).all():
+        scaled = StandardScaler().fit_transform(np.where(constant, 0.0, X))
+    # A mean of 0 and a variance of 1 leave no number beyond √n: what is beyond has overflowed on the way.
+    if not (np.abs(scaled) <= 1 + math.sqrt(len(X))).all():
         raise InputError(f"{path}: the numbers are too large to standardise; scale them first")
     return Data(scaled, labels, Y, name)
 

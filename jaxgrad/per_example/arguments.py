@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad import _jax
+from jaxgrad.per_example.frameworks import advice
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def arguments_of(call: str, args: tuple[Any, ...], kwargs: dict[str, Any], argnu
     chosen = tuple(args[k] for k in numbers) if several else args[numbers[0]]
     with_paths, params_tree = jax.tree_util.tree_flatten_with_path(chosen)
     paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
-    params = [_parameter(call, path, leaf) for path, (_, leaf) in zip(paths, with_paths, strict=True)]
+    params = [_parameter(call, path, leaf, chosen) for path, (_, leaf) in zip(paths, with_paths, strict=True)]
     if not params:
         raise ValueError(f"{call}: expected parameters in argument {argnums}, got a tree without leaves.")
     start = {k: sum(len(jax.tree.leaves(args[j])) for j in numbers[:i]) for i, k in enumerate(numbers)}
@@ -141,7 +142,7 @@ def _numbers(call: str, argnums: Any, count: int) -> tuple[list[int], bool]:
     return numbers, several
 
 
-def _parameter(call: str, path: str, leaf: Any) -> Any:
+def _parameter(call: str, path: str, leaf: Any, tree: Any) -> Any:
     try:
         dtype = jnp.result_type(leaf)
     except TypeError:
@@ -150,7 +151,11 @@ def _parameter(call: str, path: str, leaf: Any) -> Any:
         what = type(leaf).__name__ if dtype is None else dtype
         raise TypeError(
             f"{call}: expected parameters of a real floating dtype, got {what} at {path or 'the parameter'}. "
-            f"Leave what is not trained out of the differentiated argument, and pass it as another with in_axes None."
+            + (
+                advice(tree)
+                or "Leave what is not trained out of the differentiated argument, and pass it as another, "
+                "with None in in_axes."
+            )
         )
     return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
 

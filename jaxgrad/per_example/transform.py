@@ -12,6 +12,7 @@ from jaxtyping import Array
 from jaxgrad import _jax
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
 from jaxgrad.per_example.finish import Finished, finish, settled
+from jaxgrad.per_example.frameworks import explained
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.mapped import put_back, taken_out
 from jaxgrad.per_example.undone import Reason
@@ -174,7 +175,11 @@ class Transformed:
 
         def scalar(params: Sequence[Any], examples: Sequence[Any]) -> Any:
             args, kwargs = arguments.put_back(params, examples)
-            result = self.fun(*args, **kwargs)
+            try:
+                result = self.fun(*args, **kwargs)
+            except Exception as error:
+                explained(self.call, error)
+                raise
             if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
                 raise TypeError(
                     f"{self.call}: expected a loss that returns (scalar, aux), as has_aux=True says, "
