@@ -34,7 +34,7 @@ def mlp_data(dtype=jnp.float64):
 
 
 def many(p, ids, y):
-    """A lookup, a convolution, a recurrence, a condition, a function of a weight in a loop, a product larger than it."""
+    """A lookup, a convolution, a recurrence, a condition, a map in a loop, a product larger than its weight."""
     x = p["E"][ids]
     c = lax.conv_general_dilated(x[None], p["k"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
     h, _ = lax.scan(lambda h, a: (jnp.tanh(p["R"] @ h + p["W"] @ a + p["b"]), None), jnp.zeros(12), x)
