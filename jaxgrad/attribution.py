@@ -128,7 +128,7 @@ def influence(
     scaled, ridge, unit = scaled_system(rows, damping)
     across = test.gram(scaled, precision=precision)
     weights = damped_solve(scaled.gram(precision=precision), across.T, ridge).T / unit
-    return (weights.reshape(test.batch_size, *residuals.shape) * residuals[None]).sum(2)
+    return jnp.einsum("cbr,br->cb", weights.reshape(-1, *residuals.shape), residuals, precision=EXACT)
 
 
 def cosine_similarity(

@@ -27,6 +27,7 @@ from quick import quick_jit
 import jaxgrad as jg
 from jaxgrad import curvature, network
 from jaxgrad.curvature import damped_solve, fisher_solve, fisher_vector_product, gauss_newton, natural_gradient
+from jaxgrad.curvature.gauss_newton import from_function
 
 OUTPUT_LOSSES = {
     "softmax": (curvature.softmax, np.array([0, 3, 1, 1, 2])),
@@ -310,6 +311,28 @@ def test_a_loss_that_is_not_convex_is_not_given_a_root():
     model = MODELS["mlp"]
     found = gauss_newton(model.model, lambda f, y: -jnp.sum((f - y) ** 2))(model.params, model.x, np.ones((5, 4)))
     assert np.isnan(flat(natural_gradient(found, 1.0))).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-10])
+def test_a_direction_that_bends_down_is_seen_beside_rounding(scale):
+    loss = lambda f, y: scale * jnp.asarray([1.0, 1.0, -1e-3], f.dtype) @ f**2  # noqa: E731
+    found = gauss_newton(lambda w, x: w @ x, loss)(
+        jnp.ones((3, 2), jnp.float32), jnp.ones((4, 2), jnp.float32), [0] * 4
+    )
+    assert np.isnan(found.rows.norms()).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("O", [2, 10, 100])
+def test_a_loss_that_is_sure_of_its_examples_has_the_curvature_that_rounding_leaves(O, dtype):  # noqa: E741
+    rng = np.random.default_rng(0)
+    logits, labels = jnp.asarray(30 * rng.normal(size=(100, O)), dtype), np.arange(100) % O
+    loss = lambda f, y: jax.nn.logsumexp(f) - jnp.where(jnp.arange(O) == y, f, jnp.zeros_like(f)).sum()  # noqa: E731
+    S, _ = jax.jit(jax.vmap(from_function(loss).root))(logits, labels)
+    p = np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float64)))
+    H = np.eye(O) * p[:, :, None] - p[:, :, None] * p[:, None, :]
+    S = np.asarray(S, np.float64)
+    np.testing.assert_allclose(S @ S.swapaxes(1, 2), H, rtol=0, atol=O * float(jnp.finfo(dtype).eps))
 
 
 def test_a_model_in_bfloat16_has_its_roots_in_float32():
