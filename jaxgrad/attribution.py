@@ -96,8 +96,9 @@ def influence(
     """How much each test loss rises, to first order, when a training example is left out: > 0 helpful, < 0 harmful.
 
     Formula: test_cᵀ (GᵀG/n + μI)⁻¹ g_b / B, where GᵀG/n is the training gradients' empirical Fisher matrix, or the
-    Gauss-Newton matrix. Exact, in a form that does not cancel: (test Gᵀ)(GGᵀ + μn I)⁻¹. Accuracy: as
-    `natural_gradient`.
+    Gauss-Newton matrix. Exact, in a form that does not cancel: (test Gᵀ)(GGᵀ + μn I)⁻¹. Accuracy: each number to the
+    order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), κ as in `natural_gradient`: inner products are rounded, and beside a far
+    larger test gradient that of a small one counts for more.
 
     Args:
         train: gradients of B training examples, or `gauss_newton`'s result for them.
