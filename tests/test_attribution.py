@@ -7,6 +7,7 @@ import pytest
 from dense import (
     LOSSES,
     MODELS,
+    Model,
     assert_close,
     each_loss,
     each_model,
@@ -156,6 +157,16 @@ def test_the_noise_of_equal_gradients_is_zero_and_of_one_unknown():
     assert np.isnan(attribution.noise_scale(of_matrix([[1.0, np.nan], [1.0, 2.0]]))).all()
 
 
+@pytest.mark.parametrize("B", [46_341, 100_000])
+def test_the_noise_scale_of_a_batch_whose_square_is_no_int32(B):
+    G = np.random.default_rng(0).normal(size=(B, 2)).astype(np.float32) + np.float32(0.5)
+    with jax.enable_x64(False):
+        found = jax.jit(lambda G: attribution.noise_scale(of_matrix(G, jnp.float32)))(G)
+    noise = G.var(0, ddof=1, dtype=np.float64).sum()
+    signal = (G.mean(0, dtype=np.float64) ** 2).sum() - noise / B
+    np.testing.assert_allclose(found, (noise, signal, noise / signal), rtol=B**0.5 * 2.0**-22)
+
+
 def test_the_noise_scale_has_no_bias():
     rng = np.random.default_rng(0)
     mean = np.array([1.0, -2.0, 0.5])
@@ -219,6 +230,25 @@ def test_ntk_is_the_dense_one_in_any_blocks(name, block_size):
     scalar = quick_jit(jg.ntk(lambda p, x: model.model(p, x)[1], block_size=block_size))
     assert_close(scalar(model.params, model.x), dense[:, :, 1, 1])
     assert_close(scalar(model.params, model.x[:3], model.x[1:]), dense[:3, 1:, 1, 1])
+
+
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_ntk_of_more_outputs_on_one_side_than_on_the_other(block_size):
+    rng = np.random.default_rng(0)
+    params, x, x2 = (
+        {"W": rng.normal(size=(3, 2)), "b": rng.normal(size=2)},
+        rng.normal(size=(5, 4, 3)),
+        rng.normal(size=(3, 8, 3)),
+    )
+    fun = lambda p, x: jnp.tanh(x @ p["W"] + p["b"][None]).sum(1)  # noqa: E731
+    J, J2 = (jacobian(Model(fun, params, x)) for x in (x, x2))
+    kernel = quick_jit(jg.ntk(fun, block_size=block_size))
+    assert_close(kernel(params, x, x2), np.einsum("bop,cqp->bcoq", J, J2))
+    assert_close(kernel(params, x2, x[:, :1]), np.einsum("bop,cqp->bcoq", J2, J[:, :1]))
+    with pytest.raises(
+        ValueError, match=r"ntk: expected numbers on both sides or arrays on both, got outputs \(\) on x"
+    ):
+        jg.ntk(lambda p, x: x[0] @ p["b"] if x.ndim == 2 else p["b"] * x[0])(params, x[:, :, :2], x2[:, 0, :2])
 
 
 def test_ntk_holds_no_more_than_a_block_s_gradients():
