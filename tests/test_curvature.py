@@ -27,6 +27,7 @@ from quick import quick_jit
 import jaxgrad as jg
 from jaxgrad import curvature, network
 from jaxgrad.curvature import damped_solve, fisher_solve, fisher_vector_product, gauss_newton, natural_gradient
+from jaxgrad.curvature.gauss_newton import from_function
 
 OUTPUT_LOSSES = {
     "softmax": (curvature.softmax, np.array([0, 3, 1, 1, 2])),
@@ -122,10 +123,11 @@ def test_duplicate_zero_and_dependent_examples_do_no_harm(mu, dtype):
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e12, 1e30])
 def test_the_scale_of_the_gradients_is_no_matter(size):
     G = np.random.default_rng(0).normal(size=(5, 8))
+    rounding = 8 * np.linalg.cond(G @ G.T) * 2.0**-24
     step = natural_gradient(of_matrix(G * np.float64(size), jnp.float32), 0.0)
-    assert_close(np.asarray(step, np.float64) * size, np.linalg.pinv(G) @ np.ones(5), 1e-4)
+    assert_close(np.asarray(step, np.float64) * size, np.linalg.pinv(G) @ np.ones(5), rounding)
     mu = 0.5 * min(max(size**2, 1e-36), 1e36)
-    assert_close(natural_gradient(of_matrix(G * size, jnp.float32), mu), step_by_svd(G * size, mu), 1e-4)
+    assert_close(natural_gradient(of_matrix(G * size, jnp.float32), mu), step_by_svd(G * size, mu), rounding)
 
 
 def test_zero_gradients_give_a_zero_step_and_no_examples_give_nan():
@@ -310,6 +312,27 @@ def test_a_loss_that_is_not_convex_is_not_given_a_root():
     model = MODELS["mlp"]
     found = gauss_newton(model.model, lambda f, y: -jnp.sum((f - y) ** 2))(model.params, model.x, np.ones((5, 4)))
     assert np.isnan(flat(natural_gradient(found, 1.0))).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-10])
+def test_a_direction_that_bends_down_is_seen_beside_rounding(scale):
+    loss = lambda f, y: scale * jnp.asarray([1.0, 1.0, -1e-3], f.dtype) @ (f - y) ** 2  # noqa: E731
+    W, x = jnp.ones((3, 2), jnp.float32), jnp.ones((4, 2), jnp.float32)
+    found = gauss_newton(lambda W, x: W @ x, loss)(W, x, jnp.zeros((4, 3), jnp.float32))
+    assert np.isnan(found.rows.norms().reshape(4, 3)).any(1).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("O", [2, 10, 100])
+def test_a_loss_that_is_sure_of_its_examples_has_the_curvature_that_rounding_leaves(O, dtype):  # noqa: E741
+    rng = np.random.default_rng(0)
+    logits, labels = jnp.asarray(30 * rng.normal(size=(100, O)), dtype), np.arange(100) % O
+    loss = lambda f, y: jax.nn.logsumexp(f) - jnp.where(jnp.arange(O) == y, f, jnp.zeros_like(f)).sum()  # noqa: E731
+    S, _ = jax.jit(jax.vmap(from_function(loss).root))(logits, labels)
+    p = np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float64)))
+    H = np.eye(O) * p[:, :, None] - p[:, :, None] * p[:, None, :]
+    S = np.asarray(S, np.float64)
+    np.testing.assert_allclose(S @ S.swapaxes(1, 2), H, rtol=0, atol=O * float(jnp.finfo(dtype).eps))
 
 
 def test_a_model_in_bfloat16_has_its_roots_in_float32():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxgrad.curvature.solve import MARGIN
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 from jaxgrad.per_example.transform import per_example_grad
 from jaxgrad.precision import working_dtype
@@ -90,9 +91,10 @@ def _softmax_root(logits: Array, label: Any) -> tuple[Array, Array]:
     """S = diag(√p) - p √pᵀ and r = -e/√p at the label. 1 - p is the sum of the other p: it does not cancel."""
     _checked_logits(logits, label)
     logp = jax.nn.log_softmax(logits)
-    p, root, eye = jnp.exp(logp), jnp.exp(logp / 2), jnp.eye(logits.size, dtype=logp.dtype)
-    others = ((1 - eye) * p[None, :]).sum(1)
-    S = eye * (root * others)[:, None] - (1 - eye) * p[:, None] * root[None, :]
+    p, root, own = jnp.exp(logp), jnp.exp(logp / 2), jnp.eye(logits.size, dtype=bool)
+    # Selected, not multiplied by 0 and 1: jaxlib 0.10.2 may drop from a sum a factor that all examples share.
+    others = jnp.where(own, jnp.zeros_like(p)[None, :], p[None, :]).sum(1)
+    S = jnp.where(own, (root * others)[:, None], -p[:, None] * root[None, :])
     return S, _at_label(logits, label, -jnp.exp(-logp / 2))
 
 
@@ -136,15 +138,28 @@ def from_function(loss: Callable[[Array, Any], Array]) -> OutputLoss:
 
     def root(outputs: Array, target: Any) -> tuple[Array, Array]:
         flat = lambda f: loss(f.reshape(outputs.shape), target)  # noqa: E731
-        gradient, H = jax.grad(flat)(outputs.ravel()), jax.hessian(flat)(outputs.ravel())
+        f = outputs.ravel()
+        gradient, H = jax.grad(flat)(f), jax.hessian(flat)(f)
         values, vectors = jnp.linalg.eigh(H)
-        least = len(H) * jnp.finfo(H.dtype).eps * jnp.abs(values).max()
-        nothing = jnp.abs(values) <= least
+        largest, unknown = jnp.abs(values).max(), len(H) * jnp.finfo(H.dtype).eps
+        rounding = MARGIN * unknown * jnp.maximum(largest, _curvature_near_zero(flat, f))
+        nothing = (values <= unknown * largest) & (values >= -rounding)
         roots = jnp.where(nothing, jnp.zeros_like(values), jnp.sqrt(jnp.where(nothing, jnp.ones_like(values), values)))
         inverse = jnp.where(nothing, jnp.zeros_like(values), 1 / jnp.where(nothing, jnp.ones_like(values), roots))
         return vectors * roots[None, :], inverse * (vectors.T @ gradient)
 
     return OutputLoss(loss, product, root)
+
+
+def _curvature_near_zero(loss: Callable[[Array], Array], f: Array) -> Array:
+    """The largest entry of the Hessian at outputs brought below 1.
+
+    Where a loss saturates its Hessian is a difference of terms as large as its curvature elsewhere, and so is their
+    rounding: a softmax that is sure has p - p², with p near 1.
+    """
+    f = jnp.where(jnp.isfinite(f), f, jnp.zeros_like(f))
+    largest = jnp.abs(jax.hessian(loss)(f / (1 + jnp.abs(f).max()))).max()
+    return jnp.where(jnp.isfinite(largest), largest, jnp.zeros_like(largest))
 
 
 # --- The matrix ------------------------------------------------------------------------------------------------------
@@ -192,7 +207,8 @@ def gauss_newton(
     Args:
         model: model(params, x) → outputs of one example, an array of any shape.
         loss: `squared`, `softmax`, `logistic`, another `OutputLoss`; or a convex function (outputs, target) → scalar,
-            whose H is decomposed by eigenvectors. NaN where that is not convex.
+            whose H is decomposed by eigenvectors. NaN where that is not convex: an eigenvalue that is negative within
+            the rounding of H, which is that of the loss's curvature at outputs near 0 too, counts as 0.
 
     Returns:
         A function of (params, x, y), x and y trees of arrays with an example axis, that returns `GaussNewton`.

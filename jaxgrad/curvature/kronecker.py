@@ -82,7 +82,7 @@ def _of(leaf: tuple[Factor, ...], precision: Precision) -> KroneckerFactors | No
             return None
     left, right = sums
     B = f.left.shape[0]
-    return KroneckerFactors(left / B, right / (B * T), f.layout)
+    return KroneckerFactors(left / B, right / B / T, f.layout)  # B·T may not be an int32
 
 
 def _sums(f: Outer, precision: Precision) -> tuple[Float[Array, "G F F"], Float[Array, "G K K"]]:

@@ -157,8 +157,7 @@ def matrix_form(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activat
 
 def component_form_summed(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
     """(c), first line: ∂λ/∂W_ij = -e^{-λ}αγ Σ_k S′_ik w_k x_j, with the sum as it stands (the page lets k run to d)."""
-    terms = S_prime(params, x, sigma)[:, :, None] * params.w[None, :, None] * x[None, None, :]  # i, k, j
-    return _factor(params, x, y, sigma) * terms.sum(1)
+    return _factor(params, x, y, sigma) * jnp.einsum("ik,k,j->ij", S_prime(params, x, sigma), params.w, x)
 
 
 def component_form(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
@@ -169,7 +168,7 @@ def component_form(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Acti
 
 def component_form_expanded(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
     """(c), third line: ∂λ/∂W_ij = -e^{-λ}αγ σ′(Σ_k W_ik x_k + b_i) w_i x_j."""
-    z_i = (params.W * x[None, :]).sum(1) + params.b
+    z_i = jnp.einsum("ik,k->i", params.W, x) + params.b
     return _factor(params, x, y, sigma) * (sigma.slope(z_i) * params.w)[:, None] * x[None, :]
 
 
@@ -205,8 +204,8 @@ def first_answer_literal(params: Params, x: Float[Array, " D"], y: Scalar, sigma
 def first_answer_corrected(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
     """(a) with the last line ∂(Wx + b)/∂W_ij = x_j e_i: the product with w keeps the i-th term only."""
     H, D = params.W.shape
-    e = jnp.eye(H, dtype=params.W.dtype)
-    dz_dW = e[:, :, None] * x[None, None, :]  # k, i, j: ∂z_k/∂W_ij = x_j (e_i)_k
+    e = jnp.eye(H, dtype=bool)
+    dz_dW = jnp.where(e[:, :, None], x[None, None, :], jnp.zeros_like(x))  # k, i, j: ∂z_k/∂W_ij = x_j (e_i)_k
     w_sigma = params.w * sigma.slope(params.W @ x + params.b)
     factors = first_answer_outer(params, x, y, sigma) * first_answer_exponential(params, x, y, sigma)
     return factors * -y * (w_sigma @ dz_dW.reshape(H, H * D)).reshape(H, D)
