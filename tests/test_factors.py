@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import FUZZ
-from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows, pairs
+from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows, pairs, sums
 
 # The parameter is always of this many rows and columns; a factor may see it transposed or in groups.
 SHAPES = [(4, 6), (6, 4), (1, 3), (2, 2)]
@@ -318,3 +318,73 @@ def test_one_nan_example_leaves_the_others_bit_identical_and_where_the_sums_too(
     ):
         np.testing.assert_array_equal(of(bad.where(mask)), of(g.where(mask)))
         assert np.isfinite(of(bad.where(mask))).all()
+
+
+# --- Sums over very many examples ------------------------------------------------------------------------------
+
+
+def equal(kind, B):
+    """Gradients of one bias-like parameter that are all alike: added up one by one they are off by B/4 roundings."""
+    value = jnp.float32(0.1)
+    match kind:
+        case "dense":
+            return Dense.of(jnp.full((B, 3), value), jnp.float32), (np.float64(value),)
+        case "dense of many entries":
+            return Dense.of(jnp.full((B, 100), value), jnp.float32), (np.float64(value),)
+        case "scalar":
+            return Dense.of(jnp.full(B, value), jnp.float32), (np.float64(value),)
+        case "positions":  # a bias that is added at every position
+            layout = Layout((3,), jnp.dtype(jnp.float32), (0,), (1, 3, 1))
+            return Outer(jnp.full((B // 5, 1, 5, 3), value), jnp.ones((B // 5, 1, 5, 1), jnp.float32), layout), (
+                np.float64(value),
+            )
+        case "small matrix" | "groups":
+            matrix = (2, 3, 2) if kind == "groups" else (1, 3, 2)
+            layout = Layout(matrix, jnp.dtype(jnp.float32), (0, 1, 2), matrix)
+            sides = jnp.full((B, matrix[0], 1, 3), value), jnp.full((B, matrix[0], 1, 2), value)
+            return Outer(*sides, layout), (np.float64(value) ** 2,)
+        case "rows":  # half of them in each of two rows
+            ids = jnp.arange(B).reshape(B // 5, 5) % 2
+            return Rows.of_table(ids, jnp.full((B // 5, 5, 3), value), 2, jnp.float32), (np.float64(value) / 2,)
+
+
+@pytest.mark.parametrize(
+    "kind", ["dense", "dense of many entries", "scalar", "positions", "small matrix", "groups", "rows"]
+)
+@pytest.mark.parametrize("B", [10_000, 100_020, 2_000_000])
+def test_sums_over_many_equal_gradients_keep_their_digits(kind, B):
+    if kind == "dense of many entries":
+        B = min(B, 100_020)
+    f, (each,) = equal(kind, B)
+    g = PerExampleGrads((f,))
+    c = jnp.full(g.batch_size, 0.7, jnp.float32)
+    for verb, factor_of in (
+        (lambda g: g.sum(), 1.0),
+        (lambda g: g.weighted_sum(c), np.float64(c[0])),
+        (lambda g: g.mean(), 1 / g.batch_size),
+    ):
+        expected = np.full(f.layout.shape, B * each * factor_of)
+        np.testing.assert_allclose(jax.jit(verb)(g), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("N", "D"), [(1025, 3), (2048, 1), (5000, 100), (3000, 400), (1500, 0)])
+def test_sums_in_blocks_are_linear_maps_of_both_sides(N, D):
+    c, v, direction = normal(0, N), normal(1, N, D), normal(2, N, D)
+    close(sums.weighted_rows(c, v), np.asarray(c) @ np.asarray(v), N)
+    value, slope = jax.jvp(lambda v: sums.weighted_rows(c, v), (v,), (direction,))
+    close(value, np.asarray(c) @ np.asarray(v), N)
+    close(slope, np.asarray(c) @ np.asarray(direction), N)
+    close(jax.grad(lambda c: sums.weighted_rows(c, v).sum())(c), np.asarray(v).sum(1), N)
+    close(jax.vmap(sums.weighted_rows, (None, 0))(c, jnp.stack([v, 2 * v]))[1], 2 * np.asarray(c) @ np.asarray(v), N)
+
+
+@pytest.mark.parametrize(("N", "F", "K"), [(1100, 3, 2), (1100, 1, 7), (1100, 7, 1), (1100, 4, 5), (131_100, 4, 5)])
+def test_products_in_blocks_are_bilinear(N, F, K):
+    left, right = normal(0, N, F), normal(1, N, K)
+    expected = np.asarray(left).T @ np.asarray(right)
+    close(sums.products(left, right), expected, N)
+    close(
+        jax.grad(lambda left: sums.products(left, right).sum())(left),
+        np.asarray(right).sum(1)[:, None] + np.zeros(F),
+        N,
+    )
