@@ -1,5 +1,7 @@
 """Every operation on factors is its image on the matrix that is written out: float64, 1e-12 relative, by hypothesis."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -388,3 +390,54 @@ def test_products_in_blocks_are_bilinear(N, F, K):
         np.asarray(right).sum(1)[:, None] + np.zeros(F),
         N,
     )
+
+
+# --- Rows with many positions ------------------------------------------------------------------------------------
+
+
+def many_rows(seed, B, T, rows=40, K=3, repeated=False, dtype=np.float64):
+    """Ids that repeat, with padding on both sides of the table that holds what no sum may see."""
+    ids = jnp.asarray(np.random.default_rng(seed).integers(-2, rows + 2, size=(B, T)))
+    f = Rows.of_table(ids, normal(seed, B, 1 if repeated else T, K, dtype=dtype), rows, dtype)
+    if repeated:
+        return f
+    return Rows(ids, jnp.where(f.inside[..., None], f.values, jnp.nan), f.layout)
+
+
+@pytest.mark.parametrize("rows", [40, 5000])
+@pytest.mark.parametrize("repeated", [(False, False), (True, True), (True, False)])
+def test_rows_with_many_positions_meet_by_their_ids(rows, repeated):
+    f, f_ = (
+        many_rows(s, B, T, rows, repeated=r) for s, B, T, r in zip((0, 9), (3, 4), (130, 70), repeated, strict=True)
+    )
+    A, A_ = (dense_of(o).reshape(len(o.ids), -1) for o in (f, f_))
+    for chunk_bytes in CHUNKS:
+        close(pairs.inner(f, f, chunk_bytes), (A**2).sum(1), np.abs(A).sum() ** 2)
+        close(pairs.inner(f, jax.tree.map(lambda a: a[:3], f_), chunk_bytes), (A * A_[:3]).sum(1), np.abs(A).sum() ** 2)
+        close(jax.jit(lambda f, f_, n=chunk_bytes: pairs.gram(f, f_, n))(f, f_), A @ A_.T, np.abs(A).sum() ** 2)
+    close(jax.vmap(lambda f: PerExampleGrads((f,)).norms())(jax.tree.map(lambda a: a[None], f))[0] ** 2, (A**2).sum(1))
+    second_moment = PerExampleGrads((f,)).second_moment()
+    close(second_moment, (A**2).mean(0).reshape(rows, 3))
+
+
+def test_norms_of_rows_with_many_positions_are_differentiable():
+    f = many_rows(0, 3, 130)
+    slope = jax.grad(lambda v: PerExampleGrads((Rows(f.ids, v, f.layout),)).norms().sum())(f.values)
+    A = dense_of(f)
+    A = A / np.linalg.norm(A, axis=(1, 2), keepdims=True)
+    ids, inside = np.clip(f.ids, 0, f.rows - 1), np.asarray(f.inside)[..., None]
+    close(slope, np.where(inside, np.take_along_axis(A, ids[..., None], 1), 0))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_norms_of_rows_with_many_positions_in_float32(size):
+    f = many_rows(0, 4, 500, dtype=np.float32)
+    f = Rows(f.ids, f.values * np.float32(size), f.layout)
+    np.testing.assert_allclose(PerExampleGrads((f,)).norms(), np.linalg.norm(dense_of(f), axis=(1, 2)), rtol=1e-6)
+
+
+def test_no_table_is_written_out_for_norms_of_rows_with_many_positions():
+    f = many_rows(0, 4, 300, rows=10_000, K=8, dtype=np.float32)
+    text = jax.jit(lambda f: PerExampleGrads((f,)).norms()).lower(f).compile().as_text()
+    shapes = [s.split(",") for s in re.findall(r"f32\[([\d,]+)\]", text)]
+    assert max(np.prod([int(n) for n in shape]) for shape in shapes) <= 4 * 300 * 8

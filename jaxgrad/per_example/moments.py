@@ -1,5 +1,7 @@
 """Second moments of one parameter's gradients, element by element."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -16,6 +18,7 @@ from jaxgrad.per_example.factors import (
     wide,
     written_out,
 )
+from jaxgrad.per_example.rows import merged
 from jaxgrad.sharding import replicated
 
 Factors = tuple[Factor, ...]
@@ -27,8 +30,9 @@ def second_moment(leaf: Factors, chunk_bytes: int, precision: Precision = None) 
     match tuple(wide(f, acc) for f in leaf):
         case (Outer(left, right, _) as f,) if left.shape[2] == 1:
             total = weighted_sum(Outer(left * left, right * right, f.layout), None, precision)
-        case (Rows(ids, values, _) as f,) if ids.shape[1] == 1:
-            total = weighted_sum(Rows(ids, values * values, f.layout), None, precision)
+        case (Rows(ids, _, _) as f,):
+            f = f if ids.shape[1] == 1 else merged(f)
+            total = weighted_sum(dataclasses.replace(f, values=f.values * f.values), None, precision)
         case wide_leaf:
             total = _sum_of_squares(wide_leaf, None, chunk_bytes, precision)
     return (total / B if B else jnp.full_like(total, jnp.nan)).astype(layout.dtype)
