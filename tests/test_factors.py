@@ -441,3 +441,27 @@ def test_no_table_is_written_out_for_norms_of_rows_with_many_positions():
     text = jax.jit(lambda f: PerExampleGrads((f,)).norms()).lower(f).compile().as_text()
     shapes = [s.split(",") for s in re.findall(r"f32\[([\d,]+)\]", text)]
     assert max(np.prod([int(n) for n in shape]) for shape in shapes) <= 4 * 300 * 8
+
+
+# --- Squares of half precision -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("size", [1e-4, 10.0, 500.0])
+@pytest.mark.parametrize("kind", ["outer", "rows", "dense", "positions"])
+def test_squares_of_half_precision_are_not_rounded_to_it(kind, dtype, size):
+    """1e-8 is 0 in float16, and 1024 squares of 10 are more than its largest number."""
+    B, T = 1024, 2 if kind == "positions" else 1
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 4, size=(B, T)))
+    values = normal(0, B, T, 3).astype(dtype) * jnp.asarray(size, dtype)
+    match kind:
+        case "rows":
+            f = Rows.of_table(ids, values, 4, dtype)
+        case "dense":
+            f = Dense.of(values[:, 0], dtype)
+        case _:
+            f = Outer(normal(1, B, 1, T, 4).astype(dtype), values[:, None], Layout.of_matrix(4, 3, dtype))
+    g, G = PerExampleGrads({"p": (f,)}), dense_of(f)
+    for found, expected in ((g.second_moment()["p"], (G**2).mean(0)), (g.variance()["p"], G.var(0))):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * expected.max())
