@@ -185,6 +185,8 @@ def _values_and_norms(loss: Any, in_axes: Any, params: PyTree, batch: Any) -> An
 def second_moments(loss: Callable[..., Any], params: PyTree, *, in_axes: Any = 0) -> Callable[..., Part]:
     """For `run`: sums of the gradients and of their squares, entry by entry, under "sum" and "squares" with the path.
 
+    Squares are summed in float32 at least, whatever the parameters' dtype.
+
     Args:
         loss, params, in_axes: as in `norms`.
 

@@ -1,5 +1,7 @@
 """Every operation on factors is its image on the matrix that is written out: float64, 1e-12 relative, by hypothesis."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import FUZZ
-from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows, pairs
+from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows, pairs, sums
 
 # The parameter is always of this many rows and columns; a factor may see it transposed or in groups.
 SHAPES = [(4, 6), (6, 4), (1, 3), (2, 2)]
@@ -318,3 +320,148 @@ def test_one_nan_example_leaves_the_others_bit_identical_and_where_the_sums_too(
     ):
         np.testing.assert_array_equal(of(bad.where(mask)), of(g.where(mask)))
         assert np.isfinite(of(bad.where(mask))).all()
+
+
+# --- Sums over very many examples ------------------------------------------------------------------------------
+
+
+def equal(kind, B):
+    """Gradients of one bias-like parameter that are all alike: added up one by one they are off by B/4 roundings."""
+    value = jnp.float32(0.1)
+    match kind:
+        case "dense":
+            return Dense.of(jnp.full((B, 3), value), jnp.float32), (np.float64(value),)
+        case "dense of many entries":
+            return Dense.of(jnp.full((B, 100), value), jnp.float32), (np.float64(value),)
+        case "scalar":
+            return Dense.of(jnp.full(B, value), jnp.float32), (np.float64(value),)
+        case "positions":  # a bias that is added at every position
+            layout = Layout((3,), jnp.dtype(jnp.float32), (0,), (1, 3, 1))
+            return Outer(jnp.full((B // 5, 1, 5, 3), value), jnp.ones((B // 5, 1, 5, 1), jnp.float32), layout), (
+                np.float64(value),
+            )
+        case "small matrix" | "groups":
+            matrix = (2, 3, 2) if kind == "groups" else (1, 3, 2)
+            layout = Layout(matrix, jnp.dtype(jnp.float32), (0, 1, 2), matrix)
+            sides = jnp.full((B, matrix[0], 1, 3), value), jnp.full((B, matrix[0], 1, 2), value)
+            return Outer(*sides, layout), (np.float64(value) ** 2,)
+        case "rows":  # half of them in each of two rows
+            ids = jnp.arange(B).reshape(B // 5, 5) % 2
+            return Rows.of_table(ids, jnp.full((B // 5, 5, 3), value), 2, jnp.float32), (np.float64(value) / 2,)
+
+
+@pytest.mark.parametrize(
+    "kind", ["dense", "dense of many entries", "scalar", "positions", "small matrix", "groups", "rows"]
+)
+@pytest.mark.parametrize("B", [10_000, 100_020, 2_000_000])
+def test_sums_over_many_equal_gradients_keep_their_digits(kind, B):
+    if kind == "dense of many entries":
+        B = min(B, 100_020)
+    f, (each,) = equal(kind, B)
+    g = PerExampleGrads((f,))
+    c = jnp.full(g.batch_size, 0.7, jnp.float32)
+    for verb, factor_of in (
+        (lambda g: g.sum(), 1.0),
+        (lambda g: g.weighted_sum(c), np.float64(c[0])),
+        (lambda g: g.mean(), 1 / g.batch_size),
+    ):
+        expected = np.full(f.layout.shape, B * each * factor_of)
+        np.testing.assert_allclose(jax.jit(verb)(g), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("N", "D"), [(1025, 3), (2048, 1), (5000, 100), (3000, 400), (1500, 0)])
+def test_sums_in_blocks_are_linear_maps_of_both_sides(N, D):
+    c, v, direction = normal(0, N), normal(1, N, D), normal(2, N, D)
+    close(sums.weighted_rows(c, v), np.asarray(c) @ np.asarray(v), N)
+    value, slope = jax.jvp(lambda v: sums.weighted_rows(c, v), (v,), (direction,))
+    close(value, np.asarray(c) @ np.asarray(v), N)
+    close(slope, np.asarray(c) @ np.asarray(direction), N)
+    close(jax.grad(lambda c: sums.weighted_rows(c, v).sum())(c), np.asarray(v).sum(1), N)
+    close(jax.vmap(sums.weighted_rows, (None, 0))(c, jnp.stack([v, 2 * v]))[1], 2 * np.asarray(c) @ np.asarray(v), N)
+
+
+@pytest.mark.parametrize(("N", "F", "K"), [(1100, 3, 2), (1100, 1, 7), (1100, 7, 1), (1100, 4, 5), (131_100, 4, 5)])
+def test_products_in_blocks_are_bilinear(N, F, K):
+    left, right = normal(0, N, F), normal(1, N, K)
+    expected = np.asarray(left).T @ np.asarray(right)
+    close(sums.products(left, right), expected, N)
+    close(
+        jax.grad(lambda left: sums.products(left, right).sum())(left),
+        np.asarray(right).sum(1)[:, None] + np.zeros(F),
+        N,
+    )
+
+
+# --- Rows with many positions ------------------------------------------------------------------------------------
+
+
+def many_rows(seed, B, T, rows=40, K=3, repeated=False, dtype=np.float64):
+    """Ids that repeat, with padding on both sides of the table that holds what no sum may see."""
+    ids = jnp.asarray(np.random.default_rng(seed).integers(-2, rows + 2, size=(B, T)))
+    f = Rows.of_table(ids, normal(seed, B, 1 if repeated else T, K, dtype=dtype), rows, dtype)
+    if repeated:
+        return f
+    return Rows(ids, jnp.where(f.inside[..., None], f.values, jnp.nan), f.layout)
+
+
+@pytest.mark.parametrize("rows", [40, 5000])
+@pytest.mark.parametrize("repeated", [(False, False), (True, True), (True, False)])
+def test_rows_with_many_positions_meet_by_their_ids(rows, repeated):
+    f, f_ = (
+        many_rows(s, B, T, rows, repeated=r) for s, B, T, r in zip((0, 9), (3, 4), (130, 70), repeated, strict=True)
+    )
+    A, A_ = (dense_of(o).reshape(len(o.ids), -1) for o in (f, f_))
+    for chunk_bytes in CHUNKS:
+        close(pairs.inner(f, f, chunk_bytes), (A**2).sum(1), np.abs(A).sum() ** 2)
+        close(pairs.inner(f, jax.tree.map(lambda a: a[:3], f_), chunk_bytes), (A * A_[:3]).sum(1), np.abs(A).sum() ** 2)
+        close(jax.jit(lambda f, f_, n=chunk_bytes: pairs.gram(f, f_, n))(f, f_), A @ A_.T, np.abs(A).sum() ** 2)
+    close(jax.vmap(lambda f: PerExampleGrads((f,)).norms())(jax.tree.map(lambda a: a[None], f))[0] ** 2, (A**2).sum(1))
+    second_moment = PerExampleGrads((f,)).second_moment()
+    close(second_moment, (A**2).mean(0).reshape(rows, 3))
+
+
+def test_norms_of_rows_with_many_positions_are_differentiable():
+    f = many_rows(0, 3, 130)
+    slope = jax.grad(lambda v: PerExampleGrads((Rows(f.ids, v, f.layout),)).norms().sum())(f.values)
+    A = dense_of(f)
+    A = A / np.linalg.norm(A, axis=(1, 2), keepdims=True)
+    ids, inside = np.clip(f.ids, 0, f.rows - 1), np.asarray(f.inside)[..., None]
+    close(slope, np.where(inside, np.take_along_axis(A, ids[..., None], 1), 0))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_norms_of_rows_with_many_positions_in_float32(size):
+    f = many_rows(0, 4, 500, dtype=np.float32)
+    f = Rows(f.ids, f.values * np.float32(size), f.layout)
+    np.testing.assert_allclose(PerExampleGrads((f,)).norms(), np.linalg.norm(dense_of(f), axis=(1, 2)), rtol=1e-6)
+
+
+def test_no_table_is_written_out_for_norms_of_rows_with_many_positions():
+    f = many_rows(0, 4, 300, rows=10_000, K=8, dtype=np.float32)
+    text = jax.jit(lambda f: PerExampleGrads((f,)).norms()).lower(f).compile().as_text()
+    shapes = [s.split(",") for s in re.findall(r"f32\[([\d,]+)\]", text)]
+    assert max(np.prod([int(n) for n in shape]) for shape in shapes) <= 4 * 300 * 8
+
+
+# --- Squares of half precision -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("size", [1e-4, 10.0, 500.0])
+@pytest.mark.parametrize("kind", ["outer", "rows", "dense", "positions"])
+def test_squares_of_half_precision_are_not_rounded_to_it(kind, dtype, size):
+    """1e-8 is 0 in float16, and 1024 squares of 10 are more than its largest number."""
+    B, T = 1024, 2 if kind == "positions" else 1
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 4, size=(B, T)))
+    values = normal(0, B, T, 3).astype(dtype) * jnp.asarray(size, dtype)
+    match kind:
+        case "rows":
+            f = Rows.of_table(ids, values, 4, dtype)
+        case "dense":
+            f = Dense.of(values[:, 0], dtype)
+        case _:
+            f = Outer(normal(1, B, 1, T, 4).astype(dtype), values[:, None], Layout.of_matrix(4, 3, dtype))
+    g, G = PerExampleGrads({"p": (f,)}), dense_of(f)
+    for found, expected in ((g.second_moment()["p"], (G**2).mean(0)), (g.variance()["p"], G.var(0))):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * expected.max())

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxgrad.per_example import sums
 from jaxgrad.per_example.chunks import map_examples
 from jaxgrad.per_example.layout import Layout
 from jaxgrad.per_example.mapped import Common, Mapped, Same, map_examples_of, of_examples
@@ -309,36 +310,35 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
     acc = accumulator(f)
     if isinstance(f, Dense) and c is not None:  # no weighted copy
         value = f.value.reshape(f.value.shape[0], f.layout.size).astype(acc)
-        total = jnp.matmul(c.astype(acc), value, precision=lax.Precision.HIGHEST, out_sharding=replicated(value))
-        return total.reshape(f.layout.shape)
+        return sums.weighted_rows(c.astype(acc), value).reshape(f.layout.shape)
     if is_nothing(f):
         return jnp.zeros(f.layout.shape, acc, out_sharding=replicated(arrays(f)[0]))
     match wide(f if c is None else scale(f, c), acc):
         case Outer(left, right, layout) as f:
-            lies = replicated(left)
             if layout.matrix[0] == 1:
                 sides = (left[:, 0], right[:, 0])
                 if f.positions_first:
                     sides = (left[:, 0].swapaxes(0, 1), right[:, 0].swapaxes(0, 1))
                 count = left.shape[0] * left.shape[2]
                 lefts, rights = (a.reshape(count, a.shape[2]) for a in sides)
-                total = jnp.matmul(lefts.T, rights, precision=precision, out_sharding=lies)[None]
+                total = sums.products(lefts, rights, precision)[None]
             else:
-                total = jnp.einsum("bgtf,bgtk->gfk", left, right, precision=precision, out_sharding=lies)
+                total = sums.grouped_products(left, right, precision)
             return layout.from_matrix(total)
         case Rows() as rows:
             ids, values = gathered(rows).valid()
-            table = jnp.zeros(rows.layout.matrix[1:], acc)
-            return rows.layout.from_matrix(table.at[ids.ravel()].add(values.reshape(ids.size, values.shape[2]))[None])
+            total = sums.table(ids.ravel(), values.reshape(ids.size, values.shape[2]), rows.rows)
+            return rows.layout.from_matrix(total[None])
         case Windows(left, image, unfolding, layout):
             return layout.from_matrix(unfolding.summed(left, image, precision))
         case Common(number, array):
-            return number.sum() * array.value
+            return sums.weighted_rows(jnp.ones_like(number), number[:, None])[0] * array.value
         case Mapped(inputs) as mapped:
             totals = [added([weighted_sum(part, None, precision) for part in parts]) for parts in inputs]
             return mapped.apply([a.astype(acc) for a in totals]).astype(acc)
-        case Dense(value, _):
-            return value.sum(0)
+        case Dense(value, layout):
+            rows = value.reshape(value.shape[0], layout.size)
+            return sums.weighted_rows(jnp.ones(value.shape[0], acc), rows).reshape(layout.shape)
 
 
 def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:

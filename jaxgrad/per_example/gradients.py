@@ -24,7 +24,8 @@ class PerExampleGrads:
     shardings.
 
     Accuracy: sums are accumulated in float32 at least (float64 if a factor or a parameter is), and rounded once to
-    the parameter's dtype where the result has the parameter's shape. [B] and [B, B] results stay in the accumulator's.
+    the parameter's dtype where the result is a gradient. Squares of gradients, [B] and [B, B] results stay in the
+    accumulator's.
 
     Args:
         tree: the parameters' tree with each leaf replaced by a tuple of factors (`Outer`, `Rows`, `Dense`).
@@ -215,7 +216,7 @@ class PerExampleGrads:
         return added([leaf.gram(leaf_, chunk_bytes, precision) for leaf, leaf_ in pairs])
 
     def second_moment(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
-        """mean_b g_b ⊙ g_b, a tree of the parameters' shapes and dtypes.
+        """mean_b g_b ⊙ g_b, a tree of the parameters' shapes, in float32 at least: half has no room for squares.
 
         Formula: of an Outer with T = 1, (left²)ᵀ(right²)/B, one matrix product; otherwise examples are written out,
         `chunk_bytes` at a time.
@@ -223,7 +224,7 @@ class PerExampleGrads:
         return self._each(lambda leaf: leaf.second_moment(chunk_bytes, precision))
 
     def variance(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
-        """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree of the parameters' shapes and dtypes.
+        """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree of the parameters' shapes, in float32 at least.
 
         Formula: not second_moment - mean², which cancels: of an Outer with T = 1 the sides are centred first
         (`moments.variance`); otherwise examples are written out, `chunk_bytes` at a time, with the mean subtracted.

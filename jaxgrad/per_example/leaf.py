@@ -77,11 +77,11 @@ class Leaf:
         return added([pairs.gram(f, f_, chunk_bytes, precision) for f in self.weighted() for f_ in other.weighted()])
 
     def second_moment(self, chunk_bytes: int, precision: Precision) -> Array:
-        """mean_b of the squared entries, in the parameter's dtype."""
+        """mean_b of the squared entries, in the accumulator's dtype."""
         return moments.second_moment(self.weighted(), chunk_bytes, precision)
 
     def variance(self, chunk_bytes: int, precision: Precision) -> Array:
-        """mean_b of the squared deviations, in the parameter's dtype."""
+        """mean_b of the squared deviations, in the accumulator's dtype."""
         return moments.variance(self.weighted(), chunk_bytes, precision)
 
     def where(self, mask: Array) -> "Leaf":

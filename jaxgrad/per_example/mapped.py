@@ -19,7 +19,17 @@ from jaxgrad.per_example.maps import Map
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=())
 @dataclass(frozen=True)
 class Same:
-    """An array, or a tuple of arrays, that all examples share."""
+    """An array, or a tuple of arrays, that all examples share.
+
+    Attributes:
+        value: the array or arrays, without an example axis.
+
+    Example:
+        >>> loss = lambda W, x: jnp.tanh(W @ x).sum() + 0.1 * (W**2).sum()
+        >>> g = jg.per_example_grad(loss)(jnp.ones((30, 20)), jnp.ones((4, 20)))
+        >>> g.factors[1].array.value.shape, g[:2].factors[1].array.value.shape
+        ((30, 20), (30, 20))
+    """
 
     value: Any
 

@@ -1,5 +1,7 @@
 """Second moments of one parameter's gradients, element by element."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -16,26 +18,28 @@ from jaxgrad.per_example.factors import (
     written_out,
 )
 from jaxgrad.per_example.mapped import of_examples
+from jaxgrad.per_example.rows import merged
 from jaxgrad.sharding import replicated
 
 Factors = tuple[Factor, ...]
 
 
 def second_moment(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
-    """mean_b g_b ⊙ g_b of one parameter, in its dtype."""
-    B, acc, layout = _count(leaf), accumulator(*leaf), leaf[0].layout
+    """mean_b g_b ⊙ g_b of one parameter, in the accumulator's dtype: half precision has no room for squares."""
+    B, acc = _count(leaf), accumulator(*leaf)
     match tuple(wide(f, acc) for f in leaf):
         case (Outer(left, right, _) as f,) if left.shape[2] == 1:
             total = weighted_sum(Outer(left * left, right * right, f.layout), None, precision)
-        case (Rows(ids, values, _) as f,) if ids.shape[1] == 1:
-            total = weighted_sum(Rows(ids, values * values, f.layout), None, precision)
+        case (Rows(ids, _, _) as f,):
+            f = f if ids.shape[1] == 1 else merged(f)
+            total = weighted_sum(dataclasses.replace(f, values=f.values * f.values), None, precision)
         case wide_leaf:
             total = _sum_of_squares(wide_leaf, None, chunk_bytes, precision)
-    return (total / B if B else jnp.full_like(total, jnp.nan)).astype(layout.dtype)
+    return total / B if B else jnp.full_like(total, jnp.nan)
 
 
 def variance(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
-    """mean_b (g_b - ḡ) ⊙ (g_b - ḡ) of one parameter, in its dtype.
+    """mean_b (g_b - ḡ) ⊙ (g_b - ḡ) of one parameter, in the accumulator's dtype.
 
     Formula, of an Outer with T = 1: with left = l̄ + l, right = r̄ + r (l̄, r̄ their means over the examples),
     g_b - ḡ = l̄ r + l r̄ + (l r - E[l r]), and the mean square of that is four matrix products of the centred sides. The
@@ -44,7 +48,7 @@ def variance(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Ar
     B, acc, layout = _count(leaf), accumulator(*leaf), leaf[0].layout
     leaf = tuple(wide(f, acc) for f in leaf)
     if B == 0:
-        return jnp.full(layout.shape, jnp.nan, layout.dtype)
+        return jnp.full(layout.shape, jnp.nan, acc)
     match leaf:
         case (Outer(left, right, _),) if left.shape[2] == 1:
             total = layout.from_matrix(_outer_variance(left[:, :, 0], right[:, :, 0], precision))
@@ -53,7 +57,7 @@ def variance(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Ar
         case _:
             terms = [weighted_sum(f, None, precision) for f in leaf]
             total = _sum_of_squares(leaf, sum(terms[1:], terms[0]) / B, chunk_bytes, precision) / B
-    return total.astype(layout.dtype)
+    return total
 
 
 def _outer_variance(left: Array, right: Array, precision: Precision) -> Array:

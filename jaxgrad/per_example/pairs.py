@@ -8,9 +8,10 @@ differs is the order of summation, and so the cost. For two Outer factors of the
 
 and `inner` and `gram` take the one with fewer operations (for `gram`, the matrices of all examples are formed once, not
 once a pair). That is decided from shapes, when the call is traced. Rows with Rows, and Rows with Outer (an embedding
-tied to an output layer) go through positions as well. Windows are unfolded to an Outer, a few examples at a time.
-Whatever else meets is written out. What has to be written out is
-written `chunk_bytes` at a time; if a single example (for a Gram matrix: one of each side) needs more, that is held.
+tied to an output layer) go through positions as well; where there are many, equal ids are brought together (`rows`).
+Windows are unfolded to an Outer, a few examples at a time. Whatever else meets is written out. What has to be written
+out is written `chunk_bytes` at a time; if a single example (for a Gram matrix: one of each side) needs more, that is
+held.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxgrad.per_example import rows
 from jaxgrad.per_example.chunks import chunk_size, map_examples, sum_examples
 from jaxgrad.per_example.factors import (
     Dense,
@@ -55,7 +57,9 @@ def inner(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) 
     match f, f_:
         case Outer(), Outer() if _same_matrix(f, f_) and _inner_through_positions(f, f_):
             return _outer_outer(f, f_, chunk_bytes, precision)
-        case Rows(), Rows() if f.layout.same_place(f_.layout) and _rows_through_positions(f, f_):
+        case Rows(), Rows() if f.layout.same_place(f_.layout):
+            if f.ids.shape[1] * f_.ids.shape[1] > rows.PAIRS:
+                return rows.inner(f, f_)
             return _rows_rows(f, f_, chunk_bytes, precision)
         case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
             return _rows_outer(f, turned, chunk_bytes, precision)
@@ -87,8 +91,10 @@ def gram(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -
             return _by_blocks(_outer_outer, f, f_, 2 * each * acc.itemsize, chunk_bytes, precision)
         case Outer(), Outer() if _same_matrix(f, f_):
             return _through_matrix(f, f_, chunk_bytes, precision)
-        case Rows(), Rows() if f.layout.same_place(f_.layout) and _rows_through_positions(f, f_):
+        case Rows(), Rows() if f.layout.same_place(f_.layout):
             each = f.ids.shape[1] * f_.ids.shape[1]
+            if each * _count(f) > f.ids.size + min(f.rows, f.ids.size + f_.ids.size):
+                return rows.gram(f, f_, chunk_bytes)
             return _by_blocks(_rows_rows, f, f_, 2 * each * acc.itemsize, chunk_bytes, precision)
         case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
             each = f.ids.shape[1] * f_.left.shape[2]
@@ -109,7 +115,7 @@ def way(f: Factor, f_: Factor) -> str:
             return "map"
         case Outer(), Outer() if _same_matrix(f, f_) and _inner_through_positions(f, f_):
             return "sides" if f.left.shape[2] == f_.left.shape[2] == 1 else "positions"
-        case Rows(), Rows() if f.layout.same_place(f_.layout) and _rows_through_positions(f, f_):
+        case Rows(), Rows() if f.layout.same_place(f_.layout):
             return "positions"
         case Rows(), Outer() if _turned_to_table(f, f_) is not None:
             return "positions"
@@ -164,17 +170,13 @@ def _gram_through_positions(f: Outer, f_: Outer) -> bool:
     return B * C * T * S * (F + K) <= (B * T + C * S + B * C) * F * K
 
 
-def _rows_through_positions(f: Rows, f_: Rows) -> bool:
-    return f.ids.shape[1] * f_.ids.shape[1] <= f.ids.shape[1] + f_.ids.shape[1] + f.rows
-
-
-def _turned_to_table(rows: Rows, outer: Outer) -> Outer | None:
+def _turned_to_table(table: Rows, outer: Outer) -> Outer | None:
     """The Outer with its sides so that `left` runs over the table's rows; None if its layout is another one."""
-    if rows.layout.same_place(outer.layout):
+    if table.layout.same_place(outer.layout):
         return outer
     G, F, K = outer.layout.matrix
     swapped = dataclasses.replace(outer.layout, axes=outer.layout.axes[::-1], matrix=(G, K, F))
-    if G == 1 and len(outer.layout.axes) == 2 and rows.layout.same_place(swapped):
+    if G == 1 and len(outer.layout.axes) == 2 and table.layout.same_place(swapped):
         return Outer(outer.right, outer.left, swapped)
     return None
 
@@ -254,17 +256,17 @@ def _product(a: Array, b: Array, precision: Precision) -> Array:
 
 def _by_blocks(pair, f, f_, pair_bytes, chunk_bytes, precision):  # type: ignore[no-untyped-def]
     """gram from a function of paired examples: a block of rows against a block of columns, as one vmap of the other."""
-    columns = chunk_size(pair_bytes, chunk_bytes, _count(f_))
-    rows = chunk_size(pair_bytes * columns, chunk_bytes, _count(f))
+    across = chunk_size(pair_bytes, chunk_bytes, _count(f_))
+    down = chunk_size(pair_bytes * across, chunk_bytes, _count(f))
 
     def one(f_b: Factor, f_c: Factor) -> Array:
         return pair(*jax.tree.map(lambda a: a[None], (f_b, f_c)), chunk_bytes, precision)[0]
 
     def block(f: Factor) -> Array:
         pairs = jax.vmap(jax.vmap(one, (0, None)), (None, 0))
-        return map_examples(lambda f_: pairs(f, f_), columns, f_, spread=False).T  # gathered
+        return map_examples(lambda f_: pairs(f, f_), across, f_, spread=False).T  # gathered
 
-    return map_examples(block, rows, f)
+    return map_examples(block, down, f)
 
 
 def _through_matrix(f: Outer, f_: Outer, chunk_bytes: int, precision: Precision) -> Array:

@@ -1,0 +1,94 @@
+"""Equal ids of a Rows factor brought together: no table is written out to find which values meet in one row."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Integer
+
+from jaxgrad.per_example.chunks import chunk_size, map_examples
+from jaxgrad.per_example.factors import Rows
+from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.scales import row_sums
+from jaxgrad.sharding import replicated
+
+PAIRS = 64 * 64  # up to so many pairs of positions comparing each is as fast as sorting
+
+
+TABLE_BYTES = 2 * 2**20
+"""How much of tables is written out at once: what the processor's cache holds."""
+
+
+def inner(f: Rows, f_: Rows) -> Float[Array, " B"]:
+    """⟨f_b, f′_b⟩: the ids of each example are sorted, equal ones' values summed. Cost: (T + S)(K + log(T + S))."""
+    if f.ids is f_.ids:
+        place = place_ = _places(f.ids)
+    else:
+        place, place_ = jnp.split(_places(jnp.concatenate(_of_one_dtype(f.ids, f_.ids), 1)), [f.ids.shape[1]], axis=1)
+    count = f.ids.shape[1] if f.ids is f_.ids else f.ids.shape[1] + f_.ids.shape[1]
+    return row_sums(_summed(f, place, count) * _summed(f_, place_, count))
+
+
+def gram(f: Rows, f_: Rows, chunk_bytes: int) -> Float[Array, "B C"]:
+    """⟨f_b, f′_c⟩: each example's table on the right is read at the ids of all on the left. Cost: C(U + B·T)K.
+
+    U is the number of rows, or that of positions if there are fewer of those. A few tables are
+    written out at a time.
+    """
+    if f.ids.size + f_.ids.size < f.rows and replicated(f.ids) is None:
+        f, f_ = _compact(f, f_)
+    ids, values = f.valid()
+
+    def columns(f_: Rows) -> Array:
+        tables = jax.vmap(lambda ids, values: jnp.zeros(f_.layout.matrix[1:], values.dtype).at[ids].add(values))
+        return jax.vmap(lambda table: row_sums(values * table[ids]))(tables(*f_.valid()))
+
+    each = (f_.rows * values.shape[2] + values.size) * values.dtype.itemsize
+    return map_examples(columns, chunk_size(each, min(chunk_bytes, TABLE_BYTES), f_.ids.shape[0]), f_, spread=False).T
+
+
+def merged(f: Rows) -> Rows:
+    """The same, with every id of an example once: what is left over of the positions is row 0 with values 0."""
+    ids, _ = f.valid()
+    place, T = _places(f.ids), f.ids.shape[1]
+    unique = jax.vmap(lambda place, ids: jnp.zeros_like(ids).at[place].max(ids))(place, ids)
+    return Rows(unique, _summed(f, place, T), f.layout)
+
+
+def _compact(f: Rows, f_: Rows) -> tuple[Rows, Rows]:
+    """Both with as many rows as there are positions in place of the table's: an id is its rank among all of them."""
+    sizes = [o.ids.shape for o in (f, f_)]
+    ids = [jnp.where(o.inside, o.ids, -jnp.ones_like(o.ids)).ravel() for o in (f, f_)]
+    ranks = _places(jnp.concatenate(_of_one_dtype(*ids))[None])[0]
+    parts = jnp.split(ranks, [ids[0].size])
+    matrix = (1, ranks.size, f.layout.matrix[2])
+    layout = Layout(matrix, f.layout.dtype, (0, 1, 2), matrix)
+    rows = [
+        Rows(jnp.where(o.inside, part.reshape(size), -jnp.ones(size, part.dtype)), o.values, layout)
+        for o, part, size in zip((f, f_), parts, sizes, strict=True)
+    ]
+    return rows[0], rows[1]
+
+
+def _places(ids: Integer[Array, "B T"]) -> Integer[Array, "B T"]:
+    """0 ≤ place < T of every id: equal ones of an example, and only they, have the same."""
+    order = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    ids, order = lax.sort((ids, order), num_keys=1)
+    rank = jnp.cumsum(jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0))), 1, dtype=jnp.int32)[:, : ids.shape[1]]
+    return jax.vmap(lambda order, rank: jnp.zeros_like(rank).at[order].set(rank, unique_indices=True))(order, rank)
+
+
+def _summed(f: Rows, place: Integer[Array, "B T"], count: int) -> Float[Array, "B {count} K"]:
+    """The values that share a place."""
+    if f.repeated:
+        times = jax.vmap(lambda place, inside: jnp.zeros(count, f.values.dtype).at[place].add(inside))(
+            place, f.inside.astype(f.values.dtype)
+        )[..., None]
+        return jnp.where(times > 0, times * f.values, jnp.zeros_like(f.values))
+    _, values = f.valid()
+    zeros = jnp.zeros((count, values.shape[2]), values.dtype)
+    return jax.vmap(lambda place, values: zeros.at[place].add(values))(place, values)
+
+
+def _of_one_dtype(*ids: Array) -> list[Array]:
+    widest = max((a.dtype for a in ids), key=lambda dtype: dtype.itemsize)
+    return [a.astype(widest) for a in ids]

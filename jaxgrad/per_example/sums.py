@@ -1,0 +1,174 @@
+"""Sums over very many examples and positions that keep their digits.
+
+A processor adds one term after another: the sum of n equal numbers is off by up to n/2 roundings, 1e-2 of it for two
+million. Summed in blocks, and then the blocks, it is off by as many roundings as a block has terms. Accelerators sum
+in parallel, and so do devices that share the examples: there nothing is changed.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Integer
+
+from jaxgrad.sharding import devices, replicated
+
+MANY = 1024  # up to so many terms the sum is one product
+BLOCK = 32  # terms of a block
+VECTOR = 64  # rows that are shorter are summed side by side, so many of them
+BESIDE = 1024  # entries
+FUSED = 256  # up to rows of this length the compiler's own reduction is as fast as a product
+SMALL = 8  # entries of a product of sides that is no matrix product to the processor
+MANY_PRODUCTS = 2**17  # up to so many terms a matrix product is as exact as one of a few thousand
+
+
+def weighted_rows(c: Float[Array, " N"], v: Float[Array, "N D"]) -> Float[Array, " D"]:
+    """Σ_n c_n v_n."""
+    if _in_one(v):
+        return jnp.matmul(c, v, precision=lax.Precision.HIGHEST, out_sharding=replicated(v))
+    return _weighted_rows(c, v)
+
+
+def products(left: Float[Array, "N F"], right: Float[Array, "N K"], precision: Any = None) -> Float[Array, "F K"]:
+    """Σ_n left_n ⊗ right_n."""
+    F, K = left.shape[1], right.shape[1]
+    if _in_one(left) or (F * K > SMALL and min(F, K) > 1 and left.shape[0] <= MANY_PRODUCTS):
+        return jnp.matmul(left.T, right, precision=precision, out_sharding=replicated(left))
+    if K == 1:
+        return _weighted_rows(right[:, 0], left)[:, None]
+    if F == 1:
+        return _weighted_rows(left[:, 0], right)[None]
+    return _products(left, right, precision)
+
+
+def grouped_products(
+    left: Float[Array, "B G T F"], right: Float[Array, "B G T K"], precision: Any = None
+) -> Float[Array, "G F K"]:
+    """Σ_bt left_bgt ⊗ right_bgt."""
+    B, G, T, _ = left.shape
+    if not _known(B) or B * T <= MANY or replicated(left) is not None or devices(left) > 1:
+        return jnp.einsum("bgtf,bgtk->gfk", left, right, precision=precision, out_sharding=replicated(left))
+    sides = (a.swapaxes(0, 1).reshape(G, B * T, a.shape[3]) for a in (left, right))
+    return jax.vmap(functools.partial(products, precision=precision))(*sides)
+
+
+def table(ids: Integer[Array, " N"], values: Float[Array, "N K"], rows: int) -> Float[Array, "{rows} K"]:
+    """values_n added to row ids_n of so many; if these are few, neighbours have tables of their own, summed after."""
+    N, K = values.shape
+    copies = 1 if _in_one(values) or not rows else min(N // rows, N // BLOCK)
+    if copies <= 1:
+        return jnp.zeros((rows, K), values.dtype).at[ids].add(values)
+    copy = jnp.arange(N, dtype=ids.dtype) // jnp.asarray(-(-N // copies), ids.dtype)
+    tables = jnp.zeros((copies, rows, K), values.dtype).at[copy, ids].add(values)
+    return _weighted_rows(jnp.ones(copies, values.dtype), tables.reshape(copies, rows * K)).reshape(rows, K)
+
+
+def _in_one(a: Array) -> bool:
+    """Whether one product sums it: few terms, or as many as are only known later, or on several devices."""
+    return not _known(a.shape[0]) or a.shape[0] <= MANY or replicated(a) is not None or devices(a) > 1
+
+
+def _known(count: Any) -> bool:
+    return isinstance(count, int)
+
+
+@functools.lru_cache
+def _by_platform(processor: Any, accelerator: Any, *options: Any) -> Any:
+    """One function of the arrays, compiled once."""
+    ways = {"cpu": processor, "default": accelerator}
+    return jax.jit(
+        lambda *arrays: lax.platform_dependent(
+            *arrays, **{name: lambda *a, way=way: way(*a, *options) for name, way in ways.items()}
+        )
+    )
+
+
+# --- On one processor. What is differentiated is the product itself -------------------------------------------------
+
+
+@jax.custom_jvp
+def _weighted_rows(c: Array, v: Array) -> Array:
+    return _by_platform(_rows_in_blocks, _rows_in_one)(c, v)
+
+
+@_weighted_rows.defjvp
+def _tangent_of_rows(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (c, v), (dc, dv) = primals, tangents
+    return _weighted_rows(c, v), _rows_in_one(dc, v) + _rows_in_one(c, dv)
+
+
+def _rows_in_one(c: Array, v: Array) -> Array:
+    return jnp.matmul(c, v, precision=lax.Precision.HIGHEST)
+
+
+def _rows_in_blocks(c: Array | None, v: Array) -> Array:
+    """Blocks of BLOCK rows, or of BLOCK short rows side by side; then the same of the blocks' sums."""
+    N, D = v.shape
+    if N <= 2 * BLOCK:
+        return v.sum(0) if c is None else _rows_in_one(c, v)
+    if VECTOR <= D <= FUSED:
+        beside, count = 1, N // BLOCK
+        terms = v if c is None else c[:, None] * v
+        blocks = terms[: count * BLOCK].reshape(count, BLOCK, D).sum(1)
+    else:
+        beside = min(BESIDE // D, N // BLOCK) if 0 < D < VECTOR else 1
+        count = N // (BLOCK * beside)
+        blocks = _blocks_of_rows(c, v, count, beside)
+    total, done = _rows_in_blocks(None, blocks), count * BLOCK * beside
+    return total if done == N else total + _rows_in_blocks(None if c is None else c[done:], v[done:])
+
+
+def _blocks_of_rows(c: Array | None, v: Array, count: int, beside: int) -> Array:
+    """[count · beside, D]: each the sum of BLOCK rows that lie `beside` rows apart."""
+    size, ones = BLOCK * beside, jnp.ones(BLOCK, v.dtype)
+
+    def block(k: Array) -> Array:
+        terms = lax.dynamic_slice_in_dim(v, k * size, size)
+        weights = None if c is None else lax.dynamic_slice_in_dim(c, k * size, size)
+        if beside == 1:
+            return _rows_in_one(ones if weights is None else weights, terms)
+        terms = terms if weights is None else weights[:, None] * terms
+        return _rows_in_one(ones, terms.reshape(BLOCK, beside * v.shape[1]))
+
+    return lax.map(block, jnp.arange(count)).reshape(count * beside, v.shape[1])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _products(left: Array, right: Array, precision: Any) -> Array:
+    return _by_platform(_products_in_blocks, _products_in_one, precision)(left, right)
+
+
+@_products.defjvp
+def _tangent_of_products(
+    precision: Any, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (left, right), (dl, dr) = primals, tangents
+    tangent = _products_in_one(dl, right, precision) + _products_in_one(left, dr, precision)
+    return _products(left, right, precision), tangent
+
+
+def _products_in_one(left: Array, right: Array, precision: Any) -> Array:
+    return jnp.matmul(left.T, right, precision=precision)
+
+
+def _products_in_blocks(left: Array, right: Array, precision: Any) -> Array:
+    N, F, K = *left.shape, right.shape[1]
+    if F * K <= SMALL:
+        count, size = N // BLOCK, BLOCK
+        sides = (a[: count * size].reshape(count, size, a.shape[1]) for a in (left, right))
+        total = _rows_in_blocks(None, jnp.einsum("nbf,nbk->nfk", *sides, precision=precision).reshape(count, F * K))
+        total = total.reshape(F, K)
+    else:
+        count, size = 32, N // 32
+
+        def add(total: Array, k: Array) -> tuple[Array, None]:
+            part, part_ = (lax.dynamic_slice_in_dim(a, k * size, size) for a in (left, right))
+            return total + _products_in_one(part, part_, precision), None
+
+        first = _products_in_one(left[:size], right[:size], precision)
+        total, _ = lax.scan(add, first, jnp.arange(1, count))
+    return (
+        total if count * size == N else total + _products_in_one(left[count * size :], right[count * size :], precision)
+    )
