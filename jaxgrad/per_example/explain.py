@@ -135,7 +135,7 @@ def explain(
         >>> loss = lambda W, x: jnp.tanh(jnp.exp(W) @ x).sum() + (W**2).sum()
         >>> row = explain(loss)(jnp.ones((30, 20)), jnp.ones((4, 20))).rows[0]
         >>> row.how, row.norm
-        ('factored', ('map', 'direction', 'direction'))
+        ('factored', ('direction', 'direction', 'map'))
     """
     transformed = Transformed("explain", fun, argnums, in_axes, has_aux, False)
 
