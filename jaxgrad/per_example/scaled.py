@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxgrad.per_example.chunks import chunk_size, sum_examples
+from jaxgrad.per_example.chunks import chunk_size, map_examples
 from jaxgrad.per_example.factors import Dense, Factor, Outer, accumulator, wide
 from jaxgrad.per_example.layout import Layout
 from jaxgrad.per_example.mapped import Common, Mapped
@@ -115,12 +115,9 @@ def inner(p: Scaled, q: Scaled) -> Array:
         return row_sums(left * whole(arrays).sum(1)[None])
     if left is None:
         return row_sums(right * whole(arrays).sum(0)[None])
-    left = jnp.broadcast_to(left, (left.shape[0], F))
-
-    def part(left: Array, *arrays: Array) -> Array:
-        return row_sums(left.T * jnp.matmul(right, whole(arrays).T))
-
-    return sum_examples(part, chunk_size(K * right.dtype.itemsize, BLOCK_BYTES, F), left.T, *arrays, spread=False)
+    size = chunk_size(K * right.dtype.itemsize, BLOCK_BYTES, F)
+    turned = map_examples(lambda *arrays: jnp.matmul(whole(arrays), right.T), size, *arrays, spread=False)  # [F, B]
+    return row_sums(left * turned.T)
 
 
 def _both(a: Array | None, b: Array | None) -> Array | None:

@@ -1,0 +1,139 @@
+"""Weights behind a map and penalties of the parameters: nothing of examples × parameters is held, and the digits stay."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxgrad as jg
+from jaxgrad.per_example import Common, Mapped
+
+B, N = 64, 1024
+
+
+def normal(seed, *shape, dtype=np.float32):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def weight_norm(p, x):
+    W = p["v"] * (p["g"] / jnp.linalg.norm(p["v"], axis=1))[:, None]
+    return jnp.sum(jnp.tanh(W @ x))
+
+
+def weight_decay(p, x):
+    return jnp.sum(jnp.tanh(p["W"] @ x)) + 1e-4 * jnp.sum(p["W"] ** 2)
+
+
+def fourier(p, x):
+    modes = jnp.einsum("mi,mio->mo", jnp.fft.rfft(x, axis=0)[:32], lax.complex(p["re"], p["im"]))
+    return jnp.sum(jnp.tanh(jnp.fft.irfft(modes, n=64, axis=0)))
+
+
+def masked(p, x):
+    return jnp.sum(jnp.tanh(jnp.tril(p["W"]) @ x))
+
+
+MODELS = {
+    "weight_norm": (weight_norm, {"v": normal(1, N, N) / 32, "g": np.ones(N, np.float32)}, normal(2, B, N)),
+    "weight_decay": (weight_decay, {"W": normal(1, N, N) / 32}, normal(2, B, N)),
+    "fourier": (
+        fourier,
+        {"re": normal(1, 32, 128, 128) / 11, "im": normal(3, 32, 128, 128) / 11},
+        normal(2, B, 64, 128),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_of_norms_and_clipped_sum_is_near_a_plain_gradients(name):
+    loss, params, X = MODELS[name]
+
+    def plain(params, X):
+        return jax.value_and_grad(lambda params: jax.vmap(loss, (None, 0))(params, X).mean())(params)
+
+    def ours(params, X):
+        g = jg.per_example_grad(loss, strict=True)(params, X)
+        norms = g.norms()
+        return norms, g.scale(jnp.minimum(jnp.ones_like(norms), 1 / norms)).sum()
+
+    def nbytes(function):
+        memory = jax.jit(function).lower(params, X).compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    assert not jg.explain(loss)(params, X).direct
+    assert nbytes(ours) <= 1.5 * nbytes(plain)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape"), [(weight_decay, (100, 512)), (masked, (256, 256)), (weight_norm, (100, 512))]
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norms_and_sums_have_the_digits_of_their_dtype(loss, shape, dtype):
+    names = ["v", "g"] if loss is weight_norm else ["W"]
+    exact = {n: normal(k, *(shape if n != "g" else shape[:1]), dtype=np.float64) / 8 for k, n in enumerate(names)}
+    params = jax.tree.map(lambda a: jnp.asarray(a, dtype), exact)
+    X = jnp.asarray(normal(5, B, shape[1]), dtype)
+    c = jnp.asarray(normal(6, B), jnp.float32)
+
+    @jax.jit
+    def found(params, X):
+        g = jg.per_example_grad(loss)(params, X)
+        return g.norms(), g.weighted_sum(c), g.gram()
+
+    wide = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, X))
+    G = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(*wide)
+    whole = np.concatenate([np.asarray(a).reshape(B, -1) for a in jax.tree.leaves(G)], 1)
+    norms, total, gram = found(params, X)
+    lengths, tolerance = np.linalg.norm(whole, axis=1), 40 * float(jnp.finfo(dtype).eps)
+    assert np.all(np.abs(norms - lengths) <= tolerance * lengths)
+    assert np.all(np.abs(gram - whole @ whole.T) <= tolerance * np.outer(lengths, lengths))
+    for a, b in zip(jax.tree.leaves(total), jax.tree.leaves(G), strict=True):
+        scale = np.sqrt((np.square(b).reshape(B, -1).sum(1) * np.square(c)).sum())
+        assert np.linalg.norm(np.asarray(a, np.float64) - np.tensordot(np.asarray(c), b, 1)) <= tolerance * scale
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_norms_of_masked_and_penalised_gradients_neither_overflow_nor_vanish(size):
+    params = {"W": normal(1, 30, 30)}
+    X = normal(2, 5, 30)
+
+    def scaled(params, x, s):
+        return s * (masked(params, x) + 0.1 * jnp.sum(params["W"] ** 2))
+
+    g = jax.jit(lambda s: jg.per_example_grad(scaled)(params, X, s))
+    one, other = g(np.ones(5, np.float32)).norms(), g(np.full(5, size, np.float32)).norms()
+    np.testing.assert_allclose(other, one * np.float32(size), rtol=1e-5)
+
+
+def test_one_example_is_cut_out_of_what_all_share():
+    params, X = {"W": normal(1, 30, 20, dtype=np.float64)}, normal(2, 4, 20, dtype=np.float64)
+    loss = lambda p, x: jnp.sum(jnp.tanh(jnp.exp(p["W"]) @ x)) + x[0] * jnp.sum(p["W"] ** 2)  # noqa: E731
+    g = jg.per_example_grad(loss)(params, X)
+    assert {type(f) for f in g.factors["W"]} == {Mapped, Common}
+    expected = jax.vmap(jax.grad(loss), (None, 0))(params, X)["W"]
+    for index in (slice(1, 3), np.array([2, 0]), np.array([True, False, True, True])):
+        np.testing.assert_allclose(g[index].materialize()["W"], expected[index], rtol=1e-12)
+    np.testing.assert_allclose(g.where(np.arange(4) < 2).sum()["W"], expected[:2].sum(0), rtol=1e-12)
+    again = jax.jit(lambda g: g.scale(jnp.arange(4.0)).sum())(g)["W"]
+    np.testing.assert_allclose(again, np.tensordot(np.arange(4.0), expected, 1), rtol=1e-12)
+
+
+def test_two_calls_give_one_structure():
+    params, X = {"v": normal(1, 30, 20), "g": normal(3, 30)}, normal(2, 4, 20)
+    first, second = (jg.per_example_grad(weight_norm)(params, X) for _ in range(2))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    first, second = (jg.per_example_grad(masked)({"W": normal(1, 20, 20)}, X) for _ in range(2))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+
+
+def test_one_example_moves_a_clipped_sum_by_at_most_the_bound_behind_a_map_and_a_penalty():
+    params = {"W": normal(1, 40, 40)}
+    loss = lambda p, x: masked(p, x[1:]) + x[0] * jnp.sum(p["W"] ** 2)  # noqa: E731
+    gradient = jg.clipped_grad(loss, 1.0)
+    X = normal(2, 8, 41) * np.float32(10) ** np.arange(-4, 4, dtype=np.float32)[:, None]
+    total, _ = jax.jit(gradient)(params, X)
+    for k in range(8):
+        without, _ = jax.jit(gradient)(params, X, mask=np.arange(8) != k)
+        moved = np.linalg.norm(np.float64(total["W"]) - np.float64(without["W"]))
+        assert moved <= gradient.sensitivity(8)
