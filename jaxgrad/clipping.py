@@ -234,9 +234,10 @@ class ClippedGrad:
         wide = working_dtype(dtype)
         more = 1.0 if batch_size is None else 1 + (1 + math.sqrt(batch_size)) * EPSILON[wide]
         bounds = jax.tree.leaves(self._max_norm)
-        if any(isinstance(bound, jax.core.Tracer) for bound in bounds):
+        try:
+            return math.sqrt(sum(float(bound) ** 2 for bound in bounds)) * more
+        except jax.errors.ConcretizationTypeError:  # a bound is traced
             return root_sum_of_squares([jnp.asarray(bound, wide) for bound in bounds]) * jnp.asarray(more, wide)
-        return math.sqrt(sum(float(bound) ** 2 for bound in bounds)) * more
 
     def __call__(self, *args: Any, mask: Any = None, **kwargs: Any) -> tuple[PyTree, ClipInfo]:
         """(the sum, ClipInfo)."""
