@@ -14,6 +14,7 @@ The names:
 For more examples than fit into memory see `blocks`. B counts training examples, C test examples.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
@@ -252,10 +253,15 @@ def random_projection(g: PerExampleGrads, key: Array, size: int, *, precision: P
     checked_gradients("random_projection", g)
     if operator.index(size) < 1:
         raise ValueError(f"random_projection: expected a size of at least 1, got {size}.")
-    treedef: Any
-    leaves, treedef = jax.tree.flatten(jax.eval_shape(g.sum))
     if not g.batch_size:
         return jnp.zeros((0, size), jax.eval_shape(g.norms).dtype)
+    return _projected(g, key, operator.index(size), precision)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))  # or a loop that is not in a jit would be compiled at every call
+def _projected(g: PerExampleGrads, key: Array, size: int, precision: Precision) -> Array:
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(g.sum))
 
     def column(k: Array) -> Array:
         keys = jax.random.split(jax.random.fold_in(key, k), len(leaves))
