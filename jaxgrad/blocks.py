@@ -102,10 +102,7 @@ def _gram(
     for i, batch in enumerate(shown((batches[i] for i in range(len(batches))), len(batches), progress=progress)):
         g = gradients(batch)
         row = [blocks[j][i].T for j in range(i)] if others is None else []
-        row += [
-            np.asarray(product(g, gradients(params, checked_batch(call, "a batch", second[j]))))
-            for j in range(len(row), len(second))
-        ]
+        row += [np.asarray(product(g, gradients(second[j]))) for j in range(len(row), len(second))]
         blocks.append(row)
     return np.block(blocks)
 
