@@ -14,9 +14,10 @@ The names:
 For more examples than fit into memory see `blocks`. B counts training examples, C test examples.
 """
 
+import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
 from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve, scaled_system
+from jaxgrad.per_example.arguments import checked_batch
 from jaxgrad.per_example.chunks import CHUNK_BYTES, chunk_size, map_examples
 from jaxgrad.per_example.factors import Precision, added
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
@@ -252,10 +254,15 @@ def random_projection(g: PerExampleGrads, key: Array, size: int, *, precision: P
     checked_gradients("random_projection", g)
     if operator.index(size) < 1:
         raise ValueError(f"random_projection: expected a size of at least 1, got {size}.")
-    treedef: Any
-    leaves, treedef = jax.tree.flatten(jax.eval_shape(g.sum))
     if not g.batch_size:
         return jnp.zeros((0, size), jax.eval_shape(g.norms).dtype)
+    return _projected(g, key, operator.index(size), precision)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))  # or a loop that is not in a jit would be compiled at every call
+def _projected(g: PerExampleGrads, key: Array, size: int, precision: Precision) -> Array:
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(g.sum))
 
     def column(k: Array) -> Array:
         keys = jax.random.split(jax.random.fold_in(key, k), len(leaves))
@@ -281,6 +288,7 @@ def grand(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float[
         A function of (checkpoints, *batch), an iterable of parameters and the batch, that returns [B].
 
     Raises:
+        TypeError: one tree of parameters in place of several.
         ValueError: no checkpoints.
 
     Example:
@@ -292,10 +300,21 @@ def grand(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float[
     norms = jax.jit(lambda params, batch: per_example_grad(loss, in_axes=in_axes)(params, *batch).norms())
 
     def over(checkpoints: Iterable[PyTree], *batch: Any) -> Array:
-        total, count = _summed("grand", (norms(params, batch) for params in checkpoints))
+        total, count = _summed("grand", (norms(params, batch) for params in _several("grand", checkpoints)))
         return total / count
 
     return over
+
+
+def _several(call: str, checkpoints: Any) -> Iterable[PyTree]:
+    """The checkpoints; TypeError for what can be told to be one of them, whose leaves or rows would pass for many."""
+    one = isinstance(checkpoints, Mapping) or hasattr(checkpoints, "shape") or hasattr(checkpoints, "_fields")
+    if one or not isinstance(checkpoints, Iterable):
+        raise TypeError(
+            f"{call}: expected several parameters, a list or another iterable, as checkpoints, got "
+            f"{type(checkpoints).__name__}. For a single one pass [params]."
+        )
+    return checkpoints
 
 
 def _summed(call: str, terms: Iterable[Array]) -> tuple[Array, int]:
@@ -323,6 +342,7 @@ def tracin(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float
         tuples of the loss's other arguments; it returns [C, B], > 0 helpful.
 
     Raises:
+        TypeError: one tree of parameters in place of several; a batch that is no tuple.
         ValueError: no checkpoints, or not as many rates.
 
     Example:
@@ -339,8 +359,11 @@ def tracin(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float
     missing = object()
 
     def over(checkpoints: Iterable[PyTree], rates: Iterable[Any], train: Any, test: Any) -> Array:
+        train, test = checked_batch("tracin", "train", train), checked_batch("tracin", "test", test)
+        several = _several("tracin", checkpoints)
+
         def terms() -> Iterator[Array]:
-            for params, rate in zip_longest(checkpoints, rates, fillvalue=missing):
+            for params, rate in zip_longest(several, rates, fillvalue=missing):
                 if params is missing or rate is missing:
                     raise ValueError("tracin: expected as many rates as checkpoints, got fewer of one of them.")
                 term = products(params, train, test)

@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve
+from jaxgrad.per_example.arguments import checked_batch
 from jaxgrad.per_example.factors import Precision
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.transform import per_example_grad
@@ -60,6 +61,7 @@ def gram(
         [N, M], a NumPy array.
 
     Raises:
+        TypeError: batches that cannot be counted and read again, as a generator's; a batch that is no tuple.
         ValueError: no batches; and as `per_example_grad`.
 
     Example:
@@ -82,23 +84,36 @@ def _gram(
     unit: float,
 ) -> np.ndarray:
     """Of the gradients divided by `unit`."""
+    _checked_sequences(call, batches=batches, **({} if others is None else {"others": others}))
     if not len(batches) or (others is not None and not len(others)):
         raise ValueError(f"{call}: expected at least one batch on each side, got none.")
 
     @jax.jit
-    def gradients(params: PyTree, batch: Batch) -> PerExampleGrads:
+    def jitted(params: PyTree, batch: Batch) -> PerExampleGrads:
         g = per_example_grad(loss, in_axes=in_axes)(params, *batch)
         return g.scale(jnp.full(g.batch_size, 1 / unit))
+
+    def gradients(batch: Batch) -> PerExampleGrads:
+        return jitted(params, checked_batch(call, "a batch", batch))
 
     product = jax.jit(lambda g, g_: g.gram(g_, precision=precision))
     second = batches if others is None else others
     blocks: list[list[np.ndarray]] = []
     for i, batch in enumerate(shown((batches[i] for i in range(len(batches))), len(batches), progress=progress)):
-        g = gradients(params, batch)
+        g = gradients(batch)
         row = [blocks[j][i].T for j in range(i)] if others is None else []
-        row += [np.asarray(product(g, gradients(params, second[j]))) for j in range(len(row), len(second))]
+        row += [np.asarray(product(g, gradients(second[j]))) for j in range(len(row), len(second))]
         blocks.append(row)
     return np.block(blocks)
+
+
+def _checked_sequences(call: str, **given: Any) -> None:
+    for name, batches in given.items():
+        if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")):
+            raise TypeError(
+                f"{call}: expected a sequence of batches as {name}, since they are counted and read again, got "
+                f"{type(batches).__name__}. Pass a list, or jg.streams.Batches(x, y, size=...)."
+            )
 
 
 def influence(
@@ -126,6 +141,7 @@ def influence(
         [C, B], a NumPy array; > 0 helpful.
 
     Raises:
+        TypeError: as `gram`.
         ValueError: a damping that is not a number ≥ 0; no batches; and as `per_example_grad`.
 
     Example:
@@ -136,8 +152,10 @@ def influence(
         [[2.0, 0.0], [0.0, -0.5]]
     """
     checked_damping("blocks.influence", damping)
+    _checked_sequences("blocks.influence", train=train, test=test)
     largest = jax.jit(lambda params, batch: per_example_grad(loss, in_axes=in_axes)(params, *batch).norms().max())
-    norms = [float(largest(params, train[k])) for k in range(len(train))]
+    each = (checked_batch("blocks.influence", "a batch", train[k]) for k in range(len(train)))
+    norms = [float(largest(params, batch)) for batch in each]
     root = math.sqrt(float(damping)) * math.sqrt(sum(len(jax.tree.leaves(train[k])[0]) for k in range(len(train))))
     exponent = math.frexp(max([*norms, root]))[1] if np.isfinite(norms).all() else 0
     unit = 2.0**exponent
@@ -179,6 +197,7 @@ def top_k(
         `TopK`; of equal scores the earlier example comes first. NaN counts as largest: it is seen.
 
     Raises:
+        TypeError: a batch that is no tuple.
         ValueError: k below 1, or no batches.
 
     Example:
@@ -193,7 +212,7 @@ def top_k(
     best: TopK | None = None
     count = 0
     for batch in shown(batches, len(batches) if isinstance(batches, Sequence) else None, progress=progress):
-        values = scores(*batch)
+        values = scores(*checked_batch("blocks.top_k", "a batch", batch))
         indices = jnp.broadcast_to(count + jnp.arange(values.shape[1]), values.shape)
         count += values.shape[1]
         best = _merged(TopK(values, indices) if best is None else _joined(best, TopK(values, indices)), k)

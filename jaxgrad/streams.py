@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxgrad.per_example.arguments import checked_batch
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.transform import per_example_grad, per_example_value_and_grad
 from jaxgrad.progress import shown
@@ -130,6 +131,7 @@ def run(
         `Results`; the rows are memory-mapped and not read.
 
     Raises:
+        TypeError: a batch that is no tuple.
         ValueError: rows or sums of other names, shapes or dtypes than in the folder; rows of different lengths; `every`
             below 1.
 
@@ -145,7 +147,7 @@ def run(
     store = _Store(Path(folder))
     waiting = 0
     for batch in shown(_from(batches, store.batches), _length(batches), store.batches, progress):
-        store.add(function(*batch))
+        store.add(function(*checked_batch("streams.run", "a batch", batch)))
         waiting += 1
         if waiting == every:
             store.commit()

@@ -25,7 +25,7 @@ from two_layers import solved as solved_from
 
 import jaxgrad as jg
 from jaxgrad import attribution, blocks, curvature, network
-from jaxgrad.streams import Batches
+from jaxgrad.streams import Batches, norms, run
 
 # --- Scores and similarities -----------------------------------------------------------------------------------------
 
@@ -342,6 +342,37 @@ def test_errors_name_the_call():
         blocks.top_k(lambda x: x, [], 1)
     with pytest.raises(ValueError, match=r"blocks\.top_k: expected k of at least 1"):
         blocks.top_k(lambda x: x, [], 0)
+
+
+@pytest.mark.usefixtures("plain_types")
+def test_what_would_be_taken_apart_is_refused(tmp_path):
+    params, X, Y = exercise()
+    loss, batches = (lambda w, x: jnp.sin(w @ x)), Batches(X, size=2)
+    for name, train, test in (("train", X, (X,)), ("test", (X,), X), ("train", {"x": X}, (X,))):
+        with pytest.raises(TypeError, match=f"^tracin: expected a tuple .* as {name}, got .* a tuple of one:"):
+            attribution.tracin(loss)([jnp.ones(5)], [0.1], train, test)
+    for one in (params, params._asdict(), params.W[0], None):
+        with pytest.raises(TypeError, match=r"^grand: expected several parameters, .* pass \[params\]"):
+            attribution.grand(network.loss)(one, X, Y)
+        with pytest.raises(TypeError, match=r"^tracin: expected several parameters"):
+            attribution.tracin(network.loss)(one, [0.1], (X, Y), (X, Y))
+    for name, sides in (("batches", (iter(batches),)), ("others", (batches, (b for b in batches)))):
+        with pytest.raises(TypeError, match=rf"^blocks\.gram: expected a sequence .* as {name}, .* Pass a list"):
+            blocks.gram(loss, jnp.ones(5), *sides)
+    for name, sides in (("train", (iter(batches), batches)), ("test", (batches, iter(batches)))):
+        with pytest.raises(TypeError, match=rf"^blocks\.influence: expected a sequence of batches as {name}"):
+            blocks.influence(loss, jnp.ones(5), *sides, 0.1)
+    bare = list(np.asarray(X).reshape(3, 2, 5))
+    for call, function in (
+        ("blocks.gram", lambda: blocks.gram(loss, jnp.ones(5), bare)),
+        ("blocks.gram", lambda: blocks.gram(loss, jnp.ones(5), batches, bare)),
+        ("blocks.influence", lambda: blocks.influence(loss, jnp.ones(5), bare, batches, 0.1)),
+        ("blocks.influence", lambda: blocks.influence(loss, jnp.ones(5), batches, bare, 0.1)),
+        ("blocks.top_k", lambda: blocks.top_k(lambda x: x.T, bare, 1)),
+        ("streams.run", lambda: run(norms(loss, jnp.ones(5)), bare, tmp_path)),
+    ):
+        with pytest.raises(TypeError, match=rf"^{call}: expected a tuple .* as a batch, got ndarray"):
+            function()
 
 
 def test_empty_batches_have_empty_results():

@@ -25,7 +25,7 @@ from jax.flatten_util import ravel_pytree
 from quick import quick_jit
 
 import jaxgrad as jg
-from jaxgrad import curvature, network
+from jaxgrad import attribution, curvature, network
 from jaxgrad.curvature import damped_solve, fisher_solve, fisher_vector_product, gauss_newton, natural_gradient
 from jaxgrad.curvature.gauss_newton import from_function
 
@@ -441,6 +441,33 @@ def test_steps_go_through_jit_and_vmap():
     together = jax.jit(jax.vmap(step))(dampings)
     for k, mu in enumerate(dampings):
         assert_close(flat(jax.tree.map(lambda a, k=k: a[k], together)), flat(step(mu)), 1e-6 if mu < 1e-3 else 1e-9)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda g, K: natural_gradient(g, 0.1),
+        lambda g, K: fisher_solve(g, jnp.ones(7), 0.1),
+        lambda g, K: damped_solve(K, K[0], 0.1),
+        lambda g, K: attribution.self_influence(g, 0.1),
+        lambda g, K: attribution.influence(g, g, 0.1),
+        lambda g, K: attribution.random_projection(g, jax.random.key(0), 3),
+    ],
+    ids=["natural_gradient", "fisher_solve", "damped_solve", "self_influence", "influence", "random_projection"],
+)
+def test_a_call_that_is_not_jitted_is_compiled_once(function, caplog):
+    rng = np.random.default_rng(0)
+
+    def compiled(function, *args):
+        caplog.clear()
+        with jax.log_compiles():
+            function(*args)
+        return [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
+
+    batches = [jnp.asarray(rng.normal(size=(5, 7))) for _ in range(4)]
+    each = [compiled(function, of_matrix(G), G @ G.T) for G in batches]
+    assert not any(each[1:])
+    assert compiled(jax.jit(lambda x: x + 1), 1.0)  # it is noticed
 
 
 @pytest.mark.parametrize("mu", [-1.0, np.nan, np.ones(2), None, "much"])

@@ -58,6 +58,7 @@ def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[
     return lax.custom_linear_solve(matvec, b, solve, symmetric=True)
 
 
+@jax.jit  # of functions made at every call JAX compiles, and keeps, the branches at every call
 def _solved(K: Array, b: Array, ridge: Array) -> Array:
     unknown = K.shape[0] * jnp.finfo(K.dtype).eps  # of the largest eigenvalue
     eye = jnp.eye(len(K), dtype=K.dtype)

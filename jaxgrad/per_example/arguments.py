@@ -110,6 +110,17 @@ def _sorted_out(call: str, trees: Sequence[Any], entries: Sequence[Any], start: 
     return places, batch, shared
 
 
+def checked_batch(call: str, name: str, batch: Any) -> Any:
+    """A tuple or a list of a loss's arguments, as it is; TypeError for anything else, which * would take apart."""
+    if not isinstance(batch, tuple | list):
+        shape = f" of shape {batch.shape}" if hasattr(batch, "shape") else ""
+        raise TypeError(
+            f"{call}: expected a tuple of the loss's arguments beside the parameters as {name}, got "
+            f"{type(batch).__name__}{shape}. For a loss of one, that is a tuple of one: (x,)."
+        )
+    return batch
+
+
 def checked_scalar(call: str, value: Any) -> Any:
     """The loss of one example, which is a real scalar."""
     shape: Any
