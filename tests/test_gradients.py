@@ -301,3 +301,85 @@ def test_bad_input_is_named(g):
     for call, error, message in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+# --- Switches of JAX -------------------------------------------------------------------------------------------
+
+
+VERBS = {
+    "norms": lambda g: g.norms(),
+    "squared_norms": lambda g: g.squared_norms(),
+    "leaf_norms": lambda g: g.leaf_norms(),
+    "magnitudes": lambda g: g.magnitudes(),
+    "dot": lambda g: g.dot(jax.tree.map(jnp.ones_like, g.sum())),
+    "weighted_sum": lambda g: g.weighted_sum(g.norms()),
+    "sum": lambda g: g.sum(),
+    "mean": lambda g: g.mean(),
+    "gram": lambda g: g.gram(),
+    "second_moment": lambda g: g.second_moment(),
+    "variance": lambda g: g.variance(),
+    "scale": lambda g: g.scale(g.norms()).factors,
+    "clip": lambda g: g.clip(30.0).factors,
+    "clip nothing": lambda g: g.clip(jnp.inf).sum(),
+    "clip by leaf": lambda g: g.clip(jax.tree.map(lambda a: 0.1, g.sum())).norms(),
+    "where": lambda g: g.where(g.norms() > 0).factors,
+    "nothing": lambda g: g.where(jnp.zeros(g.batch_size, bool)).clip(30.0).norms(),
+    "indexing": lambda g: g[jnp.arange(2)].factors,
+    "concatenate": lambda g: PerExampleGrads.concatenate([g, g]).norms(),
+    "materialize": lambda g: g.materialize(),
+    "slope of norms": lambda g: jax.grad(lambda c: g.scale(c).norms().sum())(jnp.zeros(g.batch_size)),
+    "noise_scale": lambda g: jg.attribution.noise_scale(g[jnp.array([0, 2, 3])]),
+}
+
+
+def healthy():
+    """A zero gradient beside others, in factors of every kind; a parameter that is not used."""
+    zero = lambda a: jnp.asarray(a).at[1].set(0)  # noqa: E731
+    normal = lambda seed, *shape: zero(jax.random.normal(jax.random.key(seed), shape))  # noqa: E731
+    conv = lambda kernel, x: jnp.sin(jax.lax.conv(x[None], kernel, (1, 1), "VALID")).sum()  # noqa: E731
+    windows = jg.per_example_grad(conv)(jnp.ones((64, 32, 3, 3)), normal(8, 4, 32, 6, 6)).factors
+    ids = jnp.array([[0, 2, 2], [1, 1, 1], [4, 0, 9], [-1, 3, 3]])
+    layout = Outer.of_matrix(jnp.ones((1, 4)), jnp.ones((1, 5)), jnp.float64).layout
+    return PerExampleGrads(
+        {
+            "one": (Outer.of_matrix(normal(0, 4, 3), normal(1, 4, 2), jnp.float64),),
+            "positions": (Outer(normal(2, 4, 1, 3, 4), normal(3, 4, 1, 3, 5), layout),),
+            "rows": (Rows.of_table(ids, normal(4, 4, 3, 5), 5, jnp.float64),),
+            "tied": (
+                Rows.of_table(ids, normal(5, 4, 3, 5), 4, jnp.float64),
+                Outer(normal(6, 4, 1, 3, 4), normal(7, 4, 1, 3, 5), layout),
+            ),
+            "vector": (Dense.of(normal(9, 4, 3), jnp.float64),),
+            "windows": windows,
+            "unused": (Outer(jnp.zeros((4, 1, 0, 4)), jnp.zeros((4, 1, 0, 5)), layout),),
+        }
+    )
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", VERBS)
+def test_nothing_of_our_own_is_nan_or_infinite(name, jit):
+    g = healthy()
+    found = (jax.jit(VERBS[name]) if jit else VERBS[name])(g)
+    with jax.debug_nans(True), jax.debug_infs(name != "clip nothing"):  # whose bound is infinite
+        close((jax.jit(VERBS[name]) if jit else VERBS[name])(g), found)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("weighting", [jg.clipping.clip, jg.clipping.normalize, jg.clipping.automatic(0.1)])
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_nothing_of_our_own_is_nan_or_infinite_in_a_clipped_sum(jit, weighting, microbatch_size):
+    params, X, Y = batch(jnp.float32)
+    gradient = jg.clipped_grad(
+        lambda p, x, y: loss(p, x, y) * (x[0] != 0).astype(x.dtype),
+        30.0,
+        weighting=weighting,
+        microbatch_size=microbatch_size,
+    )
+    if jit:
+        gradient = jax.jit(gradient)
+    X, mask = X.at[2].set(0), jnp.arange(B) > 0
+    with jax.debug_nans(True), jax.debug_infs(True):
+        total, info = gradient(params, X, Y, mask=mask)
+        assert float(info.norms[2]) == float(info.norms[0]) == 0
+        assert jnp.isfinite(total.W).all()
