@@ -383,3 +383,60 @@ def test_nothing_of_our_own_is_nan_or_infinite_in_a_clipped_sum(jit, weighting, 
         total, info = gradient(params, X, Y, mask=mask)
         assert float(info.norms[2]) == float(info.norms[0]) == 0
         assert jnp.isfinite(total.W).all()
+
+
+# --- One weight in many slices ---------------------------------------------------------------------------------
+
+
+SLICED = {  # loss of (W, x), the shape of W, and how many factors there are
+    "experts": (lambda W, x: [W[e] @ x[:4] for e in range(6)], (6, 5, 4), 1),
+    "experts of two axes": (lambda W, x: [W[i, j] @ x[:4] for i in range(4) for j in range(4)], (4, 4, 5, 4), 1),
+    "experts used twice": (lambda W, x: [W[e] @ (i + 1.0) ** x[:4] for e in range(5) for i in range(2)], (5, 5, 4), 2),
+    "blocks of rows": (lambda W, x: [W[3 * e : 3 * e + 3] @ x[:4] for e in range(5)], (15, 4), 1),
+    "blocks of columns": (lambda W, x: [W[:, 2 * e : 2 * e + 2] @ x[:2] for e in range(5)], (7, 10), 1),
+    "last axis": (lambda W, x: [W[..., e] @ x[:6] for e in range(5)], (7, 6, 5), 1),
+    "interleaved": (lambda W, x: [W[e::5] @ x[:4] for e in range(5)], (15, 4), 1),
+    "with gaps": (lambda W, x: [W[e] @ x[:4] for e in (0, 2, 4, 6, 7, 8, 9, 10)], (11, 5, 4), 2),
+    "blocks with gaps": (lambda W, x: [W[5 * e : 5 * e + 4] @ x[:4] for e in range(5)], (25, 4), 5),
+    "other sizes": (
+        lambda W, x: [W[e * (e + 1) : (e + 1) * (e + 2)] @ x[:4] for e in range(1, 5)],
+        (30, 4),
+        4,
+    ),
+    "overlapping": (lambda W, x: [W[e : e + 16] @ x[:20] for e in range(5)], (20, 20), 5),
+    "convolutions": (
+        lambda W, x: [jax.lax.conv(x[None, :60].reshape(1, 1, 12, 5), W[e], (1, 1), "VALID") for e in range(3)],
+        (3, 40, 1, 3, 3),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_a_weight_used_in_slices_has_one_factor_where_they_lie_side_by_side(name):
+    parts, shape, count = SLICED[name]
+    W = jax.random.normal(jax.random.key(0), shape)
+    X = jax.random.normal(jax.random.key(1), (3, 60))
+    loss = lambda W, x: sum(jnp.tanh(part).sum() for part in parts(W, x))  # noqa: E731
+    G = jax.vmap(jax.grad(loss), (None, 0))(W, X)
+    g = jg.per_example_grad(loss)(W, X)
+    if count is not None:
+        assert len(g.factors) == count
+    close(g.materialize(), G)
+    close(g.norms(), np.linalg.norm(flat(G), axis=1))
+    close(g.gram(), flat(G) @ flat(G).T)
+    close(g.sum(), G.sum(0))
+    close(g.dot(W), flat(G) @ W.ravel())
+    close(g.variance(), G.var(0))
+
+
+@pytest.mark.parametrize("verb", [lambda g: g.norms(), lambda g: g.gram(), lambda g: g.sum(), lambda g: g.variance()])
+@pytest.mark.parametrize("regular", [True, False])
+def test_the_number_of_equations_is_linear_in_the_slices(verb, regular):
+    def equations(n):
+        start = [8 * e if regular else 8 * e + e % 2 for e in range(n)]  # slices that are nowhere one box
+        loss = lambda W, x: sum(jnp.tanh(W[s : s + 6 + 2 * regular] @ x).sum() for s in start)  # noqa: E731
+        g = jax.eval_shape(jg.per_example_grad(loss), jnp.ones((n * 8, 6)), jnp.ones((4, 6)))
+        return len(jax.make_jaxpr(verb)(g).eqns)
+
+    assert equations(32) <= (1.1 if regular else 2.2) * equations(16)

@@ -53,7 +53,8 @@ def squared(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Arr
     terms = []
     for i, f in enumerate(leaf):
         terms.append(pairs.inner(f, f, chunk_bytes, precision))
-        terms += [2 * pairs.inner(f, f_, chunk_bytes, precision) for f_ in leaf[:i]]
+        others = [f_ for f_ in leaf[:i] if not f.layout.disjoint(f_.layout)]
+        terms += [2 * pairs.inner(f, f_, chunk_bytes, precision) for f_ in others]
     total = added(terms)
     return total if len(leaf) == 1 else jnp.maximum(total, jnp.zeros_like(total))  # NaN stays NaN
 
