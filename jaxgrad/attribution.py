@@ -219,9 +219,9 @@ def noise_scale(g: PerExampleGrads, *, precision: Precision = None) -> NoiseScal
     spread = (((norms / unit) ** 2).sum() - B * mean) / (B - 1)
     noise = jnp.maximum(spread, jnp.zeros_like(spread))
     signal = mean - noise / B
-    positive = jnp.where(signal > 0, signal, jnp.ones_like(signal))
-    scale = jnp.where(signal <= 0, jnp.full_like(signal, jnp.inf), noise / positive)
-    return NoiseScale(noise * unit * unit, signal * unit * unit, jnp.where(jnp.isnan(signal), signal, scale))
+    hidden = signal <= 0  # the scale is infinite, and nothing infinite is made where it is not
+    scale = jnp.where(hidden, jnp.ones_like(noise), noise) / jnp.where(hidden, jnp.zeros_like(signal), signal)
+    return NoiseScale(noise * unit * unit, signal * unit * unit, scale)
 
 
 def random_projection(g: PerExampleGrads, key: Array, size: int, *, precision: Precision = None) -> Float[Array, "B S"]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 from jaxgrad import _jax
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_bound
-from jaxgrad.per_example.norms import root_sum_of_squares, shortened
+from jaxgrad.per_example.norms import nan_unless, root_sum_of_squares, shortened
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import divisible, kept
@@ -73,7 +73,8 @@ def normalize(norms: Array, max_norm: Array) -> Array:
         >>> normalize(jnp.array([0.0, 0.5, 4.0]), jnp.array(1.0)).tolist()
         [0.0, 2.0, 0.25]
     """
-    return jnp.where(norms > 0, max_norm / norms, jnp.zeros_like(norms))
+    positive = norms > 0
+    return jnp.where(positive, max_norm / jnp.where(positive, norms, jnp.ones_like(norms)), jnp.zeros_like(norms))
 
 
 def automatic(gamma: float = 0.01) -> Weighting:
@@ -286,12 +287,13 @@ class ClippedGrad:
         if magnitudes is not None:
             guard = jnp.asarray(math.sqrt(GUARD[jnp.dtype(norms.dtype)]), norms.dtype)
             largest = root_sum_of_squares([norms, guard * kept(keep, magnitudes.astype(norms.dtype))])
-        most = limit / jnp.maximum(largest, jnp.finfo(norms.dtype).tiny)
+        numbers = jnp.finfo(norms.dtype)
+        bound = jnp.minimum(limit, numbers.max)
+        most = bound / jnp.maximum(largest, jnp.maximum(bound / (numbers.max / 4), numbers.tiny))  # never infinite
         c = _one_for_each(self._weighting(norms, limit), norms)
         c = jnp.clip(c, -most, most)
         c = kept(keep & ~jnp.isnan(c), c)
-        c = jnp.where(limit > 0, c, jnp.full_like(c, jnp.nan))
-        return g.where(keep).scale(c)
+        return g.where(keep).scale(nan_unless(limit > 0, c))
 
     def _in_microbatches(self, arguments: Arguments, mask: Array, size: int) -> tuple[list[Array], Any]:
         """Every so-manyth example in one microbatch, so that each is spread over the devices as the batch is."""

@@ -301,3 +301,142 @@ def test_bad_input_is_named(g):
     for call, error, message in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+# --- Switches of JAX -------------------------------------------------------------------------------------------
+
+
+VERBS = {
+    "norms": lambda g: g.norms(),
+    "squared_norms": lambda g: g.squared_norms(),
+    "leaf_norms": lambda g: g.leaf_norms(),
+    "magnitudes": lambda g: g.magnitudes(),
+    "dot": lambda g: g.dot(jax.tree.map(jnp.ones_like, g.sum())),
+    "weighted_sum": lambda g: g.weighted_sum(g.norms()),
+    "sum": lambda g: g.sum(),
+    "mean": lambda g: g.mean(),
+    "gram": lambda g: g.gram(),
+    "second_moment": lambda g: g.second_moment(),
+    "variance": lambda g: g.variance(),
+    "scale": lambda g: g.scale(g.norms()).factors,
+    "clip": lambda g: g.clip(30.0).factors,
+    "clip nothing": lambda g: g.clip(jnp.inf).sum(),
+    "clip by leaf": lambda g: g.clip(jax.tree.map(lambda a: 0.1, g.sum())).norms(),
+    "where": lambda g: g.where(g.norms() > 0).factors,
+    "nothing": lambda g: g.where(jnp.zeros(g.batch_size, bool)).clip(30.0).norms(),
+    "indexing": lambda g: g[jnp.arange(2)].factors,
+    "concatenate": lambda g: PerExampleGrads.concatenate([g, g]).norms(),
+    "materialize": lambda g: g.materialize(),
+    "slope of norms": lambda g: jax.grad(lambda c: g.scale(c).norms().sum())(jnp.zeros(g.batch_size)),
+    "noise_scale": lambda g: jg.attribution.noise_scale(g[jnp.array([0, 2, 3])]),
+}
+
+
+def healthy():
+    """A zero gradient beside others, in factors of every kind; a parameter that is not used."""
+    zero = lambda a: jnp.asarray(a).at[1].set(0)  # noqa: E731
+    normal = lambda seed, *shape: zero(jax.random.normal(jax.random.key(seed), shape))  # noqa: E731
+    conv = lambda kernel, x: jnp.sin(jax.lax.conv(x[None], kernel, (1, 1), "VALID")).sum()  # noqa: E731
+    windows = jg.per_example_grad(conv)(jnp.ones((64, 32, 3, 3)), normal(8, 4, 32, 6, 6)).factors
+    ids = jnp.array([[0, 2, 2], [1, 1, 1], [4, 0, 9], [-1, 3, 3]])
+    layout = Outer.of_matrix(jnp.ones((1, 4)), jnp.ones((1, 5)), jnp.float64).layout
+    return PerExampleGrads(
+        {
+            "one": (Outer.of_matrix(normal(0, 4, 3), normal(1, 4, 2), jnp.float64),),
+            "positions": (Outer(normal(2, 4, 1, 3, 4), normal(3, 4, 1, 3, 5), layout),),
+            "rows": (Rows.of_table(ids, normal(4, 4, 3, 5), 5, jnp.float64),),
+            "tied": (
+                Rows.of_table(ids, normal(5, 4, 3, 5), 4, jnp.float64),
+                Outer(normal(6, 4, 1, 3, 4), normal(7, 4, 1, 3, 5), layout),
+            ),
+            "vector": (Dense.of(normal(9, 4, 3), jnp.float64),),
+            "windows": windows,
+            "unused": (Outer(jnp.zeros((4, 1, 0, 4)), jnp.zeros((4, 1, 0, 5)), layout),),
+        }
+    )
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", VERBS)
+def test_nothing_of_our_own_is_nan_or_infinite(name, jit):
+    g = healthy()
+    found = (jax.jit(VERBS[name]) if jit else VERBS[name])(g)
+    with jax.debug_nans(True), jax.debug_infs(name != "clip nothing"):  # whose bound is infinite
+        close((jax.jit(VERBS[name]) if jit else VERBS[name])(g), found)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("weighting", [jg.clipping.clip, jg.clipping.normalize, jg.clipping.automatic(0.1)])
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_nothing_of_our_own_is_nan_or_infinite_in_a_clipped_sum(jit, weighting, microbatch_size):
+    params, X, Y = batch(jnp.float32)
+    gradient = jg.clipped_grad(
+        lambda p, x, y: loss(p, x, y) * (x[0] != 0).astype(x.dtype),
+        30.0,
+        weighting=weighting,
+        microbatch_size=microbatch_size,
+    )
+    if jit:
+        gradient = jax.jit(gradient)
+    X, mask = X.at[2].set(0), jnp.arange(B) > 0
+    with jax.debug_nans(True), jax.debug_infs(True):
+        total, info = gradient(params, X, Y, mask=mask)
+        assert float(info.norms[2]) == float(info.norms[0]) == 0
+        assert jnp.isfinite(total.W).all()
+
+
+# --- One weight in many slices ---------------------------------------------------------------------------------
+
+
+SLICED = {  # loss of (W, x), the shape of W, and how many factors there are
+    "experts": (lambda W, x: [W[e] @ x[:4] for e in range(6)], (6, 5, 4), 1),
+    "experts of two axes": (lambda W, x: [W[i, j] @ x[:4] for i in range(4) for j in range(4)], (4, 4, 5, 4), 1),
+    "experts used twice": (lambda W, x: [W[e] @ (i + 1.0) ** x[:4] for e in range(5) for i in range(2)], (5, 5, 4), 2),
+    "blocks of rows": (lambda W, x: [W[3 * e : 3 * e + 3] @ x[:4] for e in range(5)], (15, 4), 1),
+    "blocks of columns": (lambda W, x: [W[:, 2 * e : 2 * e + 2] @ x[:2] for e in range(5)], (7, 10), 1),
+    "last axis": (lambda W, x: [W[..., e] @ x[:6] for e in range(5)], (7, 6, 5), 1),
+    "interleaved": (lambda W, x: [W[e::5] @ x[:4] for e in range(5)], (15, 4), 1),
+    "with gaps": (lambda W, x: [W[e] @ x[:4] for e in (0, 2, 4, 6, 7, 8, 9, 10)], (11, 5, 4), 2),
+    "blocks with gaps": (lambda W, x: [W[5 * e : 5 * e + 4] @ x[:4] for e in range(5)], (25, 4), 5),
+    "other sizes": (
+        lambda W, x: [W[e * (e + 1) : (e + 1) * (e + 2)] @ x[:4] for e in range(1, 5)],
+        (30, 4),
+        4,
+    ),
+    "overlapping": (lambda W, x: [W[e : e + 16] @ x[:20] for e in range(5)], (20, 20), 5),
+    "convolutions": (
+        lambda W, x: [jax.lax.conv(x[None, :60].reshape(1, 1, 12, 5), W[e], (1, 1), "VALID") for e in range(3)],
+        (3, 40, 1, 3, 3),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_a_weight_used_in_slices_has_one_factor_where_they_lie_side_by_side(name):
+    parts, shape, count = SLICED[name]
+    W = jax.random.normal(jax.random.key(0), shape)
+    X = jax.random.normal(jax.random.key(1), (3, 60))
+    loss = lambda W, x: sum(jnp.tanh(part).sum() for part in parts(W, x))  # noqa: E731
+    G = jax.vmap(jax.grad(loss), (None, 0))(W, X)
+    g = jg.per_example_grad(loss)(W, X)
+    if count is not None:
+        assert len(g.factors) == count
+    close(g.materialize(), G)
+    close(g.norms(), np.linalg.norm(flat(G), axis=1))
+    close(g.gram(), flat(G) @ flat(G).T)
+    close(g.sum(), G.sum(0))
+    close(g.dot(W), flat(G) @ W.ravel())
+    close(g.variance(), G.var(0))
+
+
+@pytest.mark.parametrize("verb", [lambda g: g.norms(), lambda g: g.gram(), lambda g: g.sum(), lambda g: g.variance()])
+@pytest.mark.parametrize("regular", [True, False])
+def test_the_number_of_equations_is_linear_in_the_slices(verb, regular):
+    def equations(n):
+        start = [8 * e if regular else 8 * e + e % 2 for e in range(n)]  # slices that are nowhere one box
+        loss = lambda W, x: sum(jnp.tanh(W[s : s + 6 + 2 * regular] @ x).sum() for s in start)  # noqa: E731
+        g = jax.eval_shape(jg.per_example_grad(loss), jnp.ones((n * 8, 6)), jnp.ones((4, 6)))
+        return len(jax.make_jaxpr(verb)(g).eqns)
+
+    assert equations(32) <= (1.1 if regular else 2.2) * equations(16)

@@ -6,6 +6,9 @@ The algebra:
     layout       where the entries of a factor lie in the parameter
     windows      a convolution as a product: an image, and the windows of it that the kernel meets
     pairs        inner products of two factors, for every pair of kinds
+    rows         equal ids of an embedding's gradient brought together
+    sums         sums over very many examples, in blocks
+    boxes        one factor in place of many that lie side by side
     chunks       loops that write out no more at once than a stated number of bytes
     mapped       what is behind a map that all examples share, and penalties: Mapped, Common
     scaled       norms of what a map scales entry by entry

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxgrad.per_example.boxes import grouped
 from jaxgrad.per_example.factors import Dense, Factor, Outer, Rows, Windows, added, written_out
 from jaxgrad.per_example.layout import Layout
 from jaxgrad.per_example.mapped import Common, Mapped, Same
@@ -238,7 +239,7 @@ def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
             held = [jax.tree.leaves(f) for f in same]
             joined = [_joined(parts, 1 if kind is Outer else 0) for parts in zip(*held, strict=True)]
             merged.append(kind(*joined, layout))
-    return tuple(merged)
+    return grouped(merged)
 
 
 def _joined(arrays: Sequence[Array], axis: int) -> Array:

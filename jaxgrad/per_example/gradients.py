@@ -216,7 +216,7 @@ class PerExampleGrads:
         return added([leaf.gram(leaf_, chunk_bytes, precision) for leaf, leaf_ in pairs])
 
     def second_moment(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
-        """mean_b g_b ⊙ g_b, a tree of the parameters' shapes, in float32 at least: half has no room for squares.
+        """mean_b g_b ⊙ g_b, a tree of the parameters' shapes, in float32 at least: half precision has no room.
 
         Formula: of an Outer with T = 1, (left²)ᵀ(right²)/B, one matrix product; otherwise examples are written out,
         `chunk_bytes` at a time.

@@ -74,7 +74,11 @@ class Leaf:
 
     def gram(self, other: "Leaf", chunk_bytes: int, precision: Precision) -> Float[Array, "B C"]:
         """[B, C]: every pair of examples."""
-        return added([pairs.gram(f, f_, chunk_bytes, precision) for f in self.weighted() for f_ in other.weighted()])
+        others = other.weighted()
+        both = [(f, f_) for f in self.weighted() for f_ in others if not f.layout.disjoint(f_.layout)]
+        if not both:
+            return jnp.zeros((self.weight.shape[0], other.weight.shape[0]), self.weight.dtype)
+        return added([pairs.gram(f, f_, chunk_bytes, precision) for f, f_ in both])
 
     def second_moment(self, chunk_bytes: int, precision: Precision) -> Array:
         """mean_b of the squared entries, in the accumulator's dtype."""

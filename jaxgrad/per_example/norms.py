@@ -59,7 +59,8 @@ def squared(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Arr
     terms = []
     for i, f in enumerate(leaf):
         terms.append(pairs.inner(f, f, chunk_bytes, precision))
-        terms += [2 * pairs.inner(f, f_, chunk_bytes, precision) for f_ in leaf[:i]]
+        others = [f_ for f_ in leaf[:i] if not f.layout.disjoint(f_.layout)]
+        terms += [2 * pairs.inner(f, f_, chunk_bytes, precision) for f_ in others]
     total = added(terms)
     return total if len(leaf) == 1 else jnp.maximum(total, jnp.zeros_like(total))  # NaN stays NaN
 
@@ -180,7 +181,8 @@ def _of_positions(a: Array, dtype: jax.typing.DTypeLike) -> Array:
 
 def _product(a: Array, b: Array) -> Array:
     """a · b of norms: 0 beside one that is too large is 0."""
-    return jnp.where((a == 0) | (b == 0), jnp.zeros_like(a), a * b)
+    zero = (a == 0) | (b == 0)
+    return jnp.where(zero, jnp.zeros_like(a), jnp.where(zero, jnp.ones_like(a), a) * b)
 
 
 def _safe_sqrt(a: Array) -> Array:
@@ -194,7 +196,12 @@ def shortened(norms: Array, limit: Array) -> Array:
     endless = jnp.isinf(limit)
     finite = jnp.where(endless, jnp.ones_like(limit), limit)
     factor = jnp.where(endless, jnp.ones_like(norms), finite / jnp.maximum(finite, norms))
-    return jnp.where(limit > 0, factor, jnp.full_like(norms, jnp.nan))
+    return nan_unless(limit > 0, factor)
+
+
+def nan_unless(fine: Array, value: Array) -> Array:
+    """The value; NaN where it is not fine. No NaN is made elsewhere, which `jax.debug_nans` would find."""
+    return value * jnp.sqrt(jnp.where(fine, jnp.ones_like(value), -jnp.ones_like(value)))
 
 
 def together(each: Sequence[Length]) -> Array:
