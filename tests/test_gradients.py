@@ -440,3 +440,22 @@ def test_the_number_of_equations_is_linear_in_the_slices(verb, regular):
         return len(jax.make_jaxpr(verb)(g).eqns)
 
     assert equations(32) <= (1.1 if regular else 2.2) * equations(16)
+
+
+def test_an_empty_draw_has_no_examples():
+    g = jg.per_example_grad(lambda W, x: jnp.tanh(W @ x).sum())(jnp.ones((5, 4)), jnp.ones((3, 4)))
+    for index in ([], np.array([], int), slice(0, 0)):
+        empty = g[index]
+        assert empty.batch_size == 0
+        assert empty.norms().shape == (0,)
+        assert not empty.sum().any()
+
+
+def test_gradients_of_several_models_say_where_their_methods_are_to_be_called():
+    gradients = jax.vmap(jg.per_example_grad(lambda W, x: jnp.tanh(W @ x).sum()), (0, None))
+    g = gradients(jnp.ones((2, 5, 4)), jnp.ones((3, 4)))
+    assert "PerExampleGrads" in repr(g)
+    for verb in (lambda g: g.norms(), lambda g: g.sum(), lambda g: g.clip(1.0), lambda g: g.gram(), lambda g: g[:1]):
+        with pytest.raises(ValueError, match="call its methods inside the vmap"):
+            verb(g)
+    assert jax.vmap(lambda g: g.norms())(g).shape == (2, 3)

@@ -56,7 +56,7 @@ class PerExampleGrads:
                     f"PerExampleGrads: expected factors of one parameter, got shapes and dtypes {shapes} "
                     f"at {jax.tree_util.keystr(path)}."
                 )
-        self._leaves: tuple[Leaf, ...] = tuple(Leaf.of(leaf) for _, leaf in leaves)
+        self._held: tuple[Leaf, ...] = tuple(Leaf.of(leaf) for _, leaf in leaves)
         self._treedef: Any = treedef
 
     # --- as a pytree
@@ -64,14 +64,24 @@ class PerExampleGrads:
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Leaf], ...], Any]:
         """For JAX: the factors by their parameter's path, and the structure of the tree."""
         keys = [jax.tree_util.GetAttrKey(path) for path in self.paths]
-        return tuple(zip(keys, self._leaves, strict=True)), self._treedef
+        return tuple(zip(keys, self._held, strict=True)), self._treedef
 
     @classmethod
     def tree_unflatten(cls, treedef: Any, leaves: Sequence[Leaf]) -> "PerExampleGrads":
         """For JAX: the inverse of flattening, unchecked."""
         g = object.__new__(cls)
-        g._leaves, g._treedef = tuple(leaves), treedef
+        g._held, g._treedef = tuple(leaves), treedef
         return g
+
+    @property
+    def _leaves(self) -> tuple[Leaf, ...]:
+        weight = getattr(self._held[0], "weight", None)
+        if getattr(weight, "ndim", 1) != 1:
+            raise ValueError(
+                f"PerExampleGrads: expected one example axis, got axes {jnp.shape(weight)} in front. What came out of "
+                f"jax.vmap, over models for instance, is a stack of them: call its methods inside the vmap."
+            )
+        return self._held
 
     def _with(self, leaves: Sequence[Leaf]) -> "PerExampleGrads":
         return self.tree_unflatten(self._treedef, leaves)
@@ -121,8 +131,13 @@ class PerExampleGrads:
                 for path, leaf in zip(self.paths, self._leaves, strict=True)
             ]
             held = f"{self.batch_size} examples, {self.nbytes} bytes held, {self.materialized_nbytes} if materialized"
-        except (AttributeError, IndexError, TypeError):  # a tree of something else in this form: JAX makes those
-            return f"PerExampleGrads({self._leaves})"
+        except (
+            AttributeError,
+            IndexError,
+            TypeError,
+            ValueError,
+        ):  # a tree of something else in this form: JAX makes those
+            return f"PerExampleGrads({self._held})"
         return "\n".join([f"PerExampleGrads({held})", *lines])
 
     # --- norms
@@ -275,12 +290,15 @@ class PerExampleGrads:
 
     def __getitem__(self, index: Any) -> "PerExampleGrads":
         """A subset of the examples: a slice, or an integer or boolean array."""
+        _ = self._leaves  # raises where there is more than one example axis
         if isinstance(index, slice):
             return map_examples_of(lambda a: a[index], self)
         try:
             chosen = jnp.asarray(index)
         except TypeError:
             chosen = None
+        if chosen is not None and chosen.shape == (0,):  # an empty draw; a list without entries has no dtype
+            chosen = chosen.astype(int)
         if (
             chosen is None
             or chosen.ndim != 1
@@ -363,16 +381,17 @@ class PerExampleGrads:
             ValueError: a number that is not positive, or a tree that is not a prefix of the parameters.
         """
         treedef: Any
+        leaves = self._leaves
         bounds, treedef = jax.tree.flatten(prefix)
         for bound in bounds:
             checked_bound(call, bound)
         try:
-            groups = treedef.flatten_up_to(self._tree(range(len(self._leaves))))
+            groups = treedef.flatten_up_to(self._tree(range(len(leaves))))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{call}: expected a number or a tree prefix of the parameters, {self._treedef}, got {treedef}."
             ) from error
-        members = [[self._leaves[i] for i in jax.tree.leaves(group)] for group in groups]
+        members = [[leaves[i] for i in jax.tree.leaves(group)] for group in groups]
         return bounds, [self.tree_unflatten(jax.tree.structure([0] * len(part)), part) for part in members]
 
 
