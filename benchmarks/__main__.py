@@ -28,9 +28,11 @@ THEMES = {  # a theme: its module, which has a THEME
     "curvature": "benchmarks.curvature",
     "peers": "benchmarks.peers.theme",
     "growth": "benchmarks.growth",
+    "third_party": "benchmarks.third_party.theme",
     "card": "benchmarks.card",
 }
 ROW_SECONDS = 60.0  # on a GPU, for one row
+THIRD_PARTY = "third_party"  # what has an environment of its own, and is run by its name alone
 CARD = "card"  # what runs on a GPU, and what --small makes small
 
 
@@ -65,13 +67,18 @@ def main(argv: Sequence[str] | None = None, themes: Iterable[Theme] | None = Non
         if rows and options.write:
             report.write(options.write, theme, rows, environment(), command)
         everything += rows
+    failed = [f"{row.name}: {row.failed}" for row in everything if row.failed]
+    if failed:
+        raise SystemExit("\n\n".join(["python -m benchmarks: error: these rows are wrong", *failed]))
     return everything
 
 
 def chosen(options: argparse.Namespace) -> list[str]:
     if options.only in THEMES:
         return [options.only]
-    return [CARD] if options.small or options.device == "gpu" else [name for name in THEMES if name != CARD]
+    if options.small or options.device == "gpu":
+        return [CARD]
+    return [name for name in THEMES if name not in (CARD, THIRD_PARTY)]
 
 
 def as_typed(options: argparse.Namespace) -> str:

@@ -105,7 +105,8 @@ def markdown(theme: Theme, rows: Sequence[Row], environment: dict[str, Any], com
     for section, of_section in itertools.groupby(rows, key=lambda row: row.section):
         lines += ["", *([section, ""] if section else []), *header(theme.columns, " ")]
         lines += [row_line(theme.columns, row) for row in of_section]
-    return "\n".join(lines) + "\n" + (f"\n{theme.note.strip()}\n" if theme.note else "")
+    note = theme.note if isinstance(theme.note, str) else theme.note(rows)
+    return "\n".join(lines) + "\n" + (f"\n{note.strip()}\n" if note else "")
 
 
 def write(folder: Path, theme: Theme, rows: Sequence[Row], environment: dict[str, Any], command: str) -> None:

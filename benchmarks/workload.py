@@ -103,6 +103,8 @@ class Row:
     compiling: dict[str, float] = dataclasses.field(default_factory=dict)
     costs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # operations, bytes, the roofline
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    lines: list[str] = dataclasses.field(default_factory=list)  # what the theme's note says of this row
+    failed: str = ""  # why this row is wrong, if it is: the command ends with it once the others are measured
 
     def best(self, name: str) -> str:
         """The column itself, or the fastest of those that are called so and something more."""
@@ -129,7 +131,7 @@ class Theme:
         columns: of the table.
         workloads: its rows.
         measure: (workload, settings) → the rows to print; None for the usual way, `benchmarks.measure.measure`.
-        note: what stands below the table.
+        note: what stands below the table, or what makes it of the rows.
     """
 
     name: str
@@ -138,4 +140,4 @@ class Theme:
     columns: Sequence[Column]
     workloads: Callable[[Settings], Iterable[Workload]]
     measure: Callable[[Workload, Settings], Iterable[Row]] | None = None
-    note: str = ""
+    note: str | Callable[[Sequence[Row]], str] = ""

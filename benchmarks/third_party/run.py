@@ -1,0 +1,171 @@
+"""What runs in a model's process: python -m benchmarks.third_party.run FAMILY MODEL FOLDER SECONDS
+
+Writes FOLDER/out.json: what was measured, or a word that says why nothing was.
+"""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxgrad as jg
+from benchmarks.functions import factored, in_axes, max_norm, plain, written_out
+from benchmarks.measure import measure
+from benchmarks.models import Model
+from benchmarks.third_party.built import Built, of_dtype
+from benchmarks.timing import keep_memory
+from benchmarks.workload import Settings, Workload
+
+EXACT, ROUNDED = 1e-9, 1e-4  # how far results may lie apart in float64, relative to their size; if float32 is inside
+SINGLE = 1e-3  # the same in float32
+SHARES = ("factored", "formed", "vector", "unused", "direct")
+ROOT = Path(__file__).parents[2]
+SMALL = 0.01  # of the model's bytes: a direct parameter of fewer is not listed
+
+
+def main(family: str, name: str, folder: Path, seconds: float) -> None:
+    outcome = reported(lambda: build(family, name, jnp.float32), "skipped") or reported(
+        lambda: measured(family, name, seconds), "failed"
+    )
+    (folder / "out.json").write_text(json.dumps(outcome), encoding="utf-8")
+
+
+def reported(step: Callable[[], Any], word: str) -> dict[str, Any]:
+    """What a step returns if that is an outcome, or how it ended, under the word; empty if there is nothing to say."""
+    try:
+        outcome = step()
+        return outcome if isinstance(outcome, dict) else {}
+    except ModuleNotFoundError as error:
+        return {word: f"not installed: {error.name}", "trace": traceback.format_exc()}
+    except Exception as error:  # whatever it is, it is this model's answer
+        first = str(error).strip().split("\n")[0]
+        return {word: f"{type(error).__name__}: {first}", "trace": traceback.format_exc()}
+
+
+def build(family: str, name: str, dtype: Any) -> Model:
+    """The model, with numbers of the dtype; away from where initial zeros and ones make gradients vanish."""
+    built: Built = getattr(importlib.import_module(f"benchmarks.third_party.{family}"), name)(dtype)
+    leaves, tree = jax.tree.flatten(built.params)
+    rng = np.random.default_rng(1)
+    params = jax.tree.unflatten(
+        tree, [jnp.asarray(a + 0.01 * rng.normal(size=a.shape)).astype(a.dtype) for a in leaves]
+    )
+    return Model(name, built.loss, of_dtype(params, dtype), of_dtype(built.batch, dtype), 1.0)
+
+
+def measured(family: str, name: str, seconds: float) -> dict[str, Any]:
+    """Agreement in float64, then what is done with each parameter, then time and memory in float32."""
+    with jax.enable_x64(True):
+        exact = build(family, name, jnp.float64)
+        difference = furthest(exact)
+        tolerance = EXACT if is_exact(exact) else ROUNDED
+    if not difference <= tolerance:
+        raise AssertionError(f"jaxgrad and vmap(grad) differ by {difference:.1e} of their size")
+    jax.clear_caches()
+    model = build(family, name, jnp.float32)
+    told = jg.explain(model.loss)(model.params, *model.batch)
+    bound = max_norm(model)
+    (row,) = measure(
+        Workload(
+            name,
+            {"plain": plain(model), "jaxgrad": factored(model, bound), "vmap(grad)": written_out(model, bound)},
+            (model.params, *model.batch),
+            agree=("jaxgrad", "vmap(grad)"),
+            compare=close,
+            apart=("vmap(grad)",),
+        ),
+        Settings(seconds),
+    )
+    row.labels = {
+        "difference": f"{difference:.0e}" + (" (float32 inside)" if difference > EXACT else ""),
+        **labels(told),
+    }
+    return {"row": dataclasses.asdict(row), "direct": listed(told)}
+
+
+def nbytes(row: Any) -> int:
+    """Of a parameter, from its row in explain."""
+    return math.prod(row.shape) * row.dtype.itemsize
+
+
+def labels(told: Any) -> dict[str, str]:
+    """How many parameters there are, and the shares of their bytes by what is done with them."""
+    size = sum(map(nbytes, told.rows))
+    share = {how: sum(nbytes(r) for r in told.rows if r.how == how) / size for how in SHARES}
+    return {
+        "parameters": f"{sum(math.prod(r.shape) for r in told.rows):,}",
+        **{how: f"{x:.1%}" for how, x in share.items()},
+        "held": f"{told.nbytes / told.materialized_nbytes:.2f}",
+    }
+
+
+def listed(told: Any) -> list[dict[str, Any]]:
+    """The direct parameters that are not small."""
+    size = sum(map(nbytes, told.rows))
+    return [
+        {
+            "path": r.path,
+            "shape": list(r.shape),
+            "share": nbytes(r) / size,
+            "primitive": r.primitive,
+            "source": r.source.rpartition("site-packages/")[2].removeprefix(f"{ROOT}/"),
+            "why": r.why,
+        }
+        for r in told.direct
+        if nbytes(r) > SMALL * size
+    ]
+
+
+def furthest(model: Model) -> float:
+    """How far norms, clipped sum and Gram matrix lie from those of gradients that vmap(jax.grad) writes out."""
+    arguments = (model.params, *model.batch)
+
+    def by_vmap(params: Any, *batch: Any) -> Any:
+        G = jax.vmap(jax.grad(model.loss), in_axes(model))(params, *batch)
+        rows = [a.reshape(len(a), -1) for a in jax.tree.leaves(G)]
+        gram = sum((a.conj() @ a.T).real for a in rows)
+        norms = jnp.sqrt(jnp.diagonal(gram))
+        bound = jnp.median(norms)
+        c = bound / jnp.maximum(bound, norms)
+        return bound, norms, gram, jax.tree.map(lambda a: jnp.tensordot(c, a, 1), G)
+
+    def ours(bound: Any, params: Any, *batch: Any) -> Any:
+        g = jg.per_example_grad(model.loss)(params, *batch)
+        return g.norms(), g.gram(), g.clip(bound).sum()
+
+    bound, *theirs = jax.jit(by_vmap)(*arguments)
+    return max(map(apart, jax.jit(ours)(bound, *arguments), theirs))
+
+
+def apart(ours: Any, theirs: Any) -> float:
+    """The Euclidean distance of two trees, relative to the size of the second; NaN and inf stay."""
+    square = lambda leaves: math.sqrt(sum(float(jnp.sum(jnp.abs(a) ** 2)) for a in leaves))  # noqa: E731
+    ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
+    return square([a - b for a, b in zip(ours, theirs, strict=True)]) / square(theirs)
+
+
+def close(ours: Any, theirs: Any) -> None:
+    """Part by part: the mean loss, then the sum."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert apart(a, b) <= SINGLE, f"off by {apart(a, b):.1e}, more than {SINGLE}"
+
+
+def is_exact(model: Model) -> bool:
+    """Whether no number in the loss is of float32."""
+    example = jax.tree.map(lambda a: a[0], model.batch)
+    return "f32[" not in str(jax.make_jaxpr(model.loss)(model.params, *example))
+
+
+if __name__ == "__main__":
+    keep_memory()
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]))
