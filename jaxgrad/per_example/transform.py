@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxgrad import _jax
@@ -214,4 +215,7 @@ def _as_returned(value: Value, aval: Any) -> Array:
         if zeros.dtype == aval.dtype:
             return zeros
     array = array_of(value)
-    return array if isinstance(array, jax.Array) else jnp.asarray(array, None if aval.weak_type else aval.dtype)
+    if isinstance(array, np.ndarray) and aval.weak_type and not array.ndim:  # a number of the program
+        number = jnp.asarray(array.item())
+        array = number if number.dtype == aval.dtype else array
+    return array if isinstance(array, jax.Array) else jnp.asarray(array, aval.dtype)
