@@ -15,6 +15,9 @@ from jaxtyping import Array
 from jaxgrad.per_example.layout import Layout
 from jaxgrad.per_example.maps import Map
 
+MARGIN = 4.0
+"""Six steps from a random start are short by a factor of about n^(1/13) at most, 2.9 for a million entries."""
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=())
 @dataclass(frozen=True)
@@ -97,8 +100,15 @@ class Mapped:
         return self.map.transposed(self.avals(cotangent.dtype), self.shared.value, cotangent)
 
     def norm(self, dtype: Any) -> Array:
-        """About the largest factor by which the map lengthens anything."""
-        return self.map.norm(self.avals(dtype), self.shared.value)
+        """No less than the largest factor by which the map lengthens anything.
+
+        Of a map that does one thing to each entry it is a bound. Of others it is `MARGIN` times what six steps of the
+        power method find from a random start, which is less than the norm by more than that with a chance that is
+        negligible and not zero.
+        """
+        if self.map.entrywise() == () and len(self.shapes) == 1:
+            return jnp.abs(self.apply([jnp.ones(self.shapes[0][0], dtype)])).max(initial=0)
+        return MARGIN * self.map.norm(self.avals(dtype), self.shared.value)
 
 
 def is_same(node: Any) -> bool:
