@@ -75,7 +75,7 @@ class PerExampleGrads:
 
     @property
     def _leaves(self) -> tuple[Leaf, ...]:
-        weight = getattr(self._held[0], "weight", None)
+        weight: Any = getattr(self._held[0], "weight", None)
         if getattr(weight, "ndim", 1) != 1:
             raise ValueError(
                 f"PerExampleGrads: expected one example axis, got axes {jnp.shape(weight)} in front. What came out of "
