@@ -208,6 +208,7 @@ def bind_wide(eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """As `bind`, for values that may be wider than the equation's own: nothing is rounded to something narrower."""
     (first, *_), to = values, eqn.outvars[0].aval.dtype
     if eqn.primitive is lax.convert_element_type_p and jnp.issubdtype(to, jnp.floating):
+        first = first.real  # as JAX converts complex numbers
         return [first if _bits(first) > _bits(eqn.outvars[0].aval) else first.astype(to)]
     inexact = [k for k, x in enumerate(values) if jnp.issubdtype(x.dtype, jnp.inexact)]
     if all(values[k].dtype == eqn.invars[k].aval.dtype for k in inexact):
