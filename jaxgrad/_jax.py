@@ -30,7 +30,8 @@ IDENTITIES = (
     *(lax.copy_p, lax.reduce_precision_p, lax.optimization_barrier_p),
     *(primitives.sharding_constraint_p, primitives.device_put_p),
 )  # what a value may pass without being changed, each operand by itself
-unstack_p = getattr(lax, "unstack_p", None)  # since JAX 0.10.1
+unstack_p: Any = getattr(lax, "unstack_p", None)  # these two since JAX 0.10.1
+stack_p: Any = getattr(lax, "stack_p", None)
 
 _JAX = os.path.dirname(os.path.abspath(jax.__file__))
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -101,6 +102,11 @@ def scatter_window(eqn: Equation) -> list[int | None] | None:
 def scatter_clips(eqn: Equation) -> bool:
     """Whether an index out of range is brought into it; otherwise it adds nothing, promised to be in range or not."""
     return eqn.params["mode"] == lax.GatherScatterMode.CLIP
+
+
+def gather_fills(eqn: Equation) -> bool:
+    """Whether an index out of range gives a number that is not zero: then it is not linear."""
+    return eqn.primitive is lax.gather_p and bool(eqn.params["fill_value"])
 
 
 def _rank(v: Any) -> int:

@@ -5,6 +5,7 @@ that is one such map, behind a product. `Node`s are the record: a graph of calls
 (`Input`) and from arrays that all examples share. `Map` is the same graph without its arrays, to be kept with factors.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
+from jaxgrad.per_example.scales import power_of_two
 
 # What does one thing to each entry.
 ENTRYWISE = frozenset(
@@ -171,15 +173,20 @@ class Map:
         return jax.linear_transpose(lambda *xs: self(xs, shared), *inputs)(cotangent)
 
     def norm(self, inputs: Sequence[jax.ShapeDtypeStruct], shared: Sequence[Array], steps: int = 6) -> Array:
-        """About the largest factor by which the map lengthens anything, by the power method."""
+        """About the largest factor by which the map lengthens anything, from below, by the power method."""
         start = jax.random.normal(jax.random.key(0), (sum(x.size for x in inputs),), inputs[0].dtype)
         ends = [sum(x.size for x in inputs[:k]) for k in range(1, len(inputs))]
         vs = [part.reshape(x.shape) for part, x in zip(jnp.split(start, ends), inputs, strict=True)]
-        length = jnp.ones((), inputs[0].dtype)
-        for _ in range(steps):
-            size = jnp.sqrt(sum((v * v).sum() for v in vs))
-            size = jnp.where(size > 0, size, jnp.ones_like(size))
-            image = self([v / size for v in vs], shared)
-            length = jnp.sqrt((image * image).sum())
-            vs = list(self.transposed(inputs, shared, image))
-        return length
+        for step in range(steps):
+            size = _length(vs)
+            image = self([v / jnp.where(size > 0, size, jnp.ones_like(size)) for v in vs], shared)
+            unit = power_of_two(jnp.abs(image).max(initial=0))
+            if step + 1 < steps:
+                vs = list(self.transposed(inputs, shared, image / unit))
+        return _length([image])
+
+
+def _length(arrays: Sequence[Array]) -> Array:
+    """Of all together, scaled by a power of two: neither huge nor tiny entries are lost."""
+    unit = power_of_two(functools.reduce(jnp.maximum, [jnp.abs(a).max(initial=0) for a in arrays]))
+    return unit * jnp.sqrt(sum(((a / unit) ** 2).sum() for a in arrays))

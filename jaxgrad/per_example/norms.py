@@ -81,11 +81,11 @@ def length(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Leng
             return Length(jnp.ones_like(norms), norms)
     if any(isinstance(f, Mapped) for f in leaf):
         products = scaled.scaled_products(leaf)
-        return _of_written_out(leaf, chunk_bytes, precision) if products is None else _of_scaled(products)
+        return _of_written_out(leaf, chunk_bytes, precision) if products is None else _of_scaled(products, precision)
     return _of_sum(leaf, chunk_bytes, precision)
 
 
-def _of_scaled(products: Sequence[scaled.Scaled]) -> Length:
+def _of_scaled(products: Sequence[scaled.Scaled], precision: Precision) -> Length:
     """Of products scaled by what all examples share, each by powers of two as well."""
     parts = [scaled.scaled_by_powers_of_two(product) for product in products]
     unit = functools.reduce(jnp.maximum, [unit for _, unit in parts])
@@ -93,8 +93,8 @@ def _of_scaled(products: Sequence[scaled.Scaled]) -> Length:
     balanced = [scaled.times(product, unit / divisor) for product, unit in parts]
     terms = []
     for i, p in enumerate(balanced):
-        terms.append(scaled.inner(p, p))
-        terms += [2 * scaled.inner(p, q) for q in balanced[:i]]
+        terms.append(scaled.inner(p, p, precision))
+        terms += [2 * scaled.inner(p, q, precision) for q in balanced[:i]]
     total = added(terms)
     return Length(jnp.maximum(total, jnp.zeros_like(total)) if len(parts) > 1 else total, unit)
 
@@ -161,7 +161,7 @@ def _magnitude(f: Factor, dtype: jnp.dtype) -> Array:
         case Common(number, array):
             return _product(jnp.abs(number.astype(dtype)), _of_vectors(array.value[None], dtype).norm)
         case Mapped(inputs):
-            sizes = [_magnitude(part, dtype) for parts in inputs for part in parts]
+            sizes = [added([_magnitude(part, dtype) for part in parts]) for parts in inputs]
             return f.norm(dtype) * root_sum_of_squares(sizes)
 
 

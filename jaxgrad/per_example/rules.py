@@ -22,6 +22,7 @@ from jaxgrad.per_example.values import (
     added,
     array_of,
     as_broadcast,
+    is_shared,
     is_zero,
     mapped,
     zero,
@@ -119,6 +120,25 @@ def _unstack(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | N
             return None
         results.append(part)
     return results
+
+
+def _stack(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    """Each is put at its place along a new axis of zeros."""
+    axis, out = int(eqn.params["axis"]), eqn.outvars[0].aval
+    total: Value = zero(out.shape, out.dtype)
+    for k, value in enumerate(values):
+        if is_zero(value):
+            continue
+        if not isinstance(value, Undone):
+            return None
+        shape = [1 if d == axis else n for d, n in enumerate(out.shape)]
+        edges = [(k, len(values) - 1 - k, 0) if d == axis else (0, 0, 0) for d in range(len(shape))]
+        placed = mapped(value, tuple(shape), out.dtype, partial(moves.reshape, shape=shape))
+        placed = None if placed is None else _each(eqn, placed, partial(moves.pad, config=edges))
+        if placed is None:
+            return None
+        total = added(total, placed)
+    return [total]
 
 
 def _concatenate(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
@@ -300,7 +320,7 @@ RULES: dict[_jax.Primitive, Rule] = {
     lax.slice_p: _on_first(_slice),
     lax.pad_p: _pad,
     lax.split_p: _split,
-    **({} if _jax.unstack_p is None else {_jax.unstack_p: _unstack}),
+    **({} if _jax.unstack_p is None else {_jax.unstack_p: _unstack, _jax.stack_p: _stack}),
     lax.concatenate_p: _concatenate,
     _jax.add_any_p: _add,
     lax.add_p: _add,
@@ -316,6 +336,7 @@ RULES: dict[_jax.Primitive, Rule] = {
 # Which operands may be undone products, for the search from the gradients backwards; the first one elsewhere.
 _OPERANDS: dict[_jax.Primitive, Callable[[int], range]] = {
     lax.concatenate_p: range,
+    **({} if _jax.stack_p is None else {_jax.stack_p: range}),
     _jax.add_any_p: range,
     lax.add_p: range,
     lax.sub_p: range,
@@ -349,7 +370,16 @@ def behind(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | Non
         return through.through(eqn, values) if results is None else results
     if eqn.primitive in (lax.add_p, _jax.add_any_p):
         return [added(*values)]
-    products = [dataclasses.replace(v, maps=(), as_written=None) if isinstance(v, Undone) else v for v in values]
+    # What is added to the products and is the same for all examples goes with the maps, and counts once.
+    slots = through.operands(eqn) if eqn.primitive not in through.BILINEAR else ()
+    products = [
+        dataclasses.replace(v, maps=(), as_written=None)
+        if isinstance(v, Undone)
+        else zero(eqn.invars[k].aval.shape, eqn.invars[k].aval.dtype)
+        if k in slots and is_shared(v)
+        else v
+        for k, v in enumerate(values)
+    ]
     maps = [dataclasses.replace(v, terms=(), as_written=None) if isinstance(v, Undone) else v for v in values]
     results = through.through(eqn, maps)
     if results is None or all(is_zero(value) for value in products if isinstance(value, Undone)):

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad.per_example.chunks import chunk_size, map_examples
-from jaxgrad.per_example.factors import Dense, Factor, Outer, accumulator, wide
+from jaxgrad.per_example.factors import Dense, Factor, Outer, Precision, accumulator, wide
 from jaxgrad.per_example.layout import Layout
 from jaxgrad.per_example.mapped import Common, Mapped
 from jaxgrad.per_example.scales import nearest_power, power_of_two, row_sums
@@ -95,7 +95,7 @@ def times(product: Scaled, c: Array) -> Scaled:
     return product._replace(right=product.right * c[:, None])
 
 
-def inner(p: Scaled, q: Scaled) -> Array:
+def inner(p: Scaled, q: Scaled, precision: Precision = None) -> Array:
     """[B]: the inner product of each example's two."""
     left, right = _both(p.left, q.left), _both(p.right, q.right)
     shared = [x for x in (p, q) if x.array is not None]
@@ -116,7 +116,11 @@ def inner(p: Scaled, q: Scaled) -> Array:
     if left is None:
         return row_sums(right * whole(arrays).sum(0)[None])
     size = chunk_size(K * right.dtype.itemsize, BLOCK_BYTES, F)
-    turned = map_examples(lambda *arrays: jnp.matmul(whole(arrays), right.T), size, *arrays, spread=False)  # [F, B]
+
+    def across(*arrays: Array) -> Array:
+        return jnp.matmul(whole(arrays), right.T, precision=precision)
+
+    turned = map_examples(across, size, *arrays, spread=False)  # [F, B]
     return row_sums(left * turned.T)
 
 

@@ -19,7 +19,6 @@ from jaxgrad.per_example.values import (
     FORMED,
     Broadcast,
     Plain,
-    Shared,
     Undone,
     Value,
     array_of,
@@ -61,6 +60,7 @@ LINEAR: dict[_jax.Primitive, Callable[[int], Sequence[int]]] = {
         _first,
     ),
     **dict.fromkeys([lax.add_p, _jax.add_any_p, lax.sub_p, lax.concatenate_p, lax.complex_p], range),
+    **({} if _jax.stack_p is None else {_jax.stack_p: range}),
     lax.select_n_p: lambda n: range(1, n),
     lax.pad_p: lambda n: range(2),
     lax.dynamic_update_slice_p: lambda n: range(2),
@@ -85,7 +85,7 @@ def through(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
     if eqn.primitive in BILINEAR:
         taken = [k for k in taken if isinstance(values[k], Undone)][:1]
     inexact = all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in [*eqn.outvars, *(eqn.invars[k] for k in taken)])
-    if not taken or not inexact:
+    if not taken or not inexact or _jax.gather_fills(eqn):
         return None
     sides: list[Any] = []
     for k, value in enumerate(values):
@@ -95,8 +95,9 @@ def through(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
             sides.append(jnp.asarray(array_of(value)))
         elif isinstance(value, Undone):
             sides.append(node_of(value))
-        elif isinstance(value, Shared):
-            sides.append(node_of(times_shared(jnp.ones((), value.array.dtype), value.array)))
+        elif is_shared(value):
+            array = jnp.asarray(array_of(value))
+            sides.append(node_of(times_shared(jnp.ones((), array.dtype), array)))
         else:
             return None
     number = _contracted(eqn, sides[0]) if eqn.primitive is lax.reduce_sum_p else None

@@ -219,7 +219,7 @@ def _as_undone(value: Value) -> Undone:
 def times_shared(number: Array, array: Array) -> Undone:
     """A number of each example times an array that all share."""
     ones = [1] * array.ndim
-    call = Call(lambda arrays: [arrays[0].reshape(ones) * arrays[1]], "times", (Input(number), array))
+    call = Call(lambda arrays: [arrays[0].reshape(ones) * arrays[1]], ("times", array.ndim), (Input(number), array))
     return Undone((), tuple(array.shape), array.dtype, (Result(call, 0),))
 
 

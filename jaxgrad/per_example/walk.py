@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example import through, undone
+from jaxgrad.per_example.maps import inputs_of
 from jaxgrad.per_example.products import undone_product
 from jaxgrad.per_example.rules import KEEPS_ZERO, behind, operands
 from jaxgrad.per_example.undone import Term
@@ -201,9 +202,14 @@ def _inherited(eqn: _jax.Equation, values: Sequence[Value], taken: Sequence[int]
             return _refused(eqn, value)
     if eqn.primitive is lax.while_p:
         return reason_at(eqn, "it is computed in a loop whose number of steps is not known: give the loop a fixed one")
-    if any(np.size(array_of(value)) >= size for value in values if not is_shared(value)):
+    if any(_size(value) >= size for value in values if not is_shared(value)):
         return FORMED
     return reason_at(eqn, "its result is not a product of two smaller arrays")
+
+
+def _size(value: Value) -> int:
+    """How many numbers there are of it; of what is repeated, once."""
+    return int(np.size(value.source if isinstance(value, Broadcast) else array_of(value)))
 
 
 def _repeated(eqn: _jax.Equation, values: Sequence[Value]) -> Broadcast | None:
@@ -293,7 +299,7 @@ def _scan(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         return step
 
     def explained(results: Sequence[Value]) -> list[Value]:
-        sizes = [np.size(array_of(v)) for v in values[: parts.consts] if not is_shared(v)]
+        sizes = [_size(v) for v in values[: parts.consts] if not is_shared(v)]
         sizes += [x.size // S for x, shared in zip(xs, same, strict=True) if not shared and S]
         other = reason_at(eqn, "it is carried through a loop that does more than add to it")
 
@@ -451,10 +457,13 @@ def _cond_as_map(
     if not products or not all(is_shared(v) or is_zero(v) for k, v in enumerate(rest) if k not in products):
         return None
 
-    def is_linear(value: Value) -> bool:
-        return is_zero(value) or (isinstance(value, Undone) and all(isinstance(x, Undone) for x in value.inputs))
-
     nodes = {k: through.node_of(v) for k, v in enumerate(rest) if k in products}
+    known = {id(x.value) for x in inputs_of(list(nodes.values()))}
+
+    def is_linear(value: Value) -> bool:
+        maps_alone = isinstance(value, Undone) and not value.terms
+        return is_zero(value) or (maps_alone and all(id(x) in known for x in value.inputs))
+
     inside = [Undone((), v.shape, v.dtype, (nodes[k],)) if k in nodes else v for k, v in enumerate(rest)]
     linear: list[bool] = []
 

@@ -133,6 +133,28 @@ def log_prior(p, x):
     return used(p["W"], x) - 0.01 * prior
 
 
+# --- parts of one weight that are used in different ways
+
+
+@entry({"W": w(33, 17)}, (x(4, 17),), paths("W"))
+def split_into_a_masked_a_penalised_and_a_plain_part(p, x):
+    a, b, c = jnp.split(p["W"], 3)
+    return used(a * MASK[:11], x) + 0.1 * jnp.sum(b**2) + used(c, x)
+
+
+@entry({"W": w(3, 11, 17)}, (x(4, 17),), paths("W"))
+def unstacked_into_a_masked_a_penalised_and_a_plain_part(p, x):
+    a, b, c = jnp.unstack(p["W"])
+    return used(a * MASK[:11], x) + 0.1 * jnp.sum(b**2) + used(c, x)
+
+
+@entry({"W": w(11, 17), "V": w(11, 17)}, (x(4, 17),), paths("W", "V"))
+def joined_selected_and_subtracted(p, x):
+    V = jnp.where(MASK[:11], p["V"], jnp.tanh(p["W"])) - jnp.exp(p["W"])
+    joined = jnp.concatenate([p["W"], jnp.sin(V), V])
+    return used(joined, x) + used(V, x) + 0.1 * jnp.sum(joined**2)
+
+
 # --- complex weights
 
 
