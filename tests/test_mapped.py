@@ -7,7 +7,8 @@ import pytest
 from jax import lax
 
 import jaxgrad as jg
-from jaxgrad.per_example import Common, Mapped
+from jaxgrad.per_example import Common, Dense, Layout, Mapped, Same
+from jaxgrad.per_example.maps import Input, Map, Result, call_of
 
 B, N = 64, 1024
 
@@ -65,9 +66,30 @@ def test_memory_of_norms_and_clipped_sum_is_near_a_plain_gradients(name):
     assert nbytes(ours) <= 1.5 * nbytes(plain)
 
 
-@pytest.mark.parametrize(
-    ("loss", "shape"), [(weight_decay, (100, 512)), (masked, (256, 256)), (weight_norm, (100, 512))]
-)
+def standardised(p, x):
+    W = p["W"] - p["W"].mean(1, keepdims=True)
+    return jnp.sum(jnp.tanh(W / (W.std(1, keepdims=True) + jnp.asarray(0.125, W.dtype)) @ x))
+
+
+def accumulated(p, x):
+    return jnp.sum(jnp.tanh(jnp.cumsum(p["W"], 1) / 16 @ x))
+
+
+def masked_over_positions(p, x):
+    return jnp.sum(jnp.tanh(jnp.stack([x, jnp.flip(x), jnp.roll(x, 7)]) @ jnp.tril(p["W"])))
+
+
+CASES = [
+    (weight_decay, (100, 512)),
+    (masked, (256, 256)),
+    (weight_norm, (100, 512)),
+    (standardised, (100, 512)),
+    (accumulated, (100, 512)),
+    (masked_over_positions, (256, 256)),
+]
+
+
+@pytest.mark.parametrize(("loss", "shape"), CASES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_norms_and_sums_have_the_digits_of_their_dtype(loss, shape, dtype):
     names = ["v", "g"] if loss is weight_norm else ["W"]
@@ -137,3 +159,24 @@ def test_one_example_moves_a_clipped_sum_by_at_most_the_bound_behind_a_map_and_a
         without, _ = jax.jit(gradient)(params, X, mask=np.arange(8) != k)
         moved = np.linalg.norm(np.float64(total["W"]) - np.float64(without["W"]))
         assert moved <= gradient.sensitivity(8)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize(("loss", "shape"), CASES)
+def test_magnitudes_are_no_less_than_the_norms(loss, shape, size):
+    names = {"v": shape, "g": shape[:1]} if loss is weight_norm else {"W": shape}
+    params, X = {n: normal(k, *s) for k, (n, s) in enumerate(names.items())}, normal(1, 5, shape[1])
+    g = jax.jit(jg.per_example_grad(lambda p, x, s: s * loss(p, x)))(params, X, np.full(5, size, np.float32))
+    magnitudes = g.magnitudes()  # of the matrix alone: the other is a vector, of which nothing cancels
+    matrix = next(norms for name, norms in g.leaf_norms().items() if name != "g")
+    assert magnitudes is None or bool((magnitudes >= matrix * np.float32(1 - 1e-5)).all())
+
+
+def test_the_norm_of_a_map_that_spreads_its_input_counts_how_far():
+    column, array = jnp.ones((30, 1), jnp.float32), jnp.asarray(normal(1, 30, 400))
+    (eqn,) = jax.make_jaxpr(lax.mul)(column, array).eqns
+    spread, _, shared = Map.of([Result(call_of(eqn, [Input(column), array]), 0)])
+    layout = Layout.of_matrix(30, 400, jnp.float32)
+    part = Dense.of(column[None], jnp.float32)
+    f = Mapped(((part,),), Same(tuple(shared)), spread, (((30, 1), jnp.dtype(jnp.float32)),), layout)
+    assert f.norm(jnp.float32) >= np.linalg.norm(array, axis=1).max()
