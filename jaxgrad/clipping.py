@@ -115,7 +115,8 @@ def clipped_grad(
     therefore taken to be √(‖g‖² + κS²) with κ = 2⁻²⁰, 2⁻⁴⁰ (see `PerExampleGrads.magnitudes`; S = 0 where nothing
     cancels). Then no example enters with numbers larger than max_norm/√κ, whose rounding is at most a few
     u/√κ·max_norm = 2⁻¹⁴, 2⁻³³ max_norm, and the errors of B examples add as roots do (the model of Higham and Mary
-    2019: errors of mean zero; it is an assumption and not a proof).
+    2019: errors of mean zero; it is an assumption and not a proof). Behind a map that all examples share and that
+    is not entry by entry (`Mapped`), S has the map's norm in it, which is estimated with a margin and not bounded.
 
     Not guaranteed: that the loss treats examples independently, which it does as it sees one; but parameters or shared
     arguments that were computed from the batch (batch normalisation) are outside of what is bounded. Privacy needs

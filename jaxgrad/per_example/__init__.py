@@ -22,6 +22,7 @@ The transformation:
     transform    per_example_grad, per_example_value_and_grad
     arguments    which arguments are parameters, which carry examples, which are shared
     walk         evaluate a gradient's program, leaving its last products undone
+    control      loops and branches
     products     the primitives that end a matrix's gradient
     rules        one rule per primitive: what it does to an undone product
     undone       an undone product: two operands and which of their axes lie where

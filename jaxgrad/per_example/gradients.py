@@ -131,12 +131,7 @@ class PerExampleGrads:
                 for path, leaf in zip(self.paths, self._leaves, strict=True)
             ]
             held = f"{self.batch_size} examples, {self.nbytes} bytes held, {self.materialized_nbytes} if materialized"
-        except (
-            AttributeError,
-            IndexError,
-            TypeError,
-            ValueError,
-        ):  # a tree of something else in this form: JAX makes those
+        except (AttributeError, IndexError, TypeError, ValueError):  # a tree of something else, as JAX makes them
             return f"PerExampleGrads({self._held})"
         return "\n".join([f"PerExampleGrads({held})", *lines])
 

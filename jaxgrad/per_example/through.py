@@ -4,7 +4,6 @@ Also an array that all examples share times a few numbers of each: a penalty's g
 adds. Nothing here looks at values: an equation is linear in the operands that `LINEAR` says.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example import linear
+from jaxgrad.per_example.factors import added
 from jaxgrad.per_example.maps import Call, Input, Node, Result, call_of
 from jaxgrad.per_example.values import (
     FORMED,
@@ -163,12 +163,6 @@ def _contracted(eqn: _jax.Equation, node: Node) -> Array | None:
     return None if found is None else found.reshape(eqn.outvars[0].aval.shape)
 
 
-def _added(arrays: Sequence[Array]) -> Array:
-    """The sum, in the widest of their dtypes."""
-    dtype = max((a.dtype for a in arrays), key=lambda d: d.itemsize)
-    return functools.reduce(jnp.add, [a.astype(dtype) for a in arrays])
-
-
 def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[int]) -> Array | None:
     """Σ over axes of the node, of this shape, times `scale`, entry by entry; None where that takes writing it out."""
     scale = scale if scale.ndim == 0 else jnp.broadcast_to(scale, shape)
@@ -178,7 +172,7 @@ def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[in
         terms = node.value.terms
         if any(term.windows or term.row is not None or term.box is not None for term in terms):
             return None
-        return _added([linear.contracted_with(term, jnp.broadcast_to(scale, shape), axes) for term in terms])
+        return added([linear.contracted_with(term, jnp.broadcast_to(scale, shape), axes) for term in terms])
     kind = node.call.key[0] if isinstance(node.call.key, tuple) else node.call.key
     nodes = [x for x in node.call.operands if isinstance(x, Node)]
     arrays = [x for x in node.call.operands if not isinstance(x, Node)]
@@ -189,7 +183,7 @@ def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[in
     if kind in ("sum", lax.add_p, _jax.add_any_p) and not arrays:
         parts = [_against(x, scale, shape, axes) for x in nodes]
         known = [part for part in parts if part is not None]
-        return _added(known) if len(known) == len(parts) else None
+        return added(known) if len(known) == len(parts) else None
     if kind == "broadcast" and isinstance(nodes[0], Input):
         source, dims = nodes[0].value, node.call.key[1]
         kept = [k for k in range(len(shape)) if k not in axes]

@@ -147,6 +147,11 @@ def is_shared(value: Value) -> bool:
     return isinstance(value, Shared | np.ndarray | np.generic)
 
 
+def numbers(value: Value) -> int:
+    """How many numbers there are of it; of what is repeated, once."""
+    return int(np.size(value.source if isinstance(value, Broadcast) else array_of(value)))
+
+
 def settled(value: Value) -> Value:
     """What may leave a loop or a branch: products as they are, maps carried out."""
     return array_of(value) if isinstance(value, Undone) and value.maps else value

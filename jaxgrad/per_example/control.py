@@ -1,0 +1,279 @@
+"""Loops and branches in a gradient's program: their products leave them as products.
+
+`walk` evaluates what is inside, and hands its `evaluate` down to here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxgrad import _jax
+from jaxgrad.per_example import through, undone
+from jaxgrad.per_example.maps import inputs_of
+from jaxgrad.per_example.undone import Term
+from jaxgrad.per_example.values import (
+    FORMED,
+    Broadcast,
+    Plain,
+    Shared,
+    Undone,
+    Value,
+    added,
+    array_of,
+    is_shared,
+    is_zero,
+    numbers,
+    reason_at,
+    settled,
+    zero,
+)
+
+Evaluate = Callable[[_jax.Program, Sequence[Value], Sequence[bool], Sequence[bool]], list[Value]]
+
+
+def scan(
+    evaluate: Evaluate, eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]
+) -> Sequence[Value]:
+    """A carry that is only added to is an accumulated gradient: its products are emitted at every step, and T grows
+    by the scan's axis. A stacked result (weights scanned over) gains a group axis. Unless what is emitted would be more
+    than the gradient."""
+    parts, program = _jax.scan_parts(eqn), _jax.body(eqn)
+    jaxpr, S = program.jaxpr, parts.length
+    consts, init, xs = (
+        values[: parts.consts],
+        values[parts.consts : parts.consts + parts.carry],
+        [array_of(v) for v in values[parts.consts + parts.carry :]],
+    )
+    same = [is_shared(v) for v in values[parts.consts + parts.carry :]]
+    kept = [
+        want and (k >= parts.carry or _accumulates(jaxpr, jaxpr.invars[parts.consts + k], jaxpr.outvars[k]))
+        for k, want in enumerate(wanted)
+    ]
+    differs = _varying(values)
+    # What is in the loop is used; a carry always is.
+    used = [use or k < parts.carry for k, use in enumerate(used)]
+
+    def body(carry: Sequence[Any], xs: Sequence[Any], kept: Sequence[bool]) -> list[Value]:
+        others = iter(carry)
+        full = [
+            zero(v.aval.shape, v.aval.dtype) if kept[k] else next(others)
+            for k, v in enumerate(jaxpr.invars[parts.consts : parts.consts + parts.carry])
+        ]
+        steps = [Shared(x) if shared else x for x, shared in zip(xs, same, strict=True)]
+        return evaluate(program, [*consts, *full, *steps], kept, used)
+
+    reasons: dict[int, undone.Reason] = {}
+
+    def emitted(kept: Sequence[bool]) -> Any:
+        def step(carry: Any, xs: Any) -> Any:
+            results = body(carry, xs, kept)
+            for k, result in enumerate(results):
+                if kept[k]:
+                    reasons.setdefault(k, _reason(result, eqn))
+            arrays = [
+                None if not use else settled(result) if keep and isinstance(result, Undone) else array_of(result)
+                for result, keep, use in zip(results, kept, used, strict=True)
+            ]
+            onward = carried(arrays[: parts.carry], kept)
+            stays = [a if keep else None for a, keep in zip(arrays[: parts.carry], kept, strict=False)]
+            return onward, (stays, arrays[parts.carry :])
+
+        return step
+
+    def explained(results: Sequence[Value]) -> list[Value]:
+        sizes = [numbers(v) for v in values[: parts.consts] if not is_shared(v)]
+        sizes += [x.size // S for x, shared in zip(xs, same, strict=True) if not shared and S]
+        other = reason_at(eqn, "it is carried through a loop that does more than add to it")
+
+        def one(k: int, result: Value) -> Value:
+            if not wanted[k] or isinstance(result, Undone):
+                return result
+            small = max(sizes, default=0) >= eqn.outvars[k].aval.size // (S if k >= parts.carry and S else 1)
+            return Plain(result, reasons.get(k, FORMED if small else other))
+
+        return [one(k, result) for k, result in enumerate(results)]
+
+    def carried(values: Sequence[Value], kept: Sequence[bool]) -> list[Any]:
+        arrays = [jnp.asarray(array_of(v)) for v, keep in zip(values, kept, strict=False) if not keep]
+        return [_jax.made_varying(a, differs) for a in arrays]
+
+    # What comes out of a step is known when one has been traced; fewer products can make others into arrays.
+    before: list[bool] = []
+    while any(kept) and S > 0 and kept != before:
+        before = kept
+        _, (stays, ys) = jax.eval_shape(emitted(kept), carried(init, kept), jax.tree.map(lambda a: _first(a), xs))
+        kept = [
+            keep and isinstance(v, Undone) and _worth_emitting(v, S if k < parts.carry else 1, k >= parts.carry)
+            for k, (keep, v) in enumerate(zip(kept, [*stays, *ys], strict=True))
+        ]
+    if not any(kept) or S == 0:
+        return explained(_jax.bind(eqn, [array_of(value) for value in values]))
+    onward, (stays, ys) = lax.scan(
+        emitted(kept), carried(init, kept), xs, length=S, reverse=parts.reverse, unroll=parts.unroll
+    )
+    others = iter(onward)
+    results: list[Value] = [
+        added(_along(stays[k], S, False), init[k]) if kept[k] else next(others) for k in range(parts.carry)
+    ]
+    return explained(results + [_along(y, S, True) if isinstance(y, Undone) else y for y in ys])
+
+
+def _reason(value: Value, eqn: _jax.Equation) -> undone.Reason:
+    """Why what a step of a loop gives is not kept, if it is not: what it is by itself."""
+    if isinstance(value, Plain):
+        return value.reason
+    if isinstance(value, Undone) and value.maps:
+        return reason_at(eqn, "a map that all examples share is applied to it in every step of a loop")
+    return value.reason or FORMED if isinstance(value, Undone) else FORMED
+
+
+def _varying(values: Sequence[Value]) -> frozenset[str]:
+    """The mesh axes along which some of it differs inside shard_map; what a loop carries or branches give does too."""
+    parts = [v.source if isinstance(v, Broadcast) else v.array if isinstance(v, Plain | Shared) else v for v in values]
+    return frozenset(name for a in jax.tree.leaves(parts) for name in _jax.varying(a))
+
+
+def _worth_emitting(value: Undone, steps: int, stacked: bool) -> bool:
+    if any(term.carried or (stacked and term.row is not None) for term in value.terms):
+        return False
+    held = value.held if steps == 1 else steps * sum(term.held_at_each_position for term in value.terms)
+    return not value.terms or held < value.size
+
+
+def _first(a: Any) -> Any:
+    return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
+
+
+def _along(value: Undone, S: int, group: bool) -> Undone:
+    """Stacked products: the new first axis is a position, or a group and an axis of the result."""
+
+    def one(term: Term) -> Term:
+        label = term.fresh()
+        changes: dict[str, Any] = {
+            "left_labels": (label, *term.left_labels),
+            "right_labels": (label, *term.right_labels),
+            "stepped": not group,
+        }
+        if group:
+            changes["dims"] = ((label,), *term.dims)
+            changes["box"] = None if term.box is None else ((0, 1, S), *term.box)
+        return dataclasses.replace(term, **changes)
+
+    shape = (S, *value.shape) if group else value.shape
+    return Undone(tuple(one(term) for term in value.terms), shape, value.dtype)
+
+
+def _accumulates(jaxpr: _jax.Jaxpr, into: Any, out: Any) -> bool:
+    """Whether a carry is added to, and nothing else: add_any after add_any from `into` to `out`."""
+    v = into
+    while v is not out:
+        uses = [eqn for eqn in jaxpr.eqns if any(w is v for w in eqn.invars)]
+        if len(uses) != 1 or uses[0].primitive is not _jax.add_any_p or any(w is v for w in jaxpr.outvars):
+            return False
+        if uses[0].invars[0] is uses[0].invars[1]:
+            return False
+        v = uses[0].outvars[0]
+    used_again = any(any(w is v for w in eqn.invars) for eqn in jaxpr.eqns)
+    return not used_again and sum(w is v for w in jaxpr.outvars) == 1
+
+
+def cond(
+    evaluate: Evaluate, eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]
+) -> Sequence[Value]:
+    """Each branch gives its own products, and zeros in the place of the other branches'."""
+    programs, (index, *rest), differs = _jax.branches(eqn), values, _varying(values)
+    rest = [dataclasses.replace(v, as_written=None) if isinstance(v, Undone) else v for v in rest]
+
+    def branch(program: _jax.Program, wanted: Sequence[bool]) -> Any:
+        def run() -> list[Value]:
+            results: list[Value] = []
+            for v, value in enumerate(map(settled, evaluate(program, rest, wanted, used))):
+                aval = eqn.outvars[v].aval
+                if not used[v]:
+                    results.append(None)
+                elif wanted[v] and is_zero(value):
+                    results.append(Undone((), tuple(aval.shape), aval.dtype))
+                elif wanted[v] and isinstance(value, Undone):
+                    results.append(value)
+                else:
+                    results.append(jnp.asarray(array_of(value)))
+            return results
+
+        return run
+
+    if is_shared(index):
+        whole = _cond_as_map(evaluate, eqn, index, rest, wanted, used)
+        if whole is not None:
+            return whole
+    kept, before = list(wanted), [False]
+    while kept != before:  # as in a scan
+        before, traced = kept, [jax.eval_shape(branch(program, kept)) for program in programs]
+        kept = [keep and _all_products([results[k] for results in traced]) for k, keep in enumerate(kept)]
+    if not any(kept):
+        arrays = _jax.bind(eqn, [array_of(value) for value in values])
+        reason = reason_at(eqn, "not every branch gives a product that is smaller than the gradient")
+        return [Plain(a, reason) if want else a for a, want in zip(arrays, wanted, strict=True)]
+
+    def padded(i: int) -> Any:
+        def run() -> Any:
+            mine = branch(programs[i], kept)()
+            nothing = [[jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), v) for v in results] for results in traced]
+            results = [
+                [mine[k] if j == i else nothing[j][k] for j in range(len(programs))] if keep else mine[k]
+                for k, keep in enumerate(kept)
+            ]
+            return jax.tree.map(lambda a: _jax.made_varying(a, differs), results)
+
+        return run
+
+    results = lax.switch(array_of(index), [padded(i) for i in range(len(programs))])
+    return [
+        Undone(tuple(t for v in result for t in v.terms), result[0].shape, result[0].dtype) if keep else result
+        for result, keep in zip(results, kept, strict=True)
+    ]
+
+
+def _cond_as_map(
+    evaluate: Evaluate,
+    eqn: _jax.Equation,
+    index: Value,
+    rest: Sequence[Value],
+    wanted: Sequence[bool],
+    used: Sequence[bool],
+) -> Sequence[Value] | None:
+    """All of a branch as one map, where all examples take the same and it is linear in the products."""
+    products = [k for k, v in enumerate(rest) if isinstance(v, Undone) and not is_zero(v)]
+    if not products or not all(is_shared(v) or is_zero(v) for k, v in enumerate(rest) if k not in products):
+        return None
+
+    nodes = {k: through.node_of(v) for k, v in enumerate(rest) if k in products}
+    known = {id(x.value) for x in inputs_of(list(nodes.values()))}
+
+    def is_linear(value: Value) -> bool:
+        maps_alone = isinstance(value, Undone) and not value.terms
+        return is_zero(value) or (maps_alone and all(id(x) in known for x in value.inputs))
+
+    inside = [Undone((), v.shape, v.dtype, (nodes[k],)) if k in nodes else v for k, v in enumerate(rest)]
+    linear: list[bool] = []
+
+    def look() -> None:
+        for program in _jax.branches(eqn):
+            results = evaluate(program, inside, wanted, used)
+            linear.extend(is_linear(r) for r, use in zip(results, used, strict=True) if use)
+
+    jax.eval_shape(look)
+    if not all(linear):
+        return None
+    sides = [nodes[k] if k in nodes else jnp.asarray(array_of(v)) for k, v in enumerate(rest)]
+    return through.results_of(eqn, [jnp.asarray(array_of(index)), *sides])
+
+
+def _all_products(values: Sequence[Value]) -> bool:
+    """Whether every branch gives products, and those of all branches are less than the gradient."""
+    if not all(isinstance(v, Undone) and not any(t.carried for t in v.terms) for v in values):
+        return False
+    return sum(v.held for v in values) < values[0].size
