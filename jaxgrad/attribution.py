@@ -33,6 +33,7 @@ from jaxgrad.per_example.chunks import CHUNK_BYTES, chunk_size, map_examples
 from jaxgrad.per_example.factors import Precision, added
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 from jaxgrad.per_example.scales import power_of_two
+from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.per_example.transform import per_example_grad
 
 __all__ = [
@@ -169,6 +170,7 @@ def _near_one(g: PerExampleGrads) -> tuple[PerExampleGrads, Array]:
     return g.scale(1 / unit), jnp.where(left == 0, left, 1 / jnp.where(left == 0, jnp.ones_like(left), left))
 
 
+@named_tuple
 class NoiseScale(NamedTuple):
     """Of a batch of gradients; average noise and signal over several batches before dividing them.
 
@@ -211,7 +213,7 @@ def noise_scale(g: PerExampleGrads, *, precision: Precision = None) -> NoiseScal
     """
     checked_gradients("noise_scale", g)
     B, norms = g.batch_size, g.norms(precision=precision)
-    if B < 2:
+    if isinstance(B, int) and B < 2:
         return NoiseScale(*[jnp.full((), jnp.nan, norms.dtype)] * 3)
     unit = power_of_two(norms.max())
     total = g.scale(jnp.full_like(norms, 1) / unit).sum(precision=precision, rounded=False)

@@ -25,6 +25,7 @@ from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve
 from jaxgrad.per_example.arguments import checked_batch
 from jaxgrad.per_example.factors import Precision
 from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.per_example.transform import per_example_grad
 from jaxgrad.progress import shown
 
@@ -165,6 +166,7 @@ def influence(
     return np.asarray(jax.jit(damped_solve)(K, across, ridge)).T
 
 
+@named_tuple
 class TopK(NamedTuple):
     """The largest scores of every test example, in falling order.
 

@@ -17,6 +17,7 @@ from jaxgrad import _jax
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_bound
 from jaxgrad.per_example.norms import nan_unless, root_sum_of_squares, shortened
+from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import divisible, kept
@@ -32,6 +33,7 @@ GUARD = {jnp.dtype(jnp.float32): 2.0**-20, jnp.dtype(jnp.float64): 2.0**-40}
 EPSILON = {jnp.dtype(jnp.float32): 2.0**-12, jnp.dtype(jnp.float64): 2.0**-31}
 
 
+@named_tuple
 class ClipInfo(NamedTuple):
     """What a clipped sum leaves out. None of it is private.
 

@@ -11,6 +11,7 @@ from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
 from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve, scaled_system
 from jaxgrad.per_example.factors import Precision
 from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.serialized import named_tuple
 
 
 def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree, *, precision: Precision = None) -> PyTree:
@@ -128,6 +129,7 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any, *, p
     )
 
 
+@named_tuple
 class NaturalGradientState(NamedTuple):
     """The state of `scale_by_natural_gradient`.
 

@@ -60,8 +60,8 @@ def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[
 
 @jax.jit  # of functions made at every call JAX compiles, and keeps, the branches at every call
 def _solved(K: Array, b: Array, ridge: Array) -> Array:
-    unknown = K.shape[0] * jnp.finfo(K.dtype).eps  # of the largest eigenvalue
-    eye = jnp.eye(len(K), dtype=K.dtype)
+    unknown = jnp.asarray(K.shape[0], K.dtype) * jnp.finfo(K.dtype).eps  # of the largest eigenvalue
+    eye = jnp.eye(K.shape[0], dtype=K.dtype)
     diagonal = jnp.diagonal(K) + ridge
     inverse_root = jax.lax.rsqrt(jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal))
     factor = jnp.linalg.cholesky(inverse_root[:, None] * (K + ridge * eye) * inverse_root[None, :])
@@ -98,5 +98,7 @@ def scaled_system(g: PerExampleGrads, damping: Any) -> tuple[PerExampleGrads, Ar
     """(g / unit, μn / unit², unit): unit is a power of two near the largest norm or √(μn), whichever is larger."""
     norms = g.norms(precision=EXACT)
     mu = jnp.asarray(damping, norms.dtype)
-    unit = power_of_two(jnp.maximum(norms.max(), jnp.sqrt(lax.stop_gradient(mu)) * g.batch_size**0.5))
+    unit = power_of_two(
+        jnp.maximum(norms.max(), jnp.sqrt(lax.stop_gradient(mu)) * jnp.sqrt(jnp.asarray(g.batch_size, norms.dtype)))
+    )
     return g.scale(jnp.full_like(norms, 1) / unit), mu / unit * g.batch_size / unit, unit

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
@@ -19,6 +20,9 @@ class Params(NamedTuple):
     W: Float[Array, "*batch H D"]
     b: Float[Array, "*batch H"]
     w: Float[Array, "*batch H"]
+
+
+export.register_namedtuple_serialization(Params, serialized_name="jaxgrad.Params")
 
 
 def init_params(

@@ -1,7 +1,7 @@
 """Loops that write out no more at once than a stated number of bytes."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,18 @@ CHUNK_BYTES = 64 * 2**20
 """How much may be written out at once, unless the caller says otherwise."""
 
 
+EXPECTED = 64
+"""What is reckoned with where `jax.export` leaves the number of examples open."""
+
+
+def expected(count: Any) -> int:
+    """The number itself, or `EXPECTED` for one that is symbolic: for decisions that change cost and no result."""
+    return count if isinstance(count, int) else EXPECTED
+
+
 def chunk_size(bytes_each: int, chunk_bytes: int, count: int) -> int:
     """How many of `count` things of `bytes_each` to hold at once: at least one."""
-    return max(1, min(count, chunk_bytes // max(bytes_each, 1)))
+    return max(1, min(expected(count), chunk_bytes // max(bytes_each, 1)))
 
 
 def map_examples(function: Callable[..., Array], size: int, *trees: PyTree, spread: bool = True) -> Array:
@@ -31,6 +40,8 @@ def map_examples(function: Callable[..., Array], size: int, *trees: PyTree, spre
     Args:
         spread: whether axis 0 may be spread over devices.
     """
+    if not isinstance(_count(trees), int):
+        return _map_unknown(function, size, trees)
     cut = _Cut.of(trees, size, spread)
     if cut.blocks <= 1:
         return function(*trees)
@@ -43,19 +54,55 @@ def map_examples(function: Callable[..., Array], size: int, *trees: PyTree, spre
 
 def sum_examples(function: Callable[..., T], size: int, *trees: PyTree, spread: bool = True) -> T:
     """function(*trees), a tree of arrays, where it sums over examples (axis 0), on blocks as in `map_examples`."""
+    if not isinstance(_count(trees), int):
+        return _sum_unknown(function, trees)
     cut = _Cut.of(trees, size, spread)
     if cut.blocks <= 1:
         return function(*trees)
     without, shared = taken_out(trees)
     blocks = jax.tree.map(lambda a: cut.whole(a).swapaxes(0, 1) if cut.spread else cut.whole(a), without)
     first, others = jax.tree.map(lambda a: a[0], blocks), jax.tree.map(lambda a: a[1:], blocks)
-    total, _ = lax.scan(
-        lambda total, block: (jax.tree.map(jnp.add, total, function(*put_back(block, shared))), None),
-        function(*put_back(first, shared)),
-        others,
-    )
+    start = function(*put_back(first, shared))
+    total, _ = lax.scan(lambda total, block: (_added(total, function(*put_back(block, shared))), None), start, others)
     rest = cut.rest(trees)
-    return jax.tree.map(jnp.add, total, function(*rest)) if _count(rest) else total
+    return _added(total, function(*rest)) if _count(rest) else total
+
+
+def _added(a: T, b: T) -> T:
+    return jax.tree.map(jnp.add, a, b)
+
+
+# --- Of as many examples as are only known later, under `jax.export`: no block is smaller than another --------------
+
+
+def _map_unknown(function: Callable[..., Array], size: int, trees: PyTree) -> Array:
+    """Blocks of `size`, the last one filled up with zeros."""
+    count = _count(trees)
+    blocks = 1 + (count - 1) // size
+    without, shared = taken_out(trees)
+
+    def cut(a: Array) -> Array:
+        filled = lax.pad(a, jnp.zeros((), a.dtype), [(0, blocks * size - count, 0), *[(0, 0, 0)] * (a.ndim - 1)])
+        return filled.reshape(blocks, size, *a.shape[1:])
+
+    results = lax.map(lambda block: function(*put_back(block, shared)), jax.tree.map(cut, without))
+    return results.reshape(blocks * size, *results.shape[2:])[:count]
+
+
+def _sum_unknown(function: Callable[..., T], trees: PyTree) -> T:
+    """An example at a time."""
+    without, shared = taken_out(trees)
+
+    def one(example: PyTree) -> T:
+        return function(*put_back(jax.tree.map(lambda a: a[None], example), shared))
+
+    shapes = jax.eval_shape(one, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), without))
+    start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    total, _ = lax.scan(lambda total, example: (_added(total, one(example)), None), start, without)
+    return total
+
+
+# --- Of a known number -----------------------------------------------------------------------------------------------
 
 
 class _Cut(NamedTuple):

@@ -12,6 +12,7 @@ from jaxgrad.per_example.chunks import CHUNK_BYTES
 from jaxgrad.per_example.factors import Factor, Precision, added
 from jaxgrad.per_example.leaf import Leaf, concatenated
 from jaxgrad.per_example.mapped import map_examples_of, of_examples
+from jaxgrad.precision import working_dtype
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -19,9 +20,17 @@ class PerExampleGrads:
     """The gradients of B examples with respect to a tree of parameters, each parameter's a sum of factors.
 
     Think of it as the matrix G [B, parameters] that `jax.vmap(jax.grad(loss))` would return, spread over the tree;
-    every method is an operation on that matrix, and only `materialize` writes it out. It is a pytree of the factors'
-    arrays, all with the example axis first: it goes through `jit`, `vmap`, `grad`, `lax.scan` and `device_put` with
-    shardings.
+    every method is an operation on that matrix, and only `materialize` writes it out.
+
+    Its arrays are the factors of products, not gradients. It is a pytree of them, all with the example axis first, and
+    goes through `jit`, `vmap`, `grad`, `lax.scan`, `device_put` with shardings and `jax.export`; but `jax.tree.map` and
+    optax's transformations, which work on every array by itself, give wrong numbers. In place of them:
+
+        optax.scale, jax.tree.map(lambda g: c * g, …)       `c * g`, with a number or one for every example
+        optax.tree.add, subtracting, averaging              `g + h`, `g - h`, `(g + h) / 2`
+        optax.clip_by_global_norm, per example              `g.clip(max_norm)`, or `jg.clipped_grad`
+        optax's dpsgd, what wants an axis of examples       `g.materialize()`
+        an optimizer's update                               `optimizer.update(g.mean(), state, params)`
 
     Accuracy: sums are accumulated in float32 at least (float64 if a factor or a parameter is), and rounded once to
     the parameter's dtype where the result is a gradient. Squares of gradients, [B] and [B, B] results stay in the
@@ -56,35 +65,39 @@ class PerExampleGrads:
                     f"PerExampleGrads: expected factors of one parameter, got shapes and dtypes {shapes} "
                     f"at {jax.tree_util.keystr(path)}."
                 )
-        self._held: tuple[Leaf, ...] = tuple(Leaf.of(leaf) for _, leaf in leaves)
-        self._treedef: Any = treedef
+        self._held: PyTree = jax.tree.unflatten(treedef, [Leaf.of(leaf) for _, leaf in leaves])
 
     # --- as a pytree
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Leaf], ...], Any]:
-        """For JAX: the factors by their parameter's path, and the structure of the tree."""
-        keys = [jax.tree_util.GetAttrKey(path) for path in self.paths]
-        return tuple(zip(keys, self._held, strict=True)), self._treedef
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, PyTree], ...], None]:
+        """For JAX: the parameters' tree with a sum of factors, and their weight, at each leaf."""
+        return ((jax.tree_util.GetAttrKey("factors"), self._held),), None
 
     @classmethod
-    def tree_unflatten(cls, treedef: Any, leaves: Sequence[Leaf]) -> "PerExampleGrads":
+    def tree_unflatten(cls, _: None, children: Sequence[PyTree]) -> "PerExampleGrads":
         """For JAX: the inverse of flattening, unchecked."""
         g = object.__new__(cls)
-        g._held, g._treedef = tuple(leaves), treedef
+        (g._held,) = children
         return g
 
     @property
     def _leaves(self) -> tuple[Leaf, ...]:
-        weight: Any = getattr(self._held[0], "weight", None)
+        held: tuple[Leaf, ...] = tuple(jax.tree.leaves(self._held, is_leaf=_is_leaf))
+        weight: Any = getattr(held[0], "weight", None)
         if getattr(weight, "ndim", 1) != 1:
             raise ValueError(
                 f"PerExampleGrads: expected one example axis, got axes {jnp.shape(weight)} in front. What came out of "
-                f"jax.vmap, over models for instance, is a stack of them: call its methods inside the vmap."
+                f"jax.vmap, over models for instance, is a stack of them: call its methods inside the vmap. What came "
+                f"out of jax.tree.map is nothing: the function was given the factors' sides and not the gradients."
             )
-        return self._held
+        return held
+
+    @property
+    def _treedef(self) -> Any:
+        return jax.tree.structure(self._held, is_leaf=_is_leaf)
 
     def _with(self, leaves: Sequence[Leaf]) -> "PerExampleGrads":
-        return self.tree_unflatten(self._treedef, leaves)
+        return self.tree_unflatten(None, (self._tree(leaves),))
 
     def _tree(self, leaves: Sequence[Any]) -> PyTree:
         return jax.tree.unflatten(self._treedef, leaves)
@@ -243,6 +256,46 @@ class PerExampleGrads:
 
     # --- new batches
 
+    __array_ufunc__ = None  # a NumPy number times this asks this
+
+    def __mul__(self, c: Any) -> "PerExampleGrads":
+        """c · g_b for a number c, c_b · g_b for a [B]: `scale`."""
+        c = jnp.asarray(c)
+        if c.ndim == 0 and not jnp.issubdtype(c.dtype, jnp.complexfloating):
+            c = jnp.full(self.batch_size, c.astype(working_dtype(*(leaf.weight.dtype for leaf in self._leaves))))
+        return self.scale(c)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, c: Any) -> "PerExampleGrads":
+        """g_b / c for a number c, g_b / c_b for a [B]."""
+        return self * (1 / jnp.asarray(c))
+
+    def __neg__(self) -> "PerExampleGrads":
+        """-g_b."""
+        return self._with([Leaf(leaf.factors, -leaf.weight) for leaf in self._leaves])
+
+    def __add__(self, other: "PerExampleGrads") -> "PerExampleGrads":
+        """g_b + h_b, the gradients of a sum of two losses: both keep their factors. As many examples in each.
+
+        Raises:
+            ValueError: `other` is of another number of examples, or of other parameters.
+        """
+        if not isinstance(other, PerExampleGrads):
+            return NotImplemented
+        self._same_parameters("__add__", other)
+        if self.batch_size != other.batch_size:
+            raise ValueError(
+                f"PerExampleGrads.__add__: expected as many examples in both, got {self.batch_size} and "
+                f"{other.batch_size}. For one batch after the other take PerExampleGrads.concatenate."
+            )
+        pairs = zip(self._leaves, other._leaves, strict=True)
+        return self._with([Leaf.of(leaf.weighted() + leaf_.weighted()) for leaf, leaf_ in pairs])
+
+    def __sub__(self, other: "PerExampleGrads") -> "PerExampleGrads":
+        """g_b - h_b. As `+`."""
+        return self + -other if isinstance(other, PerExampleGrads) else NotImplemented
+
     def scale(self, c: Float[Array, " B"]) -> "PerExampleGrads":
         """c_b g_b, in float32 at least: what is multiplied keeps the digits that the parameter's dtype would drop."""
         c = self._per_example("scale", c)
@@ -387,7 +440,11 @@ class PerExampleGrads:
                 f"{call}: expected a number or a tree prefix of the parameters, {self._treedef}, got {treedef}."
             ) from error
         members = [[leaves[i] for i in jax.tree.leaves(group)] for group in groups]
-        return bounds, [self.tree_unflatten(jax.tree.structure([0] * len(part)), part) for part in members]
+        return bounds, [self.tree_unflatten(None, (part,)) for part in members]
+
+
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, Leaf)
 
 
 def checked_bound(call: str, bound: Any) -> None:

@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxgrad.per_example import rows
-from jaxgrad.per_example.chunks import chunk_size, map_examples, sum_examples
+from jaxgrad.per_example.chunks import chunk_size, expected, map_examples, sum_examples
 from jaxgrad.per_example.factors import (
     Dense,
     Factor,
@@ -93,7 +93,9 @@ def gram(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -
             return _through_matrix(f, f_, chunk_bytes, precision)
         case Rows(), Rows() if f.layout.same_place(f_.layout):
             each = f.ids.shape[1] * f_.ids.shape[1]
-            if each * _count(f) > f.ids.size + min(f.rows, f.ids.size + f_.ids.size):
+            ids = expected(_count(f)) * f.ids.shape[1]
+            ids_ = expected(_count(f_)) * f_.ids.shape[1]
+            if each * expected(_count(f)) > ids + min(f.rows, ids + ids_):
                 return rows.gram(f, f_, chunk_bytes)
             return _by_blocks(_rows_rows, f, f_, 2 * each * acc.itemsize, chunk_bytes, precision)
         case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
@@ -166,7 +168,8 @@ def _inner_through_positions(f: Outer, f_: Outer) -> bool:
 
 
 def _gram_through_positions(f: Outer, f_: Outer) -> bool:
-    (B, _, T, F), (C, _, S, _), K = f.left.shape, f_.left.shape, f.right.shape[3]
+    (_, _, T, F), (_, _, S, _), K = f.left.shape, f_.left.shape, f.right.shape[3]
+    B, C = expected(_count(f)), expected(_count(f_))
     return B * C * T * S * (F + K) <= (B * T + C * S + B * C) * F * K
 
 
@@ -275,7 +278,7 @@ def _through_matrix(f: Outer, f_: Outer, chunk_bytes: int, precision: Precision)
     if axis == 2:
         f, f_ = (dataclasses.replace(o, left=o.right, right=o.left) for o in (f, f_))
     length = f.layout.matrix[axis]
-    each = (_count(f) + _count(f_)) * (f.layout.size // length) * f.left.dtype.itemsize
+    each = (expected(_count(f)) + expected(_count(f_))) * (f.layout.size // length) * f.left.dtype.itemsize
     size = chunk_size(each, chunk_bytes, length)
 
     def sliced(o: Outer) -> tuple[Array, ...]:  # the chosen axis first
@@ -297,7 +300,9 @@ def _through_matrix(f: Outer, f_: Outer, chunk_bytes: int, precision: Precision)
 
 def _written_out_blocks(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision) -> Array:
     """gram of what is written out, a block of examples of each side at a time."""
-    size = chunk_size(2 * f.layout.size * accumulator(f, f_).itemsize, chunk_bytes, max(_count(f), _count(f_)))
+    size = chunk_size(
+        2 * f.layout.size * accumulator(f, f_).itemsize, chunk_bytes, max(expected(_count(f)), expected(_count(f_)))
+    )
 
     def matrix(f: Factor) -> Array:
         return written_out(f, precision).reshape(_count(f), math.prod(f.layout.shape))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from jaxgrad.per_example.chunks import chunk_size, map_examples
+from jaxgrad.per_example.chunks import chunk_size, expected, map_examples
 from jaxgrad.per_example.factors import Rows
 from jaxgrad.per_example.layout import Layout
 from jaxgrad.per_example.scales import row_sums
@@ -34,7 +34,8 @@ def gram(f: Rows, f_: Rows, chunk_bytes: int) -> Float[Array, "B C"]:
     U is the number of rows, or that of positions if there are fewer of those. A few tables are
     written out at a time.
     """
-    if f.ids.size + f_.ids.size < f.rows and replicated(f.ids) is None:
+    positions = sum(expected(o.ids.shape[0]) * o.ids.shape[1] for o in (f, f_))
+    if isinstance(f.ids.shape[0], int) and positions < f.rows and replicated(f.ids) is None:
         f, f_ = _compact(f, f_)
     ids, values = f.valid()
 
@@ -42,7 +43,8 @@ def gram(f: Rows, f_: Rows, chunk_bytes: int) -> Float[Array, "B C"]:
         tables = jax.vmap(lambda ids, values: jnp.zeros(f_.layout.matrix[1:], values.dtype).at[ids].add(values))
         return jax.vmap(lambda table: row_sums(values * table[ids]))(tables(*f_.valid()))
 
-    each = (f_.rows * values.shape[2] + values.size) * values.dtype.itemsize
+    read = expected(ids.shape[0]) * ids.shape[1]
+    each = (f_.rows + read) * values.shape[2] * values.dtype.itemsize
     return map_examples(columns, chunk_size(each, min(chunk_bytes, TABLE_BYTES), f_.ids.shape[0]), f_, spread=False).T
 
 

@@ -1,0 +1,77 @@
+"""How `jax.export` writes down the types that hold gradients, and reads them again: as JSON, field by field."""
+
+import dataclasses
+import json
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from jax import export
+
+from jaxgrad.per_example.factors import Dense, Outer, Rows, Windows
+from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.leaf import Leaf
+from jaxgrad.per_example.mapped import Common, Mapped, Same
+from jaxgrad.per_example.windows import Unfolding, Window
+
+N = TypeVar("N")
+
+
+def named_tuple(cls: type[N]) -> type[N]:
+    """A class decorator: functions that take or return such a NamedTuple can be serialised."""
+    export.register_namedtuple_serialization(cls, serialized_name=_name(cls))  # type: ignore[type-var]
+    return cls
+
+
+def _name(cls: type) -> str:
+    return f"jaxgrad.{cls.__name__}"
+
+
+def _written(fields: Any) -> bytes:
+    return json.dumps(_plain(fields)).encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Layout):
+        return {"layout": [_plain(getattr(value, field.name)) for field in dataclasses.fields(value)]}
+    if isinstance(value, Unfolding):
+        return {"unfolding": [*value[:2], [list(window) for window in value.windows]]}
+    if isinstance(value, jnp.dtype):
+        return {"dtype": value.name}
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _read(data: bytes | bytearray) -> Any:
+    return _made(json.loads(bytes(data)))
+
+
+def _made(value: Any) -> Any:
+    if isinstance(value, dict):
+        ((kind, content),) = value.items()
+        if kind == "dtype":
+            return jnp.dtype(content)
+        parts = _made(content)
+        return Layout(*parts) if kind == "layout" else Unfolding(*parts[:2], tuple(Window(*w) for w in parts[2]))
+    return tuple(_made(part) for part in value) if isinstance(value, list) else value
+
+
+def _refused(_: Any) -> bytes:
+    raise ValueError(
+        "jax.export: a gradient behind a map of the parameter (`Mapped`) cannot be serialised, since the map is a "
+        "program. Export a function that returns what is asked of the gradients: norms, sums, or g.materialize()."
+    )
+
+
+for _kind in (Outer, Rows, Windows, Dense, Common, Same, Leaf):
+    export.register_pytree_node_serialization(
+        _kind, serialized_name=_name(_kind), serialize_auxdata=_written, deserialize_auxdata=_read
+    )
+export.register_pytree_node_serialization(
+    Mapped, serialized_name=_name(Mapped), serialize_auxdata=_refused, deserialize_auxdata=_read
+)
+export.register_pytree_node_serialization(
+    PerExampleGrads,
+    serialized_name=_name(PerExampleGrads),
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: None,
+)
