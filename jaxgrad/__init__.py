@@ -6,6 +6,7 @@ The names:
     check_gradient          hold any hand-written gradient against `jax.grad`: a report, leaf by leaf
     assert_agree            the same as an assertion
     per_example_grad        per-example gradients of any loss, as factors; per_example_value_and_grad with the values
+    per_example_jacobian    the gradients of all outputs of a model, the activations held once for them
     explain                 what per_example_grad does with each parameter, and why
     clipped_grad            the sum of clipped gradients, with the bound of what one example can change
     curvature               Fisher and Gauss-Newton matrices as G: natural_gradient, fisher_vector_product, kfac_factors
@@ -20,12 +21,20 @@ from jaxgrad.agreement import assert_agree, check_gradient
 from jaxgrad.attribution import influence, noise_scale, ntk, self_influence
 from jaxgrad.clipping import ClipInfo, clipped_grad
 from jaxgrad.curvature import fisher_vector_product, natural_gradient
-from jaxgrad.per_example import PerExampleGrads, explain, per_example_grad, per_example_value_and_grad
+from jaxgrad.per_example import (
+    PerExampleGrads,
+    PerExampleJacobian,
+    explain,
+    per_example_grad,
+    per_example_jacobian,
+    per_example_value_and_grad,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "ClipInfo",
     "PerExampleGrads",
+    "PerExampleJacobian",
     "assert_agree",
     "attribution",
     "blocks",
@@ -41,6 +50,7 @@ __all__ = [
     "noise_scale",
     "ntk",
     "per_example_grad",
+    "per_example_jacobian",
     "per_example_value_and_grad",
     "self_influence",
     "streams",

@@ -200,6 +200,21 @@ def made_varying(a: Any, axes: frozenset[str]) -> Any:
     return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
 
 
+def depending(program: Any, place: int) -> list[bool]:
+    """Which results of a ClosedJaxpr may depend on its operand number `place`: no fewer than those that do."""
+    jaxpr = program_of(program).jaxpr
+    found = {jaxpr.invars[place]}
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, Literal) and v in found for v in eqn.invars):
+            found.update(eqn.outvars)
+    return [not isinstance(v, Literal) and v in found for v in jaxpr.outvars]
+
+
+def function_of(program: Any) -> Any:
+    """The function of arrays that a ClosedJaxpr is; it returns a list."""
+    return jex.jaxpr_as_fun(program)
+
+
 def source_line(eqn: Equation) -> str:
     """file:line of the innermost frame that is neither JAX's nor ours; empty if JAX kept none."""
     traceback = eqn.source_info.traceback

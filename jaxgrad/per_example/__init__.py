@@ -15,11 +15,13 @@ The algebra:
     norms        of one parameter's gradients, and of several together
     moments      second moment and variance, element by element
     leaf         the gradients of one parameter: a sum of factors times one number an example
+    serialized   how jax.export writes them down
     gradients    PerExampleGrads: the algebra over a tree of parameters
 
 The transformation:
 
     transform    per_example_grad, per_example_value_and_grad
+    jacobian     per_example_jacobian: the gradients of all outputs
     arguments    which arguments are parameters, which carry examples, which are shared
     walk         evaluate a gradient's program, leaving its last products undone
     control      loops and branches
@@ -38,6 +40,7 @@ The transformation:
 from jaxgrad.per_example.explain import Explanation, Row, explain
 from jaxgrad.per_example.factors import Dense, Factor, Outer, Rows, Windows
 from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.jacobian import PerExampleJacobian, per_example_jacobian
 from jaxgrad.per_example.layout import Layout
 from jaxgrad.per_example.mapped import Common, Mapped, Same
 from jaxgrad.per_example.transform import per_example_grad, per_example_value_and_grad
@@ -51,11 +54,13 @@ __all__ = [
     "Mapped",
     "Outer",
     "PerExampleGrads",
+    "PerExampleJacobian",
     "Row",
     "Rows",
     "Same",
     "Windows",
     "explain",
     "per_example_grad",
+    "per_example_jacobian",
     "per_example_value_and_grad",
 ]

@@ -78,9 +78,14 @@ def finish(value: Value, shape: tuple[int, ...], dtype: Any) -> Finished:
 
 def settled(factors: tuple[Factor, ...], finished: Finished) -> tuple[Factor, ...]:
     """The factors of a batch: convolutions that are smaller so are carried out, a few examples at a time."""
-    if finished.how == "factored" or not any(_has_windows(f) for f in factors):
+    if is_settled(factors, finished):
         return factors
     return (Dense.of(added([written_out(f) for f in factors]), factors[0].layout.dtype),)
+
+
+def is_settled(factors: tuple[Factor, ...], finished: Finished) -> bool:
+    """Whether nothing is to be carried out."""
+    return finished.how == "factored" or not any(_has_windows(f) for f in factors)
 
 
 def _has_windows(f: Factor) -> bool:

@@ -50,8 +50,10 @@ def _made(value: Any) -> Any:
         ((kind, content),) = value.items()
         if kind == "dtype":
             return jnp.dtype(content)
-        parts = _made(content)
-        return Layout(*parts) if kind == "layout" else Unfolding(*parts[:2], tuple(Window(*w) for w in parts[2]))
+        first, second, *others = _made(content)
+        if kind == "layout":
+            return Layout(first, second, *others)
+        return Unfolding(first, second, tuple(Window(*window) for window in others[0]))
     return tuple(_made(part) for part in value) if isinstance(value, list) else value
 
 

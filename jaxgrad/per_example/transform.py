@@ -144,6 +144,24 @@ class Transformed:
 
     def evaluated(self, arguments: Arguments) -> tuple[Any, Any, PerExampleGrads, list[Route]]:
         """(values, aux, gradients, what was done for each parameter)."""
+        one, out_tree = self.of_one_example(arguments)
+        over_examples = jax.vmap(one, (arguments.axes,), (0, 0, 0, None), axis_size=arguments.batch_size)
+        others, parts, routes, shared = over_examples(arguments.batch)
+        parts = [
+            settled(factors, Finished(factors, route.how, route.reason))
+            for factors, route in zip(put_back(parts, shared), routes, strict=True)
+        ]
+        if self.strict:
+            self._refuse_direct(arguments, routes)
+        values, aux = jax.tree.unflatten(out_tree, others)
+        return values, aux, PerExampleGrads(jax.tree.unflatten(arguments.params_tree, parts)), routes
+
+    def of_one_example(self, arguments: Arguments) -> tuple[Callable[[Sequence[Any]], Any], Any]:
+        """(one, the structure of (value, aux)).
+
+        one(the batch's leaves, of one example) → (value and aux, factors without what all examples share, what was done
+        for each parameter, what all share).
+        """
         program, out_tree, count = self._program(arguments)
         outvars = program.jaxpr.outvars
         first = len(outvars) - count  # of the gradients
@@ -160,16 +178,7 @@ class Transformed:
             parts, shared = taken_out([f.factors for f in finished])
             return others, parts, [Route(f.how, f.reason) for f in finished], shared
 
-        over_examples = jax.vmap(one, (arguments.axes,), (0, 0, 0, None), axis_size=arguments.batch_size)
-        others, parts, routes, shared = over_examples(arguments.batch)
-        parts = [
-            settled(factors, Finished(factors, route.how, route.reason))
-            for factors, route in zip(put_back(parts, shared), routes, strict=True)
-        ]
-        if self.strict:
-            self._refuse_direct(arguments, routes)
-        values, aux = jax.tree.unflatten(out_tree, others)
-        return values, aux, PerExampleGrads(jax.tree.unflatten(arguments.params_tree, parts)), routes
+        return one, out_tree
 
     def _program(self, arguments: Arguments) -> tuple[_jax.Program, Any, int]:
         """The gradient's program for one example: results (value, aux …, gradients …)."""

@@ -1,0 +1,109 @@
+"""Scores of a loss over several checkpoints of its parameters."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import zip_longest
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxgrad.per_example.arguments import checked_batch
+from jaxgrad.per_example.transform import per_example_grad
+
+
+def grand(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float[Array, " B"]]:
+    """GraNd: the norm of each example's gradient, averaged over several parameters (initialisations, checkpoints).
+
+    Args:
+        loss: of one example, as in `per_example_grad`.
+        in_axes: as in `per_example_grad`.
+
+    Returns:
+        A function of (checkpoints, *batch), an iterable of parameters and the batch, that returns [B].
+
+    Raises:
+        TypeError: one tree of parameters in place of several.
+        ValueError: no checkpoints.
+
+    Example:
+        >>> grand(lambda w, x: jnp.sin(w @ x))([jnp.zeros(2), jnp.ones(2)], jnp.eye(2)).round(3).tolist()
+        [0.77, 0.77]
+
+    Source: Paul et al. 2021.
+    """
+    norms = jax.jit(lambda params, batch: per_example_grad(loss, in_axes=in_axes)(params, *batch).norms())
+
+    def over(checkpoints: Iterable[PyTree], *batch: Any) -> Array:
+        total, count = _summed("grand", (norms(params, batch) for params in _several("grand", checkpoints)))
+        return total / count
+
+    return over
+
+
+def _several(call: str, checkpoints: Any) -> Iterable[PyTree]:
+    """The checkpoints; TypeError for what can be told to be one of them, whose leaves or rows would pass for many."""
+    one = isinstance(checkpoints, Mapping) or hasattr(checkpoints, "shape") or hasattr(checkpoints, "_fields")
+    if one or not isinstance(checkpoints, Iterable):
+        raise TypeError(
+            f"{call}: expected several parameters, a list or another iterable, as checkpoints, got "
+            f"{type(checkpoints).__name__}. For a single one pass [params]."
+        )
+    return checkpoints
+
+
+def _summed(call: str, terms: Iterable[Array]) -> tuple[Array, int]:
+    """(the sum, of how many); one is there at a time."""
+    total: Array | None = None
+    count = 0
+    for term in terms:
+        total, count = term if total is None else total + term, count + 1
+    if total is None:
+        raise ValueError(f"{call}: expected at least one checkpoint, got none.")
+    return total, count
+
+
+def tracin(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float[Array, "C B"]]:
+    """TracIn: how much training on each example lowered each test loss, to first order, summed over checkpoints.
+
+    Formula: Σ_k η_k test_c(w_k) · g_b(w_k), for plain gradient descent with learning rates η_k.
+
+    Args:
+        loss: of one example, as in `per_example_grad`.
+        in_axes: as in `per_example_grad`.
+
+    Returns:
+        A function of (checkpoints, rates, train, test): parameters w_k, as many learning rates η_k, and two batches,
+        tuples of the loss's other arguments; it returns [C, B], > 0 helpful.
+
+    Raises:
+        TypeError: one tree of parameters in place of several; a batch that is no tuple.
+        ValueError: no checkpoints, or not as many rates.
+
+    Example:
+        >>> loss = lambda w, x, y: (w @ x - y) ** 2
+        >>> train, test = (jnp.eye(2), jnp.ones(2)), (jnp.eye(2)[:1], jnp.ones(1))
+        >>> tracin(loss)([jnp.zeros(2), jnp.full(2, 0.5)], [0.1, 0.1], train, test).round(3).tolist()
+        [[0.5, 0.0]]
+
+    Source: Pruthi et al. 2020.
+    """
+    gradients = per_example_grad(loss, in_axes=in_axes)
+    products = jax.jit(lambda params, train, test: gradients(params, *test).gram(gradients(params, *train)))
+
+    missing = object()
+
+    def over(checkpoints: Iterable[PyTree], rates: Iterable[Any], train: Any, test: Any) -> Array:
+        train, test = checked_batch("tracin", "train", train), checked_batch("tracin", "test", test)
+        several = _several("tracin", checkpoints)
+
+        def terms() -> Iterator[Array]:
+            for params, rate in zip_longest(several, rates, fillvalue=missing):
+                if params is missing or rate is missing:
+                    raise ValueError("tracin: expected as many rates as checkpoints, got fewer of one of them.")
+                term = products(params, train, test)
+                yield jnp.asarray(rate, term.dtype) * term
+
+        return _summed("tracin", terms())[0]
+
+    return over

@@ -1,0 +1,95 @@
+"""How much training on one example changes the loss of another: through the inverse of a curvature matrix."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
+from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve, scaled_system
+from jaxgrad.per_example.factors import Precision
+from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
+
+
+def self_influence(
+    g: PerExampleGrads | GaussNewton, damping: Any = None, *, precision: Precision = None
+) -> Float[Array, " B"]:
+    """How much each example's own gradient helps its own loss: high where an example is unlike all others.
+
+    Formula: ‖g_b‖², TracIn's at one checkpoint; with a damping μ, g_bᵀ(GᵀG/B + μI)⁻¹g_b, through the Gram matrix: B
+    times the leverage of the example, between 0 and B for gradients. Examples with wrong labels tend to be high in
+    both. Accuracy: as `natural_gradient`.
+
+    Args:
+        g: gradients of B examples; or `gauss_newton`'s result, for the Gauss-Newton matrix instead of GᵀG/B.
+        damping: μ ≥ 0; None for ‖g_b‖², of gradients alone.
+        precision: as in `jax.lax.dot_general`; with a damping None is full precision, as this is a solve.
+
+    Returns:
+        [B].
+
+    Raises:
+        ValueError: a damping that is not a number ≥ 0; none for a Gauss-Newton matrix.
+
+    Example:
+        >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[1.0, 0], [1.0, 0], [0, 3.0]]))
+        >>> self_influence(g).tolist(), self_influence(g, 0.0).round(3).tolist()
+        ([1.0, 1.0, 9.0], [1.5, 1.5, 3.0])
+
+    Source: Pruthi et al. 2020 (TracIn); Koh and Liang 2017.
+    """
+    rows, residuals = rows_and_residuals("self_influence", g)
+    if damping is None and not isinstance(g, GaussNewton):
+        return g.squared_norms(precision=precision)
+    checked_damping("self_influence", damping)
+    B, R = residuals.shape
+    if not B:
+        return residuals.sum(1)
+    exact = EXACT if precision is None else precision
+    scaled, ridge, _ = scaled_system(rows, damping)
+    right = scaled.gram(scaled.scale(residuals.ravel()), precision=exact)
+    inner = damped_solve(scaled.gram(precision=exact), right, ridge)  # by row, then by column times r
+    own = jnp.diagonal(inner.reshape(B, R, B, R), axis1=0, axis2=2)  # [R, R, B]
+    return B / R * jnp.einsum("klb,bk->b", own, residuals, precision=exact)
+
+
+def influence(
+    train: PerExampleGrads | GaussNewton, test: PerExampleGrads, damping: Any, *, precision: Precision = EXACT
+) -> Float[Array, "C B"]:
+    """How much each test loss rises, to first order, when a training example is left out: > 0 helpful, < 0 harmful.
+
+    Formula: test_cᵀ (GᵀG/n + μI)⁻¹ g_b / B, where GᵀG/n is the training gradients' empirical Fisher matrix, or the
+    Gauss-Newton matrix. Exact, in a form that does not cancel: (test Gᵀ)(GGᵀ + μn I)⁻¹. Accuracy: each number to the
+    order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), κ as in `natural_gradient`: inner products are rounded, and beside a far
+    larger test gradient that of a small one counts for more.
+
+    Args:
+        train: gradients of B training examples, or `gauss_newton`'s result for them.
+        test: gradients of C test examples with respect to the same parameters.
+        damping: μ ≥ 0.
+        precision: as in `jax.lax.dot_general`; full unless told otherwise, as this is a solve.
+
+    Returns:
+        [C, B].
+
+    Raises:
+        ValueError: a damping that is not a number ≥ 0; gradients of other parameters.
+
+    Example:
+        >>> loss = lambda w, x, y: (w @ x - y) ** 2
+        >>> gradients = lambda x, y: jg.per_example_grad(loss)(jnp.ones(2), jnp.array(x), jnp.array(y))
+        >>> train, test = gradients([[1.0, 0], [1.0, 0], [0, 1.0]], [2.0, 0.0, 3.0]), gradients([[1.0, 0]], [3.0])
+        >>> influence(train, test, 0.0).round(3).tolist()                # like the test, against it, apart from it
+        [[1.0, -1.0, 0.0]]
+
+    Source: Koh and Liang 2017.
+    """
+    checked_damping("influence", damping)
+    rows, residuals = rows_and_residuals("influence", train)
+    checked_gradients("influence", test)
+    if not rows.batch_size:
+        return test.gram(rows)
+    scaled, ridge, unit = scaled_system(rows, damping)
+    across = test.gram(scaled, precision=precision)
+    weights = damped_solve(scaled.gram(precision=precision), across.T, ridge).T / unit
+    return jnp.einsum("cbr,br->cb", weights.reshape(-1, *residuals.shape), residuals, precision=EXACT)

@@ -1,0 +1,64 @@
+"""A few numbers an example that keep the inner products of gradients."""
+
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxgrad.per_example.chunks import CHUNK_BYTES, chunk_size
+from jaxgrad.per_example.factors import Precision
+from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
+
+
+def random_projection(g: PerExampleGrads, key: Array, size: int, *, precision: Precision = None) -> Float[Array, "B S"]:
+    """[B, size]: G P/√size with random signs P [parameters, size]: inner products of rows are those of G, in the mean.
+
+    The same key and size give the same P, however the gradients are held: rows of different batches can be compared.
+    The relative standard error of ‖g_b‖² is at most √(2/size). P is drawn a few columns at a time and never there as a
+    whole; G is not written out. Cost: that of size/B Gram matrices, roughly: size products with a direction.
+
+    Args:
+        g: gradients of B examples.
+        key: of `jax.random`.
+        size: how many numbers for each example.
+        precision: as in `jax.lax.dot_general`.
+
+    Returns:
+        [B, size].
+
+    Raises:
+        ValueError: a size below 1.
+
+    Example:
+        >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(64), jnp.eye(64)[:4])
+        >>> features = random_projection(g, jax.random.key(0), 1000)
+        >>> features.shape, (features @ features.T).round().astype(int)[0].tolist()
+        ((4, 1000), [1, 0, 0, 0])
+
+    Source: Achlioptas 2003; Park et al. 2023 (TRAK).
+    """
+    checked_gradients("random_projection", g)
+    if operator.index(size) < 1:
+        raise ValueError(f"random_projection: expected a size of at least 1, got {size}.")
+    if not g.batch_size:
+        return jnp.zeros((0, size), jax.eval_shape(g.norms).dtype)
+    return _projected(g, key, operator.index(size), precision)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))  # or a loop that is not in a jit would be compiled at every call
+def _projected(g: PerExampleGrads, key: Array, size: int, precision: Precision) -> Array:
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(g.sum))
+
+    def column(k: Array) -> Array:
+        keys = jax.random.split(jax.random.fold_in(key, k), len(leaves))
+        signs = [jax.random.rademacher(key, p.shape, p.dtype) for key, p in zip(keys, leaves, strict=True)]
+        return g.dot(treedef.unflatten(signs), precision=precision)
+
+    bytes_each = sum(p.size * p.dtype.itemsize for p in leaves) + g.nbytes
+    columns = lax.map(column, jnp.arange(size), batch_size=chunk_size(bytes_each, CHUNK_BYTES, size))
+    return columns.T / size**0.5

@@ -1,0 +1,103 @@
+"""Similarities of gradients, and how much of a mean gradient is noise."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxgrad.per_example.factors import Precision, added
+from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
+from jaxgrad.per_example.scales import power_of_two
+from jaxgrad.per_example.serialized import named_tuple
+
+
+def cosine_similarity(
+    g: PerExampleGrads, other: PerExampleGrads | None = None, *, precision: Precision = None
+) -> Float[Array, "B C"]:
+    """The cosine of the angle between every pair of gradients, with `other`'s or with each other.
+
+    Args:
+        g: gradients of B examples.
+        other: gradients of C examples with respect to the same parameters; None for g.
+        precision: as in `jax.lax.dot_general`.
+
+    Returns:
+        [B, C], in [-1, 1]; 0 for a gradient of zero.
+
+    Raises:
+        ValueError: gradients of other parameters.
+
+    Example:
+        >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[2.0, 0], [0, 0], [3.0, 3.0]]))
+        >>> cosine_similarity(g).round(3)[0].tolist()
+        [1.0, 0.0, 0.707]
+    """
+    checked_gradients("cosine_similarity", g)
+    first, inverse = _near_one(g)
+    second, inverse_ = (None, inverse) if other is None else _near_one(other)
+    return jnp.clip(first.gram(second, precision=precision) * inverse[:, None] * inverse_[None, :], -1, 1)
+
+
+def _near_one(g: PerExampleGrads) -> tuple[PerExampleGrads, Array]:
+    """(the gradients, each divided by a power of two near its norm; the inverse norms of these, 0 of 0)."""
+    norms = g.norms()
+    unit = power_of_two(norms)
+    left = norms / unit
+    return g.scale(1 / unit), jnp.where(left == 0, left, 1 / jnp.where(left == 0, jnp.ones_like(left), left))
+
+
+@named_tuple
+class NoiseScale(NamedTuple):
+    """Of a batch of gradients; average noise and signal over several batches before dividing them.
+
+    Attributes:
+        noise: tr Σ, the variance of one example's gradient, all parameters together.
+        signal: ‖mean gradient‖² of all data; an estimate without bias, which may be negative.
+        scale: noise / signal in examples, the batch size at which noise and signal are alike; inf where signal ≤ 0.
+
+    Example:
+        >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[3.0, 1], [3.0, -1]]))
+        >>> noise_scale(g).scale.round(3).item()
+        0.25
+    """
+
+    noise: Array
+    signal: Array
+    scale: Array
+
+
+def noise_scale(g: PerExampleGrads, *, precision: Precision = None) -> NoiseScale:
+    """The simple noise scale tr Σ / ‖ḡ‖²: about how many examples a batch should have before more stop paying.
+
+    Formula: tr Σ = (Σ‖g_b‖² - B‖ḡ‖²)/(B - 1), ‖ḡ‖² - tr Σ/B, both without bias. Accuracy: tr Σ to a few eps times the
+    mean ‖g_b‖², absolute; where it is smaller than that (all gradients equal) it is 0 and not below.
+
+    Args:
+        g: gradients of B ≥ 2 examples, drawn at random from many more; NaN for fewer. If they are all there are, the
+            signal is too low by noise/B.
+        precision: as in `jax.lax.dot_general`.
+
+    Returns:
+        `NoiseScale`, of scalars.
+
+    Example:
+        >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[3.0, 1], [3.0, -1]]))
+        >>> [number.round(3).item() for number in noise_scale(g)]
+        [2.0, 8.0, 0.25]
+
+    Source: McCandlish et al. 2018, appendix A.1.
+    """
+    checked_gradients("noise_scale", g)
+    B, norms = g.batch_size, g.norms(precision=precision)
+    if isinstance(B, int) and B < 2:
+        return NoiseScale(*[jnp.full((), jnp.nan, norms.dtype)] * 3)
+    unit = power_of_two(norms.max())
+    total = g.scale(jnp.full_like(norms, 1) / unit).sum(precision=precision, rounded=False)
+    mean = added([(leaf.astype(norms.dtype) ** 2).sum() for leaf in jax.tree.leaves(total)]) / B / B
+    spread = (((norms / unit) ** 2).sum() - B * mean) / (B - 1)
+    noise = jnp.maximum(spread, jnp.zeros_like(spread))
+    signal = mean - noise / B
+    hidden = signal <= 0  # the scale is infinite, and nothing infinite is made where it is not
+    scale = jnp.where(hidden, jnp.ones_like(noise), noise) / jnp.where(hidden, jnp.zeros_like(signal), signal)
+    return NoiseScale(noise * unit * unit, signal * unit * unit, scale)

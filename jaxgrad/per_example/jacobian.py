@@ -1,0 +1,235 @@
+"""The gradients of every output of a model, for every example: what all outputs share is computed and held once."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxgrad import _jax
+from jaxgrad.per_example.arguments import Arguments
+from jaxgrad.per_example.chunks import CHUNK_BYTES
+from jaxgrad.per_example.finish import Finished, is_settled, settled
+from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.mapped import map_examples_of, put_back
+from jaxgrad.per_example.transform import Transformed
+
+OF_OUTPUTS, EVERY = 1, -1
+"""The axis of outputs in an array; in one that is the same for every output there is none."""
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class PerExampleJacobian:
+    """The Jacobians J_b [O, parameters] of B examples, kept as factors: what `per_example_jacobian` returns.
+
+    An activation is the same for all outputs and is held once, a cotangent for every output. It is a pytree of such
+    arrays, with the example axis first and the axis of outputs, where there is one, second.
+
+    Example:
+        >>> model = lambda params, x: params["V"] @ jnp.tanh(params["W"] @ x)
+        >>> params = {"W": jnp.ones((30, 20)), "V": jnp.ones((10, 30))}
+        >>> J = jg.per_example_jacobian(model)(params, jnp.ones((4, 20)))
+        >>> J.batch_size, J.outputs, J.norms().shape, J.gram().shape
+        (4, 10, (4, 10), (4, 4, 10, 10))
+    """
+
+    def __init__(self, held: PerExampleGrads, axes: tuple[int, ...], outputs: int):
+        self._held, self._axes, self.outputs = held, axes, outputs
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, PerExampleGrads], ...], Any]:
+        """For JAX."""
+        return ((jax.tree_util.GetAttrKey("held"), self._held),), (self._axes, self.outputs)
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Sequence[PerExampleGrads]) -> "PerExampleJacobian":
+        """For JAX: the inverse of flattening, unchecked."""
+        return cls(children[0], *aux)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self._held.batch_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in the factors."""
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self._held))
+
+    def __repr__(self) -> str:
+        return f"PerExampleJacobian({self.batch_size} examples, {self.outputs} outputs, {self.nbytes} bytes held)"
+
+    def _of_each_output(self, function: Callable[[PerExampleGrads], Any], out_axes: int = 1) -> Any:
+        """function(the gradients of one output), for every output."""
+        axes = jax.tree.unflatten(jax.tree.structure(self._held), map(_for_vmap, self._axes))
+        return jax.vmap(function, (axes,), out_axes, axis_size=self.outputs)(self._held)
+
+    def norms(self) -> Float[Array, "B O"]:
+        """[B, O]: the norm of every output's gradient, as `PerExampleGrads.norms`."""
+        return self._of_each_output(lambda g: g.norms(chunk_bytes=CHUNK_BYTES // max(self.outputs, 1)))
+
+    def dot(self, tree: PyTree) -> Float[Array, "B O"]:
+        """J_b v [B, O] for one direction v of the parameters' structure and shapes."""
+        return self._of_each_output(lambda g: g.dot(tree))
+
+    def gram(
+        self, other: "PerExampleJacobian | None" = None, *, chunk_bytes: int = CHUNK_BYTES, precision: Any = None
+    ) -> Float[Array, "B C O P"]:
+        """J_b J′_cᵀ [B, C, O, O′] for every pair of examples, with `other`'s or with each other.
+
+        Cost of a weight that enters through one matrix product: the activations' products once for every pair of
+        examples, B·C·K operations, and the cotangents' for every pair of outputs, B·C·O·O′·F.
+
+        Args:
+            other: of the same parameters; of as many outputs or of others.
+            chunk_bytes: how much may be written out at once.
+            precision: as in `jax.lax.dot_general`.
+        """
+        second = self if other is None else other
+        bound = chunk_bytes // max(self.outputs * second.outputs, 1)
+
+        def with_all(g: PerExampleGrads) -> Array:
+            return second._of_each_output(lambda h: g.gram(h, chunk_bytes=bound, precision=precision), 2)
+
+        return self._of_each_output(with_all, 2)
+
+    def rows(self) -> PerExampleGrads:
+        """The same as B·O gradients, those of the first example first. What the outputs share is then copied."""
+        O = self.outputs  # noqa: E741
+
+        def spread(a: Array, axis: int) -> Array:
+            a = jnp.broadcast_to(a[:, None], (a.shape[0], O, *a.shape[1:])) if axis == EVERY else a
+            return a.reshape(a.shape[0] * O, *a.shape[2:])
+
+        return map_examples_of(spread, self._held, jax.tree.unflatten(jax.tree.structure(self._held), self._axes))
+
+    def materialize(self) -> PyTree:
+        """The tree of [B, O, *shape], as `jax.vmap(jax.jacrev(fun))` returns for outputs that are a vector."""
+        return self._of_each_output(lambda g: g.materialize())
+
+
+def per_example_jacobian(
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, in_axes: Any = 0
+) -> Callable[..., PerExampleJacobian]:
+    """The gradients of all outputs of a model, of every example, as factors.
+
+    The forward pass is done once, and what does not depend on which output is differentiated, as activations do not, is
+    held once for all of them.
+
+    Args:
+        fun: fun(params, x) → the outputs of one example: an array or a tree of arrays, of a real floating dtype. They
+            are numbered as `jax.flatten_util.ravel_pytree` lays them out.
+        argnums, in_axes: as in `per_example_grad`.
+
+    Returns:
+        A function of fun's arguments, with an example axis where `in_axes` says so, that returns `PerExampleJacobian`.
+
+    Raises:
+        TypeError, ValueError: as `per_example_grad`; outputs that are not real floating arrays.
+
+    Example:
+        >>> J = per_example_jacobian(lambda W, x: jnp.tanh(W @ x))(jnp.ones((5, 3)), jnp.ones((4, 3)))
+        >>> J.materialize().shape, J.dot(jnp.ones((5, 3))).shape
+        ((4, 5, 5, 3), (4, 5))
+    """
+
+    def output(*args: Any, **kwargs: Any) -> Array:
+        *args_, k = args
+        return _outputs(fun(*args_, **kwargs))[k]
+
+    transformed = Transformed("per_example_jacobian", fun, argnums, in_axes, False, False)
+    of_one_output = Transformed("per_example_jacobian", output, argnums, in_axes, False, False)
+
+    @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
+    def jacobian(*args: Any, **kwargs: Any) -> PerExampleJacobian:
+        arguments = transformed.arguments(args, kwargs)
+
+        def outputs(params: Any, example: Any) -> Array:
+            args, kwargs = arguments.put_back(params, example)
+            return _outputs(fun(*args, **kwargs))
+
+        count = jax.eval_shape(outputs, arguments.params, arguments.example).shape[0]
+        return _evaluated(of_one_output, _numbered(arguments), count)
+
+    return jacobian
+
+
+def _outputs(results: Any) -> Array:
+    """All outputs one after another."""
+    leaves = jax.tree.leaves(results)
+    wrong = [a for a in leaves if not jnp.issubdtype(jnp.result_type(a), jnp.floating)]
+    if not leaves or wrong:
+        got = f"{jnp.result_type(wrong[0])}" if wrong else "nothing"
+        raise TypeError(
+            f"per_example_jacobian: expected a function that returns real floating arrays for one example, got {got}."
+        )
+    dtype = jnp.result_type(*leaves)
+    return jnp.concatenate([jnp.ravel(a).astype(dtype) for a in leaves])
+
+
+def _numbered(arguments: Arguments) -> Arguments:
+    """With the number of the output as one more argument, which all examples share."""
+
+    def rebuilt(params: Sequence[Any], examples: Sequence[Any], shared: Sequence[Any]) -> Any:
+        *examples, k = examples
+        args, kwargs = arguments.rebuilt(params, examples, shared)
+        return (*args, k), kwargs
+
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    return dataclasses.replace(arguments, example=[*arguments.example, number], rebuilt=rebuilt)
+
+
+def _evaluated(transformed: Transformed, arguments: Arguments, outputs: int) -> PerExampleJacobian:
+    one, _ = transformed.of_one_example(arguments)
+    routes = []
+
+    def parts_of_one(*examples: Any) -> Any:
+        _, parts, found, shared = one(examples)
+        routes.extend(found)
+        return parts, shared
+
+    program, shape = jax.make_jaxpr(parts_of_one, return_shape=True)(*arguments.example)
+    parts_tree: Any
+    shared_tree: Any
+    parts_tree, shared_tree = (jax.tree.structure(part) for part in shape)
+    depends = _jax.depending(program, len(arguments.example) - 1)[: parts_tree.num_leaves]
+    inner = [0 if of_output else None for of_output in depends]
+    axes = [OF_OUTPUTS if of_output else EVERY for of_output in depends]
+    run = _jax.function_of(program)
+
+    def of_example(examples: Sequence[Any]) -> Any:
+        of_output = lambda k: run(*examples, k)  # noqa: E731
+        return jax.vmap(of_output, 0, [*inner, *[None] * shared_tree.num_leaves])(jnp.arange(outputs, dtype=jnp.int32))
+
+    over_examples = jax.vmap(
+        of_example,
+        (arguments.axes,),
+        [*[0] * parts_tree.num_leaves, *[None] * shared_tree.num_leaves],
+        axis_size=arguments.batch_size,
+    )
+    results = over_examples(arguments.batch)
+    parts = jax.tree.unflatten(parts_tree, results[: parts_tree.num_leaves])
+    shared = jax.tree.unflatten(shared_tree, results[parts_tree.num_leaves :])
+    where = put_back(jax.tree.unflatten(parts_tree, axes), jax.tree.map(lambda _: EVERY, shared))
+    held, axes_held = [], []
+    for factors, axis_of, route in zip(put_back(parts, shared), where, routes, strict=True):
+        settled_, axes_ = _settled(factors, axis_of, Finished(factors, route.how, route.reason), outputs)
+        held.append(settled_)
+        axes_held += [*axes_, EVERY]  # the last is that of the weights
+    g = PerExampleGrads(jax.tree.unflatten(arguments.params_tree, held))
+    return PerExampleJacobian(g, tuple(axes_held), outputs)
+
+
+def _settled(factors: Any, axis_of: Any, finished: Finished, outputs: int) -> tuple[Any, list[int]]:
+    """`settled` of every output, and the axis of outputs of each array."""
+    if is_settled(factors, finished):
+        return factors, jax.tree.leaves(axis_of)
+    in_axes = jax.tree.map(_for_vmap, axis_of)
+    of_output = lambda factors: settled(factors, finished)  # noqa: E731
+    return jax.vmap(of_output, (in_axes,), OF_OUTPUTS, axis_size=outputs)(factors), [OF_OUTPUTS]
+
+
+def _for_vmap(axis: int) -> int | None:
+    return None if axis == EVERY else axis

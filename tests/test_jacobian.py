@@ -1,0 +1,147 @@
+"""The gradients of all outputs of a model, held against `jax.vmap(jax.jacrev)`."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import jaxgrad as jg
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def dense(params, x):
+    return params["V"] @ jnp.tanh(params["W"] @ x + params["b"])
+
+
+def image(params, x):
+    h = jnp.tanh(jax.lax.conv(x[None], params["K"], (1, 1), "SAME"))
+    return params["V"] @ jnp.tanh(jax.lax.conv(h, params["L"], (1, 1), "SAME")).mean((0, 2, 3))
+
+
+def table(params, ids):
+    return params["V"] @ jnp.tanh(params["E"][ids]).mean(0) + (params["E"] ** 2).sum()
+
+
+def tree_of_outputs(params, x):
+    h = jnp.tanh(x @ params["W"].T + params["b"][None])
+    return {"mean": h.mean(0) @ params["V"].T, "total": h.sum()}
+
+
+def normalised(params, x):
+    W = params["W"] / jnp.sqrt((params["W"] ** 2).sum(1, keepdims=True))
+    return params["V"] @ jnp.tanh(W @ x)
+
+
+def loop(params, x):
+    def step(h, x):
+        h = jnp.tanh(params["W"] @ x + params["V"] @ h)
+        return h, h
+
+    return jax.lax.scan(step, jnp.zeros(30), x)[1].sum(0)
+
+
+def rematerialised(params, x):
+    return params["V"] @ jax.checkpoint(lambda W, x: jnp.tanh(W @ x))(params["W"], x)
+
+
+WEIGHTS = {"W": normal(1, 30, 20), "b": normal(2, 30), "V": normal(3, 10, 30)}
+MODELS = {
+    "dense": (dense, WEIGHTS, normal(4, 6, 20)),
+    "image": (
+        image,
+        {"K": normal(1, 8, 3, 3, 3), "L": normal(2, 16, 8, 3, 3), "V": normal(3, 10, 16), "unused": normal(5, 3, 4)},
+        normal(4, 6, 3, 9, 9),
+    ),
+    "large image": (
+        image,
+        {"K": normal(1, 8, 3, 7, 7), "L": normal(2, 96, 8, 7, 7), "V": normal(3, 10, 96)},
+        normal(4, 3, 3, 5, 5),
+    ),
+    "table": (table, {"E": normal(1, 50, 30), "V": WEIGHTS["V"]}, jnp.arange(30).reshape(6, 5) * 7 % 50),
+    "tree of outputs": (tree_of_outputs, WEIGHTS, normal(4, 6, 7, 20)),
+    "normalised": (normalised, WEIGHTS, normal(4, 6, 20)),
+    "loop": (loop, {"W": normal(1, 30, 20), "V": normal(3, 30, 30) / 6}, normal(4, 6, 5, 20)),
+    "rematerialised": (rematerialised, WEIGHTS, normal(4, 6, 20)),
+    "one example": (dense, WEIGHTS, normal(4, 1, 20)),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_agrees_with_the_written_out_jacobian(name, jit):
+    model, params, x = MODELS[name]
+    transform = jax.jit if jit else lambda function: function
+    J = transform(jg.per_example_jacobian(model))(params, x)
+    want = jax.vmap(jax.jacrev(lambda params, x: ravel_pytree(model(params, x))[0]), (None, 0))(params, x)
+    chex.assert_trees_all_close(J.materialize(), want, rtol=1e-9, atol=1e-11)
+
+    B, O = J.batch_size, J.outputs  # noqa: E741
+    flat = jnp.concatenate([a.reshape(B, O, -1) for a in jax.tree.leaves(want)], 2)
+    scale = float(jnp.abs(flat).max())
+    np.testing.assert_allclose(J.norms(), jnp.linalg.norm(flat, axis=2), rtol=1e-9, atol=1e-12 * scale)
+    np.testing.assert_allclose(J.gram(), jnp.einsum("bop,cqp->bcoq", flat, flat), rtol=1e-9, atol=1e-9 * scale**2)
+    direction = jax.tree.map(jnp.cos, params)
+    wanted = flat @ ravel_pytree(direction)[0]
+    np.testing.assert_allclose(J.dot(direction), wanted, rtol=1e-9, atol=1e-10 * scale)
+    rows = J.rows()
+    assert rows.batch_size == B * O
+    flattened = jax.tree.map(lambda a: a.reshape(B * O, *a.shape[2:]), want)
+    chex.assert_trees_all_close(rows.materialize(), flattened, rtol=1e-9, atol=1e-11)
+
+
+def test_what_all_outputs_share_is_computed_and_held_once():
+    model, params, x = MODELS["dense"]
+    J = jg.per_example_jacobian(model)(params, x)
+    B, O = 6, 10  # noqa: E741
+    held = B * (O * 30 + 20) + B * O * 30 + B * 30 + 3 * B  # of W, b and V, whose rows are numbered, and the weights
+    assert J.nbytes == held * 8 + B * O * 4
+
+    def counted(params, x):
+        jax.debug.callback(lambda _: passes.append(1), x[0])
+        return dense(params, x)
+
+    passes = []
+    jg.per_example_jacobian(counted)(params, x).norms()
+    jax.effects_barrier()
+    assert len(passes) == B
+
+
+def test_the_kernel_of_two_batches_and_of_other_numbers_of_outputs():
+    params = {"W": normal(1, 30, 20)}
+    model = lambda params, x: jnp.tanh(x @ params["W"].T).sum(1)  # noqa: E731
+    x, y = normal(2, 3, 4, 20), normal(3, 5, 2, 20)
+    jacobian = jg.per_example_jacobian(model)
+    got = jacobian(params, x).gram(jacobian(params, y))
+    J, K = (jax.vmap(jax.jacrev(model), (None, 0))(params, a)["W"].reshape(len(a), -1, 600) for a in (x, y))
+    np.testing.assert_allclose(got, jnp.einsum("bop,cqp->bcoq", J, K), rtol=1e-10)
+
+
+def test_it_is_a_pytree_for_jit_and_vmap():
+    J = jg.per_example_jacobian(dense)(WEIGHTS, MODELS["dense"][2])
+    np.testing.assert_allclose(jax.jit(lambda J: J.gram())(J), J.gram(), rtol=1e-12)
+    assert jax.tree.map(lambda a: a, J).outputs == 10
+
+
+def test_outputs_that_cannot_be_differentiated_are_named():
+    for model in (lambda W, x: jnp.argmax(W @ x), lambda W, x: None, lambda W, x: (W @ x).astype(complex)):
+        with pytest.raises(TypeError, match="per_example_jacobian: expected a function that returns real floating"):
+            jg.per_example_jacobian(model)(normal(1, 5, 3), normal(2, 4, 3))
+
+
+def test_the_wide_mlp_s_kernel_holds_less_than_its_rows():
+    params = [normal(1, 64, 48), normal(2, 64, 64), normal(3, 10, 64)]
+
+    def model(params, x):
+        for W in params[:-1]:
+            x = jnp.tanh(W @ x)
+        return params[-1] @ x
+
+    x = normal(4, 32, 48)
+    memory = lambda f: jax.jit(f).lower(params, x).compile().memory_analysis()  # noqa: E731
+    written = memory(lambda params, x: jax.vmap(jax.jacrev(model), (None, 0))(params, x)).output_size_in_bytes
+    assert memory(jg.ntk(model)).temp_size_in_bytes < written / 2
