@@ -22,8 +22,8 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve
+from jaxgrad.per_example.algebra.factors import Precision
 from jaxgrad.per_example.arguments import checked_batch
-from jaxgrad.per_example.factors import Precision
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.per_example.transform import per_example_grad

@@ -14,9 +14,9 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxgrad import _jax
+from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares, shortened
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_bound
-from jaxgrad.per_example.norms import nan_unless, root_sum_of_squares, shortened
 from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype

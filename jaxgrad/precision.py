@@ -1,7 +1,10 @@
 """What the library computes in."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 
 def working_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
@@ -11,3 +14,12 @@ def working_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
     if any(jnp.issubdtype(d, jnp.complexfloating) for d in kinds):
         return jnp.dtype(jnp.complex128 if double else jnp.complex64)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
+def added(terms: Sequence[Array]) -> Array:
+    """The sum of arrays of float32 or float64, in the wider of the two."""
+    dtype = working_dtype(*(term.dtype for term in terms))
+    total = terms[0].astype(dtype)
+    for term in terms[1:]:
+        total = total + term.astype(dtype)
+    return total

@@ -14,7 +14,7 @@ from quick import quick_jit
 
 import jaxgrad as jg
 from jaxgrad import network
-from jaxgrad.per_example import windows
+from jaxgrad.per_example.algebra import windows
 
 DEVICES, B = 8, 32
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"

@@ -29,7 +29,7 @@ from two_layers import (
 
 import jaxgrad as jg
 from jaxgrad import blocks, clipping, streams
-from jaxgrad.per_example.factors import written_out
+from jaxgrad.per_example.algebra.factors import written_out
 
 # --- PerExampleGrads -------------------------------------------------------------------------------------------------
 

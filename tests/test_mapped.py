@@ -8,7 +8,7 @@ from jax import lax
 
 import jaxgrad as jg
 from jaxgrad.per_example import Common, Dense, Layout, Mapped, Same
-from jaxgrad.per_example.maps import Input, Map, Result, call_of
+from jaxgrad.per_example.algebra.maps import Input, Map, Result, call_of
 
 B, N = 64, 1024
 

@@ -10,9 +10,9 @@ import pytest
 from jax import lax
 
 from jaxgrad import _jax
-from jaxgrad.per_example import undone, walk
-from jaxgrad.per_example.through import node_of, through
-from jaxgrad.per_example.values import Shared, Undone, added, array_of, times_shared
+from jaxgrad.per_example.interpreter import undone, walk
+from jaxgrad.per_example.interpreter.through import node_of, through
+from jaxgrad.per_example.interpreter.values import Shared, Undone, added, array_of, times_shared
 
 SHAPE = (24, 20)
 

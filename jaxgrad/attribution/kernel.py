@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.per_example.chunks import map_examples
-from jaxgrad.per_example.factors import Precision
+from jaxgrad.per_example.algebra.chunks import map_examples
+from jaxgrad.per_example.algebra.factors import Precision
 from jaxgrad.per_example.jacobian import per_example_jacobian
 from jaxgrad.per_example.transform import per_example_grad
 

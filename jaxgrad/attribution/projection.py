@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxgrad.per_example.chunks import CHUNK_BYTES, chunk_size
-from jaxgrad.per_example.factors import Precision
+from jaxgrad.per_example.algebra.chunks import CHUNK_BYTES, chunk_size
+from jaxgrad.per_example.algebra.factors import Precision
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 
 

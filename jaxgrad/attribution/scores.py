@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxgrad.per_example.factors import Precision, added
+from jaxgrad.per_example.algebra.factors import Precision
+from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
-from jaxgrad.per_example.scales import power_of_two
 from jaxgrad.per_example.serialized import named_tuple
+from jaxgrad.precision import added
 
 
 def cosine_similarity(

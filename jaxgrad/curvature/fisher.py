@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
 from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve, scaled_system
-from jaxgrad.per_example.factors import Precision
+from jaxgrad.per_example.algebra.factors import Precision
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.serialized import named_tuple
 

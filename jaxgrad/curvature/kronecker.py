@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.per_example.chunks import sum_examples
-from jaxgrad.per_example.factors import Factor, Outer, Precision, Windows, accumulator, wide
+from jaxgrad.per_example.algebra.chunks import sum_examples
+from jaxgrad.per_example.algebra.factors import Factor, Outer, Precision, Windows, accumulator, wide
+from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.gradients import PerExampleGrads
-from jaxgrad.per_example.layout import Layout
 from jaxgrad.sharding import replicated
 
 

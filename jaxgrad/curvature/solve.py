@@ -9,8 +9,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.per_example.gradients import PerExampleGrads
-from jaxgrad.per_example.scales import power_of_two
 from jaxgrad.sharding import gathered
 
 EXACT = lax.Precision.HIGHEST  # of a Gram matrix that is solved with: accelerators round more unless told

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgrad.per_example.factors import arrays
+from jaxgrad.per_example.algebra.factors import arrays
+from jaxgrad.per_example.algebra.leaf import Leaf
+from jaxgrad.per_example.algebra.mapped import of_examples
+from jaxgrad.per_example.algebra.pairs import way
 from jaxgrad.per_example.gradients import PerExampleGrads
-from jaxgrad.per_example.leaf import Leaf
-from jaxgrad.per_example.mapped import of_examples
-from jaxgrad.per_example.pairs import way
 from jaxgrad.per_example.transform import Route, Transformed
 
 

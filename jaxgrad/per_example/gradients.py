@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.per_example import factors, norms
-from jaxgrad.per_example.chunks import CHUNK_BYTES
-from jaxgrad.per_example.factors import Factor, Precision, added
-from jaxgrad.per_example.leaf import Leaf, concatenated
-from jaxgrad.per_example.mapped import map_examples_of, of_examples
-from jaxgrad.precision import working_dtype
+from jaxgrad.per_example.algebra import factors, norms
+from jaxgrad.per_example.algebra.chunks import CHUNK_BYTES
+from jaxgrad.per_example.algebra.factors import Factor, Precision
+from jaxgrad.per_example.algebra.leaf import Leaf, concatenated
+from jaxgrad.per_example.algebra.mapped import map_examples_of, of_examples
+from jaxgrad.precision import added, working_dtype
 
 
 @jax.tree_util.register_pytree_with_keys_class

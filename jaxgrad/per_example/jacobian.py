@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad import _jax
+from jaxgrad.per_example.algebra.chunks import CHUNK_BYTES
+from jaxgrad.per_example.algebra.mapped import map_examples_of, put_back
 from jaxgrad.per_example.arguments import Arguments
-from jaxgrad.per_example.chunks import CHUNK_BYTES
-from jaxgrad.per_example.finish import Finished, is_settled, settled
 from jaxgrad.per_example.gradients import PerExampleGrads
-from jaxgrad.per_example.mapped import map_examples_of, put_back
+from jaxgrad.per_example.lower import Lowered, is_settled, settled
 from jaxgrad.per_example.transform import Transformed
 
 OF_OUTPUTS, EVERY = 1, -1
@@ -215,19 +215,19 @@ def _evaluated(transformed: Transformed, arguments: Arguments, outputs: int) -> 
     where = put_back(jax.tree.unflatten(parts_tree, axes), jax.tree.map(lambda _: EVERY, shared))
     held, axes_held = [], []
     for factors, axis_of, route in zip(put_back(parts, shared), where, routes, strict=True):
-        settled_, axes_ = _settled(factors, axis_of, Finished(factors, route.how, route.reason), outputs)
+        settled_, axes_ = _settled(factors, axis_of, Lowered(factors, route.how, route.reason), outputs)
         held.append(settled_)
         axes_held += [*axes_, EVERY]  # the last is that of the weights
     g = PerExampleGrads(jax.tree.unflatten(arguments.params_tree, held))
     return PerExampleJacobian(g, tuple(axes_held), outputs)
 
 
-def _settled(factors: Any, axis_of: Any, finished: Finished, outputs: int) -> tuple[Any, list[int]]:
+def _settled(factors: Any, axis_of: Any, lowered: Lowered, outputs: int) -> tuple[Any, list[int]]:
     """`settled` of every output, and the axis of outputs of each array."""
-    if is_settled(factors, finished):
+    if is_settled(factors, lowered):
         return factors, jax.tree.leaves(axis_of)
     in_axes = jax.tree.map(_for_vmap, axis_of)
-    of_output = lambda factors: settled(factors, finished)  # noqa: E731
+    of_output = lambda factors: settled(factors, lowered)  # noqa: E731
     return jax.vmap(of_output, (in_axes,), OF_OUTPUTS, axis_size=outputs)(factors), [OF_OUTPUTS]
 
 

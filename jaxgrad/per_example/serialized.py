@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from jax import export
 
-from jaxgrad.per_example.factors import Dense, Outer, Rows, Windows
+from jaxgrad.per_example.algebra.factors import Dense, Outer, Rows, Windows
+from jaxgrad.per_example.algebra.layout import Layout
+from jaxgrad.per_example.algebra.leaf import Leaf
+from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same
+from jaxgrad.per_example.algebra.windows import Unfolding, Window
 from jaxgrad.per_example.gradients import PerExampleGrads
-from jaxgrad.per_example.layout import Layout
-from jaxgrad.per_example.leaf import Leaf
-from jaxgrad.per_example.mapped import Common, Mapped, Same
-from jaxgrad.per_example.windows import Unfolding, Window
 
 N = TypeVar("N")
 

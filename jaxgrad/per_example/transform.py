@@ -11,14 +11,14 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxgrad import _jax
+from jaxgrad.per_example.algebra.mapped import put_back, taken_out
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
-from jaxgrad.per_example.finish import Finished, finish, settled
 from jaxgrad.per_example.frameworks import explained
 from jaxgrad.per_example.gradients import PerExampleGrads
-from jaxgrad.per_example.mapped import put_back, taken_out
-from jaxgrad.per_example.undone import Reason
-from jaxgrad.per_example.values import Shared, Value, array_of, is_zero
-from jaxgrad.per_example.walk import evaluate
+from jaxgrad.per_example.interpreter.undone import Reason
+from jaxgrad.per_example.interpreter.values import Shared, Value, array_of, is_zero
+from jaxgrad.per_example.interpreter.walk import evaluate
+from jaxgrad.per_example.lower import Lowered, lower, settled
 
 
 def per_example_grad(
@@ -114,7 +114,7 @@ def per_example_value_and_grad(
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Route:
-    """What was done for one parameter, as in `Finished`. A tree without leaves, so that it leaves `vmap` as a result.
+    """What was done for one parameter, as in `Lowered`. A tree without leaves, so that it leaves `vmap` as a result.
 
     Attributes:
         how: the route.
@@ -148,7 +148,7 @@ class Transformed:
         over_examples = jax.vmap(one, (arguments.axes,), (0, 0, 0, None), axis_size=arguments.batch_size)
         others, parts, routes, shared = over_examples(arguments.batch)
         parts = [
-            settled(factors, Finished(factors, route.how, route.reason))
+            settled(factors, Lowered(factors, route.how, route.reason))
             for factors, route in zip(put_back(parts, shared), routes, strict=True)
         ]
         if self.strict:
@@ -170,13 +170,13 @@ class Transformed:
             leaves = [*map(Shared, arguments.params), *examples]
             wanted = [k >= first for k in range(len(outvars))]
             results = evaluate(program, leaves, wanted, [True] * len(outvars))
-            finished = [
-                finish(value, jnp.shape(p), jnp.result_type(p))
+            lowered = [
+                lower(value, jnp.shape(p), jnp.result_type(p))
                 for value, p in zip(results[first:], arguments.params, strict=True)
             ]
             others = [_as_returned(value, v.aval) for value, v in zip(results[:first], outvars, strict=False)]
-            parts, shared = taken_out([f.factors for f in finished])
-            return others, parts, [Route(f.how, f.reason) for f in finished], shared
+            parts, shared = taken_out([f.factors for f in lowered])
+            return others, parts, [Route(f.how, f.reason) for f in lowered], shared
 
         return one, out_tree
 

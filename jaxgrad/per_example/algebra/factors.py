@@ -17,7 +17,6 @@ parameter's own shape each of them lies. A parameter's gradient is a sum of fact
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +25,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxgrad.per_example import sums
-from jaxgrad.per_example.chunks import map_examples
-from jaxgrad.per_example.layout import Layout
-from jaxgrad.per_example.mapped import Common, Mapped, Same, map_examples_of, of_examples
-from jaxgrad.per_example.scales import largest, nearest_power, power_of_two, row_sums
-from jaxgrad.per_example.windows import Unfolding
-from jaxgrad.precision import working_dtype
+from jaxgrad.per_example.algebra import sums
+from jaxgrad.per_example.algebra.chunks import map_examples
+from jaxgrad.per_example.algebra.layout import Layout
+from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same, map_examples_of, of_examples
+from jaxgrad.per_example.algebra.scales import largest, nearest_power, power_of_two, row_sums
+from jaxgrad.per_example.algebra.windows import Unfolding
+from jaxgrad.precision import added, working_dtype
 from jaxgrad.sharding import gathered, kept, replicated
 
 Precision = Any  # what jax.lax.dot_general takes as precision=
@@ -380,12 +379,3 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
         case Dense(value, layout):
             value, unit = scaled(value, largest(value))
             return Dense(value, layout), unit
-
-
-def added(terms: Sequence[Array]) -> Array:
-    """The sum of arrays of float32 or float64, in the wider of the two."""
-    dtype = working_dtype(*(term.dtype for term in terms))
-    total = terms[0].astype(dtype)
-    for term in terms[1:]:
-        total = total + term.astype(dtype)
-    return total

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from jaxgrad.per_example.chunks import chunk_size, expected, map_examples
-from jaxgrad.per_example.factors import Rows
-from jaxgrad.per_example.layout import Layout
-from jaxgrad.per_example.scales import row_sums
+from jaxgrad.per_example.algebra.chunks import chunk_size, expected, map_examples
+from jaxgrad.per_example.algebra.factors import Rows
+from jaxgrad.per_example.algebra.layout import Layout
+from jaxgrad.per_example.algebra.scales import row_sums
 from jaxgrad.sharding import replicated
 
 PAIRS = 64 * 64  # up to so many pairs of positions comparing each is as fast as sorting

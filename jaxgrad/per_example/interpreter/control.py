@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxgrad import _jax
-from jaxgrad.per_example import through, undone
-from jaxgrad.per_example.maps import inputs_of
-from jaxgrad.per_example.undone import Term
-from jaxgrad.per_example.values import (
+from jaxgrad.per_example.algebra.maps import inputs_of
+from jaxgrad.per_example.interpreter import through, undone
+from jaxgrad.per_example.interpreter.undone import Term
+from jaxgrad.per_example.interpreter.values import (
     FORMED,
     Broadcast,
     Plain,

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxgrad.per_example.chunks import chunk_size, map_examples
-from jaxgrad.per_example.factors import Dense, Factor, Outer, Precision, accumulator, wide
-from jaxgrad.per_example.layout import Layout
-from jaxgrad.per_example.mapped import Common, Mapped
-from jaxgrad.per_example.scales import nearest_power, power_of_two, row_sums
+from jaxgrad.per_example.algebra.chunks import chunk_size, map_examples
+from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Precision, accumulator, wide
+from jaxgrad.per_example.algebra.layout import Layout
+from jaxgrad.per_example.algebra.mapped import Common, Mapped
+from jaxgrad.per_example.algebra.scales import nearest_power, power_of_two, row_sums
 
 BLOCK_BYTES = 2**20
 """How much of C C′ is there at once."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxgrad.per_example.factors import Factor, Outer
-from jaxgrad.per_example.layout import Layout
+from jaxgrad.per_example.algebra.factors import Factor, Outer
+from jaxgrad.per_example.algebra.layout import Layout
 
 FEW = 3  # so many remain as they are: a group is a copy of its members' sides
 

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.scales import power_of_two
+from jaxgrad.per_example.algebra.scales import power_of_two
 
 # What does one thing to each entry.
 ENTRYWISE = frozenset(

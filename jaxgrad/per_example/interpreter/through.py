@@ -12,10 +12,9 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example import linear
-from jaxgrad.per_example.factors import added
-from jaxgrad.per_example.maps import Call, Input, Node, Result, call_of
-from jaxgrad.per_example.values import (
+from jaxgrad.per_example.algebra.maps import Call, Input, Node, Result, call_of
+from jaxgrad.per_example.interpreter import linear
+from jaxgrad.per_example.interpreter.values import (
     FORMED,
     Broadcast,
     Plain,
@@ -27,6 +26,7 @@ from jaxgrad.per_example.values import (
     mapped,
     times_shared,
 )
+from jaxgrad.precision import added
 
 _first: Callable[[int], range] = lambda n: range(1)  # noqa: E731
 

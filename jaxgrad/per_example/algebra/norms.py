@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxgrad.per_example import pairs, scaled
-from jaxgrad.per_example.chunks import chunk_size, map_examples
-from jaxgrad.per_example.factors import (
+from jaxgrad.per_example.algebra import pairs, scaled
+from jaxgrad.per_example.algebra.chunks import chunk_size, map_examples
+from jaxgrad.per_example.algebra.factors import (
     Dense,
     Factor,
     Outer,
@@ -20,16 +20,15 @@ from jaxgrad.per_example.factors import (
     Rows,
     Windows,
     accumulator,
-    added,
     arrays,
     is_nothing,
     scale,
     scaled_by_power_of_two,
     written_out,
 )
-from jaxgrad.per_example.mapped import Common, Mapped, of_examples
-from jaxgrad.per_example.scales import compact, largest, power_of_two, row_sums
-from jaxgrad.precision import working_dtype
+from jaxgrad.per_example.algebra.mapped import Common, Mapped, of_examples
+from jaxgrad.per_example.algebra.scales import compact, largest, power_of_two, row_sums
+from jaxgrad.precision import added, working_dtype
 
 Factors = tuple[Factor, ...]
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxgrad.per_example.undone import Labels, Term, einsum, replace
+from jaxgrad.per_example.interpreter.undone import Labels, Term, einsum, replace
 from jaxgrad.precision import working_dtype
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxgrad.per_example.windows import Window, unfold
+from jaxgrad.per_example.algebra.windows import Window, unfold
 from jaxgrad.precision import working_dtype
 
 Labels = tuple[int, ...]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxgrad.per_example.chunks import chunk_size
+from jaxgrad.per_example.algebra.chunks import chunk_size
 
 UNFOLDED_BYTES = 2 * 2**20
 """How much of an image is unfolded at once: what the processor's cache holds."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from jaxgrad.per_example.mapped import map_examples_of, of_examples, put_back, taken_out
+from jaxgrad.per_example.algebra.mapped import map_examples_of, of_examples, put_back, taken_out
 from jaxgrad.sharding import devices
 
 T = TypeVar("T")

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxgrad.per_example import factors, moments, norms, pairs
-from jaxgrad.per_example.factors import Dense, Factor, Outer, Precision, Rows, Windows, added
-from jaxgrad.per_example.layout import Layout
-from jaxgrad.per_example.mapped import of_examples
-from jaxgrad.precision import working_dtype
+from jaxgrad.per_example.algebra import factors, moments, norms, pairs
+from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Precision, Rows, Windows
+from jaxgrad.per_example.algebra.layout import Layout
+from jaxgrad.per_example.algebra.mapped import of_examples
+from jaxgrad.precision import added, working_dtype
 from jaxgrad.sharding import kept
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from jax import lax
 
 from jaxgrad import _jax
-from jaxgrad.per_example import linear, moves, through, undone
-from jaxgrad.per_example.undone import Term
-from jaxgrad.per_example.values import (
+from jaxgrad.per_example.interpreter import linear, moves, through, undone
+from jaxgrad.per_example.interpreter.undone import Term
+from jaxgrad.per_example.interpreter.values import (
     Broadcast,
     Undone,
     Value,

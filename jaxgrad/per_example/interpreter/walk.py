@@ -15,10 +15,10 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example import control, through, undone
-from jaxgrad.per_example.products import undone_product
-from jaxgrad.per_example.rules import KEEPS_ZERO, behind, operands
-from jaxgrad.per_example.values import (
+from jaxgrad.per_example.interpreter import control, through, undone
+from jaxgrad.per_example.interpreter.products import undone_product
+from jaxgrad.per_example.interpreter.rules import KEEPS_ZERO, behind, operands
+from jaxgrad.per_example.interpreter.values import (
     FORMED,
     Broadcast,
     Plain,

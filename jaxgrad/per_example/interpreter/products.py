@@ -9,9 +9,10 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example import moves, undone
-from jaxgrad.per_example.undone import Term, Unfolded
-from jaxgrad.per_example.values import (
+from jaxgrad.per_example.algebra.windows import Window
+from jaxgrad.per_example.interpreter import moves, undone
+from jaxgrad.per_example.interpreter.undone import Term, Unfolded
+from jaxgrad.per_example.interpreter.values import (
     FORMED,
     Broadcast,
     Plain,
@@ -22,7 +23,6 @@ from jaxgrad.per_example.values import (
     is_zero,
     nonempty,
 )
-from jaxgrad.per_example.windows import Window
 
 
 def _dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:

@@ -5,8 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxgrad.per_example.chunks import chunk_size, sum_examples
-from jaxgrad.per_example.factors import (
+from jaxgrad.per_example.algebra.chunks import chunk_size, sum_examples
+from jaxgrad.per_example.algebra.factors import (
     Dense,
     Factor,
     Outer,
@@ -17,8 +17,8 @@ from jaxgrad.per_example.factors import (
     wide,
     written_out,
 )
-from jaxgrad.per_example.mapped import of_examples
-from jaxgrad.per_example.rows import merged
+from jaxgrad.per_example.algebra.mapped import of_examples
+from jaxgrad.per_example.algebra.rows import merged
 from jaxgrad.sharding import replicated
 
 Factors = tuple[Factor, ...]

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxgrad.per_example import rows
-from jaxgrad.per_example.chunks import chunk_size, expected, map_examples, sum_examples
-from jaxgrad.per_example.factors import (
+from jaxgrad.per_example.algebra import rows
+from jaxgrad.per_example.algebra.chunks import chunk_size, expected, map_examples, sum_examples
+from jaxgrad.per_example.algebra.factors import (
     Dense,
     Factor,
     Outer,
@@ -36,9 +36,9 @@ from jaxgrad.per_example.factors import (
     wide,
     written_out,
 )
-from jaxgrad.per_example.layout import Layout
-from jaxgrad.per_example.mapped import Common, Mapped, of_examples
-from jaxgrad.per_example.scales import row_sums
+from jaxgrad.per_example.algebra.layout import Layout
+from jaxgrad.per_example.algebra.mapped import Common, Mapped, of_examples
+from jaxgrad.per_example.algebra.scales import row_sums
 from jaxgrad.sharding import every_example
 
 

@@ -13,8 +13,8 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.maps import Call, Input, Map, Node, Result, inputs_of
-from jaxgrad.per_example.undone import Reason, Term, carried_out, form, product, replace, unfolded
+from jaxgrad.per_example.algebra.maps import Call, Input, Map, Node, Result, inputs_of
+from jaxgrad.per_example.interpreter.undone import Reason, Term, carried_out, form, product, replace, unfolded
 
 
 @functools.partial(

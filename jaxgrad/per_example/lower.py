@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxgrad.per_example.boxes import grouped
-from jaxgrad.per_example.factors import Dense, Factor, Outer, Rows, Windows, added, written_out
-from jaxgrad.per_example.layout import Layout
-from jaxgrad.per_example.mapped import Common, Mapped, Same
-from jaxgrad.per_example.maps import Map, Node, inputs_of
-from jaxgrad.per_example.undone import Box, Reason, Term
-from jaxgrad.per_example.values import (
+from jaxgrad.per_example.algebra.boxes import grouped
+from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Rows, Windows, written_out
+from jaxgrad.per_example.algebra.layout import Layout
+from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same
+from jaxgrad.per_example.algebra.maps import Map, Node, inputs_of
+from jaxgrad.per_example.algebra.windows import Unfolding
+from jaxgrad.per_example.interpreter.undone import Box, Reason, Term
+from jaxgrad.per_example.interpreter.values import (
     FORMED,
     Broadcast,
     Plain,
@@ -31,13 +32,12 @@ from jaxgrad.per_example.values import (
     spread,
     times_shared,
 )
-from jaxgrad.per_example.windows import Unfolding
-from jaxgrad.precision import working_dtype
+from jaxgrad.precision import added, working_dtype
 
 MERGED = 3  # more products of one layout than this become one, its positions one after another
 
 
-class Finished(NamedTuple):
+class Lowered(NamedTuple):
     """One parameter's gradient, of one example.
 
     Attributes:
@@ -52,11 +52,11 @@ class Finished(NamedTuple):
     reason: Reason | None
 
 
-def finish(value: Value, shape: tuple[int, ...], dtype: Any) -> Finished:
+def lower(value: Value, shape: tuple[int, ...], dtype: Any) -> Lowered:
     """The factors that a gradient is, and why those."""
     size, matrix = math.prod(shape), sum(n != 1 for n in shape) > 1
     if is_zero(value):
-        return Finished((_nothing(shape, dtype),), "unused", None)
+        return Lowered((_nothing(shape, dtype),), "unused", None)
     if isinstance(value, Broadcast):
         value = spread(value, dtype) or value
     if isinstance(value, Shared) and matrix:
@@ -64,28 +64,28 @@ def finish(value: Value, shape: tuple[int, ...], dtype: Any) -> Finished:
     if isinstance(value, Undone) and value.held < size and (matrix or not value.maps):
         factors = _factors(value.terms, shape, dtype) + _behind_maps(value.maps, shape, dtype)
         direct = matrix and value.reason not in (None, FORMED)
-        return Finished(factors, "direct" if direct else "factored", value.reason if direct else None)
+        return Lowered(factors, "direct" if direct else "factored", value.reason if direct else None)
     if isinstance(value, Undone) and value.has_windows:  # carried out for several examples at once: `settled`
         others = [term for term in value.terms if not term.windows]
         factors = tuple(_factor(term, shape, dtype) for term in value.terms if term.windows)
         factors += _behind_maps(value.maps, shape, dtype)
         factors += (_dense(array_of(Undone(tuple(others), shape, dtype)), shape, dtype),) if others else ()
-        return Finished(factors, "formed" if value.reason in (None, FORMED) else "direct", value.reason)
+        return Lowered(factors, "formed" if value.reason in (None, FORMED) else "direct", value.reason)
     reason = value.reason if isinstance(value, Plain | Undone) else None
     how = "vector" if not matrix else "formed" if reason in (None, FORMED) else "direct"
-    return Finished((_dense(array_of(value), shape, dtype),), how, reason if how == "direct" else None)
+    return Lowered((_dense(array_of(value), shape, dtype),), how, reason if how == "direct" else None)
 
 
-def settled(factors: tuple[Factor, ...], finished: Finished) -> tuple[Factor, ...]:
+def settled(factors: tuple[Factor, ...], lowered: Lowered) -> tuple[Factor, ...]:
     """The factors of a batch: convolutions that are smaller so are carried out, a few examples at a time."""
-    if is_settled(factors, finished):
+    if is_settled(factors, lowered):
         return factors
     return (Dense.of(added([written_out(f) for f in factors]), factors[0].layout.dtype),)
 
 
-def is_settled(factors: tuple[Factor, ...], finished: Finished) -> bool:
+def is_settled(factors: tuple[Factor, ...], lowered: Lowered) -> bool:
     """Whether nothing is to be carried out."""
-    return finished.how == "factored" or not any(_has_windows(f) for f in factors)
+    return lowered.how == "factored" or not any(_has_windows(f) for f in factors)
 
 
 def _has_windows(f: Factor) -> bool:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxgrad.per_example.layout import Layout
-from jaxgrad.per_example.maps import Map
+from jaxgrad.per_example.algebra.layout import Layout
+from jaxgrad.per_example.algebra.maps import Map
 
 MARGIN = 4.0
 """The power method is short by a factor near n^(1/13) after six steps from an unlucky start, 2.9 for n = 10⁶."""
