@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxgrad import _jax
+from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares, shortened
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_bound
@@ -267,7 +268,7 @@ class ClippedGrad:
         count = jnp.maximum(mask.sum(), 1).astype(norms.dtype)
         nonfinite = mask & ~jnp.isfinite(norms)
         share = (over | nonfinite).sum().astype(norms.dtype) / count
-        total = jax.tree.unflatten(arguments.params_tree, flat)
+        total = complexes.joined(jax.tree.unflatten(arguments.params_tree, flat), complexes.gradient)
         return total, ClipInfo(values, norms, share, nonfinite.sum(), aux)
 
     def _of(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:

@@ -56,9 +56,16 @@ def _projected(g: PerExampleGrads, key: Array, size: int, precision: Precision) 
 
     def column(k: Array) -> Array:
         keys = jax.random.split(jax.random.fold_in(key, k), len(leaves))
-        signs = [jax.random.rademacher(key, p.shape, p.dtype) for key, p in zip(keys, leaves, strict=True)]
+        signs = [_signs(key, p) for key, p in zip(keys, leaves, strict=True)]
         return g.dot(treedef.unflatten(signs), precision=precision)
 
     bytes_each = sum(p.size * p.dtype.itemsize for p in leaves) + g.nbytes
     columns = lax.map(column, jnp.arange(size), batch_size=chunk_size(bytes_each, CHUNK_BYTES, size))
     return columns.T / size**0.5
+
+
+def _signs(key: Array, p: Any) -> Array:
+    if not jnp.issubdtype(p.dtype, jnp.complexfloating):
+        return jax.random.rademacher(key, p.shape, p.dtype)
+    real, imag = jax.random.rademacher(key, (2, *p.shape), jnp.finfo(p.dtype).dtype)
+    return lax.complex(real, imag)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad import _jax
+from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.frameworks import advice
 
 
@@ -20,7 +21,8 @@ class Arguments:
     Attributes:
         params: the leaves of the differentiated arguments.
         paths: their paths, as `jax.tree_util.keystr` writes them.
-        params_tree: the structure of the differentiated argument, or of the tuple of several.
+        params_tree: the structure of the differentiated argument, or of the tuple of several, with a pair in the place
+            of every complex parameter.
         batch: the leaves that carry examples.
         axes: their example axes.
         example: what one example of each looks like.
@@ -47,6 +49,7 @@ class Arguments:
 def arguments_of(call: str, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any, in_axes: Any) -> Arguments:
     """Takes a call apart; errors name `call`. What a leaf is depends on its place in the call, not on its identity."""
     numbers, several = _numbers(call, argnums, len(args))
+    args = tuple(complexes.parts(arg) if k in numbers else arg for k, arg in enumerate(args))
     entries = _entries(call, in_axes, numbers, len(args))
     chosen = tuple(args[k] for k in numbers) if several else args[numbers[0]]
     with_paths, params_tree = jax.tree_util.tree_flatten_with_path(chosen)
@@ -69,7 +72,8 @@ def arguments_of(call: str, args: tuple[Any, ...], kwargs: dict[str, Any], argnu
             jax.tree.unflatten(structure, [source[kind][i] for kind, i in place])
             for structure, place in zip(structures, places, strict=True)
         )
-        return tuple(filled), keywords
+        whole = [complexes.joined(arg, complexes.number) if k in numbers else arg for k, arg in enumerate(filled)]
+        return tuple(whole), keywords
 
     return Arguments(params, paths, params_tree, arrays, axes, example, batch_size, shared, rebuilt)
 
@@ -161,7 +165,7 @@ def _parameter(call: str, path: str, leaf: Any, tree: Any) -> Any:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         what = type(leaf).__name__ if dtype is None else dtype
         raise TypeError(
-            f"{call}: expected parameters of a real floating dtype, got {what} at {path or 'the parameter'}. "
+            f"{call}: expected parameters of a floating dtype, got {what} at {path or 'the parameter'}. "
             + (
                 advice(tree)
                 or "Leave what is not trained out of the differentiated argument, and pass it as another, "

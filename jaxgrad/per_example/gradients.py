@@ -1,5 +1,6 @@
 """PerExampleGrads: the B × parameters matrix G of per-example gradients, an algebra on factors."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.per_example.algebra import factors, norms
+from jaxgrad.per_example.algebra import complexes, factors, norms
 from jaxgrad.per_example.algebra.chunks import CHUNK_BYTES
 from jaxgrad.per_example.algebra.factors import Factor, Precision
 from jaxgrad.per_example.algebra.leaf import Leaf, concatenated
@@ -35,6 +36,9 @@ class PerExampleGrads:
     Accuracy: sums are accumulated in float32 at least (float64 if a factor or a parameter is), and rounded once to
     the parameter's dtype where the result is a gradient. Squares of gradients, [B] and [B, B] results stay in the
     accumulator's.
+
+    A complex parameter has the gradient that `jax.grad` defines, ∂/∂Re - i ∂/∂Im, held as those of its two real parts;
+    norms and moments are of |·|², inner products the real part of Σ conj(g) v.
 
     Args:
         tree: the parameters' tree with each leaf replaced by a tuple of factors (`Outer`, `Rows`, `Dense`).
@@ -161,7 +165,8 @@ class PerExampleGrads:
 
     def leaf_norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
         """The norm of each parameter's gradient by itself: the tree with a [B] at every leaf. As `norms`."""
-        return self._each(lambda leaf: leaf.length(chunk_bytes, precision).norm)
+        each = self._each(lambda leaf: leaf.length(chunk_bytes, precision).norm)
+        return complexes.joined(each, lambda *parts: norms.root_sum_of_squares(parts))
 
     def norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> Float[Array, " B"]:
         """‖g_b‖ [B], over all parameters together.
@@ -188,7 +193,8 @@ class PerExampleGrads:
         """G v [B]: the inner product of every example's gradient with one direction.
 
         Args:
-            tree: a direction, of the parameters' structure and shapes.
+            tree: a direction, of the parameters' structure and shapes; complex where they are, and then such as
+                a gradient is: along a change dp of the parameters the direction is conj(dp).
         """
         leaves = self._direction("dot", tree)
         return added([leaf.dot(v, precision) for leaf, v in zip(self._leaves, leaves, strict=True)])
@@ -211,14 +217,14 @@ class PerExampleGrads:
                 leaf.layout.dtype
             )
 
-        return self._each(mean)
+        return complexes.joined(self._each(mean), complexes.gradient)
 
     def _summed(self, c: Array | None, precision: Precision, rounded: bool = True) -> PyTree:
         def total(leaf: Leaf) -> Array:
             value = leaf.sum(c, precision)
             return value.astype(leaf.layout.dtype) if rounded else value
 
-        return self._each(total)
+        return complexes.joined(self._each(total), complexes.gradient)
 
     # --- products of examples
 
@@ -244,7 +250,8 @@ class PerExampleGrads:
         Formula: of an Outer with T = 1, (left²)ᵀ(right²)/B, one matrix product; otherwise examples are written out,
         `chunk_bytes` at a time.
         """
-        return self._each(lambda leaf: leaf.second_moment(chunk_bytes, precision))
+        each = self._each(lambda leaf: leaf.second_moment(chunk_bytes, precision))
+        return complexes.joined(each, operator.add)
 
     def variance(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
         """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree of the parameters' shapes, in float32 at least.
@@ -252,7 +259,7 @@ class PerExampleGrads:
         Formula: not second_moment - mean², which cancels: of an Outer with T = 1 the sides are centred first
         (`moments.variance`); otherwise examples are written out, `chunk_bytes` at a time, with the mean subtracted.
         """
-        return self._each(lambda leaf: leaf.variance(chunk_bytes, precision))
+        return complexes.joined(self._each(lambda leaf: leaf.variance(chunk_bytes, precision)), operator.add)
 
     # --- new batches
 
@@ -378,7 +385,7 @@ class PerExampleGrads:
 
     def materialize(self) -> PyTree:
         """G written out: the tree of [B, *shape] that `jax.vmap(jax.grad(loss))` returns. B × parameters numbers."""
-        return self._each(Leaf.materialize)
+        return complexes.joined(self._each(Leaf.materialize), complexes.gradient)
 
     # --- what comes in
 
@@ -392,10 +399,17 @@ class PerExampleGrads:
         return c
 
     def _direction(self, call: str, tree: PyTree) -> list[Array]:
-        leaves, treedef = jax.tree.flatten(tree)
-        if treedef != self._treedef:
+        structure: Any = jax.tree.structure(self._held, is_leaf=_is_parameter)
+        treedef = jax.tree.structure(tree)
+        if treedef != structure:
             raise ValueError(
-                f"PerExampleGrads.{call}: expected a tree like the parameters', {self._treedef}, got {treedef}."
+                f"PerExampleGrads.{call}: expected a tree like the parameters', {structure}, got {treedef}."
+            )
+        leaves, parts = jax.tree.flatten(complexes.parts(tree, sign=-1))
+        if parts != self._treedef:
+            raise ValueError(
+                f"PerExampleGrads.{call}: expected complex numbers where the parameters are, and only there, got "
+                f"{jax.tree.map(jnp.result_type, tree)}."
             )
         for path, leaf, v in zip(self.paths, self._leaves, leaves, strict=True):
             if jnp.shape(v) != leaf.layout.shape:
@@ -445,6 +459,10 @@ class PerExampleGrads:
 
 def _is_leaf(node: Any) -> bool:
     return isinstance(node, Leaf)
+
+
+def _is_parameter(node: Any) -> bool:
+    return _is_leaf(node) or complexes.is_complex(node)
 
 
 def checked_bound(call: str, bound: Any) -> None:

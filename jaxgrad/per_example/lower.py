@@ -112,8 +112,8 @@ def _behind_maps(nodes: Sequence[Node], shape: tuple[int, ...], dtype: Any) -> t
     factors: list[Factor] = []
     for same in numbers.values():
         function, (number,), shared = Map.of(same)
-        array = function([jnp.ones_like(number.value, shape=number.value.shape)], shared)
-        factors.append(Common(number.value.reshape(()), Same(array), layout))
+        for part, one in _real_parts(number.value):
+            factors.append(Common(part.reshape(()), Same(function([one], shared)), layout))
     if larger:
         function, inputs, shared = Map.of(larger)
         shapes = tuple((tuple(x.value.shape), jnp.dtype(x.value.dtype)) for x in inputs)
@@ -123,6 +123,12 @@ def _behind_maps(nodes: Sequence[Node], shape: tuple[int, ...], dtype: Any) -> t
         )
         factors.append(Mapped(parts, Same(tuple(jnp.asarray(a) for a in shared)), function, shapes, layout))
     return tuple(factors)
+
+
+def _real_parts(number: Any) -> list[tuple[Any, Any]]:
+    """[(a, one)] with number = Σ a · one: a map from complex numbers to real ones is linear in both parts, no more."""
+    one = jnp.ones_like(number)
+    return [(number.real, one), (number.imag, 1j * one)] if jnp.iscomplexobj(number) else [(number, one)]
 
 
 def _dense(array: Any, shape: tuple[int, ...], dtype: Any) -> Dense:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from jax import export
 
+from jaxgrad.per_example.algebra.complexes import Complex
 from jaxgrad.per_example.algebra.factors import Dense, Outer, Rows, Windows
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.leaf import Leaf
@@ -64,7 +65,7 @@ def _refused(_: Any) -> bytes:
     )
 
 
-for _kind in (Outer, Rows, Windows, Dense, Common, Same, Leaf):
+for _kind in (Outer, Rows, Windows, Dense, Common, Same, Leaf, Complex):
     export.register_pytree_node_serialization(
         _kind, serialized_name=_name(_kind), serialize_auxdata=_written, deserialize_auxdata=_read
     )

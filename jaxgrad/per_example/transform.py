@@ -55,7 +55,7 @@ def per_example_grad(
         example).
 
     Raises:
-        TypeError: a loss that is not a real scalar, or a parameter that is not of a real floating dtype.
+        TypeError: a loss that is not a real scalar, or a parameter that is not of a floating dtype.
         ValueError: no batched argument, batch sizes that differ, argnums or in_axes that do not fit the arguments; with
             strict, a parameter whose gradient takes the direct route.
 

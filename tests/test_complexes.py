@@ -1,0 +1,139 @@
+"""Complex parameters, held against what `jax.vmap(jax.grad)` gives for them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import jaxgrad as jg
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _promotion_as_users_have_it():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape))
+
+
+def numbers(*shape):
+    return jax.lax.complex(normal(*shape), normal(*shape))
+
+
+def wave_function(p, x):
+    """Of a restricted Boltzmann machine: log cosh of complex angles."""
+    h = p["W"] @ x + p["b"]
+    return jnp.sum(jnp.log(jnp.cosh(h))).real + jnp.vdot(p["a"], x).real
+
+
+def spectral(p, x):
+    """A layer of an FNO: products of Fourier coefficients."""
+    spectrum = jnp.einsum("iok,ik->ok", p["R"], jnp.fft.rfft(x, axis=1))
+    return (jnp.tanh(jnp.fft.irfft(spectrum, axis=1)) * p["w"][:, None]).sum()
+
+
+def penalised(p, x):
+    return (jnp.abs(p["W"] @ x) ** 2).sum() + 0.1 * (jnp.abs(p["W"]) ** 2).sum()
+
+
+def unused_and_bare(p, x):
+    return (p["W"] @ x).imag.sum()
+
+
+LOSSES = {
+    "wave function": (wave_function, {"W": numbers(7, 5), "b": numbers(7), "a": numbers(5)}, normal(6, 5)),
+    "spectral": (spectral, {"R": numbers(3, 4, 5), "w": normal(4)}, normal(6, 3, 8)),
+    "penalised": (penalised, {"W": numbers(7, 5)}, normal(6, 5)),
+    "unused": (unused_and_bare, {"W": numbers(7, 5), "none": numbers(3, 2), "w": normal(2)}, normal(6, 5)),
+}
+
+
+def real(tree):
+    """A vector of real numbers that stands for a gradient."""
+    flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(tree)
+    return jnp.concatenate([flat.real, -flat.imag], 1)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_and_all_that_is_asked_of_them(name, jit):
+    loss, params, x = LOSSES[name]
+    transform = jax.jit if jit else lambda function: function
+    g = transform(jg.per_example_grad(loss))(params, x)
+    want = jax.vmap(jax.grad(loss), (None, 0))(params, x)
+    chex.assert_trees_all_close(g.materialize(), want, rtol=1e-12, atol=1e-13)
+    chex.assert_trees_all_equal_dtypes(g.sum(), params)
+
+    G, c = real(want), normal(6)
+    np.testing.assert_allclose(g.norms(), jnp.linalg.norm(G, axis=1), rtol=1e-12)
+    for leaf, written in zip(jax.tree.leaves(g.leaf_norms()), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(leaf, jnp.linalg.norm(written.reshape(6, -1), axis=1), rtol=1e-12)
+    np.testing.assert_allclose(g.gram(), G @ G.T, rtol=1e-11, atol=1e-11 * float((G**2).sum()))
+    np.testing.assert_allclose(g.dot(g.mean()), G @ G.mean(0), rtol=1e-11)
+    chex.assert_trees_all_close(g.weighted_sum(c), jax.tree.map(lambda a: jnp.tensordot(c.astype(a.dtype), a, 1), want), rtol=1e-11, atol=1e-11)  # fmt: skip  # noqa: E501
+    squares = jax.tree.map(lambda a: (jnp.abs(a) ** 2).mean(0), want)
+    chex.assert_trees_all_close(g.second_moment(), squares, rtol=1e-11)
+    deviations = jax.tree.map(lambda a: (jnp.abs(a - a.mean(0)[None]) ** 2).mean(0), want)
+    chex.assert_trees_all_close(g.variance(), deviations, rtol=1e-9, atol=1e-12)
+
+    norms = jnp.linalg.norm(G, axis=1)
+    bound = float(jnp.median(norms))
+    shorter = jnp.minimum(1, bound / norms)
+    clipped = jax.tree.map(lambda a: jnp.tensordot(shorter.astype(a.dtype), a, 1), want)
+    for size in (None, 4):
+        total, info = jg.clipped_grad(loss, max_norm=bound, microbatch_size=size)(params, x)
+        chex.assert_trees_all_close(total, clipped, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(info.norms, norms, rtol=1e-8)
+
+
+def test_bounds_of_groups_count_both_parts_of_a_parameter():
+    loss, params, x = LOSSES["wave function"]
+    g = jg.per_example_grad(loss)(params, x)
+    clipped = g.clip({"W": 0.1, "b": 0.2, "a": 0.3}).leaf_norms()
+    for name, bound in (("W", 0.1), ("b", 0.2), ("a", 0.3)):
+        np.testing.assert_allclose(clipped[name], jnp.minimum(bound, g.leaf_norms()[name]), rtol=1e-12)
+
+
+def test_steps_and_scores_are_those_of_the_real_vectors():
+    loss, params, x = LOSSES["wave function"]
+    g = jg.per_example_grad(loss)(params, x)
+    G = real(g.materialize())
+    step = jg.natural_gradient(g, 0.1)
+    wanted = jnp.linalg.solve(G.T @ G / 6 + 0.1 * jnp.eye(G.shape[1]), G.mean(0))
+    np.testing.assert_allclose(real(jax.tree.map(lambda a: a[None], step))[0], wanted, rtol=1e-8, atol=1e-10)
+    features = jg.attribution.random_projection(g, jax.random.key(0), 20_000)
+    np.testing.assert_allclose(features @ features.T, G @ G.T, atol=0.05 * float((G**2).sum(1).max()))
+
+
+def test_a_change_of_the_parameters_is_met_by_its_conjugate():
+    loss, params, x = LOSSES["wave function"]
+    change = jax.tree.map(lambda a: numbers(*a.shape), params)
+    derivative = jax.vmap(lambda x: jax.jvp(lambda p: loss(p, x), (params,), (change,))[1])(x)
+    got = jg.per_example_grad(loss)(params, x).dot(jax.tree.map(jnp.conj, change))
+    np.testing.assert_allclose(got, derivative, rtol=1e-11)
+
+
+def test_single_precision_at_a_real_size():
+    with jax.enable_x64(False):
+        params = {"W": numbers(128, 64).astype(jnp.complex64) / 8, "b": numbers(128).astype(jnp.complex64)}
+        x = normal(256, 64).astype(jnp.float32)
+        loss = lambda p, x: (jnp.abs(p["W"] @ x.astype(jnp.complex64) + p["b"])).sum()  # noqa: E731
+        g = jax.jit(jg.per_example_grad(loss))(params, x)
+        written = jax.vmap(jax.grad(loss), (None, 0))(params, x)
+        norms = np.sqrt(sum((np.abs(np.asarray(a, np.complex128).reshape(256, -1)) ** 2).sum(1) for a in written.values()))  # fmt: skip  # noqa: E501
+        np.testing.assert_allclose(g.norms(), norms, rtol=2e-6)
+        assert g.sum()["W"].dtype == jnp.complex64
+        assert jg.explain(loss)(params, x)["['W'].real"].how == "factored"
+
+
+def test_a_direction_of_another_kind_of_number_is_refused():
+    loss, params, x = LOSSES["wave function"]
+    g = jg.per_example_grad(loss)(params, x)
+    with pytest.raises(ValueError, match="expected complex numbers where the parameters are"):
+        g.dot(jax.tree.map(jnp.real, params))
