@@ -49,6 +49,11 @@ def program_of(closed: Any) -> Program:
     return Program(getattr(closed, "jaxpr", closed), tuple(getattr(closed, "consts", ())))
 
 
+def kind(eqn: Equation) -> Primitive:
+    """The equation's primitive; `reshard`, which has no public name, counts as the sharding constraint that it is."""
+    return primitives.sharding_constraint_p if eqn.primitive.name == "reshard" else eqn.primitive
+
+
 def body(eqn: Equation) -> Program:
     """The program of a jit, remat or scan equation."""
     return program_of(eqn.params["jaxpr"])

@@ -55,6 +55,7 @@ def absolute_bound(name, part, z):
     return 0
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_within_the_documented_ulp_of_60_digit_arithmetic(name, dtype):

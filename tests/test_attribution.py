@@ -218,6 +218,7 @@ def test_grand_and_tracin_are_sums_over_checkpoints():
 # --- The neural tangent kernel ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(4)
 @each_model
 @pytest.mark.parametrize("block_size", [None, 2])
 def test_ntk_is_the_dense_one_in_any_blocks(name, block_size):
@@ -266,6 +267,7 @@ def test_ntk_holds_no_more_than_a_block_s_gradients():
 # --- Blocks ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("entry", LOSSES[:3], ids=lambda entry: entry.name)
 def test_gram_and_influence_in_blocks_are_those_of_the_whole(entry):
     (g, G), (test, T) = gradients(entry.name), gradients(entry.name, True)

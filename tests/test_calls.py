@@ -211,6 +211,7 @@ AUX = {
 }
 
 
+@pytest.mark.every(3)
 @JIT
 @pytest.mark.parametrize("value", VALUES)
 def test_results_that_are_not_gradients_are_the_arrays_that_jax_returns(value, jit):
@@ -241,6 +242,7 @@ CALLS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", CALLS)
 def test_no_tracer_leaks(name):
     with jax.checking_leaks():

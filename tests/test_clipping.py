@@ -54,6 +54,7 @@ def written_out(name):
 # --- The same sums as others ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(4)
 @pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated")  # jax-privacy calls it
 @pytest.mark.parametrize("microbatch_size", [None, 1, 3])
 @MODEL

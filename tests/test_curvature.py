@@ -67,6 +67,7 @@ def test_products_solves_steps_and_diagonals_are_the_dense_ones(entry):
     assert_close(undamped, np.linalg.pinv(G) @ np.ones(len(G)), 1e-8)
 
 
+@pytest.mark.slow
 def test_the_solve_agrees_with_conjugate_gradients_on_the_product():
     g, _ = gradients("mlp")
     v, mu = random_like(jax.tree.map(lambda a: a[0], g.materialize())), 0.3
@@ -208,6 +209,7 @@ def dense_gauss_newton(model, loss, y):
     return np.einsum("bop,boq,bqr->pr", J, H, J) / len(J), np.einsum("bop,bo->bp", J, gradient)
 
 
+@pytest.mark.every(3)
 @each_output_loss
 @each_model
 def test_gauss_newton_rows_products_diagonal_and_step_are_the_dense_ones(name, kind):

@@ -117,6 +117,7 @@ def results(loss, bound=0.1):
     return run
 
 
+@pytest.mark.every(3)
 @MODEL
 @pytest.mark.parametrize("over_parameters", [False, True], ids=["replicated", "parameters sharded"])
 def test_the_results_are_those_of_one_device(name, over_parameters):
@@ -133,6 +134,7 @@ def test_norms_communicate_nothing(name):
     assert told(lambda p, *b: jg.per_example_grad(loss)(p, *b).norms(), params, *batch) == []
 
 
+@pytest.mark.every(2)
 @MODEL
 def test_norms_and_moments_block_by_block_move_no_example(name, monkeypatch):
     """A moment is one reduction of the parameters' size for each parameter, whatever it takes to get there."""
@@ -184,6 +186,7 @@ ON_EXPLICIT = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", ON_EXPLICIT)
 def test_a_clipped_sum_on_an_explicit_mesh_is_that_of_one_device(name, jit):
@@ -210,6 +213,7 @@ def test_a_clipped_sum_on_an_explicit_mesh_is_that_of_one_device(name, jit):
 EXPLICIT = [("exercise", AxisType.Explicit), ("attention", AxisType.Explicit)]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("name", "axis_type"), [*EXPLICIT, *((n, AxisType.Auto) for n in MODELS)])
 def test_a_gram_matrix_communicates_factors(name, axis_type):
     on = mesh(axis_type)
@@ -222,6 +226,7 @@ def test_a_gram_matrix_communicates_factors(name, axis_type):
     assert sum(numbers for _, numbers in collectives) <= 2 * held + B * B
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize(
     ("name", "axis_type"), [*EXPLICIT, *((n, AxisType.Auto) for n in ("exercise", "tied", "conv"))]
 )
@@ -242,6 +247,7 @@ def test_steps_and_attribution_are_those_of_one_device(name, axis_type):
     chex.assert_trees_all_close(jax.tree.map(np.asarray, found), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.every(3)
 @MODEL
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 def test_under_shard_map_there_is_one_reduction(name, microbatch_size):
@@ -295,6 +301,7 @@ CONTROL = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", CONTROL)
 def test_control_flow_under_shard_map(name):
     """With what differs between devices checked, as it is by default."""
@@ -312,3 +319,19 @@ def test_control_flow_under_shard_map(name):
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
     for total in totals:
         chex.assert_trees_all_close(total, jax.tree.map(lambda a: a.sum(0), expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec(None, "data")], ids=["replicated", "sharded"])
+def test_a_weight_that_is_laid_out_anew_inside_the_loss_keeps_its_factors(spec):
+    def loss(W, x):
+        return jnp.tanh(jax.sharding.reshard(W, PartitionSpec(None, None)) @ x).sum()
+
+    on = mesh(AxisType.Explicit)
+    with jax.set_mesh(on):
+        W = jax.device_put(normal(0, 24, 16), NamedSharding(on, spec))
+        X = jax.device_put(normal(1, 8, 16), NamedSharding(on, PartitionSpec()))
+        assert jg.explain(loss)(W, X).rows[0].how == "factored"
+        g = jg.per_example_grad(loss)(W, X)
+        want = jax.vmap(jax.grad(loss), (None, 0))(W, X)
+        np.testing.assert_allclose(g.sum(), want.sum(0), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(g.norms(), np.linalg.norm(np.asarray(want).reshape(8, -1), axis=1), rtol=1e-5)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import FUZZ
-from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows, pairs, sums
+from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows
+from jaxgrad.per_example.algebra import pairs, sums
 
 # The parameter is always of this many rows and columns; a factor may see it transposed or in groups.
 SHAPES = [(4, 6), (6, 4), (1, 3), (2, 2)]
@@ -97,7 +98,7 @@ def test_materialize_and_the_linear_maps(kind, seed, B, T, shape):
 
 
 @given(kinds, kinds, seeds, batches, batches, positions, positions, shapes, st.sampled_from(CHUNKS))
-@settings(max_examples=30 * FUZZ)
+@settings(max_examples=12 * FUZZ)
 def test_inner_and_gram_of_every_pair_of_kinds(kind, kind_, seed, B, C, T, S, shape, chunk_bytes):
     f, f_ = factor(kind, seed, B, T, shape), factor(kind_, seed + 7, C, S, shape)
     expected = np.einsum("bij,cij->bc", dense_of(f), dense_of(f_))
@@ -107,8 +108,9 @@ def test_inner_and_gram_of_every_pair_of_kinds(kind, kind_, seed, B, C, T, S, sh
         close(pairs.inner(f, f_, chunk_bytes), np.diag(expected), size)
 
 
+@pytest.mark.slow
 @given(st.lists(kinds, min_size=1, max_size=3), seeds, batches, positions, shapes, st.sampled_from(CHUNKS))
-@settings(max_examples=15 * FUZZ)
+@settings(max_examples=8 * FUZZ)
 def test_norms_moments_and_gram_of_sums_of_factors(sum_of, seed, B, T, shape, chunk_bytes):
     fs = tuple(factor(kind, seed + 3 * i, B, T + i, shape) for i, kind in enumerate(sum_of))
     g, G = PerExampleGrads([fs]), sum(dense_of(f) for f in fs)
@@ -125,6 +127,7 @@ def test_norms_moments_and_gram_of_sums_of_factors(sum_of, seed, B, T, shape, ch
 
 
 @given(kinds, seeds, batches, positions, shapes)
+@settings(max_examples=3 * FUZZ)
 def test_new_batches(kind, seed, B, T, shape):
     f = factor(kind, seed, B, T, shape)
     g, G = PerExampleGrads((f,)), dense_of(f)
@@ -141,7 +144,7 @@ def test_new_batches(kind, seed, B, T, shape):
 
 
 @given(seeds, st.sampled_from([1, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 5, 30]), st.sampled_from(CHUNKS))
-@settings(max_examples=12 * FUZZ)
+@settings(max_examples=6 * FUZZ)
 def test_both_ways_of_an_inner_product_are_exact(seed, B, G, T, chunk_bytes):
     """Through positions and through the matrix, whichever the cost model takes."""
     layout = Layout((G, 3, 2), jnp.dtype(jnp.float64), (0, 1, 2), (G, 3, 2))
@@ -201,6 +204,7 @@ def test_low_precision_accumulates_in_float32(kind, dtype):
     np.testing.assert_allclose(np.asarray(g.materialize(), np.float64), G, rtol=eps, atol=1e-4)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4, 1e30])
@@ -286,6 +290,7 @@ def test_variance_does_not_cancel():
     np.testing.assert_array_equal(same.variance(), 0)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_nan_example_leaves_the_others_bit_identical_and_where_the_sums_too(kind):
     f = factor(kind, 11, 5, 3, (4, 6), np.dtype(np.float32))
@@ -350,6 +355,7 @@ def equal(kind, B):
             return Rows.of_table(ids, jnp.full((B // 5, 5, 3), value), 2, jnp.float32), (np.float64(value) / 2,)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "kind", ["dense", "dense of many entries", "scalar", "positions", "small matrix", "groups", "rows"]
 )

@@ -356,6 +356,7 @@ def healthy():
     )
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("name", VERBS)
 def test_nothing_of_our_own_is_nan_or_infinite(name, jit):
@@ -365,6 +366,7 @@ def test_nothing_of_our_own_is_nan_or_infinite(name, jit):
         close((jax.jit(VERBS[name]) if jit else VERBS[name])(g), found)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("weighting", [jg.clipping.clip, jg.clipping.normalize, jg.clipping.automatic(0.1)])
 @pytest.mark.parametrize("microbatch_size", [None, 2])
@@ -412,6 +414,7 @@ SLICED = {  # loss of (W, x), the shape of W, and how many factors there are
 }
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name", SLICED)
 def test_a_weight_used_in_slices_has_one_factor_where_they_lie_side_by_side(name):
     parts, shape, count = SLICED[name]
@@ -430,6 +433,7 @@ def test_a_weight_used_in_slices_has_one_factor_where_they_lie_side_by_side(name
     close(g.variance(), G.var(0))
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("verb", [lambda g: g.norms(), lambda g: g.gram(), lambda g: g.sum(), lambda g: g.variance()])
 @pytest.mark.parametrize("regular", [True, False])
 def test_the_number_of_equations_is_linear_in_the_slices(verb, regular):

@@ -182,6 +182,7 @@ def everything(W, x):
 WRAPPERS = {"": lambda f: f, "vmap": jax.vmap, "grad": lambda f: jax.grad(lambda *args: jnp.sin(f(*args)).sum())}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_every_equation_can_be_evaluated_by_itself(name):
     W, x = jax.random.normal(jax.random.key(0), (2, 4, 4)), jax.random.normal(jax.random.key(1), (2, 4))

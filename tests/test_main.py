@@ -70,6 +70,7 @@ def test_as_a_stranger_runs_it():
     assert len(re.findall(r"example \d+ ", done.stdout)) == 5
 
 
+@pytest.mark.slow
 def test_a_progress_bar_on_a_terminal():
     parent, child = pty.openpty()
     root = Path(jaxgrad.__file__).parents[1]
@@ -95,6 +96,7 @@ def test_a_progress_bar_on_a_terminal():
     assert b"training" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "activation"), [("float32", "relu"), ("float64", "gelu"), ("bfloat16", "logistic"), ("float16", "tanh")]
 )
@@ -105,6 +107,7 @@ def test_every_dtype_and_activation(capsys, dtype, activation):
     assert float(re.search(r"accuracy (\S+)", out)[1]) > 0.9
 
 
+@pytest.mark.slow
 def test_untrained_and_seeded(capsys):
     first = run(capsys, "--steps", "0", "--seed", "1")[1]
     again = run(capsys, "--steps", "0", "--seed", "1")[1]
@@ -113,6 +116,7 @@ def test_untrained_and_seeded(capsys):
     assert loss.findall(first) == loss.findall(again) != loss.findall(other)
 
 
+@pytest.mark.slow
 def test_saves_and_plots(capsys, tmp_path):
     csv, npz, png = tmp_path / "out.csv", tmp_path / "out.npz", tmp_path / "out.png"
     assert run(capsys, "--steps", 20, "--save", csv, "--plot", png)[0] == 0
@@ -146,6 +150,7 @@ def test_results_are_those_of_each_example(capsys, tmp_path):
     assert list(saved.y) == [1.0 if v == "yes" else -1.0 for v in frame.label]
 
 
+@pytest.mark.slow
 def test_disagreement_ends_with_status_one(capsys, monkeypatch, tmp_path):
     right = closed_form.batched_grad
 
@@ -171,6 +176,7 @@ def test_disagreement_ends_with_status_one(capsys, monkeypatch, tmp_path):
         assert message in err
 
 
+@pytest.mark.slow
 def test_csv_with_any_label_column_and_numeric_labels(capsys, tmp_path):
     for classes in ((0, 1), (-1, 1), (False, True), (3, 7), ("a b", "c,d")):
         table(tmp_path / "in.csv", label="outcome", classes=classes)
@@ -186,6 +192,7 @@ def test_a_constant_feature_and_large_offsets_are_fine(capsys, tmp_path):
     assert run(capsys, "--data", tmp_path / "in.csv", "--steps", "5")[::2] == (0, "")
 
 
+@pytest.mark.slow
 def test_numbers_that_only_float64_holds_are_standardised_like_others(capsys, tmp_path):
     frame = table(tmp_path / "in.csv")
     frame["large"], frame["constant"] = 1e100 * frame["b"], 1e300
@@ -197,6 +204,7 @@ def test_numbers_that_only_float64_holds_are_standardised_like_others(capsys, tm
     assert not X[:, 3].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [slice(None), slice(None, None, -1), slice(3, None, 2)], ids=["all", "turned", "some"])
 def test_a_nameless_column_that_counts_the_rows_is_said_and_not_learnt_from(capsys, tmp_path, rows):
     frame = table(tmp_path / "in.csv")
@@ -210,6 +218,7 @@ def test_a_nameless_column_that_counts_the_rows_is_said_and_not_learnt_from(caps
     assert "3 inputs\n" in run(capsys, "--data", tmp_path / "in.csv", "--steps", "5")[1]
 
 
+@pytest.mark.slow
 def test_npz(capsys, tmp_path):
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(20, 3)), np.arange(20) % 2
@@ -419,6 +428,7 @@ def test_a_link_stays_and_its_file_is_written(tmp_path):
     assert (target.read_text(), long.read_text()) == ("after", "after")
 
 
+@pytest.mark.slow
 def test_labels_and_names_are_printed_as_they_are(capsys, tmp_path):
     path, saved = tmp_path / "x[bold].csv", tmp_path / "out[i].csv"
     for classes in (("[/]", "[red]"), (":smile:", "[red]")):
@@ -431,6 +441,7 @@ def test_labels_and_names_are_printed_as_they_are(capsys, tmp_path):
         assert len(re.findall(r"example \d+ +(\[/\]|\[red\]|:smile:) ", out)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "status", "message"),
     [

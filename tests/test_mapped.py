@@ -89,6 +89,7 @@ CASES = [
 ]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("loss", "shape"), CASES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_norms_and_sums_have_the_digits_of_their_dtype(loss, shape, dtype):
@@ -161,6 +162,7 @@ def test_one_example_moves_a_clipped_sum_by_at_most_the_bound_behind_a_map_and_a
         assert moved <= gradient.sensitivity(8)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
 @pytest.mark.parametrize(("loss", "shape"), CASES)
 def test_magnitudes_are_no_less_than_the_norms(loss, shape, size):

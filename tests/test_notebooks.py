@@ -83,6 +83,7 @@ def assert_headlines_hold(notebook, stem):
     assert not {name: value for name, value in found.items() if not bounds[name][0] <= value <= bounds[name][1]}
 
 
+@pytest.mark.slow
 @each_notebook
 def test_runs_from_top_to_bottom_and_puts_out_what_is_committed(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))

@@ -55,6 +55,7 @@ def census(seeds) -> tuple[Counter, Counter]:
     return parameters, kinds
 
 
+@pytest.mark.every(8)
 @pytest.mark.parametrize("seed", sorted({*range(100 * FUZZ), *ONCE_WRONG}))
 def test_a_random_program_agrees(seed):
     p = programs.program(seed)
@@ -69,6 +70,7 @@ def test_a_random_program_agrees(seed):
     assert not lines, "\n".join([*lines, p.text])
 
 
+@pytest.mark.slow
 def test_the_programs_cover_every_step_and_both_outcomes():
     parameters, kinds = census(range(60))
     print(dict(parameters), dict(kinds.most_common()))

@@ -11,7 +11,6 @@ from quick import quick_jit
 from zoo import ENTRIES
 from zoo.base import Loss
 
-from conftest import FUZZ
 from jaxgrad import PerExampleGrads, explain, per_example_grad
 
 
@@ -89,6 +88,7 @@ def close(found, expected, scale, rtol, message):
     assert np.all(error <= rtol * scale), f"{message}: {np.max(error / np.maximum(scale, 1e-300)):.1e} of its size away"
 
 
+@pytest.mark.every(5)
 @pytest.mark.usefixtures("users_settings")
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_agrees_with_the_written_out_gradients(entry):
@@ -123,6 +123,7 @@ def test_agrees_with_the_written_out_gradients(entry):
             close(a, b, scale, entry.rtol, name)
 
 
+@pytest.mark.every(5)
 @pytest.mark.usefixtures("users_settings")
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.factored or e.formed], ids=lambda entry: entry.name)
 def test_matrices_do_not_take_the_direct_route(entry):
@@ -159,8 +160,9 @@ def written_out(entry: Loss, function) -> set[str]:
     return {path for path in entry.factored if B * leaves[path].size in more}
 
 
+@pytest.mark.every(9)
 @pytest.mark.usefixtures("users_settings")
-@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.factored][:: 1 if FUZZ > 1 else 3], ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.factored], ids=lambda e: e.name)
 def test_the_compiled_clipped_sum_holds_no_batch_of_gradients(entry):
     assert not written_out(entry, lambda g: g.clip(1.0, chunk_bytes=1).sum())
 

@@ -159,6 +159,12 @@ def joined_selected_and_subtracted(p, x):
 
 
 @entry({"re": w(21, 17), "im": w(21, 17)}, (x(4, 17),), paths("re", "im"))
+def complex_weight_with_a_penalty(p, x):
+    W = lax.complex(p["re"], p["im"])
+    return jnp.sum(jnp.abs(W @ lax.complex(x, jnp.sin(x)))) + x[0] * jnp.sum(jnp.abs(W) ** 2)
+
+
+@entry({"re": w(21, 17), "im": w(21, 17)}, (x(4, 17),), paths("re", "im"))
 def complex_weight(p, x):
     return jnp.sum(jnp.abs(lax.complex(p["re"], p["im"]) @ lax.complex(x, jnp.sin(x))))
 

@@ -354,9 +354,9 @@ KEEPS_ZERO = frozenset(RULES) - {lax.mul_p, lax.div_p, lax.dot_general_p, lax.dy
 
 def operands(eqn: _jax.Equation) -> Sequence[int]:
     """The operands of an equation that may stand for undone products."""
-    if eqn.primitive not in RULES:
+    if _jax.kind(eqn) not in RULES:
         return through.operands(eqn)
-    return _OPERANDS.get(eqn.primitive, lambda n: range(1))(len(eqn.invars))
+    return _OPERANDS.get(_jax.kind(eqn), lambda n: range(1))(len(eqn.invars))
 
 
 def behind(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
@@ -364,7 +364,7 @@ def behind(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | Non
 
     It is linear in them, so that products and maps in a sum are treated one after the other.
     """
-    rule = RULES.get(eqn.primitive)
+    rule = RULES.get(_jax.kind(eqn))
     if not any(isinstance(value, Undone) and value.maps for value in values):
         results = None if rule is None else rule(eqn, values)
         return through.through(eqn, values) if results is None else results

@@ -129,7 +129,7 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         _jax.bind(eqn, [array_of(value) for value in values])
         return []
     taken = operands(eqn)
-    if taken and eqn.primitive in KEEPS_ZERO and all(is_zero(values[k]) for k in taken):
+    if taken and _jax.kind(eqn) in KEEPS_ZERO and all(is_zero(values[k]) for k in taken):
         return [zero(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
 
     @functools.cache
