@@ -77,6 +77,22 @@ def vmap_of_vmap(p, x):
 # --- experts
 
 
+@entry({"W": w(5, 17, 19)}, (draws.ids(5, 4, 3), x(4, 3, 19)), paths("W"))
+def an_expert_for_every_token(p, e, x):
+    return jnp.sum(jnp.tanh(jnp.einsum("tfk,tk->tf", p["W"][e], x)))
+
+
+@entry({"W": w(19, 5, 17)}, (draws.ids(9, 4, 2), x(4, 2, 19)), paths("W"))
+def an_expert_for_every_token_or_none(p, e, x):
+    W = jnp.take(p["W"], e, axis=1, mode="fill", fill_value=0)
+    return jnp.sum(jnp.tanh(jnp.einsum("ktf,tk->tf", W, x))) + jnp.sum(jnp.take(p["W"], e, axis=1, mode="clip")[0])
+
+
+@entry({"W": w(5, 17, 19)}, (draws.ids(5, 4, 2, 2), x(4, 2, 19)), paths("W"))
+def two_experts_for_every_token(p, e, x):
+    return jnp.sum(jnp.tanh(jnp.einsum("tnfk,tk->tf", p["W"][e], x)))
+
+
 @entry({"router": w(4, 9), "W": w(4, 11, 9), "V": w(4, 8, 11)}, (x(3, 9),), paths("W", "V"))
 def experts_by_einsum(p, x):
     gate = jax.nn.softmax(p["router"] @ x)

@@ -4,6 +4,7 @@ Rules are keyed by the primitive object. A primitive that is not here is evaluat
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example.interpreter import linear, moves, through, undone
@@ -282,8 +284,10 @@ def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value]
     """One block put at one index: the transpose of taking a part at an index that depends on the example."""
     operand, indices, update = values
     index, window = jnp.asarray(array_of(indices)), _jax.scatter_window(eqn)
-    if not is_zero(operand) or not isinstance(update, Undone) or window is None or index.ndim != 1:
+    if not is_zero(operand) or not isinstance(update, Undone) or window is None:
         return None
+    if index.ndim > 1:
+        return _put_at_each_position(eqn, index, update, window)
     shape, mode = eqn.outvars[0].aval.shape, "clip" if _jax.scatter_clips(eqn) else "drop"
     sizes = tuple(1 if k is None else update.shape[k] for k in window)
     update = mapped(update, sizes, update.dtype, lambda term: moves.reshape(term, sizes))
@@ -302,6 +306,31 @@ def _scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value]
             partial(linear.embedded, dim=axis, start=index[i], full=shape[axis], mode=mode),
         )
     return None if update is None or update.shape != tuple(shape) else [update]
+
+
+def _put_at_each_position(
+    eqn: _jax.Equation, index: Array, update: Undone, window: Sequence[int | None]
+) -> Sequence[Value] | None:
+    """A product at every position, each put at an index of its own, as an expert for every token is: with one-hot
+    vectors beside the smaller operand. Only where that is less than the products carried out."""
+    axes, shape = _jax.scatter_axes(eqn), eqn.outvars[0].aval.shape
+    if len(axes) != 1 or window[axes[0]] is not None:
+        return None
+    ids, rows = index[..., 0], shape[axes[0]]
+    ids = jnp.clip(ids, 0, rows - 1) if _jax.scatter_clips(eqn) else ids
+    numbers = jnp.arange(rows, dtype=ids.dtype).reshape(*[1] * ids.ndim, rows)
+    hot = (ids[..., None] == numbers).astype(update.dtype)
+    positions = [k for k in range(len(update.shape)) if k not in window]
+    others = [k for k in range(len(update.shape)) if k in window]
+    order = [len(others) if k is None else others.index(k) for k in window]  # the rows come last
+
+    def placed(term: Term) -> Term | None:
+        term_ = linear.contract(term, hot, [(p, i) for i, p in enumerate(positions)], [], True, None)
+        return None if term_ is None else moves.transpose(term_, order)
+
+    result = mapped(update, tuple(shape), update.dtype, placed)
+    smaller = isinstance(result, Undone) and result.held < min(math.prod(shape), math.prod(update.shape))
+    return [result] if smaller else None
 
 
 RULES: dict[_jax.Primitive, Rule] = {
