@@ -205,12 +205,18 @@ def made_varying(a: Any, axes: frozenset[str]) -> Any:
     return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
 
 
-def depending(program: Any, place: int) -> list[bool]:
-    """Which results of a ClosedJaxpr may depend on its operand number `place`: no fewer than those that do."""
+def depending(program: Any, operands: Sequence[int] | None = None) -> list[bool]:
+    """Which results of a program may depend on these operands, None for any: no fewer than those that do."""
     jaxpr = program_of(program).jaxpr
-    found = {jaxpr.invars[place]}
+    found = set(jaxpr.invars if operands is None else [jaxpr.invars[k] for k in operands])
     for eqn in jaxpr.eqns:
-        if any(not isinstance(v, Literal) and v in found for v in eqn.invars):
+        mine = [k for k, v in enumerate(eqn.invars) if not isinstance(v, Literal) and v in found]
+        if eqn.primitive is lax.optimization_barrier_p:  # it keeps each operand by itself
+            found.update(eqn.outvars[k] for k in mine)
+        elif mine and eqn.primitive is jit_p:
+            inner = depending(eqn.params["jaxpr"], mine)
+            found.update(v for v, depends in zip(eqn.outvars, inner, strict=True) if depends)
+        elif mine:
             found.update(eqn.outvars)
     return [not isinstance(v, Literal) and v in found for v in jaxpr.outvars]
 

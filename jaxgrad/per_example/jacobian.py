@@ -194,7 +194,7 @@ def _evaluated(transformed: Transformed, arguments: Arguments, outputs: int) -> 
     parts_tree: Any
     shared_tree: Any
     parts_tree, shared_tree = (jax.tree.structure(part) for part in shape)
-    depends = _jax.depending(program, len(arguments.example) - 1)[: parts_tree.num_leaves]
+    depends = _jax.depending(program, [len(arguments.example) - 1])[: parts_tree.num_leaves]
     inner = [0 if of_output else None for of_output in depends]
     axes = [OF_OUTPUTS if of_output else EVERY for of_output in depends]
     run = _jax.function_of(program)

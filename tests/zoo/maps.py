@@ -155,6 +155,47 @@ def joined_selected_and_subtracted(p, x):
     return used(joined, x) + used(V, x) + 0.1 * jnp.sum(joined**2)
 
 
+# --- inside loops
+
+
+def recurrent(weight, h, xs):
+    return jnp.sum(lax.scan(lambda h, x: (jnp.tanh(weight() @ h + x), h[0] * x[1]), h, xs)[0])
+
+
+SQUARE = np.random.default_rng(2).random((19, 19)) < 0.5
+
+
+@entry({"v": w(19, 19), "g": positive(19)}, (x(4, 3, 19),), paths("v"))
+def weight_normalised_in_every_step(p, xs):
+    return recurrent(lambda: weight_norm(p), jnp.ones(19), xs)
+
+
+@entry({"W": w(19, 19)}, (x(4, 3, 19),), paths("W"))
+def masked_in_every_step(p, xs):
+    masked = recurrent(lambda: jnp.where(SQUARE, p["W"], 0) * 2, jnp.ones(19), xs)
+    return masked + recurrent(lambda: jnp.tril(p["W"]), xs[0], xs)
+
+
+@entry({"W": w(19, 19)}, (x(4, 3, 19),), paths("W"))
+def rematerialised_with_its_map(p, xs):
+    step = jax.checkpoint(lambda h, x: (jnp.tanh(jax.nn.softplus(p["W"]) @ h / 9 + x), None))
+    return jnp.sum(lax.scan(step, jnp.ones(19), xs)[0])
+
+
+@entry({"W": w(19, 19)}, (x(4, 3, 19),))
+def a_map_that_is_another_in_every_step(p, xs):
+    scales = jnp.arange(1.0, 4.0)
+    return jnp.sum(lax.scan(lambda h, s: (jnp.tanh(jnp.tanh(s[0] * p["W"]) @ h + s[1]), None), xs[0], (scales, xs))[0])
+
+
+@entry({"W": w(19, 19)}, (x(4, 3, 19),), paths("W"))
+def penalised_in_every_step(p, xs):
+    def step(total, x):
+        return total + jnp.sum(jnp.tanh(p["W"] @ x)) + x[0] * jnp.sum(p["W"] ** 2), None
+
+    return lax.scan(step, 0.0, xs)[0]
+
+
 # --- complex weights
 
 

@@ -132,6 +132,20 @@ class Map:
         results = tuple(named(node) for node in nodes)
         return Map(tuple(steps), results), [x for _, x in inputs.values()], [x for _, x in shared.values()]
 
+    def nodes(self, inputs: Sequence[Input], shared: Sequence[Any]) -> list[Node]:
+        """The record of the same map, of other inputs: the inverse of `of`."""
+        done: list[Call] = []
+
+        def read(operand: tuple[Any, ...]) -> Any:
+            kind, index, *rest = operand
+            if kind == "step":
+                return Result(done[index], rest[0])
+            return inputs[index] if kind == "input" else shared[index]
+
+        for step in self.steps:
+            done.append(Call(step.function, step.key, tuple(read(operand) for operand in step.operands)))
+        return [read(result) for result in self.results]
+
     def __call__(self, inputs: Sequence[Array], shared: Sequence[Array]) -> Array:
         """The map of these inputs."""
         done: list[Sequence[Array]] = []

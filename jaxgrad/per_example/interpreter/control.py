@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.algebra.maps import inputs_of
+from jaxgrad.per_example.algebra.maps import Input, Map, inputs_of
 from jaxgrad.per_example.interpreter import through, undone
 from jaxgrad.per_example.interpreter.undone import Term
 from jaxgrad.per_example.interpreter.values import (
@@ -53,6 +54,7 @@ def scan(
         want and (k >= parts.carry or _accumulates(jaxpr, jaxpr.invars[parts.consts + k], jaxpr.outvars[k]))
         for k, want in enumerate(wanted)
     ]
+    undone_inside = list(kept)  # what a step does not emit can be made of what it emits
     differs = _varying(values)
     # What is in the loop is used; a carry always is.
     used = [use or k < parts.carry for k, use in enumerate(used)]
@@ -64,9 +66,23 @@ def scan(
             for k, v in enumerate(jaxpr.invars[parts.consts : parts.consts + parts.carry])
         ]
         steps = [Shared(x) if shared else x for x, shared in zip(xs, same, strict=True)]
-        return evaluate(program, [*consts, *full, *steps], kept, used)
+        return evaluate(program, [*consts, *full, *steps], undone_inside, used)
 
     reasons: dict[int, undone.Reason] = {}
+    behind: dict[int, tuple[Map, list[Any]]] = {}  # of a result that is added to, the maps in what is added
+
+    def leaves_a_step(k: int, result: Value) -> Value:
+        """An undone product as it leaves a step: beside it the inputs of its maps, which are applied after the loop."""
+        if not isinstance(result, Undone):
+            return array_of(result)
+        if not result.maps:
+            return result
+        function, inputs, shared = Map.of(result.maps)
+        inner = [x.value for x in inputs]
+        if k >= parts.carry or any(isinstance(x, Undone) and x.maps for x in inner):
+            return array_of(result)
+        behind[k] = function, shared
+        return [dataclasses.replace(result, maps=(), as_written=None), inner]
 
     def emitted(kept: Sequence[bool]) -> Any:
         def step(carry: Any, xs: Any) -> Any:
@@ -75,8 +91,8 @@ def scan(
                 if kept[k]:
                     reasons.setdefault(k, _reason(result, eqn))
             arrays = [
-                None if not use else settled(result) if keep and isinstance(result, Undone) else array_of(result)
-                for result, keep, use in zip(results, kept, used, strict=True)
+                None if not use else leaves_a_step(k, result) if keep else array_of(result)
+                for k, (result, keep, use) in enumerate(zip(results, kept, used, strict=True))
             ]
             onward = carried(arrays[: parts.carry], kept)
             stays = [a if keep else None for a, keep in zip(arrays[: parts.carry], kept, strict=False)]
@@ -103,22 +119,33 @@ def scan(
 
     # What comes out of a step is known when one has been traced; fewer products can make others into arrays.
     before: list[bool] = []
+    same_in_all: dict[int, list[Array]] = {}
     while any(kept) and S > 0 and kept != before:
         before = kept
-        _, (stays, ys) = jax.eval_shape(emitted(kept), carried(init, kept), jax.tree.map(lambda a: _first(a), xs))
+        _, (stays, ys) = jax.eval_shape(emitted(kept), carried(init, kept), jax.tree.map(_first, xs))
         kept = [
-            keep and isinstance(v, Undone) and _worth_emitting(v, S if k < parts.carry else 1, k >= parts.carry)
+            keep and _worth_emitting(v, S if k < parts.carry else 1, k >= parts.carry)
             for k, (keep, v) in enumerate(zip(kept, [*stays, *ys], strict=True))
         ]
+        if kept == before and any(kept[k] for k in behind):
+            same_in_all = _of_every_step(emitted(kept), behind, carried(init, kept), jax.tree.map(_first, xs))
+            kept = [keep and (k not in behind or k in same_in_all) for k, keep in enumerate(kept)]
     if not any(kept) or S == 0:
         return explained(_jax.bind(eqn, [array_of(value) for value in values]))
     onward, (stays, ys) = lax.scan(
         emitted(kept), carried(init, kept), xs, length=S, reverse=parts.reverse, unroll=parts.unroll
     )
     others = iter(onward)
-    results: list[Value] = [
-        added(_along(stays[k], S, False), init[k]) if kept[k] else next(others) for k in range(parts.carry)
-    ]
+
+    def of_all_steps(k: int) -> Undone:
+        if not isinstance(stays[k], list):
+            return _along(stays[k], S, False)
+        terms, inputs = stays[k]
+        function, shared = behind[k][0], same_in_all[k]
+        summed = [Input(_along(x, S, False) if isinstance(x, Undone) else x.sum(0)) for x in inputs]
+        return dataclasses.replace(_along(terms, S, False), maps=tuple(function.nodes(summed, shared)))
+
+    results: list[Value] = [added(of_all_steps(k), init[k]) if kept[k] else next(others) for k in range(parts.carry)]
     return explained(results + [_along(y, S, True) if isinstance(y, Undone) else y for y in ys])
 
 
@@ -137,7 +164,36 @@ def _varying(values: Sequence[Value]) -> frozenset[str]:
     return frozenset(name for a in jax.tree.leaves(parts) for name in _jax.varying(a))
 
 
-def _worth_emitting(value: Undone, steps: int, stacked: bool) -> bool:
+def _of_every_step(step: Any, behind: dict[int, tuple[Map, list[Any]]], carry: Any, x: Any) -> dict[int, list[Array]]:
+    """The arrays that maps in a step depend on, computed outside the loop; of those results where they are the same in
+    every step."""
+
+    def shared(carry: Any, x: Any) -> dict[int, list[Any]]:
+        behind.clear()
+        step(carry, x)
+        return {k: [jnp.asarray(a) for a in arrays] for k, (_, arrays) in behind.items()}
+
+    program, shape = jax.make_jaxpr(shared, return_shape=True)(carry, x)
+    if program.effects:
+        return {}
+    differs = jax.tree.unflatten(jax.tree.structure(shape), _jax.depending(program))
+    # They depend on nothing that a step is given: any numbers will do, and what is computed of these is left out.
+    nothing = [jnp.zeros(a.shape, a.dtype) for a in jax.tree.leaves((carry, x))]
+    values = jax.tree.unflatten(jax.tree.structure(shape), _jax.function_of(program)(*nothing))
+    return {k: arrays for k, arrays in values.items() if not any(differs[k])}
+
+
+def _worth_emitting(value: Value, steps: int, stacked: bool) -> bool:
+    """Whether what a step gives, a product or what is behind its maps, is less in all steps than the gradient."""
+    if isinstance(value, list):
+        direct, inputs = value
+        parts = [x for x in (direct, *inputs) if isinstance(x, Undone)]
+        if not all(_worth_emitting(part, steps, stacked) for part in parts):
+            return False
+        held = sum(steps * term.held_at_each_position for part in parts for term in part.terms)
+        return held + sum(x.size for x in inputs if not isinstance(x, Undone)) < direct.size
+    if not isinstance(value, Undone):
+        return False
     if any(term.carried or (stacked and term.row is not None) for term in value.terms):
         return False
     held = value.held if steps == 1 else steps * sum(term.held_at_each_position for term in value.terms)
