@@ -196,6 +196,13 @@ def penalised_in_every_step(p, xs):
     return lax.scan(step, 0.0, xs)[0]
 
 
+@entry({"W": w(19, 19)}, (x(4, 19),), paths("W"))
+def a_shared_loop_before_an_example_is_met(p, x):
+    v, _ = lax.scan(lambda v, _: (v / jnp.linalg.norm(v) @ p["W"] @ p["W"].T, None), jnp.ones(19), None, length=3)
+    sigma = lax.cond(p["W"][0, 0] > 0, lambda: jnp.linalg.norm(v), lambda: 1 + jnp.linalg.norm(v))
+    return used(p["W"] / lax.stop_gradient(sigma), x)
+
+
 # --- complex weights
 
 

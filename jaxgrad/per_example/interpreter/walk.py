@@ -116,7 +116,8 @@ def evaluate(
 
 
 def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]) -> Sequence[Value]:
-    if any(wanted):
+    shared = not eqn.effects and all(is_shared(value) for value in values)
+    if any(wanted) and not (shared and eqn.primitive in (_jax.scan_p, _jax.cond_p)):
         if eqn.primitive is _jax.jit_p:
             return evaluate(_jax.body(eqn), values, wanted, used)
         if eqn.primitive is _jax.remat_p:
@@ -144,7 +145,6 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         results = behind(eqn, values)
         if results is not None:
             return kept(results)
-    shared = not eqn.effects and all(is_shared(value) for value in values)
     if all(wanted) and not shared:
         product = undone_product(
             eqn, [Plain(array_of(v), _refused(eqn, v)) if isinstance(v, Undone) else v for v in values]
