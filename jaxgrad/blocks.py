@@ -21,8 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve
-from jaxgrad.per_example.algebra.factors import Precision
+from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision
 from jaxgrad.per_example.arguments import checked_batch
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.serialized import named_tuple
@@ -41,7 +40,6 @@ def gram(
     others: Sequence[Batch] | None = None,
     *,
     progress: bool = False,
-    precision: Precision = None,
     in_axes: Any = 0,
 ) -> Float[np.ndarray, "N M"]:
     """GGᵀ of N examples, or GG′ᵀ with M others, from batches.
@@ -55,7 +53,6 @@ def gram(
         batches, others: each a tuple of the loss's other arguments; all of one size but the last, or every size is
             compiled for. None for the batches themselves.
         progress: whether to show a bar (needs rich).
-        precision: as in `jax.lax.dot_general`.
         in_axes: as in `per_example_grad`.
 
     Returns:
@@ -70,7 +67,7 @@ def gram(
         >>> gram(lambda w, x: w @ x, jnp.zeros(3), batches).tolist()
         [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    return _gram("blocks.gram", loss, params, batches, others, progress, precision, in_axes, 1.0)
+    return _gram("blocks.gram", loss, params, batches, others, progress, in_axes, 1.0)
 
 
 def _gram(
@@ -80,7 +77,6 @@ def _gram(
     batches: Sequence[Batch],
     others: Sequence[Batch] | None,
     progress: bool,
-    precision: Precision,
     in_axes: Any,
     unit: float,
 ) -> np.ndarray:
@@ -97,7 +93,7 @@ def _gram(
     def gradients(batch: Batch) -> PerExampleGrads:
         return jitted(params, checked_batch(call, "a batch", batch))
 
-    product = jax.jit(lambda g, g_: g.gram(g_, precision=precision))
+    product = jax.jit(lambda g, g_: g.gram(g_))
     second = batches if others is None else others
     blocks: list[list[np.ndarray]] = []
     for i, batch in enumerate(shown((batches[i] for i in range(len(batches))), len(batches), progress=progress)):
@@ -117,6 +113,7 @@ def _checked_sequences(call: str, **given: Any) -> None:
             )
 
 
+@in_full_precision
 def influence(
     loss: Callable[..., Any],
     params: PyTree,
@@ -125,7 +122,6 @@ def influence(
     damping: Any,
     *,
     progress: bool = False,
-    precision: Precision = EXACT,
     in_axes: Any = 0,
 ) -> Float[np.ndarray, "C B"]:
     """`attribution.influence` of B training on C test examples, from batches: exact, of any number of parameters.
@@ -134,7 +130,7 @@ def influence(
     norms.
 
     Args:
-        loss, params, progress, precision, in_axes: as in `gram`.
+        loss, params, progress, in_axes: as in `gram`.
         train, test: as `gram`'s batches.
         damping: μ ≥ 0.
 
@@ -160,8 +156,8 @@ def influence(
     root = math.sqrt(float(damping)) * math.sqrt(sum(len(jax.tree.leaves(train[k])[0]) for k in range(len(train))))
     exponent = math.frexp(max([*norms, root]))[1] if np.isfinite(norms).all() else 0
     unit = 2.0**exponent
-    K = _gram("blocks.influence", loss, params, train, None, progress, precision, in_axes, unit)
-    across = _gram("blocks.influence", loss, params, train, test, progress, precision, in_axes, unit)
+    K = _gram("blocks.influence", loss, params, train, None, progress, in_axes, unit)
+    across = _gram("blocks.influence", loss, params, train, test, progress, in_axes, unit)
     ridge = jnp.asarray(float(damping) / unit * len(K) / unit, K.dtype)
     return np.asarray(jax.jit(damped_solve)(K, across, ridge)).T
 

@@ -143,8 +143,8 @@ def test_norms_and_moments_block_by_block_move_no_example(name, monkeypatch):
     loss, params, batch = placed(name, mesh())
 
     def blocks(params, *batch):
-        g = jg.per_example_grad(loss)(params, *batch)
-        return g.norms(chunk_bytes=1), g.second_moment(chunk_bytes=1)
+        g = jg.per_example_grad(loss)(params, *batch).with_chunk_bytes(1)
+        return g.norms(), g.second_moment()
 
     assert told(lambda *args: blocks(*args)[0], params, *batch) == []
     collectives = told(lambda *args: blocks(*args)[1], params, *batch)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import FUZZ
 from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows
-from jaxgrad.per_example.algebra import pairs, sums
+from jaxgrad.per_example.algebra import chunks, pairs, sums
 
 # The parameter is always of this many rows and columns; a factor may see it transposed or in groups.
 SHAPES = [(4, 6), (6, 4), (1, 3), (2, 2)]
@@ -103,9 +103,10 @@ def test_inner_and_gram_of_every_pair_of_kinds(kind, kind_, seed, B, C, T, S, sh
     f, f_ = factor(kind, seed, B, T, shape), factor(kind_, seed + 7, C, S, shape)
     expected = np.einsum("bij,cij->bc", dense_of(f), dense_of(f_))
     size = np.abs(dense_of(f)).sum() * np.abs(dense_of(f_)).sum()
-    close(pairs.gram(f, f_, chunk_bytes), expected, size)
-    if B == C:
-        close(pairs.inner(f, f_, chunk_bytes), np.diag(expected), size)
+    with chunks.at_most(chunk_bytes):
+        close(pairs.gram(f, f_), expected, size)
+        if B == C:
+            close(pairs.inner(f, f_), np.diag(expected), size)
 
 
 @pytest.mark.slow
@@ -113,14 +114,14 @@ def test_inner_and_gram_of_every_pair_of_kinds(kind, kind_, seed, B, C, T, S, sh
 @settings(max_examples=8 * FUZZ)
 def test_norms_moments_and_gram_of_sums_of_factors(sum_of, seed, B, T, shape, chunk_bytes):
     fs = tuple(factor(kind, seed + 3 * i, B, T + i, shape) for i, kind in enumerate(sum_of))
-    g, G = PerExampleGrads([fs]), sum(dense_of(f) for f in fs)
+    g, G = PerExampleGrads([fs], chunk_bytes), sum(dense_of(f) for f in fs)
     size = sum(np.abs(dense_of(f)).sum() for f in fs) ** 2
-    close(g.squared_norms(chunk_bytes=chunk_bytes), (G**2).sum((1, 2)), size)
-    close(g.norms(chunk_bytes=chunk_bytes) ** 2, (G**2).sum((1, 2)), size)
-    close(g.gram(chunk_bytes=chunk_bytes), np.einsum("bij,cij->bc", G, G), size)
+    close(g.squared_norms(), (G**2).sum((1, 2)), size)
+    close(g.norms() ** 2, (G**2).sum((1, 2)), size)
+    close(g.gram(), np.einsum("bij,cij->bc", G, G), size)
     if B:
-        close(g.second_moment(chunk_bytes=chunk_bytes)[0], (G**2).mean(0), size)
-        close(g.variance(chunk_bytes=chunk_bytes)[0], G.var(0), size)
+        close(g.second_moment()[0], (G**2).mean(0), size)
+        close(g.variance()[0], G.var(0), size)
     else:
         assert np.isnan(g.second_moment()[0]).all()
         assert np.isnan(g.variance()[0]).all()
@@ -152,11 +153,12 @@ def test_both_ways_of_an_inner_product_are_exact(seed, B, G, T, chunk_bytes):
     f_ = Outer(normal(seed + 2, B, G, 7, 3), normal(seed + 3, B, G, 7, 2), layout)
     A, C = (np.asarray(jnp.einsum("bgtf,bgtk->bgfk", o.left, o.right)).reshape(B, -1) for o in (f, f_))
     size = np.abs(A).sum() * np.abs(C).sum()
-    for pair in (pairs._outer_outer, pairs.inner):
-        close(pair(f, f_, chunk_bytes, None), (A * C).sum(1), size)
-    close(pairs._through_matrix(f, f_, chunk_bytes, None), A @ C.T, size)
-    close(pairs._by_blocks(pairs._outer_outer, f, f_, 100, chunk_bytes, None), A @ C.T, size)
-    close(pairs._written_out_blocks(f, f_, chunk_bytes, None), A @ C.T, size)
+    with chunks.at_most(chunk_bytes):
+        for pair in (pairs._outer_outer, pairs.inner):
+            close(pair(f, f_), (A * C).sum(1), size)
+        close(pairs._through_matrix(f, f_), A @ C.T, size)
+        close(pairs._by_blocks(pairs._outer_outer, f, f_, 100), A @ C.T, size)
+        close(pairs._written_out_blocks(f, f_), A @ C.T, size)
 
 
 @pytest.mark.parametrize("matrix", [(7, 2, 3), (2, 7, 3), (2, 3, 7)])
@@ -166,7 +168,8 @@ def test_the_matrix_is_sliced_along_its_longest_side(matrix, chunk_bytes):
     layout = Layout(matrix, jnp.dtype(jnp.float64), (0, 1, 2), matrix)
     f, f_ = (Outer(normal(s, B, G, 40, F), normal(s + 1, B, G, 40, K), layout) for s, B in ((0, 4), (2, 3)))
     A, C = (np.asarray(jnp.einsum("bgtf,bgtk->bgfk", o.left, o.right)).reshape(len(o.left), -1) for o in (f, f_))
-    close(pairs.gram(f, f_, chunk_bytes), A @ C.T, np.abs(A).sum() * np.abs(C).sum())
+    with chunks.at_most(chunk_bytes):
+        close(pairs.gram(f, f_), A @ C.T, np.abs(A).sum() * np.abs(C).sum())
 
 
 def test_a_layout_is_a_bijection():
@@ -418,9 +421,10 @@ def test_rows_with_many_positions_meet_by_their_ids(rows, repeated):
     )
     A, A_ = (dense_of(o).reshape(len(o.ids), -1) for o in (f, f_))
     for chunk_bytes in CHUNKS:
-        close(pairs.inner(f, f, chunk_bytes), (A**2).sum(1), np.abs(A).sum() ** 2)
-        close(pairs.inner(f, jax.tree.map(lambda a: a[:3], f_), chunk_bytes), (A * A_[:3]).sum(1), np.abs(A).sum() ** 2)
-        close(jax.jit(lambda f, f_, n=chunk_bytes: pairs.gram(f, f_, n))(f, f_), A @ A_.T, np.abs(A).sum() ** 2)
+        with chunks.at_most(chunk_bytes):
+            close(pairs.inner(f, f), (A**2).sum(1), np.abs(A).sum() ** 2)
+            close(pairs.inner(f, jax.tree.map(lambda a: a[:3], f_)), (A * A_[:3]).sum(1), np.abs(A).sum() ** 2)
+            close(jax.jit(lambda f, f_: pairs.gram(f, f_))(f, f_), A @ A_.T, np.abs(A).sum() ** 2)
     close(jax.vmap(lambda f: PerExampleGrads((f,)).norms())(jax.tree.map(lambda a: a[None], f))[0] ** 2, (A**2).sum(1))
     second_moment = PerExampleGrads((f,)).second_moment()
     close(second_moment, (A**2).mean(0).reshape(rows, 3))

@@ -164,7 +164,7 @@ def written_out(entry: Loss, function) -> set[str]:
 @pytest.mark.usefixtures("users_settings")
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.factored], ids=lambda e: e.name)
 def test_the_compiled_clipped_sum_holds_no_batch_of_gradients(entry):
-    assert not written_out(entry, lambda g: g.clip(1.0, chunk_bytes=1).sum())
+    assert not written_out(entry, lambda g: g.with_chunk_bytes(1).clip(1.0).sum())
 
 
 @pytest.mark.usefixtures("users_settings")

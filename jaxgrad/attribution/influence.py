@@ -6,14 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
-from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve, scaled_system
-from jaxgrad.per_example.algebra.factors import Precision
+from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision, scaled_system
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 
 
-def self_influence(
-    g: PerExampleGrads | GaussNewton, damping: Any = None, *, precision: Precision = None
-) -> Float[Array, " B"]:
+@in_full_precision
+def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Float[Array, " B"]:
     """How much each example's own gradient helps its own loss: high where an example is unlike all others.
 
     Formula: ‖g_b‖², TracIn's at one checkpoint; with a damping μ, g_bᵀ(GᵀG/B + μI)⁻¹g_b, through the Gram matrix: B
@@ -23,7 +21,6 @@ def self_influence(
     Args:
         g: gradients of B examples; or `gauss_newton`'s result, for the Gauss-Newton matrix instead of GᵀG/B.
         damping: μ ≥ 0; None for ‖g_b‖², of gradients alone.
-        precision: as in `jax.lax.dot_general`; with a damping None is full precision, as this is a solve.
 
     Returns:
         [B].
@@ -40,22 +37,20 @@ def self_influence(
     """
     rows, residuals = rows_and_residuals("self_influence", g)
     if damping is None and not isinstance(g, GaussNewton):
-        return g.squared_norms(precision=precision)
+        return g.squared_norms()
     checked_damping("self_influence", damping)
     B, R = residuals.shape
     if not B:
         return residuals.sum(1)
-    exact = EXACT if precision is None else precision
     scaled, ridge, _ = scaled_system(rows, damping)
-    right = scaled.gram(scaled.scale(residuals.ravel()), precision=exact)
-    inner = damped_solve(scaled.gram(precision=exact), right, ridge)  # by row, then by column times r
+    right = scaled.gram(scaled.scale(residuals.ravel()))
+    inner = damped_solve(scaled.gram(), right, ridge)  # by row, then by column times r
     own = jnp.diagonal(inner.reshape(B, R, B, R), axis1=0, axis2=2)  # [R, R, B]
-    return B / R * jnp.einsum("klb,bk->b", own, residuals, precision=exact)
+    return B / R * jnp.einsum("klb,bk->b", own, residuals)
 
 
-def influence(
-    train: PerExampleGrads | GaussNewton, test: PerExampleGrads, damping: Any, *, precision: Precision = EXACT
-) -> Float[Array, "C B"]:
+@in_full_precision
+def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, damping: Any) -> Float[Array, "C B"]:
     """How much each test loss rises, to first order, when a training example is left out: > 0 helpful, < 0 harmful.
 
     Formula: test_cᵀ (GᵀG/n + μI)⁻¹ g_b / B, where GᵀG/n is the training gradients' empirical Fisher matrix, or the
@@ -67,7 +62,6 @@ def influence(
         train: gradients of B training examples, or `gauss_newton`'s result for them.
         test: gradients of C test examples with respect to the same parameters.
         damping: μ ≥ 0.
-        precision: as in `jax.lax.dot_general`; full unless told otherwise, as this is a solve.
 
     Returns:
         [C, B].
@@ -90,6 +84,6 @@ def influence(
     if not rows.batch_size:
         return test.gram(rows)
     scaled, ridge, unit = scaled_system(rows, damping)
-    across = test.gram(scaled, precision=precision)
-    weights = damped_solve(scaled.gram(precision=precision), across.T, ridge).T / unit
-    return jnp.einsum("cbr,br->cb", weights.reshape(-1, *residuals.shape), residuals, precision=EXACT)
+    across = test.gram(scaled)
+    weights = damped_solve(scaled.gram(), across.T, ridge).T / unit
+    return jnp.einsum("cbr,br->cb", weights.reshape(-1, *residuals.shape), residuals)

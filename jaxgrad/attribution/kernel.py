@@ -9,21 +9,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.per_example.algebra.chunks import map_examples
-from jaxgrad.per_example.algebra.factors import Precision
 from jaxgrad.per_example.jacobian import per_example_jacobian
 from jaxgrad.per_example.transform import per_example_grad
 
 
-def ntk(
-    fun: Callable[..., Any], *, block_size: int | None = None, precision: Precision = None
-) -> Callable[..., Float[Array, "B C *outputs"]]:
+def ntk(fun: Callable[..., Any], *, block_size: int | None = None) -> Callable[..., Float[Array, "B C *outputs"]]:
     """The empirical neural tangent kernel: inner products of the gradients of a model's outputs.
 
     Args:
         fun: fun(params, x) → the outputs of one example: a real scalar, or an array of O numbers.
         block_size: how many examples of each side to hold gradients of at once, to bound the memory; the second side's
             are then computed once for every block of the first. None: all.
-        precision: as in `jax.lax.dot_general`.
 
     Returns:
         A function of (params, x, x2=None), trees of arrays with an example axis, that returns [B, C] for a scalar fun,
@@ -62,7 +58,7 @@ def ntk(
                 f"ntk: expected numbers on both sides or arrays on both, got outputs {outputs} on x and {outputs2} on "
                 f"x2. Return an array from fun for both."
             )
-        return g.gram(other, precision=precision)
+        return g.gram(other)
 
     def kernel(params: PyTree, x: Any, x2: Any = None) -> Array:
         if block_size is None:

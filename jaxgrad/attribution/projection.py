@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxgrad.per_example.algebra.chunks import CHUNK_BYTES, chunk_size
-from jaxgrad.per_example.algebra.factors import Precision
+from jaxgrad.per_example.algebra.chunks import chunk_size
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 
 
-def random_projection(g: PerExampleGrads, key: Array, size: int, *, precision: Precision = None) -> Float[Array, "B S"]:
+def random_projection(g: PerExampleGrads, key: Array, size: int) -> Float[Array, "B S"]:
     """[B, size]: G P/√size with random signs P [parameters, size]: inner products of rows are those of G, in the mean.
 
     The same key and size give the same P, however the gradients are held: rows of different batches can be compared.
@@ -25,7 +24,6 @@ def random_projection(g: PerExampleGrads, key: Array, size: int, *, precision: P
         g: gradients of B examples.
         key: of `jax.random`.
         size: how many numbers for each example.
-        precision: as in `jax.lax.dot_general`.
 
     Returns:
         [B, size].
@@ -46,21 +44,21 @@ def random_projection(g: PerExampleGrads, key: Array, size: int, *, precision: P
         raise ValueError(f"random_projection: expected a size of at least 1, got {size}.")
     if not g.batch_size:
         return jnp.zeros((0, size), jax.eval_shape(g.norms).dtype)
-    return _projected(g, key, operator.index(size), precision)
+    return _projected(g, key, operator.index(size))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))  # or a loop that is not in a jit would be compiled at every call
-def _projected(g: PerExampleGrads, key: Array, size: int, precision: Precision) -> Array:
+@functools.partial(jax.jit, static_argnums=2)  # or a loop that is not in a jit would be compiled at every call
+def _projected(g: PerExampleGrads, key: Array, size: int) -> Array:
     treedef: Any
     leaves, treedef = jax.tree.flatten(jax.eval_shape(g.sum))
 
     def column(k: Array) -> Array:
         keys = jax.random.split(jax.random.fold_in(key, k), len(leaves))
         signs = [_signs(key, p) for key, p in zip(keys, leaves, strict=True)]
-        return g.dot(treedef.unflatten(signs), precision=precision)
+        return g.dot(treedef.unflatten(signs))
 
     bytes_each = sum(p.size * p.dtype.itemsize for p in leaves) + g.nbytes
-    columns = lax.map(column, jnp.arange(size), batch_size=chunk_size(bytes_each, CHUNK_BYTES, size))
+    columns = lax.map(column, jnp.arange(size), batch_size=chunk_size(bytes_each, size))
     return columns.T / size**0.5
 
 

@@ -6,22 +6,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxgrad.per_example.algebra.factors import Precision
 from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.precision import added
 
 
-def cosine_similarity(
-    g: PerExampleGrads, other: PerExampleGrads | None = None, *, precision: Precision = None
-) -> Float[Array, "B C"]:
+def cosine_similarity(g: PerExampleGrads, other: PerExampleGrads | None = None) -> Float[Array, "B C"]:
     """The cosine of the angle between every pair of gradients, with `other`'s or with each other.
 
     Args:
         g: gradients of B examples.
         other: gradients of C examples with respect to the same parameters; None for g.
-        precision: as in `jax.lax.dot_general`.
 
     Returns:
         [B, C], in [-1, 1]; 0 for a gradient of zero.
@@ -37,7 +33,7 @@ def cosine_similarity(
     checked_gradients("cosine_similarity", g)
     first, inverse = _near_one(g)
     second, inverse_ = (None, inverse) if other is None else _near_one(other)
-    return jnp.clip(first.gram(second, precision=precision) * inverse[:, None] * inverse_[None, :], -1, 1)
+    return jnp.clip(first.gram(second) * inverse[:, None] * inverse_[None, :], -1, 1)
 
 
 def _near_one(g: PerExampleGrads) -> tuple[PerExampleGrads, Array]:
@@ -68,7 +64,7 @@ class NoiseScale(NamedTuple):
     scale: Array
 
 
-def noise_scale(g: PerExampleGrads, *, precision: Precision = None) -> NoiseScale:
+def noise_scale(g: PerExampleGrads) -> NoiseScale:
     """The simple noise scale tr Σ / ‖ḡ‖²: about how many examples a batch should have before more stop paying.
 
     Formula: tr Σ = (Σ‖g_b‖² - B‖ḡ‖²)/(B - 1), ‖ḡ‖² - tr Σ/B, both without bias. Accuracy: tr Σ to a few eps times the
@@ -77,7 +73,6 @@ def noise_scale(g: PerExampleGrads, *, precision: Precision = None) -> NoiseScal
     Args:
         g: gradients of B ≥ 2 examples, drawn at random from many more; NaN for fewer. If they are all there are, the
             signal is too low by noise/B.
-        precision: as in `jax.lax.dot_general`.
 
     Returns:
         `NoiseScale`, of scalars.
@@ -90,11 +85,11 @@ def noise_scale(g: PerExampleGrads, *, precision: Precision = None) -> NoiseScal
     Source: McCandlish et al. 2018, appendix A.1.
     """
     checked_gradients("noise_scale", g)
-    B, norms = g.batch_size, g.norms(precision=precision)
+    B, norms = g.batch_size, g.norms()
     if isinstance(B, int) and B < 2:
         return NoiseScale(*[jnp.full((), jnp.nan, norms.dtype)] * 3)
     unit = power_of_two(norms.max())
-    total = g.scale(jnp.full_like(norms, 1) / unit).sum(precision=precision, rounded=False)
+    total = g.scale(jnp.full_like(norms, 1) / unit).sum(rounded=False)
     mean = added([(leaf.astype(norms.dtype) ** 2).sum() for leaf in jax.tree.leaves(total)]) / B / B
     spread = (((norms / unit) ** 2).sum() - B * mean) / (B - 1)
     noise = jnp.maximum(spread, jnp.zeros_like(spread))

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
-from jaxgrad.curvature.solve import EXACT, checked_damping, damped_solve, scaled_system
-from jaxgrad.per_example.algebra.factors import Precision
+from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision, scaled_system
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.serialized import named_tuple
 
 
-def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree, *, precision: Precision = None) -> PyTree:
+def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree) -> PyTree:
     """GᵀG v / n: the empirical Fisher matrix times a direction.
 
     Cost: two matrix products a factor.
@@ -22,7 +21,6 @@ def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree, *, precis
     Args:
         g: n gradients; or `gauss_newton`'s result, for the Gauss-Newton matrix.
         v: a direction, of the parameters' structure and shapes.
-        precision: as in `jax.lax.dot_general`.
 
     Returns:
         A tree of the parameters' shapes and dtypes.
@@ -36,10 +34,11 @@ def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree, *, precis
         [1.0, 2.0, 3.0]
     """
     rows, _ = rows_and_residuals("fisher_vector_product", g)
-    return rows.weighted_sum(rows.dot(v, precision=precision) / max(rows.batch_size, 1), precision=precision)
+    return rows.weighted_sum(rows.dot(v) / max(rows.batch_size, 1))
 
 
-def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any, *, precision: Precision = EXACT) -> PyTree:
+@in_full_precision
+def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
     """(GᵀG/n + μI)⁻¹ ḡ, exactly, for any number of parameters; ḡ = Gᵀr/n is the mean gradient (r = 1).
 
     Formula: Gᵀ(GGᵀ + μn I)⁻¹ r, a weighted sum of the gradients. Cost: the Gram matrix, an n × n solve and the sum.
@@ -56,7 +55,6 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any, *, precisio
     Args:
         g: n gradients, for the empirical Fisher matrix; or `gauss_newton`'s result, for the Gauss-Newton matrix.
         damping: μ ≥ 0.
-        precision: as in `jax.lax.dot_general`; full unless told otherwise, as this is a solve.
 
     Returns:
         A tree of the parameters' shapes and dtypes, to be subtracted from them.
@@ -76,12 +74,13 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any, *, precisio
     if not rows.batch_size:
         return rows.mean()
     scaled, ridge, unit = scaled_system(rows, damping)
-    weights = damped_solve(scaled.gram(precision=precision), residuals.ravel(), ridge)
-    total = scaled.scale(weights).sum(precision=precision, rounded=False)
+    weights = damped_solve(scaled.gram(), residuals.ravel(), ridge)
+    total = scaled.scale(weights).sum(rounded=False)
     return jax.tree.map(lambda a, p: (a / unit.astype(a.dtype)).astype(p.dtype), total, jax.eval_shape(rows.sum))
 
 
-def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any, *, precision: Precision = EXACT) -> PyTree:
+@in_full_precision
+def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> PyTree:
     """(GᵀG/n + μI)⁻¹ v for any direction v and μ > 0, exactly.
 
     Formula: (v - Gᵀ(GGᵀ + μn I)⁻¹Gv)/μ (Woodbury), and one step of refinement, since that cancels where μ is far below
@@ -92,7 +91,6 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any, *, p
         g: n gradients, or `gauss_newton`'s result.
         v: a direction, of the parameters' structure and shapes.
         damping: μ > 0.
-        precision: as in `natural_gradient`.
 
     Returns:
         A tree of the parameters' shapes and dtypes.
@@ -111,18 +109,18 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any, *, p
     if not n:
         return jax.tree.map(lambda a, p: (a / damping).astype(p.dtype), v, like)
     scaled, ridge, unit = scaled_system(g, damping)
-    K, mu = scaled.gram(precision=precision), ridge / n
+    K, mu = scaled.gram(), ridge / n
 
     def rows(c: Array) -> PyTree:
-        return scaled.scale(c).sum(precision=precision, rounded=False)
+        return scaled.scale(c).sum(rounded=False)
 
     def once(v: PyTree) -> PyTree:
-        inside = rows(damped_solve(K, scaled.dot(v, precision=precision), ridge))
+        inside = rows(damped_solve(K, scaled.dot(v), ridge))
         return jax.tree.map(lambda a, b: (a - b) / mu.astype(b.dtype), v, inside)
 
     v = jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), v, jax.eval_shape(rows, jnp.zeros(n, ridge.dtype)))
     first = once(v)
-    product = rows(scaled.dot(first, precision=precision) / n)
+    product = rows(scaled.dot(first) / n)
     left = jax.tree.map(lambda a, b, x: a - (b + mu.astype(x.dtype) * x), v, product, first)
     return jax.tree.map(
         lambda a, b, p: ((a + b) / unit.astype(a.dtype) / unit.astype(a.dtype)).astype(p.dtype), first, once(left), like

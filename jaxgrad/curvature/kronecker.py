@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.per_example.algebra.chunks import sum_examples
-from jaxgrad.per_example.algebra.factors import Factor, Outer, Precision, Windows, accumulator, wide
+from jaxgrad.per_example.algebra.factors import Factor, Outer, Windows, accumulator, wide
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.sharding import replicated
@@ -36,7 +36,7 @@ class KroneckerFactors:
     layout: Layout
 
 
-def kfac_factors(g: PerExampleGrads, *, precision: Precision = None) -> PyTree:
+def kfac_factors(g: PerExampleGrads) -> PyTree:
     """The Kronecker factors of every parameter whose gradient is held as one product: read off its two sides.
 
     Formula: for Σ_t left ⊗ right, (Σ_bt left leftᵀ/B, Σ_bt right rightᵀ/(BT)). Positions t (of a sequence, of a
@@ -49,7 +49,6 @@ def kfac_factors(g: PerExampleGrads, *, precision: Precision = None) -> PyTree:
 
     Args:
         g: gradients of B examples.
-        precision: as in `jax.lax.dot_general`.
 
     Returns:
         The parameters' tree with `KroneckerFactors` at every leaf; None where it is no single `Outer` or `Windows`:
@@ -66,17 +65,17 @@ def kfac_factors(g: PerExampleGrads, *, precision: Precision = None) -> PyTree:
     Source: Martens and Grosse 2015; Grosse and Martens 2016; Eschenhagen et al. 2023.
     """
     is_leaf = lambda node: isinstance(node, tuple) and all(isinstance(f, Factor) for f in node)  # noqa: E731
-    return jax.tree.map(lambda leaf: _of(leaf, precision), g.factors, is_leaf=is_leaf)
+    return jax.tree.map(lambda leaf: _of(leaf), g.factors, is_leaf=is_leaf)
 
 
-def _of(leaf: tuple[Factor, ...], precision: Precision) -> KroneckerFactors | None:
+def _of(leaf: tuple[Factor, ...]) -> KroneckerFactors | None:
     if len(leaf) != 1:
         return None
     match wide(leaf[0], accumulator(*leaf)):
         case Outer() as f:
-            sums, T = _sums(f, precision), f.left.shape[2]
+            sums, T = _sums(f), f.left.shape[2]
         case Windows() as f:
-            sums = sum_examples(lambda w: _sums(w.unfolded(), precision), f.at_once, f)
+            sums = sum_examples(lambda w: _sums(w.unfolded()), f.at_once, f)
             T = jax.eval_shape(Windows.unfolded, f).left.shape[2]
         case _:
             return None
@@ -85,8 +84,8 @@ def _of(leaf: tuple[Factor, ...], precision: Precision) -> KroneckerFactors | No
     return KroneckerFactors(left / B, right / B / T, f.layout)  # B·T may not be an int32
 
 
-def _sums(f: Outer, precision: Precision) -> tuple[Float[Array, "G F F"], Float[Array, "G K K"]]:
+def _sums(f: Outer) -> tuple[Float[Array, "G F F"], Float[Array, "G K K"]]:
     """Σ_bt left leftᵀ and Σ_bt right rightᵀ."""
     sides = (jnp.moveaxis(a, 1, 0).reshape(a.shape[1], a.shape[0] * a.shape[2], a.shape[3]) for a in (f.left, f.right))
-    left, right = (jnp.matmul(a.mT, a, precision=precision, out_sharding=replicated(a)) for a in sides)
+    left, right = (jnp.matmul(a.mT, a, out_sharding=replicated(a)) for a in sides)
     return left, right

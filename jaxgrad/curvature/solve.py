@@ -1,6 +1,8 @@
 """Solving with a Gram matrix, of any rank."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,21 @@ from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.sharding import gathered
 
-EXACT = lax.Precision.HIGHEST  # of a Gram matrix that is solved with: accelerators round more unless told
+EXACT = lax.Precision.HIGHEST  # accelerators round more unless told
+P = ParamSpec("P")
+R = TypeVar("R")
 MARGIN = 10.0  # how far above what rounding leaves of them the pivots of a Cholesky decomposition have to be
+
+
+def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """A decorator: inside it products are as exact as JAX makes them, for what is solved with needs all its digits."""
+
+    @functools.wraps(function)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return exact
 
 
 def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[Array, ""] | float) -> Array:
@@ -96,7 +111,7 @@ def checked_damping(call: str, damping: Any, positive: bool = False) -> None:
 
 def scaled_system(g: PerExampleGrads, damping: Any) -> tuple[PerExampleGrads, Array, Array]:
     """(g / unit, μn / unit², unit): unit is a power of two near the largest norm or √(μn), whichever is larger."""
-    norms = g.norms(precision=EXACT)
+    norms = g.norms()
     mu = jnp.asarray(damping, norms.dtype)
     unit = power_of_two(
         jnp.maximum(norms.max(), jnp.sqrt(lax.stop_gradient(mu)) * jnp.sqrt(jnp.asarray(g.batch_size, norms.dtype)))

@@ -1,19 +1,34 @@
 """PerExampleGrads: the B × parameters matrix G of per-example gradients, an algebra on factors."""
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.per_example.algebra import complexes, factors, norms
-from jaxgrad.per_example.algebra.chunks import CHUNK_BYTES
-from jaxgrad.per_example.algebra.factors import Factor, Precision
+from jaxgrad.per_example.algebra import chunks, complexes, factors, norms
+from jaxgrad.per_example.algebra.factors import Factor
 from jaxgrad.per_example.algebra.leaf import Leaf, concatenated
 from jaxgrad.per_example.algebra.mapped import map_examples_of, of_examples
 from jaxgrad.precision import added, working_dtype
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _in_chunks(method: Callable[P, R]) -> Callable[P, R]:
+    """A method that may write something out, in no more than the gradients' `chunk_bytes` at once."""
+
+    @functools.wraps(method)
+    def bounded(*args: P.args, **kwargs: P.kwargs) -> R:
+        g: Any = args[0]
+        with chunks.at_most(g.chunk_bytes):
+            return method(*args, **kwargs)
+
+    return bounded
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -42,6 +57,7 @@ class PerExampleGrads:
 
     Args:
         tree: the parameters' tree with each leaf replaced by a tuple of factors (`Outer`, `Rows`, `Dense`).
+        chunk_bytes: how much its methods may write out at once where the cheapest way writes something out.
 
     Example:
         >>> delta, x = jnp.ones((4, 3)), jnp.ones((4, 2))         # four examples of a [3, 2] matrix
@@ -52,7 +68,7 @@ class PerExampleGrads:
         (3, 2)
     """
 
-    def __init__(self, tree: PyTree):
+    def __init__(self, tree: PyTree, chunk_bytes: int = chunks.CHUNK_BYTES):
         is_leaf = lambda node: isinstance(node, tuple) and bool(node) and all(isinstance(f, Factor) for f in node)  # noqa: E731
         leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
         strange = [jax.tree_util.keystr(path) for path, leaf in leaves if not is_leaf(leaf)]
@@ -69,19 +85,20 @@ class PerExampleGrads:
                     f"PerExampleGrads: expected factors of one parameter, got shapes and dtypes {shapes} "
                     f"at {jax.tree_util.keystr(path)}."
                 )
+        self.chunk_bytes = chunk_bytes
         self._held: PyTree = jax.tree.unflatten(treedef, [Leaf.of(leaf) for _, leaf in leaves])
 
     # --- as a pytree
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, PyTree], ...], None]:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, PyTree], ...], int]:
         """For JAX: the parameters' tree with a sum of factors, and their weight, at each leaf."""
-        return ((jax.tree_util.GetAttrKey("factors"), self._held),), None
+        return ((jax.tree_util.GetAttrKey("factors"), self._held),), self.chunk_bytes
 
     @classmethod
-    def tree_unflatten(cls, _: None, children: Sequence[PyTree]) -> "PerExampleGrads":
+    def tree_unflatten(cls, chunk_bytes: int, children: Sequence[PyTree]) -> "PerExampleGrads":
         """For JAX: the inverse of flattening, unchecked."""
         g = object.__new__(cls)
-        (g._held,) = children
+        (g._held,), g.chunk_bytes = children, chunk_bytes
         return g
 
     @property
@@ -101,7 +118,7 @@ class PerExampleGrads:
         return jax.tree.structure(self._held, is_leaf=_is_leaf)
 
     def _with(self, leaves: Sequence[Leaf]) -> "PerExampleGrads":
-        return self.tree_unflatten(None, (self._tree(leaves),))
+        return self.tree_unflatten(self.chunk_bytes, (self._tree(leaves),))
 
     def _tree(self, leaves: Sequence[Any]) -> PyTree:
         return jax.tree.unflatten(self._treedef, leaves)
@@ -152,23 +169,34 @@ class PerExampleGrads:
             return f"PerExampleGrads({self._held})"
         return "\n".join([f"PerExampleGrads({held})", *lines])
 
+    def with_chunk_bytes(self, chunk_bytes: int) -> "PerExampleGrads":
+        """The same gradients, whose methods write out no more than so many bytes at once.
+
+        Where the cheapest way to norms, moments or a Gram matrix writes something out, it does so for a few examples at
+        a time; one example may need more.
+
+        Raises:
+            ValueError: a number below 1.
+        """
+        if operator.index(chunk_bytes) < 1:
+            raise ValueError(f"PerExampleGrads.with_chunk_bytes: expected a number of bytes ≥ 1, got {chunk_bytes}.")
+        return self.tree_unflatten(operator.index(chunk_bytes), (self._held,))
+
     # --- norms
 
-    def squared_norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> Float[Array, " B"]:
-        """‖g_b‖² [B]. Overflows and underflows where the square does; `norms` does not.
+    @_in_chunks
+    def squared_norms(self) -> Float[Array, " B"]:
+        """‖g_b‖² [B]. Overflows and underflows where the square does; `norms` does not."""
+        return added([leaf.squared_norm() for leaf in self._leaves])
 
-        Args:
-            chunk_bytes: how much may be written out at once where the cheapest way writes something out.
-            precision: as in `jax.lax.dot_general`, here and in every method that has it.
-        """
-        return added([leaf.squared_norm(chunk_bytes, precision) for leaf in self._leaves])
-
-    def leaf_norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
+    @_in_chunks
+    def leaf_norms(self) -> PyTree:
         """The norm of each parameter's gradient by itself: the tree with a [B] at every leaf. As `norms`."""
-        each = self._each(lambda leaf: leaf.length(chunk_bytes, precision).norm)
+        each = self._each(lambda leaf: leaf.length().norm)
         return complexes.joined(each, lambda *parts: norms.root_sum_of_squares(parts))
 
-    def norms(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> Float[Array, " B"]:
+    @_in_chunks
+    def norms(self) -> Float[Array, " B"]:
         """‖g_b‖ [B], over all parameters together.
 
         Formula: √Σ_leaves ‖·‖²; of an Outer with T = 1, ‖left_b‖·‖right_b‖. Cost: see `pairs`.
@@ -176,7 +204,7 @@ class PerExampleGrads:
         the norm itself does; where every position's product is below the smallest normal number their sum may be 0.
         Differentiable; the derivative at a zero gradient is 0.
         """
-        return norms.together([leaf.length(chunk_bytes, precision) for leaf in self._leaves])
+        return norms.together([leaf.length() for leaf in self._leaves])
 
     def magnitudes(self) -> Float[Array, " B"] | None:
         """[B]: how large the numbers are that may cancel in each gradient; None where nothing does.
@@ -189,7 +217,7 @@ class PerExampleGrads:
 
     # --- linear maps
 
-    def dot(self, tree: PyTree, *, precision: Precision = None) -> Float[Array, " B"]:
+    def dot(self, tree: PyTree) -> Float[Array, " B"]:
         """G v [B]: the inner product of every example's gradient with one direction.
 
         Args:
@@ -197,40 +225,39 @@ class PerExampleGrads:
                 a gradient is: along a change dp of the parameters the direction is conj(dp).
         """
         leaves = self._direction("dot", tree)
-        return added([leaf.dot(v, precision) for leaf, v in zip(self._leaves, leaves, strict=True)])
+        return added([leaf.dot(v) for leaf, v in zip(self._leaves, leaves, strict=True)])
 
-    def weighted_sum(self, c: Float[Array, " B"], *, precision: Precision = None) -> PyTree:
+    def weighted_sum(self, c: Float[Array, " B"]) -> PyTree:
         """Gᵀ c: Σ_b c_b g_b, a tree of the parameters' shapes and dtypes. One matrix product a factor."""
         c = self._per_example("weighted_sum", c)
-        return self._summed(c, precision)
+        return self._summed(c)
 
-    def sum(self, *, precision: Precision = None, rounded: bool = True) -> PyTree:
+    def sum(self, rounded: bool = True) -> PyTree:
         """Σ_b g_b, a tree of the parameters' shapes and dtypes; with `rounded` False in the accumulator's dtype."""
-        return self._summed(None, precision, rounded)
+        return self._summed(None, rounded)
 
-    def mean(self, *, precision: Precision = None) -> PyTree:
+    def mean(self) -> PyTree:
         """Σ_b g_b / B, a tree of the parameters' shapes and dtypes; NaN for an empty batch, as jnp.mean."""
 
         def mean(leaf: Leaf) -> Array:
-            total = leaf.sum(None, precision)
+            total = leaf.sum(None)
             return (total / self.batch_size if self.batch_size else jnp.full_like(total, jnp.nan)).astype(
                 leaf.layout.dtype
             )
 
         return complexes.joined(self._each(mean), complexes.gradient)
 
-    def _summed(self, c: Array | None, precision: Precision, rounded: bool = True) -> PyTree:
+    def _summed(self, c: Array | None, rounded: bool = True) -> PyTree:
         def total(leaf: Leaf) -> Array:
-            value = leaf.sum(c, precision)
+            value = leaf.sum(c)
             return value.astype(leaf.layout.dtype) if rounded else value
 
         return complexes.joined(self._each(total), complexes.gradient)
 
     # --- products of examples
 
-    def gram(
-        self, other: "PerExampleGrads | None" = None, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None
-    ) -> Float[Array, "B C"]:
+    @_in_chunks
+    def gram(self, other: "PerExampleGrads | None" = None) -> Float[Array, "B C"]:
         """G G′ᵀ [B, C]: the inner product of every pair of examples, with `other`'s or with each other.
 
         Cost of an Outer with T = 1: two matrix products, B·C·(F + K) operations; never B × parameters.
@@ -242,24 +269,26 @@ class PerExampleGrads:
             self._same_parameters("gram", other)
         second = self if other is None else other
         pairs = zip(self._leaves, second._leaves, strict=True)
-        return added([leaf.gram(leaf_, chunk_bytes, precision) for leaf, leaf_ in pairs])
+        return added([leaf.gram(leaf_) for leaf, leaf_ in pairs])
 
-    def second_moment(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
+    @_in_chunks
+    def second_moment(self) -> PyTree:
         """mean_b g_b ⊙ g_b, a tree of the parameters' shapes, in float32 at least: half precision has no room.
 
         Formula: of an Outer with T = 1, (left²)ᵀ(right²)/B, one matrix product; otherwise examples are written out,
-        `chunk_bytes` at a time.
+        a few at a time.
         """
-        each = self._each(lambda leaf: leaf.second_moment(chunk_bytes, precision))
+        each = self._each(lambda leaf: leaf.second_moment())
         return complexes.joined(each, operator.add)
 
-    def variance(self, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None) -> PyTree:
+    @_in_chunks
+    def variance(self) -> PyTree:
         """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree of the parameters' shapes, in float32 at least.
 
         Formula: not second_moment - mean², which cancels: of an Outer with T = 1 the sides are centred first
-        (`moments.variance`); otherwise examples are written out, `chunk_bytes` at a time, with the mean subtracted.
+        (`moments.variance`); otherwise examples are written out, a few at a time, with the mean subtracted.
         """
-        return complexes.joined(self._each(lambda leaf: leaf.variance(chunk_bytes, precision)), operator.add)
+        return complexes.joined(self._each(lambda leaf: leaf.variance()), operator.add)
 
     # --- new batches
 
@@ -308,9 +337,7 @@ class PerExampleGrads:
         c = self._per_example("scale", c)
         return self._with([Leaf(leaf.factors, leaf.weight * c.astype(leaf.weight.dtype)) for leaf in self._leaves])
 
-    def clip(
-        self, max_norm: PyTree, *, chunk_bytes: int = CHUNK_BYTES, precision: Precision = None
-    ) -> "PerExampleGrads":
+    def clip(self, max_norm: PyTree) -> "PerExampleGrads":
         """g_b · max_norm / max(max_norm, ‖g_b‖): a zero gradient, and one exactly on the bound, stay as they are.
 
         Args:
@@ -324,7 +351,7 @@ class PerExampleGrads:
         bounds, groups = self.groups(max_norm, "PerExampleGrads.clip")
         leaves: list[Leaf] = []
         for bound, part in zip(bounds, groups, strict=True):
-            lengths = part.norms(chunk_bytes=chunk_bytes, precision=precision)
+            lengths = part.norms()
             limit = jnp.asarray(bound, lengths.dtype)
             leaves += part.scale(norms.shortened(lengths, limit))._leaves
         return self._with(leaves)
@@ -454,7 +481,7 @@ class PerExampleGrads:
                 f"{call}: expected a number or a tree prefix of the parameters, {self._treedef}, got {treedef}."
             ) from error
         members = [[leaves[i] for i in jax.tree.leaves(group)] for group in groups]
-        return bounds, [self.tree_unflatten(None, (part,)) for part in members]
+        return bounds, [self.tree_unflatten(self.chunk_bytes, (part,)) for part in members]
 
 
 def _is_leaf(node: Any) -> bool:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad import _jax
-from jaxgrad.per_example.algebra.chunks import CHUNK_BYTES
 from jaxgrad.per_example.algebra.mapped import map_examples_of, put_back
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.gradients import PerExampleGrads
@@ -63,20 +62,19 @@ class PerExampleJacobian:
 
     def _of_each_output(self, function: Callable[[PerExampleGrads], Any], out_axes: int = 1) -> Any:
         """function(the gradients of one output), for every output."""
-        axes = jax.tree.unflatten(jax.tree.structure(self._held), map(_for_vmap, self._axes))
-        return jax.vmap(function, (axes,), out_axes, axis_size=self.outputs)(self._held)
+        held = self._held.with_chunk_bytes(max(1, self._held.chunk_bytes // max(1, self.outputs)))
+        axes = jax.tree.unflatten(jax.tree.structure(held), map(_for_vmap, self._axes))
+        return jax.vmap(function, (axes,), out_axes, axis_size=self.outputs)(held)
 
     def norms(self) -> Float[Array, "B O"]:
         """[B, O]: the norm of every output's gradient, as `PerExampleGrads.norms`."""
-        return self._of_each_output(lambda g: g.norms(chunk_bytes=CHUNK_BYTES // max(self.outputs, 1)))
+        return self._of_each_output(lambda g: g.norms())
 
     def dot(self, tree: PyTree) -> Float[Array, "B O"]:
         """J_b v [B, O] for one direction v of the parameters' structure and shapes."""
         return self._of_each_output(lambda g: g.dot(tree))
 
-    def gram(
-        self, other: "PerExampleJacobian | None" = None, *, chunk_bytes: int = CHUNK_BYTES, precision: Any = None
-    ) -> Float[Array, "B C O P"]:
+    def gram(self, other: "PerExampleJacobian | None" = None) -> Float[Array, "B C O P"]:
         """J_b J′_cᵀ [B, C, O, O′] for every pair of examples, with `other`'s or with each other.
 
         Cost of a weight that enters through one matrix product: the activations' products once for every pair of
@@ -84,14 +82,12 @@ class PerExampleJacobian:
 
         Args:
             other: of the same parameters; of as many outputs or of others.
-            chunk_bytes: how much may be written out at once.
-            precision: as in `jax.lax.dot_general`.
         """
         second = self if other is None else other
-        bound = chunk_bytes // max(self.outputs * second.outputs, 1)
 
         def with_all(g: PerExampleGrads) -> Array:
-            return second._of_each_output(lambda h: g.gram(h, chunk_bytes=bound, precision=precision), 2)
+            g = g.with_chunk_bytes(max(1, g.chunk_bytes // max(1, second.outputs)))
+            return second._of_each_output(lambda h: g.gram(h), 2)
 
         return self._of_each_output(with_all, 2)
 

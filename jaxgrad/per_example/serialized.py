@@ -75,6 +75,6 @@ export.register_pytree_node_serialization(
 export.register_pytree_node_serialization(
     PerExampleGrads,
     serialized_name=_name(PerExampleGrads),
-    serialize_auxdata=lambda _: b"",
-    deserialize_auxdata=lambda _: None,
+    serialize_auxdata=_written,
+    deserialize_auxdata=_read,
 )

@@ -1,6 +1,8 @@
 """Loops that write out no more at once than a stated number of bytes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,7 +16,7 @@ from jaxgrad.sharding import devices
 T = TypeVar("T")
 
 CHUNK_BYTES = 64 * 2**20
-"""How much may be written out at once, unless the caller says otherwise."""
+"""How much may be written out at once, unless the gradients say otherwise: `PerExampleGrads.chunk_bytes`."""
 
 
 EXPECTED = 64
@@ -26,9 +28,22 @@ def expected(count: Any) -> int:
     return count if isinstance(count, int) else EXPECTED
 
 
-def chunk_size(bytes_each: int, chunk_bytes: int, count: int) -> int:
-    """How many of `count` things of `bytes_each` to hold at once: at least one."""
-    return max(1, min(expected(count), chunk_bytes // max(bytes_each, 1)))
+_bound: ContextVar[int] = ContextVar("bytes that may be written out at once", default=CHUNK_BYTES)
+
+
+@contextmanager
+def at_most(nbytes: int) -> Iterator[None]:
+    """Inside it no more than so many bytes are written out at once, unless a single example needs more."""
+    before = _bound.set(nbytes)
+    try:
+        yield
+    finally:
+        _bound.reset(before)
+
+
+def chunk_size(bytes_each: int, count: int, most: int = CHUNK_BYTES) -> int:
+    """How many of `count` things of `bytes_each` to hold at once, in no more bytes than `most`: at least one."""
+    return max(1, min(expected(count), min(_bound.get(), most) // max(bytes_each, 1)))
 
 
 def map_examples(function: Callable[..., Array], size: int, *trees: PyTree, spread: bool = True) -> Array:

@@ -34,8 +34,6 @@ from jaxgrad.per_example.algebra.windows import Unfolding
 from jaxgrad.precision import added, working_dtype
 from jaxgrad.sharding import gathered, kept, replicated
 
-Precision = Any  # what jax.lax.dot_general takes as precision=
-
 
 def _factor(*arrays: str) -> Any:
     return functools.partial(jax.tree_util.register_dataclass, data_fields=arrays, meta_fields=("layout",))
@@ -250,12 +248,12 @@ def materialize(f: Factor) -> Array:
     return written_out(f).astype(f.layout.dtype)
 
 
-def written_out(f: Factor, precision: Precision = None) -> Array:
+def written_out(f: Factor) -> Array:
     """[B, *shape] in the accumulator's dtype."""
     acc = accumulator(f)
     match wide(f, acc):
         case Outer(left, right, layout):
-            return layout.from_matrix(jnp.einsum("bgtf,bgtk->bgfk", left, right, precision=precision))
+            return layout.from_matrix(jnp.einsum("bgtf,bgtk->bgfk", left, right))
         case Rows() as rows:
 
             def table(ids: Array, values: Array) -> Array:
@@ -263,17 +261,17 @@ def written_out(f: Factor, precision: Precision = None) -> Array:
 
             return rows.layout.from_matrix(jax.vmap(table)(*rows.valid())[:, None])
         case Windows() as windows:
-            return map_examples(lambda w: written_out(w.unfolded(), precision), windows.at_once, windows)
+            return map_examples(lambda w: written_out(w.unfolded()), windows.at_once, windows)
         case Common(number, array):
             return _examples(number, array.value[None]) * array.value[None]
         case Mapped(inputs) as mapped:
-            whole = [added([written_out(part, precision) for part in parts]) for parts in inputs]
+            whole = [added([written_out(part) for part in parts]) for parts in inputs]
             return jax.vmap(lambda xs: mapped.apply(xs))([a.astype(acc) for a in whole]).astype(acc)
         case Dense(value, _):
             return value
 
 
-def dot(f: Factor, V: Array, precision: Precision = None) -> Float[Array, " B"]:
+def dot(f: Factor, V: Array) -> Float[Array, " B"]:
     """⟨gradient of example b, V⟩ for a V of the parameter's shape, in the accumulator's dtype.
 
     Cost: Outer B·G·T·F·K operations, and no array larger than a factor's.
@@ -281,26 +279,26 @@ def dot(f: Factor, V: Array, precision: Precision = None) -> Float[Array, " B"]:
     acc = accumulator(f)
     f = wide(f, acc)
     if isinstance(f, Windows):
-        return map_examples(lambda w: dot(w.unfolded(), V, precision), f.at_once, f)
+        return map_examples(lambda w: dot(w.unfolded(), V), f.at_once, f)
     if isinstance(f, Common):
-        return f.number * jnp.vdot(f.array.value, V.astype(acc), precision=precision)
+        return f.number * jnp.vdot(f.array.value, V.astype(acc))
     if isinstance(f, Mapped):
         pairs = zip(f.inputs, f.back(V.astype(acc)), strict=True)
-        return added([dot(part, v, precision) for parts, v in pairs for part in parts])
+        return added([dot(part, v) for parts, v in pairs for part in parts])
     V = f.layout.to_matrix(V.astype(acc))
     match f:
         case Outer(left, right, layout) if layout.matrix[1] <= layout.matrix[2]:
-            return row_sums(left * jnp.einsum("bgtk,gfk->bgtf", right, V, precision=precision))
+            return row_sums(left * jnp.einsum("bgtk,gfk->bgtf", right, V))
         case Outer(left, right, _):
-            return row_sums(right * jnp.einsum("bgtf,gfk->bgtk", left, V, precision=precision))
+            return row_sums(right * jnp.einsum("bgtf,gfk->bgtk", left, V))
         case Rows() as rows:
             ids, values = rows.valid()
             return row_sums(values * V[0][ids])
         case Dense(value, layout):
-            return jnp.matmul(value.reshape(value.shape[0], layout.size), V.ravel(), precision=precision)
+            return jnp.matmul(value.reshape(value.shape[0], layout.size), V.ravel())
 
 
-def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision = None) -> Array:
+def weighted_sum(f: Factor, c: Float[Array, " B"] | None) -> Array:
     """Σ_b c_b · gradient of example b (c None: their sum), of the parameter's shape, in the accumulator's dtype.
 
     Cost: Outer one matrix product of B·G·T·F·K operations, Windows one convolution; nothing of B × parameter size is
@@ -320,20 +318,20 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None, precision: Precision =
                     sides = (left[:, 0].swapaxes(0, 1), right[:, 0].swapaxes(0, 1))
                 count = left.shape[0] * left.shape[2]
                 lefts, rights = (a.reshape(count, a.shape[2]) for a in sides)
-                total = sums.products(lefts, rights, precision)[None]
+                total = sums.products(lefts, rights)[None]
             else:
-                total = sums.grouped_products(left, right, precision)
+                total = sums.grouped_products(left, right)
             return layout.from_matrix(total)
         case Rows() as rows:
             ids, values = gathered(rows).valid()
             total = sums.table(ids.ravel(), values.reshape(ids.size, values.shape[2]), rows.rows)
             return rows.layout.from_matrix(total[None])
         case Windows(left, image, unfolding, layout):
-            return layout.from_matrix(unfolding.summed(left, image, precision))
+            return layout.from_matrix(unfolding.summed(left, image))
         case Common(number, array):
             return sums.weighted_rows(jnp.ones_like(number), number[:, None])[0] * array.value
         case Mapped(inputs) as mapped:
-            totals = [added([weighted_sum(part, None, precision) for part in parts]) for parts in inputs]
+            totals = [added([weighted_sum(part, None) for part in parts]) for parts in inputs]
             return mapped.apply([a.astype(acc) for a in totals]).astype(acc)
         case Dense(value, layout):
             rows = value.reshape(value.shape[0], layout.size)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxgrad.per_example.algebra import factors, moments, norms, pairs
-from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Precision, Rows, Windows
+from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Rows, Windows
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import of_examples
 from jaxgrad.precision import added, working_dtype
@@ -49,13 +49,13 @@ class Leaf:
         """Every factor through `function`, under another weight."""
         return Leaf(tuple(function(f) for f in self.factors), weight)
 
-    def squared_norm(self, chunk_bytes: int, precision: Precision) -> Float[Array, " B"]:
+    def squared_norm(self) -> Float[Array, " B"]:
         """[B]: ‖·‖²."""
-        return norms.squared(self.weighted(), chunk_bytes, precision)
+        return norms.squared(self.weighted())
 
-    def length(self, chunk_bytes: int, precision: Precision) -> norms.Length:
+    def length(self) -> norms.Length:
         """Its norms, as they are before anything overflows."""
-        found = norms.length(self.factors, chunk_bytes, precision)
+        found = norms.length(self.factors)
         return norms.Length(found.squares, jnp.abs(self.weight) * found.unit)
 
     def magnitude(self) -> Float[Array, " B"] | None:
@@ -63,30 +63,30 @@ class Leaf:
         found = norms.magnitude(self.factors)
         return None if found is None else jnp.abs(self.weight) * found
 
-    def dot(self, V: Array, precision: Precision) -> Float[Array, " B"]:
+    def dot(self, V: Array) -> Float[Array, " B"]:
         """[B]: ⟨·, V⟩ for a V of the parameter's shape."""
-        return added([factors.dot(f, V, precision) for f in self.weighted()])
+        return added([factors.dot(f, V) for f in self.weighted()])
 
-    def sum(self, c: Float[Array, " B"] | None, precision: Precision) -> Array:
+    def sum(self, c: Float[Array, " B"] | None) -> Array:
         """Σ_b c_b · example b (c None: their sum), in the accumulator's dtype."""
         c = self.weight if c is None else c.astype(self.weight.dtype) * self.weight
-        return added([factors.weighted_sum(f, c, precision) for f in self.factors])
+        return added([factors.weighted_sum(f, c) for f in self.factors])
 
-    def gram(self, other: "Leaf", chunk_bytes: int, precision: Precision) -> Float[Array, "B C"]:
+    def gram(self, other: "Leaf") -> Float[Array, "B C"]:
         """[B, C]: every pair of examples."""
         others = other.weighted()
         both = [(f, f_) for f in self.weighted() for f_ in others if not f.layout.disjoint(f_.layout)]
         if not both:
             return jnp.zeros((self.weight.shape[0], other.weight.shape[0]), self.weight.dtype)
-        return added([pairs.gram(f, f_, chunk_bytes, precision) for f, f_ in both])
+        return added([pairs.gram(f, f_) for f, f_ in both])
 
-    def second_moment(self, chunk_bytes: int, precision: Precision) -> Array:
+    def second_moment(self) -> Array:
         """mean_b of the squared entries, in the accumulator's dtype."""
-        return moments.second_moment(self.weighted(), chunk_bytes, precision)
+        return moments.second_moment(self.weighted())
 
-    def variance(self, chunk_bytes: int, precision: Precision) -> Array:
+    def variance(self) -> Array:
         """mean_b of the squared deviations, in the accumulator's dtype."""
-        return moments.variance(self.weighted(), chunk_bytes, precision)
+        return moments.variance(self.weighted())
 
     def where(self, mask: Array) -> "Leaf":
         """Exactly zero where the mask is False, whatever was there."""

@@ -10,7 +10,6 @@ from jaxgrad.per_example.algebra.factors import (
     Dense,
     Factor,
     Outer,
-    Precision,
     Rows,
     accumulator,
     weighted_sum,
@@ -24,21 +23,21 @@ from jaxgrad.sharding import replicated
 Factors = tuple[Factor, ...]
 
 
-def second_moment(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
+def second_moment(leaf: Factors) -> Array:
     """mean_b g_b ⊙ g_b of one parameter, in the accumulator's dtype: half precision has no room for squares."""
     B, acc = _count(leaf), accumulator(*leaf)
     match tuple(wide(f, acc) for f in leaf):
         case (Outer(left, right, _) as f,) if left.shape[2] == 1:
-            total = weighted_sum(Outer(left * left, right * right, f.layout), None, precision)
+            total = weighted_sum(Outer(left * left, right * right, f.layout), None)
         case (Rows(ids, _, _) as f,):
             f = f if ids.shape[1] == 1 else merged(f)
-            total = weighted_sum(dataclasses.replace(f, values=f.values * f.values), None, precision)
+            total = weighted_sum(dataclasses.replace(f, values=f.values * f.values), None)
         case wide_leaf:
-            total = _sum_of_squares(wide_leaf, None, chunk_bytes, precision)
+            total = _sum_of_squares(wide_leaf, None)
     return total / B if B else jnp.full_like(total, jnp.nan)
 
 
-def variance(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
+def variance(leaf: Factors) -> Array:
     """mean_b (g_b - ḡ) ⊙ (g_b - ḡ) of one parameter, in the accumulator's dtype.
 
     Formula, of an Outer with T = 1: with left = l̄ + l, right = r̄ + r (l̄, r̄ their means over the examples),
@@ -51,22 +50,22 @@ def variance(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Ar
         return jnp.full(layout.shape, jnp.nan, acc)
     match leaf:
         case (Outer(left, right, _),) if left.shape[2] == 1:
-            total = layout.from_matrix(_outer_variance(left[:, :, 0], right[:, :, 0], precision))
+            total = layout.from_matrix(_outer_variance(left[:, :, 0], right[:, :, 0]))
         case (Dense(value, _),):
             total = (_centred(value)[0] ** 2).mean(0)
         case _:
-            terms = [weighted_sum(f, None, precision) for f in leaf]
-            total = _sum_of_squares(leaf, sum(terms[1:], terms[0]) / B, chunk_bytes, precision) / B
+            terms = [weighted_sum(f, None) for f in leaf]
+            total = _sum_of_squares(leaf, sum(terms[1:], terms[0]) / B) / B
     return total
 
 
-def _outer_variance(left: Array, right: Array, precision: Precision) -> Array:
+def _outer_variance(left: Array, right: Array) -> Array:
     """[B, G, F], [B, G, K] → [G, F, K]."""
     B = left.shape[0]
     (dl, l_mean), (dr, r_mean) = _centred(left), _centred(right)
 
     def mean_of(a: Array, b: Array) -> Array:
-        return jnp.einsum("bgf,bgk->gfk", a, b, precision=precision, out_sharding=replicated(a)) / B
+        return jnp.einsum("bgf,bgk->gfk", a, b, out_sharding=replicated(a)) / B
 
     l_mean, r_mean = l_mean[:, :, None], r_mean[:, None, :]
     cross = mean_of(dl, dr)
@@ -84,19 +83,19 @@ def _centred(a: Array) -> tuple[Array, Array]:
     return deviation - rest[None], mean + rest
 
 
-def _sum_of_squares(leaf: Factors, mean: Array | None, chunk_bytes: int, precision: Precision) -> Array:
+def _sum_of_squares(leaf: Factors, mean: Array | None) -> Array:
     """Σ_b (g_b - mean)², examples written out a block at a time; what the mean's rounding left in is taken out."""
     layout, B = leaf[0].layout, _count(leaf)
 
     def block(leaf: Factors) -> Array:
-        terms = [written_out(f, precision) for f in leaf]
+        terms = [written_out(f) for f in leaf]
         gradients = sum(terms[1:], terms[0])
         if mean is None:
             return (gradients**2).sum(0)
         deviations = gradients - mean[None]
         return jnp.stack([(deviations**2).sum(0), deviations.sum(0)])
 
-    size = chunk_size(2 * layout.size * accumulator(*leaf).itemsize, chunk_bytes, B)
+    size = chunk_size(2 * layout.size * accumulator(*leaf).itemsize, B)
     total = sum_examples(block, size, leaf)
     if mean is None:
         return total

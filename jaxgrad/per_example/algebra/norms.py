@@ -16,7 +16,6 @@ from jaxgrad.per_example.algebra.factors import (
     Dense,
     Factor,
     Outer,
-    Precision,
     Rows,
     Windows,
     accumulator,
@@ -53,18 +52,18 @@ class Length(NamedTuple):
         return self.unit * _safe_sqrt(self.squares)
 
 
-def squared(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Array:
+def squared(leaf: Factors) -> Array:
     """[B]: ‖Σ_i f_i‖² of one parameter's factors, cross terms included."""
     terms = []
     for i, f in enumerate(leaf):
-        terms.append(pairs.inner(f, f, chunk_bytes, precision))
+        terms.append(pairs.inner(f, f))
         others = [f_ for f_ in leaf[:i] if not f.layout.disjoint(f_.layout)]
-        terms += [2 * pairs.inner(f, f_, chunk_bytes, precision) for f_ in others]
+        terms += [2 * pairs.inner(f, f_) for f_ in others]
     total = added(terms)
     return total if len(leaf) == 1 else jnp.maximum(total, jnp.zeros_like(total))  # NaN stays NaN
 
 
-def length(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Length:
+def length(leaf: Factors) -> Length:
     """Of Σ_i f_i of one parameter's factors, each example scaled by powers of two on the way."""
     match leaf:
         case (f,) if is_nothing(f):
@@ -76,15 +75,15 @@ def length(leaf: Factors, chunk_bytes: int, precision: Precision = None) -> Leng
         case (Dense(value, _),):
             return _of_vectors(value, accumulator(*leaf))
         case (Windows() as f,):
-            norms = map_examples(lambda w: _of_sum((w,), chunk_bytes, precision).norm, f.at_once, f)
+            norms = map_examples(lambda w: _of_sum((w,)).norm, f.at_once, f)
             return Length(jnp.ones_like(norms), norms)
     if any(isinstance(f, Mapped) for f in leaf):
         products = scaled.scaled_products(leaf)
-        return _of_written_out(leaf, chunk_bytes, precision) if products is None else _of_scaled(products, precision)
-    return _of_sum(leaf, chunk_bytes, precision)
+        return _of_written_out(leaf) if products is None else _of_scaled(products)
+    return _of_sum(leaf)
 
 
-def _of_scaled(products: Sequence[scaled.Scaled], precision: Precision) -> Length:
+def _of_scaled(products: Sequence[scaled.Scaled]) -> Length:
     """Of products scaled by what all examples share, each by powers of two as well."""
     parts = [scaled.scaled_by_powers_of_two(product) for product in products]
     unit = functools.reduce(jnp.maximum, [unit for _, unit in parts])
@@ -92,25 +91,25 @@ def _of_scaled(products: Sequence[scaled.Scaled], precision: Precision) -> Lengt
     balanced = [scaled.times(product, unit / divisor) for product, unit in parts]
     terms = []
     for i, p in enumerate(balanced):
-        terms.append(scaled.inner(p, p, precision))
-        terms += [2 * scaled.inner(p, q, precision) for q in balanced[:i]]
+        terms.append(scaled.inner(p, p))
+        terms += [2 * scaled.inner(p, q) for q in balanced[:i]]
     total = added(terms)
     return Length(jnp.maximum(total, jnp.zeros_like(total)) if len(parts) > 1 else total, unit)
 
 
-def _of_written_out(leaf: Factors, chunk_bytes: int, precision: Precision) -> Length:
+def _of_written_out(leaf: Factors) -> Length:
     """By what is written out, a few examples at a time."""
     acc = accumulator(*leaf)
 
     def norm(*leaf: Factor) -> Array:
-        return _of_vectors(added([written_out(f, precision) for f in leaf]), acc).norm
+        return _of_vectors(added([written_out(f) for f in leaf]), acc).norm
 
     layout, B = leaf[0].layout, of_examples(leaf)[0].shape[0]
-    norms = map_examples(norm, chunk_size(2 * layout.size * acc.itemsize, min(chunk_bytes, MAPPED_BYTES), B), *leaf)
+    norms = map_examples(norm, chunk_size(2 * layout.size * acc.itemsize, B, MAPPED_BYTES), *leaf)
     return Length(jnp.ones_like(norms), norms)
 
 
-def _of_sum(leaf: Factors, chunk_bytes: int, precision: Precision) -> Length:
+def _of_sum(leaf: Factors) -> Length:
     """By the pairs of factors, each scaled by powers of two."""
     scaled = [scaled_by_power_of_two(f) for f in leaf]
     units = [unit for _, unit in scaled]
@@ -118,10 +117,10 @@ def _of_sum(leaf: Factors, chunk_bytes: int, precision: Precision) -> Length:
     for u in units[1:]:
         unit = jnp.maximum(unit, u)
     if len(leaf) == 1:
-        return Length(squared((scaled[0][0],), chunk_bytes, precision), unit)
+        return Length(squared((scaled[0][0],)), unit)
     divisor = jnp.where(unit == 0, jnp.ones_like(unit), unit)
     balanced = tuple(scale(f, u / divisor) for f, u in scaled)
-    return Length(squared(balanced, chunk_bytes, precision), unit)
+    return Length(squared(balanced), unit)
 
 
 def magnitude(leaf: Factors) -> Array | None:

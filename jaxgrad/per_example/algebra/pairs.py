@@ -10,7 +10,8 @@ and `inner` and `gram` take the one with fewer operations (for `gram`, the matri
 once a pair). That is decided from shapes, when the call is traced. Rows with Rows, and Rows with Outer (an embedding
 tied to an output layer) go through positions as well; where there are many, equal ids are brought together (`rows`).
 Windows are unfolded to an Outer, a few examples at a time. Whatever else meets is written out. What has to be written
-out is written `chunk_bytes` at a time; if a single example (for a Gram matrix: one of each side) needs more, that is
+out is written a few examples at a time (`chunks`); if a single example (for a Gram matrix: one of each side) needs
+more, that is
 held.
 """
 
@@ -28,7 +29,6 @@ from jaxgrad.per_example.algebra.factors import (
     Dense,
     Factor,
     Outer,
-    Precision,
     Rows,
     Windows,
     accumulator,
@@ -42,34 +42,34 @@ from jaxgrad.per_example.algebra.scales import row_sums
 from jaxgrad.sharding import every_example
 
 
-def inner(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -> Float[Array, " B"]:
+def inner(f: Factor, f_: Factor) -> Float[Array, " B"]:
     """⟨f_b, f′_b⟩ of every example, in the accumulator's dtype."""
     acc = accumulator(f, f_)
     f, f_ = _ordered(wide(f, acc), wide(f_, acc))
     if f.layout.disjoint(f_.layout):
         return jnp.zeros(_count(f), acc)
     if isinstance(f_, Common):
-        return f_.number * dot(f, f_.array.value, precision)
+        return f_.number * dot(f, f_.array.value)
     if isinstance(f_, Windows):
         at_once = min(w.at_once for w in (f, f_) if isinstance(w, Windows))
-        return map_examples(lambda f, f_: inner(_unfolded(f), _unfolded(f_), chunk_bytes, precision), at_once, f, f_)
+        return map_examples(lambda f, f_: inner(_unfolded(f), _unfolded(f_)), at_once, f, f_)
     f, f_ = _in_matrix_order(f, f_)
     match f, f_:
         case Outer(), Outer() if _same_matrix(f, f_) and _inner_through_positions(f, f_):
-            return _outer_outer(f, f_, chunk_bytes, precision)
+            return _outer_outer(f, f_)
         case Rows(), Rows() if f.layout.same_place(f_.layout):
             if f.ids.shape[1] * f_.ids.shape[1] > rows.PAIRS:
                 return rows.inner(f, f_)
-            return _rows_rows(f, f_, chunk_bytes, precision)
+            return _rows_rows(f, f_)
         case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
-            return _rows_outer(f, turned, chunk_bytes, precision)
+            return _rows_outer(f, turned)
         case Dense(), Outer():
-            return _dense_outer(f, f_, chunk_bytes, precision)
-    size = chunk_size(2 * f.layout.size * acc.itemsize, chunk_bytes, _count(f))
-    return map_examples(lambda f, f_: row_sums(written_out(f, precision) * written_out(f_, precision)), size, f, f_)
+            return _dense_outer(f, f_)
+    size = chunk_size(2 * f.layout.size * acc.itemsize, _count(f))
+    return map_examples(lambda f, f_: row_sums(written_out(f) * written_out(f_)), size, f, f_)
 
 
-def gram(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -> Float[Array, "B C"]:
+def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
     """⟨f_b, f′_c⟩ of every pair of examples, in the accumulator's dtype."""
     acc = accumulator(f, f_)
     f, f_ = wide(f, acc), wide(f_, acc)
@@ -77,31 +77,31 @@ def gram(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision = None) -
         return jnp.zeros((_count(f), _count(f_)), acc)
     first, _ = _ordered(f, f_)
     if first is not f:
-        return gram(f_, f, chunk_bytes, precision).T
+        return gram(f_, f).T
     if isinstance(f_, Common):
-        return dot(f, f_.array.value, precision)[:, None] * every_example(f_.number)[None, :]
+        return dot(f, f_.array.value)[:, None] * every_example(f_.number)[None, :]
     if isinstance(f, Windows) and isinstance(f_, Windows) and _smaller_unfolded(f) and _smaller_unfolded(f_):
-        return gram(f.unfolded(), f_.unfolded(), chunk_bytes, precision)
+        return gram(f.unfolded(), f_.unfolded())
     f, f_ = _in_matrix_order(f, every_example(f_))  # the factors travel, never what they stand for
     match f, f_:
         case Outer(), Outer() if _same_matrix(f, f_) and _gram_through_positions(f, f_):
             if f.left.shape[1:3] == f_.left.shape[1:3] == (1, 1):  # G = T = 1: two matrix products
-                return _product(f.left, f_.left, precision) * _product(f.right, f_.right, precision)
+                return _product(f.left, f_.left) * _product(f.right, f_.right)
             each = f.left.shape[1] * f.left.shape[2] * f_.left.shape[2]
-            return _by_blocks(_outer_outer, f, f_, 2 * each * acc.itemsize, chunk_bytes, precision)
+            return _by_blocks(_outer_outer, f, f_, 2 * each * acc.itemsize)
         case Outer(), Outer() if _same_matrix(f, f_):
-            return _through_matrix(f, f_, chunk_bytes, precision)
+            return _through_matrix(f, f_)
         case Rows(), Rows() if f.layout.same_place(f_.layout):
             each = f.ids.shape[1] * f_.ids.shape[1]
             ids = expected(_count(f)) * f.ids.shape[1]
             ids_ = expected(_count(f_)) * f_.ids.shape[1]
             if each * expected(_count(f)) > ids + min(f.rows, ids + ids_):
-                return rows.gram(f, f_, chunk_bytes)
-            return _by_blocks(_rows_rows, f, f_, 2 * each * acc.itemsize, chunk_bytes, precision)
+                return rows.gram(f, f_)
+            return _by_blocks(_rows_rows, f, f_, 2 * each * acc.itemsize)
         case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
             each = f.ids.shape[1] * f_.left.shape[2]
-            return _by_blocks(_rows_outer, f, turned, 2 * each * acc.itemsize, chunk_bytes, precision)
-    return _written_out_blocks(f, f_, chunk_bytes, precision)
+            return _by_blocks(_rows_outer, f, turned, 2 * each * acc.itemsize)
+    return _written_out_blocks(f, f_)
 
 
 def way(f: Factor, f_: Factor) -> str:
@@ -187,7 +187,7 @@ def _turned_to_table(table: Rows, outer: Outer) -> Outer | None:
 # --- Through positions: each treats one pair of examples, or b with b -----------------------------------------------
 
 
-def _outer_outer(f: Outer, f_: Outer, chunk_bytes: int, precision: Precision) -> Array:
+def _outer_outer(f: Outer, f_: Outer) -> Array:
     _, G, T, F = f.left.shape
     S = f_.left.shape[2]
     if T == S == 1:
@@ -197,15 +197,15 @@ def _outer_outer(f: Outer, f_: Outer, chunk_bytes: int, precision: Precision) ->
         return (row_sums(lefts) * row_sums(rights)).reshape(_count(f), G).sum(1)
 
     def positions(f: Outer, f_: Outer) -> Array:
-        lefts = jnp.einsum("bgtf,bgsf->bgts", f.left, f_.left, precision=precision)
-        rights = jnp.einsum("bgtk,bgsk->bgts", f.right, f_.right, precision=precision)
+        lefts = jnp.einsum("bgtf,bgsf->bgts", f.left, f_.left)
+        rights = jnp.einsum("bgtk,bgsk->bgts", f.right, f_.right)
         return row_sums(lefts * rights)
 
-    size = chunk_size(2 * G * T * S * f.left.dtype.itemsize, chunk_bytes, _count(f))
+    size = chunk_size(2 * G * T * S * f.left.dtype.itemsize, _count(f))
     return map_examples(positions, size, f, f_)
 
 
-def _rows_rows(f: Rows, f_: Rows, chunk_bytes: int, precision: Precision) -> Array:
+def _rows_rows(f: Rows, f_: Rows) -> Array:
     def repeated(f: Rows, f_: Rows) -> Array:
         same = (f.ids[:, :, None] == f_.ids[:, None, :]) & f.inside[:, :, None]
         count = same.sum((1, 2))
@@ -215,26 +215,26 @@ def _rows_rows(f: Rows, f_: Rows, chunk_bytes: int, precision: Precision) -> Arr
     def positions(f: Rows, f_: Rows) -> Array:
         (ids, values), (ids_, values_) = f.valid(), f_.valid()
         same = ids[:, :, None] == ids_[:, None, :]
-        products = jnp.einsum("btk,bsk->bts", values, values_, precision=precision)
+        products = jnp.einsum("btk,bsk->bts", values, values_)
         return row_sums(jnp.where(same, products, jnp.zeros_like(products)))
 
-    size = chunk_size(2 * f.ids.shape[1] * f_.ids.shape[1] * f.values.dtype.itemsize, chunk_bytes, _count(f))
+    size = chunk_size(2 * f.ids.shape[1] * f_.ids.shape[1] * f.values.dtype.itemsize, _count(f))
     return map_examples(repeated if f.repeated and f_.repeated else positions, size, f, f_)
 
 
-def _rows_outer(f: Rows, f_: Outer, chunk_bytes: int, precision: Precision) -> Array:
+def _rows_outer(f: Rows, f_: Outer) -> Array:
     """Σ_ts left′[s, id_t] (values_t · right′_s)."""
 
     def positions(f: Rows, f_: Outer) -> Array:
         ids, values = f.valid()
         picked = jnp.take_along_axis(f_.left[:, 0], ids[:, None, :], axis=2)  # [B, S, T]
-        return row_sums(picked * jnp.einsum("bsk,btk->bst", f_.right[:, 0], values, precision=precision))
+        return row_sums(picked * jnp.einsum("bsk,btk->bst", f_.right[:, 0], values))
 
-    size = chunk_size(2 * f.ids.shape[1] * f_.left.shape[2] * f.values.dtype.itemsize, chunk_bytes, _count(f))
+    size = chunk_size(2 * f.ids.shape[1] * f_.left.shape[2] * f.values.dtype.itemsize, _count(f))
     return map_examples(positions, size, f, f_)
 
 
-def _dense_outer(f: Dense, f_: Outer, chunk_bytes: int, precision: Precision) -> Array:
+def _dense_outer(f: Dense, f_: Outer) -> Array:
     """Σ_t left_tᵀ D right_t, without writing the Outer out; D is there already."""
     layout = f_.layout
     if layout.matrix[1] > layout.matrix[2]:  # contract with the longer side first
@@ -244,26 +244,26 @@ def _dense_outer(f: Dense, f_: Outer, chunk_bytes: int, precision: Precision) ->
 
     def contracted(value: Array, f_: Outer) -> Array:
         D = layout.to_matrix(value)
-        return row_sums(f_.left * jnp.einsum(f"bgtk,{order}->bgtf", f_.right, D, precision=precision))
+        return row_sums(f_.left * jnp.einsum(f"bgtk,{order}->bgtf", f_.right, D))
 
-    size = chunk_size((layout.size + math.prod(f_.left.shape[1:])) * f_.left.dtype.itemsize, chunk_bytes, _count(f))
+    size = chunk_size((layout.size + math.prod(f_.left.shape[1:])) * f_.left.dtype.itemsize, _count(f))
     return map_examples(contracted, size, f.value, f_)
 
 
 # --- Gram matrices by blocks -------------------------------------------------------------------------------------
 
 
-def _product(a: Array, b: Array, precision: Precision) -> Array:
-    return jnp.matmul(a.reshape(a.shape[0], a.shape[3]), b.reshape(b.shape[0], b.shape[3]).T, precision=precision)
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a.reshape(a.shape[0], a.shape[3]), b.reshape(b.shape[0], b.shape[3]).T)
 
 
-def _by_blocks(pair, f, f_, pair_bytes, chunk_bytes, precision):  # type: ignore[no-untyped-def]
+def _by_blocks(pair, f, f_, pair_bytes):  # type: ignore[no-untyped-def]
     """gram from a function of paired examples: a block of rows against a block of columns, as one vmap of the other."""
-    across = chunk_size(pair_bytes, chunk_bytes, _count(f_))
-    down = chunk_size(pair_bytes * across, chunk_bytes, _count(f))
+    across = chunk_size(pair_bytes, _count(f_))
+    down = chunk_size(pair_bytes * across, _count(f))
 
     def one(f_b: Factor, f_c: Factor) -> Array:
-        return pair(*jax.tree.map(lambda a: a[None], (f_b, f_c)), chunk_bytes, precision)[0]
+        return pair(*jax.tree.map(lambda a: a[None], (f_b, f_c)))[0]
 
     def block(f: Factor) -> Array:
         pairs = jax.vmap(jax.vmap(one, (0, None)), (None, 0))
@@ -272,14 +272,14 @@ def _by_blocks(pair, f, f_, pair_bytes, chunk_bytes, precision):  # type: ignore
     return map_examples(block, down, f)
 
 
-def _through_matrix(f: Outer, f_: Outer, chunk_bytes: int, precision: Precision) -> Array:
+def _through_matrix(f: Outer, f_: Outer) -> Array:
     """gram through the matrices, of which a slice of G, F or K (the longest) is written out at a time."""
     axis = max(range(3), key=f.layout.matrix.__getitem__)
     if axis == 2:
         f, f_ = (dataclasses.replace(o, left=o.right, right=o.left) for o in (f, f_))
     length = f.layout.matrix[axis]
     each = (expected(_count(f)) + expected(_count(f_))) * (f.layout.size // length) * f.left.dtype.itemsize
-    size = chunk_size(each, chunk_bytes, length)
+    size = chunk_size(each, length)
 
     def sliced(o: Outer) -> tuple[Array, ...]:  # the chosen axis first
         sides = (o.left, o.right) if axis == 0 else (o.left,)
@@ -287,28 +287,25 @@ def _through_matrix(f: Outer, f_: Outer, chunk_bytes: int, precision: Precision)
 
     def part(slices: tuple[Array, ...], slices_: tuple[Array, ...]) -> Array:
         if axis == 0:
-            P, P_ = (jnp.einsum("gbtf,gbtk->bgfk", *a, precision=precision) for a in (slices, slices_))
+            P, P_ = (jnp.einsum("gbtf,gbtk->bgfk", *a) for a in (slices, slices_))
         else:
             P, P_ = (
-                jnp.einsum("fbgt,bgtk->bgfk", a[0], right, precision=precision)
-                for a, right in ((slices, f.right), (slices_, f_.right))
+                jnp.einsum("fbgt,bgtk->bgfk", a[0], right) for a, right in ((slices, f.right), (slices_, f_.right))
             )
-        return lax.dot_general(P, P_, (((1, 2, 3), (1, 2, 3)), ((), ())), precision=precision)
+        return lax.dot_general(P, P_, (((1, 2, 3), (1, 2, 3)), ((), ())))
 
     return sum_examples(part, size, sliced(f), sliced(f_), spread=False)
 
 
-def _written_out_blocks(f: Factor, f_: Factor, chunk_bytes: int, precision: Precision) -> Array:
+def _written_out_blocks(f: Factor, f_: Factor) -> Array:
     """gram of what is written out, a block of examples of each side at a time."""
-    size = chunk_size(
-        2 * f.layout.size * accumulator(f, f_).itemsize, chunk_bytes, max(expected(_count(f)), expected(_count(f_)))
-    )
+    size = chunk_size(2 * f.layout.size * accumulator(f, f_).itemsize, max(expected(_count(f)), expected(_count(f_))))
 
     def matrix(f: Factor) -> Array:
-        return written_out(f, precision).reshape(_count(f), math.prod(f.layout.shape))
+        return written_out(f).reshape(_count(f), math.prod(f.layout.shape))
 
     def block(f: Factor) -> Array:
         G = matrix(f)
-        return map_examples(lambda f_: lax.dot(matrix(f_), G.T, precision=precision), size, f_, spread=False).T
+        return map_examples(lambda f_: lax.dot(matrix(f_), G.T), size, f_, spread=False).T
 
     return map_examples(block, size, f)

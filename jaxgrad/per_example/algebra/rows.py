@@ -28,7 +28,7 @@ def inner(f: Rows, f_: Rows) -> Float[Array, " B"]:
     return row_sums(_summed(f, place, count) * _summed(f_, place_, count))
 
 
-def gram(f: Rows, f_: Rows, chunk_bytes: int) -> Float[Array, "B C"]:
+def gram(f: Rows, f_: Rows) -> Float[Array, "B C"]:
     """⟨f_b, f′_c⟩: each example's table on the right is read at the ids of all on the left. Cost: C(U + B·T)K.
 
     U is the number of rows, or that of positions if there are fewer of those. A few tables are
@@ -45,7 +45,7 @@ def gram(f: Rows, f_: Rows, chunk_bytes: int) -> Float[Array, "B C"]:
 
     read = expected(ids.shape[0]) * ids.shape[1]
     each = (f_.rows + read) * values.shape[2] * values.dtype.itemsize
-    return map_examples(columns, chunk_size(each, min(chunk_bytes, TABLE_BYTES), f_.ids.shape[0]), f_, spread=False).T
+    return map_examples(columns, chunk_size(each, f_.ids.shape[0], TABLE_BYTES), f_, spread=False).T
 
 
 def merged(f: Rows) -> Rows:

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad.per_example.algebra.chunks import chunk_size, map_examples
-from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Precision, accumulator, wide
+from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, accumulator, wide
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped
 from jaxgrad.per_example.algebra.scales import nearest_power, power_of_two, row_sums
@@ -95,7 +95,7 @@ def times(product: Scaled, c: Array) -> Scaled:
     return product._replace(right=product.right * c[:, None])
 
 
-def inner(p: Scaled, q: Scaled, precision: Precision = None) -> Array:
+def inner(p: Scaled, q: Scaled) -> Array:
     """[B]: the inner product of each example's two."""
     left, right = _both(p.left, q.left), _both(p.right, q.right)
     shared = [x for x in (p, q) if x.array is not None]
@@ -115,10 +115,10 @@ def inner(p: Scaled, q: Scaled, precision: Precision = None) -> Array:
         return row_sums(left * whole(arrays).sum(1)[None])
     if left is None:
         return row_sums(right * whole(arrays).sum(0)[None])
-    size = chunk_size(K * right.dtype.itemsize, BLOCK_BYTES, F)
+    size = chunk_size(K * right.dtype.itemsize, F, BLOCK_BYTES)
 
     def across(*arrays: Array) -> Array:
-        return jnp.matmul(whole(arrays), right.T, precision=precision)
+        return jnp.matmul(whole(arrays), right.T)
 
     turned = map_examples(across, size, *arrays, spread=False)  # [F, B]
     return row_sums(left * turned.T)

@@ -31,27 +31,25 @@ def weighted_rows(c: Float[Array, " N"], v: Float[Array, "N D"]) -> Float[Array,
     return _weighted_rows(c, v)
 
 
-def products(left: Float[Array, "N F"], right: Float[Array, "N K"], precision: Any = None) -> Float[Array, "F K"]:
+def products(left: Float[Array, "N F"], right: Float[Array, "N K"]) -> Float[Array, "F K"]:
     """Σ_n left_n ⊗ right_n."""
     F, K = left.shape[1], right.shape[1]
     if _in_one(left) or (F * K > SMALL and min(F, K) > 1 and left.shape[0] <= MANY_PRODUCTS):
-        return jnp.matmul(left.T, right, precision=precision, out_sharding=replicated(left))
+        return jnp.matmul(left.T, right, out_sharding=replicated(left))
     if K == 1:
         return _weighted_rows(right[:, 0], left)[:, None]
     if F == 1:
         return _weighted_rows(left[:, 0], right)[None]
-    return _products(left, right, precision)
+    return _products(left, right)
 
 
-def grouped_products(
-    left: Float[Array, "B G T F"], right: Float[Array, "B G T K"], precision: Any = None
-) -> Float[Array, "G F K"]:
+def grouped_products(left: Float[Array, "B G T F"], right: Float[Array, "B G T K"]) -> Float[Array, "G F K"]:
     """Σ_bt left_bgt ⊗ right_bgt."""
     B, G, T, _ = left.shape
     if not _known(B) or B * T <= MANY or replicated(left) is not None or devices(left) > 1:
-        return jnp.einsum("bgtf,bgtk->gfk", left, right, precision=precision, out_sharding=replicated(left))
+        return jnp.einsum("bgtf,bgtk->gfk", left, right, out_sharding=replicated(left))
     sides = (a.swapaxes(0, 1).reshape(G, B * T, a.shape[3]) for a in (left, right))
-    return jax.vmap(functools.partial(products, precision=precision))(*sides)
+    return jax.vmap(products)(*sides)
 
 
 def table(ids: Integer[Array, " N"], values: Float[Array, "N K"], rows: int) -> Float[Array, "{rows} K"]:
@@ -135,40 +133,36 @@ def _blocks_of_rows(c: Array | None, v: Array, count: int, beside: int) -> Array
     return lax.map(block, jnp.arange(count)).reshape(count * beside, v.shape[1])
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _products(left: Array, right: Array, precision: Any) -> Array:
-    return _by_platform(_products_in_blocks, _products_in_one, precision)(left, right)
+@jax.custom_jvp
+def _products(left: Array, right: Array) -> Array:
+    return _by_platform(_products_in_blocks, _products_in_one)(left, right)
 
 
 @_products.defjvp
-def _tangent_of_products(
-    precision: Any, primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
+def _tangent_of_products(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (left, right), (dl, dr) = primals, tangents
-    tangent = _products_in_one(dl, right, precision) + _products_in_one(left, dr, precision)
-    return _products(left, right, precision), tangent
+    tangent = _products_in_one(dl, right) + _products_in_one(left, dr)
+    return _products(left, right), tangent
 
 
-def _products_in_one(left: Array, right: Array, precision: Any) -> Array:
-    return jnp.matmul(left.T, right, precision=precision)
+def _products_in_one(left: Array, right: Array) -> Array:
+    return jnp.matmul(left.T, right)
 
 
-def _products_in_blocks(left: Array, right: Array, precision: Any) -> Array:
+def _products_in_blocks(left: Array, right: Array) -> Array:
     N, F, K = *left.shape, right.shape[1]
     if F * K <= SMALL:
         count, size = N // BLOCK, BLOCK
         sides = (a[: count * size].reshape(count, size, a.shape[1]) for a in (left, right))
-        total = _rows_in_blocks(None, jnp.einsum("nbf,nbk->nfk", *sides, precision=precision).reshape(count, F * K))
+        total = _rows_in_blocks(None, jnp.einsum("nbf,nbk->nfk", *sides).reshape(count, F * K))
         total = total.reshape(F, K)
     else:
         count, size = 32, N // 32
 
         def add(total: Array, k: Array) -> tuple[Array, None]:
             part, part_ = (lax.dynamic_slice_in_dim(a, k * size, size) for a in (left, right))
-            return total + _products_in_one(part, part_, precision), None
+            return total + _products_in_one(part, part_), None
 
-        first = _products_in_one(left[:size], right[:size], precision)
+        first = _products_in_one(left[:size], right[:size])
         total, _ = lax.scan(add, first, jnp.arange(1, count))
-    return (
-        total if count * size == N else total + _products_in_one(left[count * size :], right[count * size :], precision)
-    )
+    return total if count * size == N else total + _products_in_one(left[count * size :], right[count * size :])

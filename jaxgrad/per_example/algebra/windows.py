@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ class Unfolding(NamedTuple):
         right = unfold(image, self.windows)
         return left.reshape(B, G, T, F), right.reshape(B, G, T, right.shape[-1])
 
-    def summed(self, left: Array, image: Array, precision: Any) -> Array:
+    def summed(self, left: Array, image: Array) -> Array:
         """Σ_b Σ_t left ⊗ right [G, F, K], as one convolution that sums over the examples as over positions."""
         left, image = self._ordered(left, image)
         B, G, C, F = *left.shape[:3], left.shape[-1]
@@ -91,7 +91,6 @@ class Unfolding(NamedTuple):
                 (last, 0, *range(1, last)), (last, 0, *range(1, last)), (last - 1, last, *range(last - 1))
             ),
             feature_group_count=G,
-            precision=precision,
         )
         total = total.reshape(math.prod(total.shape[:-1]), G, F)
         return total.transpose(1, 2, 0)
@@ -99,7 +98,7 @@ class Unfolding(NamedTuple):
     def at_once(self, count: int, left: Array, image: Array) -> int:
         """How many of so many examples to unfold at once."""
         shapes = jax.eval_shape(self.sides, *(jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype) for a in (left, image)))
-        return chunk_size(shapes[1].size * shapes[1].dtype.itemsize, UNFOLDED_BYTES, count)
+        return chunk_size(shapes[1].size * shapes[1].dtype.itemsize, count, UNFOLDED_BYTES)
 
     def _ordered(self, left: Array, image: Array) -> tuple[Array, Array]:
         return _merged(left, *self.left), _merged(image, *self.image)
