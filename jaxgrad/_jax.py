@@ -50,8 +50,12 @@ def program_of(closed: Any) -> Program:
 
 
 def kind(eqn: Equation) -> Primitive:
-    """The equation's primitive; `reshard`, which has no public name, counts as the sharding constraint that it is."""
-    return primitives.sharding_constraint_p if eqn.primitive.name == "reshard" else eqn.primitive
+    """The equation's primitive; `reshard`, which has no public name, counts as a sharding constraint if it stays on one
+    mesh, with the same kinds of axes."""
+    if eqn.primitive.name != "reshard":
+        return eqn.primitive
+    before, after = (v.aval.sharding.mesh for v in (eqn.invars[0], eqn.outvars[0]))
+    return primitives.sharding_constraint_p if before == after else eqn.primitive
 
 
 def body(eqn: Equation) -> Program:
