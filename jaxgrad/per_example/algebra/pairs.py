@@ -101,6 +101,9 @@ def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
         case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
             each = f.ids.shape[1] * f_.left.shape[2]
             return _by_blocks(_rows_outer, f, turned, 2 * each * acc.itemsize)
+        case Dense(), Dense():
+            first, second = (o.value.reshape(_count(o), o.layout.size) for o in (f, f_))
+            return jnp.matmul(first, second.T)  # they are there already
     return _written_out_blocks(f, f_)
 
 

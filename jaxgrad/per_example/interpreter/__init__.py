@@ -2,8 +2,7 @@
 
     walk         evaluate a program, equation by equation
     control      its loops and branches
-    products     the primitives that end a matrix's gradient
-    rules        one rule per primitive: what it does to an undone product
+    rules/       one record for each primitive, by family: what it makes a product of, and what it does to one
     through      what no rule can do to operands, as a map that all examples share
     moves        an undone product transposed, reshaped, sliced, put into something larger
     linear       one scaled, masked, summed, multiplied by a matrix

@@ -1,88 +1,73 @@
 """What no rule can do to a product's operands, but what is linear and the same for all examples: a map behind it.
 
 Also an array that all examples share times a few numbers of each: a penalty's gradient, what normalising a weight
-adds. Nothing here looks at values: an equation is linear in the operands that `LINEAR` says.
+adds. Nothing here looks at values: an equation is linear in the operands that its primitive's record says.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxgrad import _jax
+from jaxgrad import _jax, precision
 from jaxgrad.per_example.algebra.maps import Call, Input, Node, Result, call_of
 from jaxgrad.per_example.interpreter import linear
+from jaxgrad.per_example.interpreter.rules import record_of
 from jaxgrad.per_example.interpreter.values import (
     FORMED,
     Broadcast,
     Plain,
     Undone,
     Value,
+    added,
     array_of,
     is_shared,
     is_zero,
     mapped,
     times_shared,
+    zero,
 )
-from jaxgrad.precision import added
-
-_first: Callable[[int], range] = lambda n: range(1)  # noqa: E731
-
-# Operands in which a primitive is linear, all of them together, if the others are fixed.
-LINEAR: dict[_jax.Primitive, Callable[[int], Sequence[int]]] = {
-    **dict.fromkeys(
-        [
-            lax.neg_p,
-            lax.convert_element_type_p,
-            lax.transpose_p,
-            lax.reshape_p,
-            lax.squeeze_p,
-            lax.broadcast_in_dim_p,
-            lax.reduce_sum_p,
-            lax.rev_p,
-            lax.slice_p,
-            lax.split_p,
-            lax.copy_p,
-            lax.cumsum_p,
-            lax.real_p,
-            lax.imag_p,
-            lax.conj_p,
-            lax.fft_p,
-            lax.reduce_window_sum_p,
-            lax.reduce_precision_p,
-            lax.gather_p,
-            lax.dynamic_slice_p,
-            lax.div_p,
-            *([] if _jax.unstack_p is None else [_jax.unstack_p]),
-        ],
-        _first,
-    ),
-    **dict.fromkeys([lax.add_p, _jax.add_any_p, lax.sub_p, lax.concatenate_p, lax.complex_p], range),
-    **({} if _jax.stack_p is None else {_jax.stack_p: range}),
-    lax.select_n_p: lambda n: range(1, n),
-    lax.pad_p: lambda n: range(2),
-    lax.dynamic_update_slice_p: lambda n: range(2),
-    lax.scatter_add_p: lambda n: (0, 2),
-    lax.linalg.triangular_solve_p: lambda n: (1,),
-}
-BILINEAR = frozenset({lax.mul_p, lax.dot_general_p})  # in one operand, if the other is fixed
 
 
-def operands(eqn: _jax.Equation) -> Sequence[int]:
-    """The operands that may stand for a product here."""
-    if eqn.primitive in BILINEAR:
-        return range(2)
-    if eqn.primitive is lax.linear_solve_p:  # the right sides come last
-        return range(len(eqn.invars) - len(eqn.outvars), len(eqn.invars))
-    return LINEAR.get(eqn.primitive, lambda n: range(0))(len(eqn.invars))
+def behind(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
+    """The equation done to the undone products among its operands: by rule, or as a map that all examples share.
+
+    It is linear in them, so that products and maps in a sum are treated one after the other.
+    """
+    record = record_of(eqn)
+    if record.identity:
+        return list(values)
+    if not any(isinstance(value, Undone) and value.maps for value in values):
+        results = None if record.keeps is None else record.keeps(eqn, values)
+        return through(eqn, values) if results is None else results
+    if eqn.primitive in (lax.add_p, _jax.add_any_p):
+        return [added(*values)]
+    # What is added to the products and is the same for all examples goes with the maps, and counts once.
+    slots = () if record.bilinear else record.linear_in(eqn)
+    products = [
+        dataclasses.replace(v, maps=(), as_written=None)
+        if isinstance(v, Undone)
+        else zero(eqn.invars[k].aval.shape, eqn.invars[k].aval.dtype)
+        if k in slots and is_shared(v)
+        else v
+        for k, v in enumerate(values)
+    ]
+    maps = [dataclasses.replace(v, terms=(), as_written=None) if isinstance(v, Undone) else v for v in values]
+    results = through(eqn, maps)
+    if results is None or all(is_zero(value) for value in products if isinstance(value, Undone)):
+        return results
+    others = behind(eqn, products)
+    return None if others is None else [added(a, b) for a, b in zip(others, results, strict=True)]
 
 
 def through(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     """The equation's results as maps of the products among its operands; None if it is none that examples share."""
-    taken: Sequence[int] = [k for k in operands(eqn) if not is_zero(values[k])]
-    if eqn.primitive in BILINEAR:
+    record = record_of(eqn)
+    taken: Sequence[int] = [k for k in record.linear_in(eqn) if not is_zero(values[k])]
+    if record.bilinear:
         taken = [k for k in taken if isinstance(values[k], Undone)][:1]
     inexact = all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in [*eqn.outvars, *(eqn.invars[k] for k in taken)])
     if not taken or not inexact or _jax.gather_fills(eqn):
@@ -108,9 +93,10 @@ def through(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
 
 def scaled(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     """A product, entry by entry, of a few numbers of each example and a larger array that all share."""
-    if eqn.primitive not in (*BILINEAR, lax.div_p, lax.select_n_p, lax.scatter_add_p):
+    if eqn.primitive not in (lax.mul_p, lax.dot_general_p, lax.div_p, lax.select_n_p, lax.scatter_add_p):
         return None
-    few = [k in operands(eqn) and _is_few(v, eqn.outvars[0].aval.size) for k, v in enumerate(values)]
+    taken = record_of(eqn).linear_in(eqn)
+    few = [k in taken and _is_few(v, eqn.outvars[0].aval.size) for k, v in enumerate(values)]
     if not any(few):
         return None
     return through(eqn, [_spread(v) if small else v for v, small in zip(values, few, strict=True)])
@@ -172,7 +158,7 @@ def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[in
         terms = node.value.terms
         if any(term.windows or term.row is not None or term.box is not None for term in terms):
             return None
-        return added([linear.contracted_with(term, jnp.broadcast_to(scale, shape), axes) for term in terms])
+        return precision.added([linear.contracted_with(term, jnp.broadcast_to(scale, shape), axes) for term in terms])
     kind = node.call.key[0] if isinstance(node.call.key, tuple) else node.call.key
     nodes = [x for x in node.call.operands if isinstance(x, Node)]
     arrays = [x for x in node.call.operands if not isinstance(x, Node)]
@@ -183,7 +169,7 @@ def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[in
     if kind in ("sum", lax.add_p, _jax.add_any_p) and not arrays:
         parts = [_against(x, scale, shape, axes) for x in nodes]
         known = [part for part in parts if part is not None]
-        return added(known) if len(known) == len(parts) else None
+        return precision.added(known) if len(known) == len(parts) else None
     if kind == "broadcast" and isinstance(nodes[0], Input):
         source, dims = nodes[0].value, node.call.key[1]
         kept = [k for k in range(len(shape)) if k not in axes]

@@ -16,8 +16,7 @@ from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example.interpreter import control, through, undone
-from jaxgrad.per_example.interpreter.products import undone_product
-from jaxgrad.per_example.interpreter.rules import KEEPS_ZERO, behind, operands
+from jaxgrad.per_example.interpreter.rules import record_of, undone_product
 from jaxgrad.per_example.interpreter.values import (
     FORMED,
     Broadcast,
@@ -81,7 +80,7 @@ def tail(jaxpr: _jax.Jaxpr, wanted: Sequence[bool], used: Sequence[bool]) -> Tai
             if is_cond:
                 use(eqn.invars[0], False)
             continue
-        taken = operands(eqn) if all(outs) else range(0)
+        taken = record_of(eqn).operands(eqn) if all(outs) else ()
         for k, v in enumerate(eqn.invars):
             use(v, k in taken)
     return Tail(frozenset(v for v, ok in good.items() if ok), tuple(live), frozenset(good))
@@ -129,8 +128,9 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
     if not eqn.outvars:  # it has an effect, and no result
         _jax.bind(eqn, [array_of(value) for value in values])
         return []
-    taken = operands(eqn)
-    if taken and _jax.kind(eqn) in KEEPS_ZERO and all(is_zero(values[k]) for k in taken):
+    record = record_of(eqn)
+    taken = record.operands(eqn)
+    if taken and record.keeps is not None and record.keeps_zero and all(is_zero(values[k]) for k in taken):
         return [zero(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
 
     @functools.cache
@@ -142,7 +142,7 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         return [_smaller(result, functools.partial(_one_of, as_written, k)) for k, result in enumerate(results)]
 
     if any(isinstance(value, Undone) for value in values):
-        results = behind(eqn, values)
+        results = through.behind(eqn, values)
         if results is not None:
             return kept(results)
     if all(wanted) and not shared:
