@@ -101,6 +101,7 @@ def clipped_grad(
     argnums: int | Sequence[int] = 0,
     in_axes: Any = 0,
     has_aux: bool = False,
+    spmd_axis_name: Any = None,
     microbatch_size: int | None = None,
     weighting: Weighting = clip,
 ) -> "ClippedGrad":
@@ -131,7 +132,7 @@ def clipped_grad(
         fun: a pure function of one example to a real scalar, or to (scalar, aux) with has_aux.
         max_norm: a positive number, for the norm over all parameters; or a tree prefix of the parameters, with a number
             for every leaf or group of leaves, each of which is clipped by itself. With inf nothing is clipped.
-        argnums, in_axes, has_aux: as in `per_example_grad`.
+        argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
         microbatch_size: how many examples to treat at once, in a loop, to bound the memory; None for all. The result is
             the same, up to rounding.
         weighting: (norms [B], bound) → a factor for every gradient: `clip`, `normalize`, `automatic(gamma)` or another.
@@ -156,7 +157,7 @@ def clipped_grad(
         >>> f"{gradient.sensitivity(4):.4f}"
         '1.0007'
     """
-    return ClippedGrad(fun, max_norm, argnums, in_axes, has_aux, microbatch_size, weighting)
+    return ClippedGrad(fun, max_norm, argnums, in_axes, has_aux, spmd_axis_name, microbatch_size, weighting)
 
 
 def _one_for_each(c: Any, norms: Array) -> Array:
@@ -197,6 +198,7 @@ class ClippedGrad:
         argnums: int | Sequence[int],
         in_axes: Any,
         has_aux: bool,
+        spmd_axis_name: Any,
         microbatch_size: int | None,
         weighting: Weighting,
     ):
@@ -217,7 +219,7 @@ class ClippedGrad:
                 f"or clipping.automatic(0.01), got {weighting!r}."
             )
         self._own_mask = _takes_a_mask(fun)
-        self._transformed = Transformed("clipped_grad", fun, argnums, in_axes, has_aux, False)
+        self._transformed = Transformed("clipped_grad", fun, argnums, in_axes, has_aux, spmd_axis_name=spmd_axis_name)
         self._max_norm, self._microbatch_size, self._weighting = max_norm, microbatch_size, weighting
         functools.update_wrapper(self, fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
 

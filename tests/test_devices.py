@@ -335,3 +335,27 @@ def test_a_weight_that_is_laid_out_anew_inside_the_loss_keeps_its_factors(spec):
         want = jax.vmap(jax.grad(loss), (None, 0))(W, X)
         np.testing.assert_allclose(g.sum(), want.sum(0), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(g.norms(), np.linalg.norm(np.asarray(want).reshape(8, -1), axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("transform", ["per_example_grad", "per_example_jacobian", "clipped_grad"])
+def test_a_constraint_inside_the_loss_leaves_the_examples_where_they_are(transform):
+    """As `jax.vmap` does with the same name: the constraint names the axis that the examples are spread over."""
+    on = mesh()
+    lies = NamedSharding(on, PartitionSpec(None))
+
+    def loss(W, x):
+        return jnp.tanh(jax.lax.with_sharding_constraint(W @ x, lies)).sum()
+
+    W, X = normal(0, 24, 16), jax.device_put(normal(1, 16, 16), NamedSharding(on, PartitionSpec("data")))
+
+    def result(name):
+        options = {"max_norm": 1.0} if transform == "clipped_grad" else {}
+        out = getattr(jg, transform)(loss, spmd_axis_name=name, **options)
+        return lambda W, X: out(W, X)[0] if options else out(W, X).norms()
+
+    compiled = jax.jit(result("data")).lower(W, X).compile().as_text()
+    assert "all-gather" not in compiled
+    programs = [str(jax.make_jaxpr(result(name))(W, X)) for name in ("data", None)]
+    said = [bool(re.search(r"sharding_constraint\[[^\]]*spec=P\([^)]*'data'", program)) for program in programs]
+    assert said == [True, False]
+    np.testing.assert_allclose(jax.jit(result("data"))(W, X), result(None)(W, jnp.asarray(np.asarray(X))), rtol=1e-5, atol=1e-5)

@@ -144,3 +144,23 @@ def test_the_wide_mlp_s_kernel_holds_less_than_its_rows():
     memory = lambda f: jax.jit(f).lower(params, x).compile().memory_analysis()  # noqa: E731
     written = memory(lambda params, x: jax.vmap(jax.jacrev(model), (None, 0))(params, x)).output_size_in_bytes
     assert memory(jg.ntk(model)).temp_size_in_bytes < written / 2
+
+
+def test_the_kernel_of_a_convolutional_network_takes_no_more_memory_than_its_rows():
+    sizes = [(16, 3), (32, 16), (64, 32), (64, 64)]
+    params = {"conv": [normal(k, *size, 3, 3) for k, size in enumerate(sizes)], "V": normal(9, 10, 64)}
+
+    def model(params, x):
+        h = x[None]
+        for W in params["conv"]:
+            h = jax.nn.relu(jax.lax.conv(h, W, (1, 1), "SAME"))
+        return params["V"] @ h.mean((0, 2, 3))
+
+    def rows(params, x):
+        J = jax.vmap(jax.jacrev(model), (None, 0))(params, x)
+        flat = jnp.concatenate([a.reshape(len(x) * 10, -1) for a in jax.tree.leaves(J)], 1)
+        return flat @ flat.T
+
+    x = normal(10, 64, 3, 16, 16)
+    memory = [jax.jit(f).lower(params, x).compile().memory_analysis().temp_size_in_bytes for f in (jg.ntk(model), rows)]
+    assert memory[0] <= memory[1]

@@ -137,7 +137,7 @@ def explain(
         >>> row.how, row.norm
         ('factored', ('direction', 'direction', 'map'))
     """
-    transformed = Transformed("explain", fun, argnums, in_axes, has_aux, False)
+    transformed = Transformed("explain", fun, argnums, in_axes, has_aux)
 
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         arguments = transformed.arguments(args, kwargs)

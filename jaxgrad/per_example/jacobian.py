@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad import _jax
+from jaxgrad.per_example.algebra.chunks import pairs_of_outputs
 from jaxgrad.per_example.algebra.mapped import map_examples_of, put_back
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.gradients import PerExampleGrads
@@ -86,10 +87,10 @@ class PerExampleJacobian:
         second = self if other is None else other
 
         def with_all(g: PerExampleGrads) -> Array:
-            g = g.with_chunk_bytes(max(1, g.chunk_bytes // max(1, second.outputs)))
             return second._of_each_output(lambda h: g.gram(h), 2)
 
-        return self._of_each_output(with_all, 2)
+        with pairs_of_outputs(min(self.outputs, second.outputs)):  # each output has its share of the bound already
+            return self._of_each_output(with_all, 2)
 
     def rows(self) -> PerExampleGrads:
         """The same as B·O gradients, those of the first example first. What the outputs share is then copied."""
@@ -107,7 +108,7 @@ class PerExampleJacobian:
 
 
 def per_example_jacobian(
-    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, in_axes: Any = 0
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, in_axes: Any = 0, spmd_axis_name: Any = None
 ) -> Callable[..., PerExampleJacobian]:
     """The gradients of all outputs of a model, of every example, as factors.
 
@@ -117,7 +118,7 @@ def per_example_jacobian(
     Args:
         fun: fun(params, x) → the outputs of one example: an array or a tree of arrays, of a real floating dtype. They
             are numbered as `jax.flatten_util.ravel_pytree` lays them out.
-        argnums, in_axes: as in `per_example_grad`.
+        argnums, in_axes, spmd_axis_name: as in `per_example_grad`.
 
     Returns:
         A function of fun's arguments, with an example axis where `in_axes` says so, that returns `PerExampleJacobian`.
@@ -135,8 +136,8 @@ def per_example_jacobian(
         *args_, k = args
         return _outputs(fun(*args_, **kwargs))[k]
 
-    transformed = Transformed("per_example_jacobian", fun, argnums, in_axes, False, False)
-    of_one_output = Transformed("per_example_jacobian", output, argnums, in_axes, False, False)
+    transformed = Transformed("per_example_jacobian", fun, argnums, in_axes)
+    of_one_output = Transformed("per_example_jacobian", output, argnums, in_axes, spmd_axis_name=spmd_axis_name)
 
     @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
     def jacobian(*args: Any, **kwargs: Any) -> PerExampleJacobian:
@@ -204,6 +205,7 @@ def _evaluated(transformed: Transformed, arguments: Arguments, outputs: int) -> 
         (arguments.axes,),
         [*[0] * parts_tree.num_leaves, *[None] * shared_tree.num_leaves],
         axis_size=arguments.batch_size,
+        spmd_axis_name=transformed.spmd_axis_name,
     )
     results = over_examples(arguments.batch)
     parts = jax.tree.unflatten(parts_tree, results[: parts_tree.num_leaves])

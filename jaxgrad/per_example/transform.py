@@ -27,6 +27,7 @@ def per_example_grad(
     *,
     in_axes: Any = 0,
     has_aux: bool = False,
+    spmd_axis_name: Any = None,
     strict: bool = False,
 ) -> Callable[..., Any]:
     """The gradient of every example of a batch, kept as factors: `jax.vmap(jax.grad(fun))` without its memory.
@@ -47,6 +48,8 @@ def per_example_grad(
             examples share, a number, or a tree prefix of both. Keyword arguments: arrays, leaf by leaf, are batched
             along axis 0; scalars and what is no array are shared.
         has_aux: whether fun returns (scalar, aux).
+        spmd_axis_name: as in `jax.vmap`: the mesh axis, or axes, that the examples are spread over, so that
+            `jax.lax.with_sharding_constraint` inside fun leaves them there.
         strict: whether to raise an error where a parameter takes the direct route.
 
     Returns:
@@ -66,7 +69,7 @@ def per_example_grad(
         >>> g.norms().shape, g.sum()["W"].shape, type(g.factors["W"][0]).__name__
         ((4,), (3, 5), 'Outer')
     """
-    transformed = Transformed("per_example_grad", fun, argnums, in_axes, has_aux, strict)
+    transformed = Transformed("per_example_grad", fun, argnums, in_axes, has_aux, strict, spmd_axis_name)
 
     @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
     def gradients(*args: Any, **kwargs: Any) -> Any:
@@ -82,12 +85,13 @@ def per_example_value_and_grad(
     *,
     in_axes: Any = 0,
     has_aux: bool = False,
+    spmd_axis_name: Any = None,
     strict: bool = False,
 ) -> Callable[..., Any]:
     """As `per_example_grad`, with the values too: a function that returns (values [B], PerExampleGrads).
 
     Args:
-        fun, argnums, in_axes, has_aux, strict: as in `per_example_grad`.
+        fun, argnums, in_axes, has_aux, spmd_axis_name, strict: as in `per_example_grad`.
 
     Returns:
         (values, PerExampleGrads), with has_aux ((values, aux), PerExampleGrads), as `jax.value_and_grad`.
@@ -101,7 +105,7 @@ def per_example_value_and_grad(
         >>> values.shape, g.batch_size
         ((4,), 4)
     """
-    transformed = Transformed("per_example_value_and_grad", fun, argnums, in_axes, has_aux, strict)
+    transformed = Transformed("per_example_value_and_grad", fun, argnums, in_axes, has_aux, strict, spmd_axis_name)
 
     @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
     def values_and_gradients(*args: Any, **kwargs: Any) -> Any:
@@ -128,11 +132,20 @@ class Route:
 class Transformed:
     """A loss, and how it is to be called."""
 
-    def __init__(self, call: str, fun: Any, argnums: Any, in_axes: Any, has_aux: bool, strict: bool):
+    def __init__(
+        self,
+        call: str,
+        fun: Any,
+        argnums: Any,
+        in_axes: Any,
+        has_aux: bool = False,
+        strict: bool = False,
+        spmd_axis_name: Any = None,
+    ):
         if not callable(fun):
             raise TypeError(f"{call}: expected a function of one example, got {type(fun).__name__}.")
         self.call, self.fun, self.argnums, self.in_axes = call, fun, argnums, in_axes
-        self.has_aux, self.strict = has_aux, strict
+        self.has_aux, self.strict, self.spmd_axis_name = has_aux, strict, spmd_axis_name
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, PerExampleGrads]:
         """(values, aux, gradients)."""
@@ -145,7 +158,9 @@ class Transformed:
     def evaluated(self, arguments: Arguments) -> tuple[Any, Any, PerExampleGrads, list[Route]]:
         """(values, aux, gradients, what was done for each parameter)."""
         one, out_tree = self.of_one_example(arguments)
-        over_examples = jax.vmap(one, (arguments.axes,), (0, 0, 0, None), axis_size=arguments.batch_size)
+        over_examples = jax.vmap(
+            one, (arguments.axes,), (0, 0, 0, None), axis_size=arguments.batch_size, spmd_axis_name=self.spmd_axis_name
+        )
         others, parts, routes, shared = over_examples(arguments.batch)
         parts = [
             settled(factors, Lowered(factors, route.how, route.reason))

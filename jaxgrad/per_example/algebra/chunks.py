@@ -41,6 +41,24 @@ def at_most(nbytes: int) -> Iterator[None]:
         _bound.reset(before)
 
 
+_pairs: ContextVar[int] = ContextVar("pairs of outputs that each pair of examples stands for", default=1)
+
+
+@contextmanager
+def pairs_of_outputs(count: int) -> Iterator[None]:
+    """Inside it what is done for a pair of examples is done for so many pairs of their outputs, by `jax.vmap`."""
+    before = _pairs.set(count)
+    try:
+        yield
+    finally:
+        _pairs.reset(before)
+
+
+def pairs_at_once(pair_bytes: int, count: int) -> int:
+    """How many of `count` examples to pair with one other at once, where a pair takes so many bytes."""
+    return chunk_size(pair_bytes * _pairs.get(), count)
+
+
 def chunk_size(bytes_each: int, count: int, most: int = CHUNK_BYTES) -> int:
     """How many of `count` things of `bytes_each` to hold at once, in no more bytes than `most`: at least one."""
     return max(1, min(expected(count), min(_bound.get(), most) // max(bytes_each, 1)))

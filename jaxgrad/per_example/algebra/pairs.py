@@ -24,7 +24,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxgrad.per_example.algebra import rows
-from jaxgrad.per_example.algebra.chunks import chunk_size, expected, map_examples, sum_examples
+from jaxgrad.per_example.algebra.chunks import chunk_size, expected, map_examples, pairs_at_once, sum_examples
 from jaxgrad.per_example.algebra.factors import (
     Dense,
     Factor,
@@ -262,8 +262,8 @@ def _product(a: Array, b: Array) -> Array:
 
 def _by_blocks(pair, f, f_, pair_bytes):  # type: ignore[no-untyped-def]
     """gram from a function of paired examples: a block of rows against a block of columns, as one vmap of the other."""
-    across = chunk_size(pair_bytes, _count(f_))
-    down = chunk_size(pair_bytes * across, _count(f))
+    across = pairs_at_once(pair_bytes, _count(f_))
+    down = pairs_at_once(pair_bytes * across, _count(f))
 
     def one(f_b: Factor, f_c: Factor) -> Array:
         return pair(*jax.tree.map(lambda a: a[None], (f_b, f_c)))[0]
