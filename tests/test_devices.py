@@ -358,4 +358,6 @@ def test_a_constraint_inside_the_loss_leaves_the_examples_where_they_are(transfo
     programs = [str(jax.make_jaxpr(result(name))(W, X)) for name in ("data", None)]
     said = [bool(re.search(r"sharding_constraint\[[^\]]*spec=P\([^)]*'data'", program)) for program in programs]
     assert said == [True, False]
-    np.testing.assert_allclose(jax.jit(result("data"))(W, X), result(None)(W, jnp.asarray(np.asarray(X))), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(result("data"))(W, X), result(None)(W, jnp.asarray(np.asarray(X))), rtol=1e-5, atol=1e-5
+    )

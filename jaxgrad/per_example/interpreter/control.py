@@ -25,6 +25,7 @@ from jaxgrad.per_example.interpreter.values import (
     Value,
     added,
     array_of,
+    forgotten,
     is_shared,
     is_zero,
     numbers,
@@ -45,7 +46,7 @@ def scan(
     parts, program = _jax.scan_parts(eqn), _jax.body(eqn)
     jaxpr, S = program.jaxpr, parts.length
     consts, init, xs = (
-        values[: parts.consts],
+        [forgotten(v) for v in values[: parts.consts]],
         values[parts.consts : parts.consts + parts.carry],
         [array_of(v) for v in values[parts.consts + parts.carry :]],
     )
@@ -242,7 +243,7 @@ def cond(
 ) -> Sequence[Value]:
     """Each branch gives its own products, and zeros in the place of the other branches'."""
     programs, (index, *rest), differs = _jax.branches(eqn), values, _varying(values)
-    rest = [dataclasses.replace(v, as_written=None) if isinstance(v, Undone) else v for v in rest]
+    rest = [forgotten(v) for v in rest]
 
     def branch(program: _jax.Program, wanted: Sequence[bool]) -> Any:
         def run() -> list[Value]:

@@ -1,5 +1,6 @@
 """What a variable of a gradient program may stand for while `walk` evaluates it: an array, or one of these."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -39,7 +40,7 @@ class Undone:
     shape: tuple[int, ...]
     dtype: jnp.dtype
     maps: tuple[Node, ...] = ()
-    as_written: Callable[[], Array] | None = field(default=None, compare=False)
+    as_written: Any = field(default=None, compare=False)
 
     @property
     def inputs(self) -> list[Any]:
@@ -138,6 +139,19 @@ def array_of(value: Value) -> Any:
         case Plain(array) | Shared(array):
             return array
     return value
+
+
+def forgotten(value: Value) -> Value:
+    """The value for a program that is traced by itself, as a branch or a step of a loop is: evaluated there, what it is
+    as written would be kept for the program around it. Also of what is behind its maps."""
+    if not isinstance(value, Undone):
+        return value
+    value = dataclasses.replace(value, as_written=None)
+    if not value.maps:
+        return value
+    function, inputs, shared = Map.of(value.maps)
+    nodes = function.nodes([Input(forgotten(x.value)) for x in inputs], shared)
+    return dataclasses.replace(value, maps=tuple(nodes))
 
 
 def is_shared(value: Value) -> bool:

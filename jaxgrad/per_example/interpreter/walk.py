@@ -6,8 +6,8 @@ whatever has no rule is evaluated as it stands. Programs within the program (jit
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -133,13 +133,10 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
     if taken and record.keeps is not None and record.keeps_zero and all(is_zero(values[k]) for k in taken):
         return [zero(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
 
-    @functools.cache
-    def as_written() -> list[Any]:
-        with _jax.context(eqn):
-            return _jax.bind(eqn, [array_of(value) for value in values])
+    as_written = Written(eqn, values)
 
     def kept(results: Sequence[Value]) -> list[Value]:
-        return [_smaller(result, functools.partial(_one_of, as_written, k)) for k, result in enumerate(results)]
+        return [_smaller(result, OneOf(as_written, k)) for k, result in enumerate(results)]
 
     if any(isinstance(value, Undone) for value in values):
         results = through.behind(eqn, values)
@@ -159,15 +156,48 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         if results is not None:
             return kept(results)
     if shared:
-        return [Shared(a) for a in as_written()]
+        return [Shared(a) for a in as_written.evaluated()]
     if not any(wanted):
-        return as_written()
+        return as_written.evaluated()
     reason = _inherited(eqn, values, taken)
-    return [Plain(a, reason) if want else a for a, want in zip(as_written(), wanted, strict=True)]
+    return [Plain(a, reason) if want else a for a, want in zip(as_written.evaluated(), wanted, strict=True)]
 
 
-def _one_of(results: Callable[[], list[Any]], k: int) -> Any:
-    return results()[k]
+class Written:
+    """An equation's results as the program has them, evaluated when they are first asked for."""
+
+    def __init__(self, eqn: _jax.Equation, values: Sequence[Value]):
+        self.eqn, self.values = eqn, values
+        self.results: list[Any] | None = None
+
+    def evaluated(self) -> list[Any]:
+        """The results. What they are made of is evaluated first, and not one inside the other: it may be long."""
+        waiting = [self]
+        while waiting:
+            written = waiting[-1]
+            before = [v.as_written.source for v in written.values if isinstance(v, Undone) and v.as_written is not None]
+            before = [other for other in before if other.results is None]
+            if written.results is None and before:
+                waiting += before
+                continue
+            if written.results is None:
+                with _jax.context(written.eqn):
+                    written.results = _jax.bind(written.eqn, [array_of(value) for value in written.values])
+            waiting.pop()
+        assert self.results is not None
+        return self.results
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One result of a `Written` equation."""
+
+    source: Written
+    index: int
+
+    def __call__(self) -> Array:
+        """The array."""
+        return self.source.evaluated()[self.index]
 
 
 def _smaller(value: Value, as_written: Callable[[], Array]) -> Value:
