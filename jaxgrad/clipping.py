@@ -94,6 +94,10 @@ def automatic(gamma: float = 0.01) -> Weighting:
     return weighting
 
 
+WEIGHTINGS: dict[str, Weighting] = {"clip": clip, "normalize": normalize}
+"""By name, as `clipped_grad` takes them."""
+
+
 def clipped_grad(
     fun: Callable[..., Any],
     max_norm: PyTree,
@@ -103,7 +107,7 @@ def clipped_grad(
     has_aux: bool = False,
     spmd_axis_name: Any = None,
     microbatch_size: int | None = None,
-    weighting: Weighting = clip,
+    weighting: Weighting | str = "clip",
 ) -> "ClippedGrad":
     """The sum of a batch's gradients, each clipped to a norm, for about the cost of one plain gradient.
 
@@ -135,8 +139,8 @@ def clipped_grad(
         argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
         microbatch_size: how many examples to treat at once, in a loop, to bound the memory; None for all. The result is
             the same, up to rounding.
-        weighting: (norms [B], bound) → a factor for every gradient: `clip`, `normalize`, `automatic(gamma)` or another.
-            Whatever it says, no gradient gets longer than its bound.
+        weighting: "clip", "normalize", `clipping.automatic(gamma)`, or another function (norms [B], bound) → a factor
+            for every gradient. Whatever it says, no gradient gets longer than its bound.
 
     Returns:
         A function of fun's arguments, the batched ones with an example axis, and of `mask`, booleans [B] that are False
@@ -200,7 +204,7 @@ class ClippedGrad:
         has_aux: bool,
         spmd_axis_name: Any,
         microbatch_size: int | None,
-        weighting: Weighting,
+        weighting: Weighting | str,
     ):
         for bound in jax.tree.leaves(max_norm):
             checked_bound("clipped_grad", bound)
@@ -213,14 +217,15 @@ class ClippedGrad:
                 f"clipped_grad: expected a microbatch size of at least 1 or None, got {microbatch_size!r}."
             )
         uncalled: Any = automatic
-        if weighting is uncalled or not callable(weighting):
+        function = WEIGHTINGS.get(weighting) if isinstance(weighting, str) else weighting
+        if function is None or function is uncalled or not callable(function):
             raise TypeError(
-                f"clipped_grad: expected a function (norms, bound) → factors as weighting, such as clipping.normalize "
-                f"or clipping.automatic(0.01), got {weighting!r}."
+                f'clipped_grad: expected "clip", "normalize" or a function (norms, bound) → factors as weighting, such '
+                f"as clipping.automatic(0.01), got {weighting!r}."
             )
         self._own_mask = _takes_a_mask(fun)
         self._transformed = Transformed("clipped_grad", fun, argnums, in_axes, has_aux, spmd_axis_name=spmd_axis_name)
-        self._max_norm, self._microbatch_size, self._weighting = max_norm, microbatch_size, weighting
+        self._max_norm, self._microbatch_size, self._weighting = max_norm, microbatch_size, function
         functools.update_wrapper(self, fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
 
     def sensitivity(self, batch_size: int | None, dtype: jax.typing.DTypeLike = jnp.float32) -> float | Array:

@@ -250,6 +250,8 @@ def test_other_weightings():
     assert run(lambda norms, bound: norms * 100) == [2, 2]  # no longer than the bound
     assert run(lambda norms, bound: norms * -100) == [-2, -2]
     assert run(lambda norms, bound: norms * np.nan) == [0, 0]
+    assert run("normalize") == run(clipping.normalize)
+    assert run("clip") == run(clipping.clip)
     assert jg.clipped_grad(simple, 2.0, weighting=clipping.normalize)(w, x, jnp.zeros(2))[0].tolist() == [0, 0]
 
 
@@ -336,7 +338,7 @@ def test_errors_name_the_call():
     for size in (-1, 2.5, "2"):
         with pytest.raises(ValueError, match="clipped_grad: expected a microbatch size of at least 1"):
             jg.clipped_grad(simple, 1.0, microbatch_size=size)
-    for weighting in ("normalize", clipping.automatic, None):
+    for weighting in ("normalise", clipping.automatic, None):
         with pytest.raises(TypeError, match=r"clipped_grad: expected a function \(norms, bound\)"):
             jg.clipped_grad(simple, 1.0, weighting=weighting)
     with pytest.raises(ValueError, match="sensitivity: expected a batch size of at least 0, got -5"):
