@@ -155,3 +155,15 @@ def test_errors_name_the_call(tmp_path):
         streams.Batches(X, Y[:3], size=2)
     with pytest.raises(IndexError, match=r"streams\.Batches"):
         batches[2]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("size", [10.0, 2.0**-13])
+def test_second_moments_of_half_precision_are_float32(tmp_path, dtype, size):
+    """Squares of 10 add up to more than float16 holds, squares of 2⁻¹³ are less than it holds."""
+    x = jnp.full((1024, 3), size, dtype)
+    moments = streams.second_moments(lambda w, x: (w * x).sum(), jnp.zeros(3, dtype))
+    sums = streams.run(moments, streams.Batches(x, size=100), tmp_path).sums
+    assert sums["squares"].dtype == sums["sum"].dtype == np.float64  # what is added up on disk
+    np.testing.assert_allclose(sums["squares"], 1024 * size**2, rtol=1e-5)
+    np.testing.assert_allclose(sums["sum"], 1024 * size, rtol=1e-5)
