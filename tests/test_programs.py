@@ -20,12 +20,22 @@ def disagreements(p: programs.Program) -> list[str]:
     """What is further off than p.rtol of the largest there is of its kind, a line each."""
     c = np.linspace(-1, 2, programs.B)
 
-    def both(params, batch):
-        g = per_example_grad(p.loss)(params, *batch)
-        G = jax.vmap(jax.grad(p.loss), (None, *[0] * len(batch)))(params, *batch)
-        return G, (g.materialize(), g.norms(), g.gram(), g.weighted_sum(jnp.asarray(c)), g.second_moment())
+    def loss(params, *batch):
+        """With results of every sort beside it."""
+        value, x, weight = p.loss(params, *batch), batch[0], jax.tree.leaves(params)[0]
+        spread = jnp.broadcast_to(x.sum(), (2, 3))
+        beside = {"axis": x[None], "zeros": jnp.zeros(3), "spread": spread, "weight": weight, "none": None}
+        return value, beside | {"value": value, "ids": (batch[4], batch[5])}
 
-    G, (written, norms, gram, weighted, second) = jax.jit(both, compiler_options=QUICK)(p.params, p.batch)
+    def both(params, batch):
+        g, aux = per_example_grad(loss, has_aux=True)(params, *batch)
+        G, AUX = jax.vmap(jax.grad(loss, has_aux=True), (None, *[0] * len(batch)))(params, *batch)
+        alike.append(jax.tree.map(lambda a, b: (a.dtype, a.shape) == (b.dtype, b.shape), aux, AUX))
+        off = jax.tree.map(lambda a, b: jnp.abs(a.astype(float) - b.astype(float)).max(), aux, AUX)
+        return (G, off), (g.materialize(), g.norms(), g.gram(), g.weighted_sum(jnp.asarray(c)), g.second_moment())
+
+    alike: list = []
+    (G, off), (written, norms, gram, weighted, second) = jax.jit(both, compiler_options=QUICK)(p.params, p.batch)
     wide = {n: np.asarray(v, np.float64).reshape(programs.B, -1) for n, v in G.items()}
     every = np.concatenate(list(wide.values()), 1)
     top = np.linalg.norm(every, axis=1).max()
@@ -34,7 +44,9 @@ def disagreements(p: programs.Program) -> list[str]:
         size = max(np.abs(g).max(), 1e-3 * np.abs(every).max())
         cases += [(f"materialize {n}", written[n], g, size), (f"weighted_sum {n}", weighted[n], c @ g, size)]
         cases += [(f"second_moment {n}", second[n], (g * g).mean(0), size**2)]
-    lines = [f"dtype {n}: {written[n].dtype}, not {G[n].dtype}" for n in G if written[n].dtype != G[n].dtype]
+    lines = [f"aux {n}" for n, same in alike[0].items() if not all(jax.tree.leaves(same))]
+    lines += [f"aux {n}: off by {v}" for n, v in off.items() if not all(float(a) <= 1e-4 for a in jax.tree.leaves(v))]
+    lines += [f"dtype {n}: {written[n].dtype}, not {G[n].dtype}" for n in G if written[n].dtype != G[n].dtype]
     for name, found, expected, size in cases:
         off = np.abs(np.asarray(found, np.float64).reshape(expected.shape) - expected).max()
         if not off <= p.rtol * size:
