@@ -13,6 +13,7 @@ from jaxgrad import _jax
 from jaxgrad.per_example.algebra.chunks import pairs_of_outputs
 from jaxgrad.per_example.algebra.mapped import map_examples_of, put_back
 from jaxgrad.per_example.arguments import Arguments
+from jaxgrad.per_example.frameworks import explained
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.lower import Lowered, is_settled, settled
 from jaxgrad.per_example.transform import Transformed
@@ -145,7 +146,11 @@ def per_example_jacobian(
 
         def outputs(params: Any, example: Any) -> Array:
             args, kwargs = arguments.put_back(params, example)
-            return _outputs(fun(*args, **kwargs))
+            try:
+                return _outputs(fun(*args, **kwargs))
+            except Exception as error:
+                explained("per_example_jacobian", error)
+                raise
 
         count = jax.eval_shape(outputs, arguments.params, arguments.example).shape[0]
         return _evaluated(of_one_output, _numbered(arguments), count)
