@@ -17,7 +17,8 @@ from jaxgrad import _jax
 from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares, shortened
 from jaxgrad.per_example.arguments import Arguments
-from jaxgrad.per_example.gradients import PerExampleGrads, checked_bound
+from jaxgrad.per_example.checks import checked_bound, checked_mask
+from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
@@ -261,11 +262,7 @@ class ClippedGrad:
             )
         arguments = self._transformed.arguments(args, kwargs)
         B, size = arguments.batch_size, self._microbatch_size
-        mask = jnp.ones(B, bool) if mask is None else jnp.asarray(mask)
-        if mask.dtype != bool or mask.shape != (B,):
-            raise ValueError(
-                f"clipped_grad: expected a boolean mask of shape {(B,)}, got {mask.dtype} of shape {mask.shape}."
-            )
+        mask = jnp.ones(B, bool) if mask is None else checked_mask("clipped_grad", mask, B)
         if size is None or size >= B:
             flat, each = self._of(arguments, mask)
         else:

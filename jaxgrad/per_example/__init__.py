@@ -6,6 +6,7 @@ What users meet:
     jacobian      per_example_jacobian: the gradients of all outputs
     explain       what is done with each parameter, and why
     gradients     PerExampleGrads: the algebra over a tree of parameters
+    checks        what comes into its methods: masks, indices, numbers, bounds
     arguments     which arguments are parameters, which carry examples, which are shared
     frameworks    what to do with a Flax, Equinox or Keras model that is given whole
     serialized    how jax.export writes gradients down

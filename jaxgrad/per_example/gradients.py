@@ -13,6 +13,7 @@ from jaxgrad.per_example.algebra import chunks, complexes, factors, norms
 from jaxgrad.per_example.algebra.factors import Factor
 from jaxgrad.per_example.algebra.leaf import Leaf, concatenated
 from jaxgrad.per_example.algebra.mapped import map_examples_of, of_examples
+from jaxgrad.per_example.checks import checked_bound, checked_index, checked_mask, checked_numbers
 from jaxgrad.precision import added, working_dtype
 
 P = ParamSpec("P")
@@ -229,7 +230,7 @@ class PerExampleGrads:
 
     def weighted_sum(self, c: Float[Array, " B"]) -> PyTree:
         """Gᵀ c: Σ_b c_b g_b, a tree of the parameters' shapes and dtypes. One matrix product a factor."""
-        c = self._per_example("weighted_sum", c)
+        c = checked_numbers("PerExampleGrads.weighted_sum", c, self.batch_size)
         return self._summed(c)
 
     def sum(self, rounded: bool = True) -> PyTree:
@@ -334,7 +335,7 @@ class PerExampleGrads:
 
     def scale(self, c: Float[Array, " B"]) -> "PerExampleGrads":
         """c_b g_b, in float32 at least: what is multiplied keeps the digits that the parameter's dtype would drop."""
-        c = self._per_example("scale", c)
+        c = checked_numbers("PerExampleGrads.scale", c, self.batch_size)
         return self._with([Leaf(leaf.factors, leaf.weight * c.astype(leaf.weight.dtype)) for leaf in self._leaves])
 
     def clip(self, max_norm: PyTree) -> "PerExampleGrads":
@@ -362,12 +363,7 @@ class PerExampleGrads:
         Args:
             mask: [B], boolean.
         """
-        mask = jnp.asarray(mask)
-        if mask.dtype != bool or mask.shape != (self.batch_size,):
-            raise ValueError(
-                f"PerExampleGrads.where: expected a boolean mask of shape {(self.batch_size,)}, "
-                f"got {mask.dtype} of shape {mask.shape}."
-            )
+        mask = checked_mask("PerExampleGrads.where", mask, self.batch_size)
         return self._with([leaf.where(mask) for leaf in self._leaves])
 
     def __getitem__(self, index: Any) -> "PerExampleGrads":
@@ -375,21 +371,7 @@ class PerExampleGrads:
         _ = self._leaves  # raises where there is more than one example axis
         if isinstance(index, slice):
             return map_examples_of(lambda a: a[index], self)
-        try:
-            chosen = jnp.asarray(index)
-        except TypeError:
-            chosen = None
-        if chosen is not None and chosen.shape == (0,):  # an empty draw; a list without entries has no dtype
-            chosen = chosen.astype(int)
-        if (
-            chosen is None
-            or chosen.ndim != 1
-            or not (chosen.dtype == bool or jnp.issubdtype(chosen.dtype, jnp.integer))
-        ):
-            raise TypeError(
-                f"PerExampleGrads[...]: expected a slice or a one-dimensional array of integers or booleans, "
-                f"got {index!r}. For one example take g[i : i + 1]; for one parameter g.factors or g.materialize()."
-            )
+        chosen = checked_index("PerExampleGrads[...]", index)
         return map_examples_of(lambda a: a[chosen], self)
 
     @staticmethod
@@ -415,15 +397,6 @@ class PerExampleGrads:
         return complexes.joined(self._each(Leaf.materialize), complexes.gradient)
 
     # --- what comes in
-
-    def _per_example(self, call: str, c: Any) -> Array:
-        c = jnp.asarray(c)
-        if c.shape != (self.batch_size,) or not jnp.issubdtype(c.dtype, jnp.floating):
-            raise ValueError(
-                f"PerExampleGrads.{call}: expected one floating number an example, shape {(self.batch_size,)}, "
-                f"got {c.dtype} of shape {c.shape}."
-            )
-        return c
 
     def _direction(self, call: str, tree: PyTree) -> list[Array]:
         structure: Any = jax.tree.structure(self._held, is_leaf=_is_parameter)
@@ -490,22 +463,6 @@ def _is_leaf(node: Any) -> bool:
 
 def _is_parameter(node: Any) -> bool:
     return _is_leaf(node) or complexes.is_complex(node)
-
-
-def checked_bound(call: str, bound: Any) -> None:
-    """Raise ValueError for what is known not to be a positive number."""
-    try:
-        real = any(jnp.issubdtype(jnp.result_type(bound), kind) for kind in (jnp.integer, jnp.floating))
-        wrong = not real or jnp.ndim(bound) != 0 or not bound > 0
-    except jax.errors.TracerBoolConversionError:  # decided when it runs: what is not positive then gives NaN
-        wrong = False
-    except TypeError:
-        wrong = True
-    if wrong:
-        raise ValueError(
-            f"{call}: expected positive numbers as bounds, got {bound!r}. One number is for all parameters together; "
-            f"for groups of them give a tree prefix of numbers."
-        )
 
 
 def checked_gradients(call: str, g: Any) -> None:
