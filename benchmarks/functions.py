@@ -80,7 +80,9 @@ def clipped(model: Model, bound: float) -> Function:
 def written_out(model: Model, bound: float) -> Function:
     def of(params: Any, *batch: Any) -> Any:
         values, G = jax.vmap(jax.value_and_grad(model.loss), in_axes(model))(params, *batch)
-        squares = sum(jnp.sum(leaf.reshape(len(leaf), -1) ** 2, 1, dtype=jnp.float32) for leaf in jax.tree.leaves(G))
+        squares = sum(
+            jnp.sum(jnp.abs(leaf.reshape(len(leaf), -1)) ** 2, 1, dtype=jnp.float32) for leaf in jax.tree.leaves(G)
+        )
         c = bound / jnp.maximum(bound, jnp.sqrt(squares))
         return values.mean(), jax.tree.map(lambda leaf: jnp.tensordot(c.astype(leaf.dtype), leaf, 1), G)
 

@@ -148,10 +148,10 @@ def furthest(model: Model) -> float:
 
 
 def apart(ours: Any, theirs: Any) -> float:
-    """The Euclidean distance of two trees, relative to the size of the second; NaN and inf stay."""
+    """The Euclidean distance of two trees, relative to the size of the second; inf beside inf counts as equal."""
     square = lambda leaves: math.sqrt(sum(float(jnp.sum(jnp.abs(a) ** 2)) for a in leaves))  # noqa: E731
     ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
-    return square([a - b for a, b in zip(ours, theirs, strict=True)]) / square(theirs)
+    return square([jnp.where(a == b, 0, a - b) for a, b in zip(ours, theirs, strict=True)]) / square(theirs)
 
 
 def close(ours: Any, theirs: Any) -> None:
