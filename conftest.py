@@ -22,8 +22,8 @@ settings.register_profile(
 settings.load_profile("default")
 
 
-# What is marked slow runs where it is asked for: `pytest -m slow`, and `.ci/run`. Of a test marked every(k) each k-th case
-# runs always and the others are slow; JAXGRAD_SLICE=3 leaves of these a third, JAXGRAD_SEED says which.
+# What is marked slow runs where it is asked for: `pytest -m slow`, and `.ci/run`. Of a test marked every(k) each k-th
+# case runs always and the others are slow; JAXGRAD_SLICE=3 leaves of these a third, JAXGRAD_SEED says which.
 SLICE, SEED = int(os.environ.get("JAXGRAD_SLICE", "1")), os.environ.get("JAXGRAD_SEED", "0")
 
 
