@@ -164,3 +164,23 @@ def test_the_kernel_of_a_convolutional_network_takes_no_more_memory_than_its_row
     x = normal(10, 64, 3, 16, 16)
     memory = [jax.jit(f).lower(params, x).compile().memory_analysis().temp_size_in_bytes for f in (jg.ntk(model), rows)]
     assert memory[0] <= memory[1]
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-9)])
+@pytest.mark.parametrize("B", [64, 256])
+def test_norms_and_kernels_under_jit_at_real_sizes_have_the_digits_of_their_dtype(dtype, rounding, B):
+    """What is held is rounded to the dtype; all that is made of it is added up in float32."""
+    params, x = {"W": normal(1, 128, 64) / 8, "b": normal(2, 128), "V": normal(3, 10, 128) / 8}, normal(4, B, 64)
+    with jax.enable_x64(False):
+        narrow = jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, x))
+        J = jax.jit(jg.per_example_jacobian(dense))(*narrow)
+        norms, kernel = jax.jit(lambda J: (J.norms(), J.gram()))(J)
+        rows = jax.tree.map(lambda a: np.asarray(a, np.float64), J.rows().factors)
+    assert norms.dtype == kernel.dtype == jnp.float32
+    held = jg.PerExampleGrads(jax.tree.map(jnp.asarray, rows))  # the same factors, everything else in float64
+    np.testing.assert_allclose(norms.reshape(-1), held.norms(), rtol=200 * 2.0**-24)
+    scale = np.asarray(held.norms())
+    off = np.abs(np.asarray(kernel).transpose(0, 2, 1, 3).reshape(B * 10, B * 10) - np.asarray(held.gram()))
+    assert (off <= 200 * 2.0**-24 * scale[:, None] * scale[None, :]).all()
+    exact = jg.per_example_jacobian(dense)(params, x).norms()
+    np.testing.assert_allclose(norms, exact, rtol=64 * rounding)
