@@ -182,3 +182,25 @@ def test_the_norm_of_a_map_that_spreads_its_input_counts_how_far():
     part = Dense.of(column[None], jnp.float32)
     f = Mapped(((part,),), Same(tuple(shared)), spread, (((30, 1), jnp.dtype(jnp.float32)),), layout)
     assert f.norm(jnp.float32) >= np.linalg.norm(array, axis=1).max()
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-9)])
+def test_a_map_in_every_step_of_a_loop_has_the_digits_of_its_dtype_at_real_sizes(dtype, rounding):
+    rng = np.random.default_rng(0)
+    W, x = rng.normal(size=(64, 64)) / 8, rng.normal(size=(64, 5, 64))
+    mask = jnp.asarray(rng.random((64, 64)) < 0.5)
+
+    def loss(W, x):
+        def step(h, x):
+            return jnp.tanh(jnp.where(mask, W, jnp.zeros_like(W)) @ h + x), None
+
+        return jax.lax.scan(step, jnp.zeros(64, x.dtype), x)[0].sum()
+
+    exact = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(jnp.asarray(W), jnp.asarray(x)))
+    with jax.enable_x64(False):
+        g = jax.jit(jg.per_example_grad(loss))(jnp.asarray(W, dtype), jnp.asarray(x, dtype))
+        norms, total = jax.jit(lambda g: (g.norms(), g.sum(rounded=False)))(g)
+    assert jg.explain(loss)(jnp.asarray(W), jnp.asarray(x)).rows[0].how == "factored"
+    lengths = np.linalg.norm(exact.reshape(64, -1), axis=1)
+    np.testing.assert_allclose(norms, lengths, rtol=64 * rounding)
+    np.testing.assert_allclose(total, exact.sum(0), atol=64 * rounding * np.abs(exact).sum(0).max())

@@ -1,7 +1,7 @@
 """Loops that write out no more at once than a stated number of bytes."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,29 +29,26 @@ def expected(count: Any) -> int:
 
 
 _bound: ContextVar[int] = ContextVar("bytes that may be written out at once", default=CHUNK_BYTES)
-
-
-@contextmanager
-def at_most(nbytes: int) -> Iterator[None]:
-    """Inside it no more than so many bytes are written out at once, unless a single example needs more."""
-    before = _bound.set(nbytes)
-    try:
-        yield
-    finally:
-        _bound.reset(before)
-
-
 _pairs: ContextVar[int] = ContextVar("pairs of outputs that each pair of examples stands for", default=1)
 
 
 @contextmanager
-def pairs_of_outputs(count: int) -> Iterator[None]:
-    """Inside it what is done for a pair of examples is done for so many pairs of their outputs, by `jax.vmap`."""
-    before = _pairs.set(count)
+def _set(variable: ContextVar[int], value: int) -> Iterator[None]:
+    before = variable.set(value)
     try:
         yield
     finally:
-        _pairs.reset(before)
+        variable.reset(before)
+
+
+def at_most(nbytes: int) -> AbstractContextManager[None]:
+    """Inside it no more than so many bytes are written out at once, unless a single example needs more."""
+    return _set(_bound, nbytes)
+
+
+def pairs_of_outputs(count: int) -> AbstractContextManager[None]:
+    """Inside it what is done for a pair of examples is done for so many pairs of their outputs, by `jax.vmap`."""
+    return _set(_pairs, count)
 
 
 def pairs_at_once(pair_bytes: int, count: int) -> int:
