@@ -215,14 +215,30 @@ def depending(program: Any, operands: Sequence[int] | None = None) -> list[bool]
     found = set(jaxpr.invars if operands is None else [jaxpr.invars[k] for k in operands])
     for eqn in jaxpr.eqns:
         mine = [k for k, v in enumerate(eqn.invars) if not isinstance(v, Literal) and v in found]
-        if eqn.primitive is lax.optimization_barrier_p:  # it keeps each operand by itself
-            found.update(eqn.outvars[k] for k in mine)
-        elif mine and eqn.primitive is jit_p:
-            inner = depending(eqn.params["jaxpr"], mine)
-            found.update(v for v, depends in zip(eqn.outvars, inner, strict=True) if depends)
-        elif mine:
-            found.update(eqn.outvars)
+        found.update(v for v, depends in zip(eqn.outvars, results_depending(eqn, mine), strict=True) if depends)
     return [not isinstance(v, Literal) and v in found for v in jaxpr.outvars]
+
+
+def results_depending(eqn: Equation, operands: Sequence[int]) -> list[bool]:
+    """Which results of an equation may depend on these operands: as `depending`, and as JAX's own vmap finds it."""
+    if not operands:
+        return [False] * len(eqn.outvars)
+    if eqn.primitive is lax.optimization_barrier_p:  # it keeps each operand by itself
+        return [k in operands for k in range(len(eqn.outvars))]
+    if eqn.primitive in (jit_p, remat_p):
+        return depending(eqn.params["jaxpr"], operands)
+    if eqn.primitive is cond_p and 0 not in operands:
+        inner = [depending(branch, [k - 1 for k in operands]) for branch in eqn.params["branches"]]
+        return [any(results) for results in zip(*inner, strict=True)]
+    if eqn.primitive is scan_p:
+        parts, found, before = scan_parts(eqn), set(operands), None
+        while found != before:  # what is carried is an operand of the next step
+            before = set(found)
+            results = depending(eqn.params["jaxpr"], sorted(found))
+            found |= {parts.consts + k for k in range(parts.carry) if results[k]}
+        carried = [parts.consts + k in found for k in range(parts.carry)]
+        return carried + results[parts.carry :]
+    return [True] * len(eqn.outvars)
 
 
 def function_of(program: Any) -> Any:

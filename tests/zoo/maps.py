@@ -267,3 +267,90 @@ def small_parameters_of_two_axes(p, x):
 def recurrent_on_two_inputs(p, x):
     step = lambda h, u: (jnp.tanh(p["U"] @ h + p["V"] @ u + p["b"].ravel()), None)  # noqa: E731
     return lax.scan(step, jnp.zeros(8), x)[0].sum()
+
+
+# --- loops and branches that are one map: no example changes what they do
+
+
+@entry({"W": w(17, 17)}, (x(4, 17),), paths("W"))
+def exponential(p, x):
+    return used(jax.scipy.linalg.expm(p["W"] - p["W"].T), x)
+
+
+@entry({"W": w(21, 17)}, (x(4, 17),), paths("W"))
+def orthogonalised_by_iteration(p, x):
+    step = lambda W, _: (1.5 * W - 0.5 * W @ (W.T @ W), None)  # noqa: E731
+    return used(lax.scan(step, p["W"] / jnp.linalg.norm(p["W"]), None, length=3)[0], x)
+
+
+@entry({"W": w(17, 17)}, (x(4, 17),), paths("W"))
+def power_series_of_a_weight(p, x):
+    def step(carry, k):
+        power, total, count = carry
+        power = power @ p["W"] / (1 + k)
+        return (power, total + power, count + 1), power.sum()
+
+    start = (jnp.eye(17), jnp.zeros((17, 17)), 0)
+    (_, total, _), sizes = lax.scan(step, start, jnp.arange(4.0))
+    return used(total, x) + 0.01 * sizes.sum()
+
+
+@entry({"W": w(17, 17), "a": w(3)}, (x(4, 17),), paths("W"))
+def loops_in_a_branch_that_the_parameters_choose(p, x):
+    def squared(W):
+        return lax.fori_loop(0, 2, lambda _, W: jnp.sin(W) @ W, W)
+
+    W = lax.switch((p["a"].sum() > 0).astype(int), [squared, jnp.tanh], p["W"])
+    return used(W, x) + used(lax.cond(p["a"].sum() > 0, jnp.tanh, squared, p["W"]), x)
+
+
+@entry({"W": w(17, 17), "V": w(3, 17, 17)}, (x(4, 17),), paths("W"))
+def mixed_with_every_matrix_of_a_stack(p, x):
+    return used(lax.scan(lambda W, V: (jnp.tanh(W @ V), W.sum()), p["W"], p["V"])[0], x)
+
+
+# --- another map in every layer of a stack
+
+
+def layers(name, f):
+    def loss(p, x):
+        return lax.scan(lambda h, W: (jnp.tanh(f(W) @ h), None), x, p["W"])[0].sum()
+
+    loss.__name__ = f"layers_of_{name}_weights"
+    return loss
+
+
+def with_unit_rows(W):
+    return W / jnp.linalg.norm(W, axis=1, keepdims=True)
+
+
+for name, f in {
+    "tanh": jnp.tanh,
+    "masked": lambda W: jnp.where(MASK[:17], W, 0.0),
+    "unit_rows": with_unit_rows,
+    "masked_unit_rows": lambda W: with_unit_rows(jnp.tril(jnp.exp(W))),
+    "exponential": jax.scipy.linalg.expm,
+    "plain_and_mapped": lambda W: W + jnp.tril(W) + with_unit_rows(W),
+    "scattered": lambda W: jnp.zeros((17, 17)).at[np.arange(17)[::-1]].add(jnp.sin(W)),
+}.items():
+    entry({"W": w(3, 17, 17)}, (x(4, 17),), paths("W"))(layers(name, f))
+
+
+@entry({"W": w(3, 17, 17)}, (x(4, 17),), paths("W"))
+def layers_of_mapped_weights_computed_twice(p, x):
+    return lax.scan(jax.checkpoint(lambda h, W: (jnp.tanh(jnp.exp(W) @ h), None)), x, p["W"])[0].sum()
+
+
+@entry({"W": w(3, 17, 17)}, (x(4, 17),), paths("W"))
+def layers_of_mapped_weights_and_keys(p, x):
+    def step(carry, W):
+        h, key = carry
+        key, now = jax.random.split(key)
+        return (jnp.tanh(jnp.tanh(W) @ (h * jax.random.bernoulli(now, 0.5, h.shape))), key), None
+
+    return lax.scan(step, (x, jax.random.key(1)), p["W"])[0][0].sum()
+
+
+@entry({"W": w(17, 17)}, (x(4, 17),), paths("W"))
+def shared_arrays_leave_a_jitted_loss(p, x):
+    return jax.jit(lambda W, x: jnp.sum(jnp.tanh(jnp.tanh(W) @ x)))(p["W"], x)

@@ -146,6 +146,31 @@ class Map:
             done.append(Call(step.function, step.key, tuple(read(operand) for operand in step.operands)))
         return [read(result) for result in self.results]
 
+    def nodes_of_each(self, inputs: Sequence[Input], fixed: Sequence[Any], differing: Sequence[Any]) -> list[Node]:
+        """The record of this map in each step of a loop, its inputs and its result stacked.
+
+        Args:
+            fixed: the shared arrays that are the same in every step, None for the others.
+            differing: the others, stacked.
+        """
+        stacked = [a is None for a in fixed]
+        rest = iter(differing)
+        shared = [next(rest) if a is None else a for a in fixed]
+        is_entrywise = self.entrywise() == ()
+
+        def function(arrays: Sequence[Any]) -> Sequence[Any]:
+            xs, shared = list(arrays[: len(inputs)]), arrays[len(inputs) :]
+
+            def one(step: Any) -> Array:
+                mine = iter(step[1])
+                return self(step[0], [next(mine) if each else a for a, each in zip(shared, stacked, strict=True)])
+
+            steps = (xs, [a for a, each in zip(shared, stacked, strict=True) if each])
+            # Step by step, a branch stays a branch; one thing done to each entry is one kernel.
+            return [jax.vmap(one)(steps) if is_entrywise else lax.map(one, steps)]
+
+        return [Result(Call(function, ("each", self, tuple(stacked)), (*inputs, *shared)), 0)]
+
     def __call__(self, inputs: Sequence[Array], shared: Sequence[Array]) -> Array:
         """The map of these inputs."""
         done: list[Sequence[Array]] = []
@@ -176,7 +201,7 @@ class Map:
             kind = step.key[0] if isinstance(step.key, tuple) else step.key
             if kind == "broadcast" and step.operands[0] == ("input", 0):
                 dims.add(step.key[1])
-            elif kind not in ENTRYWISE:
+            elif kind not in ENTRYWISE and not (kind == "each" and step.key[1].entrywise() == ()):
                 return None
             elif any(operand[0] == "input" for operand in step.operands):
                 dims.add(())

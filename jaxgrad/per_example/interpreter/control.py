@@ -4,17 +4,17 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.algebra.maps import Input, Map, inputs_of
-from jaxgrad.per_example.interpreter import through, undone
+from jaxgrad.per_example.algebra.maps import Input, Map
+from jaxgrad.per_example.interpreter import undone
+from jaxgrad.per_example.interpreter.as_map import Evaluate
 from jaxgrad.per_example.interpreter.undone import Term
 from jaxgrad.per_example.interpreter.values import (
     FORMED,
@@ -34,8 +34,6 @@ from jaxgrad.per_example.interpreter.values import (
     zero,
 )
 
-Evaluate = Callable[[_jax.Program, Sequence[Value], Sequence[bool], Sequence[bool]], list[Value]]
-
 
 def scan(
     evaluate: Evaluate, eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]
@@ -46,7 +44,7 @@ def scan(
     parts, program = _jax.scan_parts(eqn), _jax.body(eqn)
     jaxpr, S = program.jaxpr, parts.length
     consts, init, xs = (
-        [forgotten(v) for v in values[: parts.consts]],
+        [array_of(v) if isinstance(v, Undone) else v for v in values[: parts.consts]],
         values[parts.consts : parts.consts + parts.carry],
         [array_of(v) for v in values[parts.consts + parts.carry :]],
     )
@@ -70,20 +68,24 @@ def scan(
         return evaluate(program, [*consts, *full, *steps], undone_inside, used)
 
     reasons: dict[int, undone.Reason] = {}
-    behind: dict[int, tuple[Map, list[Any]]] = {}  # of a result that is added to, the maps in what is added
+    behind: dict[int, tuple[Map, list[Any]]] = {}  # the maps in what a step gives
+    same_in_all: dict[int, list[Any]] = {}
 
     def leaves_a_step(k: int, result: Value) -> Value:
-        """An undone product as it leaves a step: beside it the inputs of its maps, which are applied after the loop."""
+        """An undone product as it leaves a step: beside it the inputs of its maps, which are applied after the loop,
+        and of a stacked result the arrays that these depend on and that are others in every step."""
         if not isinstance(result, Undone):
             return array_of(result)
         if not result.maps:
             return result
         function, inputs, shared = Map.of(result.maps)
         inner = [x.value for x in inputs]
-        if k >= parts.carry or any(isinstance(x, Undone) and x.maps for x in inner):
+        if any(isinstance(x, Undone) and x.maps for x in inner):
             return array_of(result)
         behind[k] = function, shared
-        return [dataclasses.replace(result, maps=(), as_written=None), inner]
+        known = same_in_all.get(k, [None] * len(shared))
+        others = [jnp.asarray(a) for a, fixed in zip(shared, known, strict=True) if fixed is None]
+        return [dataclasses.replace(result, maps=(), as_written=None), inner, others if k >= parts.carry else []]
 
     def emitted(kept: Sequence[bool]) -> Any:
         def step(carry: Any, xs: Any) -> Any:
@@ -120,17 +122,18 @@ def scan(
 
     # What comes out of a step is known when one has been traced; fewer products can make others into arrays.
     before: list[bool] = []
-    same_in_all: dict[int, list[Array]] = {}
     while any(kept) and S > 0 and kept != before:
         before = kept
+        same_in_all.clear()
         _, (stays, ys) = jax.eval_shape(emitted(kept), carried(init, kept), jax.tree.map(_first, xs))
         kept = [
             keep and _worth_emitting(v, S if k < parts.carry else 1, k >= parts.carry)
             for k, (keep, v) in enumerate(zip(kept, [*stays, *ys], strict=True))
         ]
         if kept == before and any(kept[k] for k in behind):
-            same_in_all = _of_every_step(emitted(kept), behind, carried(init, kept), jax.tree.map(_first, xs))
-            kept = [keep and (k not in behind or k in same_in_all) for k, keep in enumerate(kept)]
+            same_in_all |= _of_every_step(emitted(kept), behind, carried(init, kept), jax.tree.map(_first, xs))
+            fixed = [k for k in range(parts.carry) if all(a is not None for a in same_in_all.get(k, [None]))]
+            kept = [keep and (k not in behind or k >= parts.carry or k in fixed) for k, keep in enumerate(kept)]
     if not any(kept) or S == 0:
         return explained(_jax.bind(eqn, [array_of(value) for value in values]))
     onward, (stays, ys) = lax.scan(
@@ -138,16 +141,18 @@ def scan(
     )
     others = iter(onward)
 
-    def of_all_steps(k: int) -> Undone:
-        if not isinstance(stays[k], list):
-            return _along(stays[k], S, False)
-        terms, inputs = stays[k]
-        function, shared = behind[k][0], same_in_all[k]
-        summed = [Input(_along(x, S, False) if isinstance(x, Undone) else x.sum(0)) for x in inputs]
-        return dataclasses.replace(_along(terms, S, False), maps=tuple(function.nodes(summed, shared)))
+    def of_all_steps(k: int, value: Any) -> Value:
+        stacked = k >= parts.carry
+        if not isinstance(value, list):
+            return _along(value, S, stacked) if isinstance(value, Undone) else value
+        terms, inputs, differing = value
+        along = [_along(x, S, stacked) if isinstance(x, Undone) else x if stacked else x.sum(0) for x in inputs]
+        sources, function, fixed = list(map(Input, along)), behind[k][0], same_in_all[k]
+        nodes = function.nodes_of_each(sources, fixed, differing) if stacked else function.nodes(sources, fixed)
+        return dataclasses.replace(_along(terms, S, stacked), maps=tuple(nodes))
 
-    results: list[Value] = [added(of_all_steps(k), init[k]) if kept[k] else next(others) for k in range(parts.carry)]
-    return explained(results + [_along(y, S, True) if isinstance(y, Undone) else y for y in ys])
+    results = [added(of_all_steps(k, stays[k]), init[k]) if kept[k] else next(others) for k in range(parts.carry)]
+    return explained(results + [of_all_steps(parts.carry + k, y) for k, y in enumerate(ys)])
 
 
 def _reason(value: Value, eqn: _jax.Equation) -> undone.Reason:
@@ -165,9 +170,8 @@ def _varying(values: Sequence[Value]) -> frozenset[str]:
     return frozenset(name for a in jax.tree.leaves(parts) for name in _jax.varying(a))
 
 
-def _of_every_step(step: Any, behind: dict[int, tuple[Map, list[Any]]], carry: Any, x: Any) -> dict[int, list[Array]]:
-    """The arrays that maps in a step depend on, computed outside the loop; of those results where they are the same in
-    every step."""
+def _of_every_step(step: Any, behind: dict[int, tuple[Map, list[Any]]], carry: Any, x: Any) -> dict[int, list[Any]]:
+    """The arrays that maps in a step depend on, computed outside the loop; None for one that changes in it."""
 
     def shared(carry: Any, x: Any) -> dict[int, list[Any]]:
         behind.clear()
@@ -175,30 +179,33 @@ def _of_every_step(step: Any, behind: dict[int, tuple[Map, list[Any]]], carry: A
         return {k: [jnp.asarray(a) for a in arrays] for k, (_, arrays) in behind.items()}
 
     program, shape = jax.make_jaxpr(shared, return_shape=True)(carry, x)
-    if program.effects:
-        return {}
-    differs = jax.tree.unflatten(jax.tree.structure(shape), _jax.depending(program))
-    # They depend on nothing that a step is given: any numbers will do, and what is computed of these is left out.
+    depending = [True] * len(program.out_avals) if program.effects else _jax.depending(program)
+    # What is kept depends on nothing that a step is given: any numbers will do, and the rest is left out.
     nothing = [jnp.zeros(a.shape, a.dtype) for a in jax.tree.leaves((carry, x))]
-    values = jax.tree.unflatten(jax.tree.structure(shape), _jax.function_of(program)(*nothing))
-    return {k: arrays for k, arrays in values.items() if not any(differs[k])}
+    values = _jax.function_of(program)(*nothing) if not all(depending) else [None] * len(depending)
+    known = [None if depends else a for a, depends in zip(values, depending, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(shape), known)
 
 
 def _worth_emitting(value: Value, steps: int, stacked: bool) -> bool:
     """Whether what a step gives, a product or what is behind its maps, is less in all steps than the gradient."""
     if isinstance(value, list):
-        direct, inputs = value
+        direct, inputs, _ = value
         parts = [x for x in (direct, *inputs) if isinstance(x, Undone)]
         if not all(_worth_emitting(part, steps, stacked) for part in parts):
             return False
-        held = sum(steps * term.held_at_each_position for part in parts for term in part.terms)
+        held = sum(part.held if steps == 1 else steps * _at_each_position(part) for part in parts)
         return held + sum(x.size for x in inputs if not isinstance(x, Undone)) < direct.size
     if not isinstance(value, Undone):
         return False
     if any(term.carried or (stacked and term.row is not None) for term in value.terms):
         return False
-    held = value.held if steps == 1 else steps * sum(term.held_at_each_position for term in value.terms)
+    held = value.held if steps == 1 else steps * _at_each_position(value)
     return not value.terms or held < value.size
+
+
+def _at_each_position(value: Undone) -> int:
+    return sum(term.held_at_each_position for term in value.terms)
 
 
 def _first(a: Any) -> Any:
@@ -262,10 +269,6 @@ def cond(
 
         return run
 
-    if is_shared(index):
-        whole = _cond_as_map(evaluate, eqn, index, rest, wanted, used)
-        if whole is not None:
-            return whole
     kept, before = list(wanted), [False]
     while kept != before:  # as in a scan
         before, traced = kept, [jax.eval_shape(branch(program, kept)) for program in programs]
@@ -292,41 +295,6 @@ def cond(
         Undone(tuple(t for v in result for t in v.terms), result[0].shape, result[0].dtype) if keep else result
         for result, keep in zip(results, kept, strict=True)
     ]
-
-
-def _cond_as_map(
-    evaluate: Evaluate,
-    eqn: _jax.Equation,
-    index: Value,
-    rest: Sequence[Value],
-    wanted: Sequence[bool],
-    used: Sequence[bool],
-) -> Sequence[Value] | None:
-    """All of a branch as one map, where all examples take the same and it is linear in the products."""
-    products = [k for k, v in enumerate(rest) if isinstance(v, Undone) and not is_zero(v)]
-    if not products or not all(is_shared(v) or is_zero(v) for k, v in enumerate(rest) if k not in products):
-        return None
-
-    nodes = {k: through.node_of(v) for k, v in enumerate(rest) if k in products}
-    known = {id(x.value) for x in inputs_of(list(nodes.values()))}
-
-    def is_linear(value: Value) -> bool:
-        maps_alone = isinstance(value, Undone) and not value.terms
-        return is_zero(value) or (maps_alone and all(id(x) in known for x in value.inputs))
-
-    inside = [Undone((), v.shape, v.dtype, (nodes[k],)) if k in nodes else v for k, v in enumerate(rest)]
-    linear: list[bool] = []
-
-    def look() -> None:
-        for program in _jax.branches(eqn):
-            results = evaluate(program, inside, wanted, used)
-            linear.extend(is_linear(r) for r, use in zip(results, used, strict=True) if use)
-
-    jax.eval_shape(look)
-    if not all(linear):
-        return None
-    sides = [nodes[k] if k in nodes else jnp.asarray(array_of(v)) for k, v in enumerate(rest)]
-    return through.results_of(eqn, [jnp.asarray(array_of(index)), *sides])
 
 
 def _all_products(values: Sequence[Value]) -> bool:

@@ -108,7 +108,7 @@ def _is_few(value: Value, size: int) -> bool:
 
 def _spread(value: Broadcast) -> Undone:
     source, dims, shape = jnp.asarray(value.source), value.dims, value.shape
-    call = Call(lambda xs: [lax.broadcast_in_dim(xs[0], shape, dims)], ("broadcast", dims, shape), (_input(source),))
+    call = Call(lambda xs: [lax.broadcast_in_dim(xs[0], shape, dims)], ("broadcast", dims, shape), (input_of(source),))
     return Undone((), shape, source.dtype, (Result(call, 0),))
 
 
@@ -123,13 +123,14 @@ def node_of(value: Undone) -> Node:
     """The value as one node; complex numbers as their real and imaginary parts."""
     nodes = list(value.maps)
     if value.terms:
-        nodes.append(_input(value if not value.maps else Undone(value.terms, value.shape, value.dtype)))
+        nodes.append(input_of(value if not value.maps else Undone(value.terms, value.shape, value.dtype)))
     if len(nodes) == 1:
         return nodes[0]
     return Result(Call(lambda xs: [sum(xs[1:], xs[0])], "sum", tuple(nodes)), 0)
 
 
-def _input(value: Any) -> Node:
+def input_of(value: Any) -> Node:
+    """What a map is applied to, as a node: a product, or an array of one example."""
     if not jnp.issubdtype(value.dtype, jnp.complexfloating):
         return Input(value)
     dtype = jnp.finfo(value.dtype).dtype
@@ -156,7 +157,7 @@ def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[in
         if not isinstance(node.value, Undone) or tuple(node.value.shape) != shape:
             return None
         terms = node.value.terms
-        if any(term.windows or term.row is not None or term.box is not None for term in terms):
+        if not terms or any(term.windows or term.row is not None or term.box is not None for term in terms):
             return None
         return precision.added([linear.contracted_with(term, jnp.broadcast_to(scale, shape), axes) for term in terms])
     kind = node.call.key[0] if isinstance(node.call.key, tuple) else node.call.key

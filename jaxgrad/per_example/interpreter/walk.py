@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.interpreter import control, through, undone
+from jaxgrad.per_example.interpreter import as_map, control, through, undone
 from jaxgrad.per_example.interpreter.rules import record_of, undone_product
 from jaxgrad.per_example.interpreter.values import (
     FORMED,
@@ -80,6 +81,11 @@ def tail(jaxpr: _jax.Jaxpr, wanted: Sequence[bool], used: Sequence[bool]) -> Tai
             if is_cond:
                 use(eqn.invars[0], False)
             continue
+        if any(outs) and eqn.primitive is _jax.scan_p:
+            inner = tail(_jax.body(eqn).jaxpr, outs, [True] * len(outs))
+            for v, w in zip(eqn.invars, _jax.body(eqn).jaxpr.invars, strict=True):
+                use(v, w in inner.variables)
+            continue
         taken = record_of(eqn).operands(eqn) if all(outs) else ()
         for k, v in enumerate(eqn.invars):
             use(v, k in taken)
@@ -121,10 +127,13 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
             return evaluate(_jax.body(eqn), values, wanted, used)
         if eqn.primitive is _jax.remat_p:
             return evaluate(_jax.body(eqn), _behind_barrier(eqn, values), wanted, used)
-        if eqn.primitive is _jax.scan_p:
-            return control.scan(evaluate, eqn, values, wanted, used)
-        if eqn.primitive is _jax.cond_p:
-            return control.cond(evaluate, eqn, values, wanted, used)
+        if eqn.primitive in (_jax.scan_p, _jax.cond_p):
+            is_scan = eqn.primitive is _jax.scan_p
+            whole = None if eqn.effects else (as_map.scan if is_scan else as_map.cond)(evaluate, eqn, values, used)
+            if whole is not None:
+                return _kept(whole, Written(eqn, values))
+            results = (control.scan if is_scan else control.cond)(evaluate, eqn, values, wanted, used)
+            return _told_shared(eqn, values, results)
     if not eqn.outvars:  # it has an effect, and no result
         _jax.bind(eqn, [array_of(value) for value in values])
         return []
@@ -134,33 +143,40 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         return [zero(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
 
     as_written = Written(eqn, values)
-
-    def kept(results: Sequence[Value]) -> list[Value]:
-        return [_smaller(result, OneOf(as_written, k)) for k, result in enumerate(results)]
-
     if any(isinstance(value, Undone) for value in values):
         results = through.behind(eqn, values)
         if results is not None:
-            return kept(results)
+            return _kept(results, as_written)
     if all(wanted) and not shared:
         product = undone_product(
             eqn, [Plain(array_of(v), _refused(eqn, v)) if isinstance(v, Undone) else v for v in values]
         )
         if product is not None:
-            return kept([product])
+            return _kept([product], as_written)
     repeated = _repeated(eqn, values)
     if repeated is not None:
         return [repeated]
     if all(wanted) and not shared:
         results = through.scaled(eqn, values)
         if results is not None:
-            return kept(results)
+            return _kept(results, as_written)
     if shared:
         return [Shared(a) for a in as_written.evaluated()]
-    if not any(wanted):
-        return as_written.evaluated()
-    reason = _inherited(eqn, values, taken)
-    return [Plain(a, reason) if want else a for a, want in zip(as_written.evaluated(), wanted, strict=True)]
+    reason = _inherited(eqn, values, taken) if any(wanted) else FORMED
+    arrays = [Plain(a, reason) if want else a for a, want in zip(as_written.evaluated(), wanted, strict=True)]
+    return _told_shared(eqn, values, arrays)
+
+
+def _told_shared(eqn: _jax.Equation, values: Sequence[Value], results: Sequence[Value]) -> list[Value]:
+    """Of an equation with programs of its own, the arrays that depend on no example are marked as what all share."""
+    if eqn.effects or eqn.primitive not in (_jax.jit_p, _jax.remat_p, _jax.scan_p, _jax.cond_p):
+        return list(results)
+    differing = [k for k, v in enumerate(values) if not is_shared(v)]
+    depends = _jax.results_depending(eqn, differing)
+    return [
+        Shared(array_of(r)) if isinstance(r, jax.Array | Plain) and not differs else r
+        for r, differs in zip(results, depends, strict=True)
+    ]
 
 
 class Written:
@@ -198,6 +214,10 @@ class OneOf:
     def __call__(self) -> Array:
         """The array."""
         return self.source.evaluated()[self.index]
+
+
+def _kept(results: Sequence[Value], as_written: Written) -> list[Value]:
+    return [_smaller(result, OneOf(as_written, k)) for k, result in enumerate(results)]
 
 
 def _smaller(value: Value, as_written: Callable[[], Array]) -> Value:

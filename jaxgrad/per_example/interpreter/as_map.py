@@ -1,0 +1,138 @@
+"""A loop or a branch as one linear map that all examples share, where it is linear in the products that it meets.
+
+All examples take the same branch, or do the same in every step: what a matrix exponential, repeated squaring or an
+unrolled normalisation of a weight has in its backward pass.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgrad import _jax
+from jaxgrad.per_example.interpreter import through
+from jaxgrad.per_example.interpreter.values import (
+    Shared,
+    Undone,
+    Value,
+    array_of,
+    is_shared,
+    is_zero,
+    times_shared,
+    zero,
+)
+
+Evaluate = Callable[[_jax.Program, Sequence[Value], Sequence[bool], Sequence[bool]], list[Value]]
+
+
+def scan(evaluate: Evaluate, eqn: _jax.Equation, values: Sequence[Value], used: Sequence[bool]) -> list[Value] | None:
+    """The loop as one map; None if it is none that all examples share."""
+    products = _products(values)
+    if products is None:
+        return None
+    parts, program = _jax.scan_parts(eqn), _jax.body(eqn)
+    inputs, end = program.jaxpr.invars, parts.consts + parts.carry
+    used = [use or k < parts.carry for k, use in enumerate(used)]  # the next step uses what is carried
+    before: list[bool] = []
+    kinds: list[str] = []
+    while products != before:
+        before = products
+
+        def look(*step: Any, products: Sequence[bool] = tuple(products)) -> list[Value]:
+            return _looked(evaluate, program, [*values[: parts.consts], *map(Shared, step)], products, used)
+
+        kinds = _kinds_of(look, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs[parts.consts :]])
+        carried = [kind == "map" for kind in kinds[: parts.carry]]
+        both = [a or b for a, b in zip(products[parts.consts : end], carried, strict=True)]
+        products = [*products[: parts.consts], *both, *products[end:]]
+    # A carry that starts as a product is one at the end, if there is no step.
+    kinds = ["map" if k < parts.carry and products[parts.consts + k] else kind for k, kind in enumerate(kinds)]
+    return None if "other" in kinds else _results(eqn, values, products, kinds)
+
+
+def cond(evaluate: Evaluate, eqn: _jax.Equation, values: Sequence[Value], used: Sequence[bool]) -> list[Value] | None:
+    """The branch as one map, where all examples take the same; None if it is none that all examples share."""
+    products = _products(values)
+    if products is None or products[0]:
+        return None
+    kinds = ["zero"] * len(eqn.outvars)
+    for program in _jax.branches(eqn):
+
+        def look(program: _jax.Program = program) -> list[Value]:
+            return _looked(evaluate, program, values[1:], products[1:], used)
+
+        kinds = [max(a, b, key=_KINDS.index) for a, b in zip(kinds, _kinds_of(look), strict=True)]
+    return None if "other" in kinds else _results(eqn, values, products, kinds)
+
+
+_KINDS = ("zero", "shared", "map", "other")
+
+
+def _products(values: Sequence[Value]) -> list[bool] | None:
+    """Which operands are products; None if none is, or another one differs between examples."""
+    products = [isinstance(v, Undone) and not is_zero(v) for v in values]
+    others = [v for v, product in zip(values, products, strict=True) if not product]
+    floating = all(jnp.issubdtype(v.dtype, jnp.inexact) for v in values if isinstance(v, Undone))
+    return products if any(products) and floating and all(is_shared(v) or is_zero(v) for v in others) else None
+
+
+def _looked(
+    evaluate: Evaluate,
+    program: _jax.Program,
+    values: Sequence[Value],
+    products: Sequence[bool],
+    used: Sequence[bool],
+) -> list[Value]:
+    """The program's results for maps that hold nothing in the place of the products."""
+    inside = list(values)
+    for k, (v, product) in enumerate(zip(program.jaxpr.invars, products, strict=True)):
+        if product:
+            empty = Undone((), tuple(v.aval.shape), v.aval.dtype)
+            inside[k] = dataclasses.replace(empty, maps=(through.input_of(empty),))
+    return evaluate(program, inside, list(used), used)
+
+
+def _kinds_of(look: Callable[..., list[Value]], operands: Sequence[jax.ShapeDtypeStruct] = ()) -> list[str]:
+    """What each result is: a map of products, the same for all examples, zero or unused, or something else."""
+    kinds: list[str] = []
+
+    def kind(value: Value) -> str:
+        if value is None or is_zero(value):
+            return "zero"
+        if isinstance(value, Undone):
+            empty = all(isinstance(x, Undone) and not x.terms for x in value.inputs)
+            return "map" if not value.terms and empty else "other"
+        return "shared" if is_shared(value) else "other"
+
+    def run(*operands: Any) -> None:
+        kinds.extend(map(kind, look(*operands)))
+
+    jax.eval_shape(run, *operands)
+    return kinds
+
+
+def _results(
+    eqn: _jax.Equation, values: Sequence[Value], products: Sequence[bool], kinds: Sequence[str]
+) -> list[Value]:
+    sides: list[Any] = []
+    for v, product in zip(values, products, strict=True):
+        if isinstance(v, Undone) and not is_zero(v):
+            sides.append(through.node_of(v))
+        elif product and not is_zero(v):  # what is carried is a product after the first step
+            array = jnp.asarray(array_of(v))
+            sides.append(through.node_of(times_shared(jnp.ones((), array.dtype), array)))
+        else:
+            sides.append(jnp.asarray(array_of(v)))
+    results: list[Value] = list(through.results_of(eqn, sides))
+    fixed: list[Any] = [None] * len(results)
+    if "shared" in kinds:  # these depend on no product: any numbers will do in their places
+        operands = zip(eqn.invars, values, products, strict=True)
+        fixed = _jax.bind(eqn, [jnp.zeros(v.aval.shape, v.aval.dtype) if p else array_of(x) for v, x, p in operands])
+    for k, (kind, v) in enumerate(zip(kinds, eqn.outvars, strict=True)):
+        if kind == "shared":
+            results[k] = Shared(fixed[k])
+        elif kind == "zero":
+            results[k] = zero(v.aval.shape, v.aval.dtype) if jnp.issubdtype(v.aval.dtype, jnp.number) else None
+    return results
