@@ -49,9 +49,14 @@ def program_of(closed: Any) -> Program:
     return Program(getattr(closed, "jaxpr", closed), tuple(getattr(closed, "consts", ())))
 
 
-def kind(eqn: Equation) -> Primitive:
-    """The equation's primitive; `reshard`, which has no public name, counts as a sharding constraint if it stays on one
-    mesh, with the same kinds of axes."""
+_WITHOUT_PUBLIC_NAMES = ("shard_map", "psum_invariant", "pvary")
+
+
+def kind(eqn: Equation) -> Primitive | str:
+    """The equation's primitive, or what it is called where JAX has no public name for it. `reshard` counts as a
+    sharding constraint if it stays on one mesh, with the same kinds of axes."""
+    if eqn.primitive.name in _WITHOUT_PUBLIC_NAMES:
+        return eqn.primitive.name
     if eqn.primitive.name != "reshard":
         return eqn.primitive
     before, after = (v.aval.sharding.mesh for v in (eqn.invars[0], eqn.outvars[0]))
@@ -59,7 +64,7 @@ def kind(eqn: Equation) -> Primitive:
 
 
 def body(eqn: Equation) -> Program:
-    """The program of a jit, remat or scan equation."""
+    """The program of a jit, remat, scan or shard_map equation."""
     return program_of(eqn.params["jaxpr"])
 
 
@@ -86,6 +91,24 @@ def scan_parts(eqn: Equation) -> ScanParts:
     carry = len(eqn.outvars) - ys
     p = eqn.params
     return ScanParts(len(eqn.invars) - xs - carry, carry, p["length"], p["reverse"], p["unroll"])
+
+
+class ShardMapParts(NamedTuple):
+    """How a shard_map divides its operands and results."""
+
+    mesh: Any
+    in_specs: tuple[PartitionSpec, ...]
+    out_specs: tuple[PartitionSpec, ...]
+    axis_names: frozenset[str]
+
+
+def shard_map_parts(eqn: Equation) -> ShardMapParts | None:
+    """None where JAX does not keep account of the mesh axes along which an array differs."""
+    p = eqn.params
+    if not p["check_vma"]:
+        return None
+    names = p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]  # the latter up to JAX 0.10.1
+    return ShardMapParts(p["mesh"], tuple(p["in_specs"]), tuple(p["out_specs"]), frozenset(names))
 
 
 def padding(eqn: Equation) -> list[tuple[int, int, int]]:

@@ -23,3 +23,16 @@ def added(terms: Sequence[Array]) -> Array:
     for term in terms[1:]:
         total = total + term.astype(dtype)
     return total
+
+
+def index_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """An integer dtype that holds every index into an axis, whichever of these dtypes it comes in."""
+    return jnp.dtype(jnp.int64 if any(jnp.dtype(dtype).itemsize > 4 for dtype in dtypes) else jnp.int32)
+
+
+def joined(arrays: Sequence[Array], axis: int = 0) -> Array:
+    """Concatenated, in their own dtype if they share one; otherwise in one that holds them, float32 at least."""
+    dtype, *others = {a.dtype for a in arrays}
+    if others:
+        dtype = (working_dtype if jnp.issubdtype(dtype, jnp.inexact) else index_dtype)(dtype, *others)
+    return jnp.concatenate([a.astype(dtype) for a in arrays], axis)

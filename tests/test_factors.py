@@ -43,8 +43,9 @@ def factor(kind, seed, B, T, shape, dtype=np.float64):
         case "rows" | "rows transposed" | "rows repeated":
             N, E, axes = (K, F, (1, 0)) if kind == "rows transposed" else (F, K, (0, 1))
             S = 1 if kind == "rows repeated" else T
-            # repeated ids, and padding ids on both sides of the table
+            # repeated ids, and padding ids on both sides of the table; in any dtype that an index may have
             ids = jnp.asarray(np.random.default_rng(seed).integers(-2, N + 2, size=(B, T)))
+            ids = ids.astype([jnp.int64, jnp.int32, jnp.int16, jnp.int8][seed % 4])
             return Rows(ids, normal(seed, B, S, E, dtype=dtype), Layout(shape, jnp.dtype(dtype), axes, (1, N, E)))
         case "dense":
             return Dense.of(normal(seed, B, F, K, dtype=dtype), dtype)

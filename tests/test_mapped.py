@@ -204,3 +204,18 @@ def test_a_map_in_every_step_of_a_loop_has_the_digits_of_its_dtype_at_real_sizes
     lengths = np.linalg.norm(exact.reshape(64, -1), axis=1)
     np.testing.assert_allclose(norms, lengths, rtol=64 * rounding)
     np.testing.assert_allclose(total, exact.sum(0), atol=64 * rounding * np.abs(exact).sum(0).max())
+
+
+@pytest.mark.parametrize("loss", [weight_decay, masked, standardised])
+def test_batches_behind_a_map_are_concatenated_where_they_share_it(loss):
+    params, X = {"W": jnp.asarray(normal(1, 30, 20))}, jnp.asarray(normal(2, 7, 20))
+    g = jg.per_example_grad(loss)
+    with jax.numpy_rank_promotion("allow"):
+        both = jg.PerExampleGrads.concatenate([g(params, X[:3]), g(params, X[3:])])
+        np.testing.assert_allclose(both.materialize()["W"], g(params, X).materialize()["W"], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(both.norms(), g(params, X).norms(), rtol=1e-5)
+        other = g({"W": params["W"] + 0.5}, X)
+    with pytest.raises(ValueError, match="concatenate: a weight that passes a map, or a penalty"):
+        jg.PerExampleGrads.concatenate([both, other]) if loss is not masked else jax.jit(
+            lambda a, b: jg.PerExampleGrads.concatenate([a, b])
+        )(both, other)

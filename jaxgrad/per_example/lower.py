@@ -32,7 +32,7 @@ from jaxgrad.per_example.interpreter.values import (
     spread,
     times_shared,
 )
-from jaxgrad.precision import added, working_dtype
+from jaxgrad.precision import added, joined
 
 MERGED = 3  # more products of one layout than this become one, its positions one after another
 
@@ -248,16 +248,6 @@ def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
             merged += same
         else:  # positions are the second axis of Outer's arrays, the first of Rows'
             held = [jax.tree.leaves(f) for f in same]
-            joined = [_joined(parts, 1 if kind is Outer else 0) for parts in zip(*held, strict=True)]
+            joined = [joined(parts, 1 if kind is Outer else 0) for parts in zip(*held, strict=True)]
             merged.append(kind(*joined, layout))
     return grouped(merged)
-
-
-def _joined(arrays: Sequence[Array], axis: int) -> Array:
-    """In their own dtype if they share one; otherwise floats in float32 at least, indices in the widest of theirs."""
-    dtypes = {a.dtype for a in arrays}
-    dtype = dtypes.pop()
-    if dtypes:
-        floating = jnp.issubdtype(dtype, jnp.floating)
-        dtype = working_dtype(dtype, *dtypes) if floating else max(dtype, *dtypes, key=lambda d: d.itemsize)
-    return jnp.concatenate([a.astype(dtype) for a in arrays], axis)

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 from jaxgrad.per_example.algebra import factors, moments, norms, pairs
 from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Rows, Windows
 from jaxgrad.per_example.algebra.layout import Layout
-from jaxgrad.per_example.algebra.mapped import of_examples
-from jaxgrad.precision import added, working_dtype
+from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same, of_examples
+from jaxgrad.precision import added, joined, working_dtype
 from jaxgrad.sharding import kept
 
 
@@ -110,8 +110,16 @@ def concatenated(parts: Sequence[Leaf]) -> Leaf:
 
 def _concatenated(same: tuple[Factor, ...]) -> Factor:
     """The position axis T is padded with zeros where it differs."""
+    if isinstance(same[0], Common):
+        _check_shared([f.array for f in same])
+        return dataclasses.replace(same[0], number=joined([f.number for f in same]))
+    if isinstance(same[0], Mapped):
+        _check_shared([f.shared for f in same])
+        inputs = zip(*(f.inputs for f in same), strict=True)
+        parts = tuple(tuple(map(_concatenated, zip(*each, strict=True))) for each in inputs)
+        return dataclasses.replace(same[0], inputs=parts)
     if isinstance(same[0], Dense | Windows):
-        return jax.tree.map(lambda *a: jnp.concatenate(a), *same)
+        return jax.tree.map(lambda *a: joined(a), *same)
     same = tuple(_alike(f) for f in same)
     axis = {Outer: 2, Rows: 1}[type(same[0])]
     T = max(factors.arrays(f)[0].shape[axis] for f in same)
@@ -119,7 +127,20 @@ def _concatenated(same: tuple[Factor, ...]) -> Factor:
     def padded(a: Array) -> Array:
         return jnp.pad(a, [(0, T - a.shape[axis] if k == axis else 0) for k in range(a.ndim)])
 
-    return jax.tree.map(lambda *a: jnp.concatenate([padded(x) for x in a]), *same)
+    return jax.tree.map(lambda *a: joined([padded(x) for x in a]), *same)
+
+
+def _check_shared(parts: Sequence[Same]) -> None:
+    first, *others = [jax.tree.leaves(part.value) for part in parts]
+    for arrays in others:
+        for a, b in zip(first, arrays, strict=True):
+            traced = isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer)
+            if a is not b and (traced or not jnp.array_equal(a, b, equal_nan=True)):
+                raise ValueError(
+                    "PerExampleGrads.concatenate: a weight that passes a map, or a penalty, has gradients that depend "
+                    "on the parameters too, and these are not known to be the same in all parts. Compute the "
+                    "gradients in one batch, or concatenate what materialize() returns"
+                )
 
 
 def _alike(f: Factor) -> Factor:

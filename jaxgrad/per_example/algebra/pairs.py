@@ -210,13 +210,15 @@ def _outer_outer(f: Outer, f_: Outer) -> Array:
 
 def _rows_rows(f: Rows, f_: Rows) -> Array:
     def repeated(f: Rows, f_: Rows) -> Array:
-        same = (f.ids[:, :, None] == f_.ids[:, None, :]) & f.inside[:, :, None]
+        ids, ids_ = rows.of_one_dtype(f.ids, f_.ids)
+        same = (ids[:, :, None] == ids_[:, None, :]) & f.inside[:, :, None]
         count = same.sum((1, 2))
         products = row_sums(f.values * f_.values)
         return jnp.where(count > 0, count.astype(products.dtype) * products, jnp.zeros_like(products))
 
     def positions(f: Rows, f_: Rows) -> Array:
         (ids, values), (ids_, values_) = f.valid(), f_.valid()
+        ids, ids_ = rows.of_one_dtype(ids, ids_)
         same = ids[:, :, None] == ids_[:, None, :]
         products = jnp.einsum("btk,bsk->bts", values, values_)
         return row_sums(jnp.where(same, products, jnp.zeros_like(products)))

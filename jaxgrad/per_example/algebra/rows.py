@@ -9,6 +9,7 @@ from jaxgrad.per_example.algebra.chunks import chunk_size, expected, map_example
 from jaxgrad.per_example.algebra.factors import Rows
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.scales import row_sums
+from jaxgrad.precision import index_dtype, joined
 from jaxgrad.sharding import replicated
 
 PAIRS = 64 * 64  # up to so many pairs of positions comparing each is as fast as sorting
@@ -23,7 +24,7 @@ def inner(f: Rows, f_: Rows) -> Float[Array, " B"]:
     if f.ids is f_.ids:
         place = place_ = _places(f.ids)
     else:
-        place, place_ = jnp.split(_places(jnp.concatenate(_of_one_dtype(f.ids, f_.ids), 1)), [f.ids.shape[1]], axis=1)
+        place, place_ = jnp.split(_places(joined([f.ids, f_.ids], 1)), [f.ids.shape[1]], axis=1)
     count = f.ids.shape[1] if f.ids is f_.ids else f.ids.shape[1] + f_.ids.shape[1]
     return row_sums(_summed(f, place, count) * _summed(f_, place_, count))
 
@@ -60,7 +61,7 @@ def _compact(f: Rows, f_: Rows) -> tuple[Rows, Rows]:
     """Both with as many rows as there are positions in place of the table's: an id is its rank among all of them."""
     sizes = [o.ids.shape for o in (f, f_)]
     ids = [jnp.where(o.inside, o.ids, -jnp.ones_like(o.ids)).ravel() for o in (f, f_)]
-    ranks = _places(jnp.concatenate(_of_one_dtype(*ids))[None])[0]
+    ranks = _places(joined(ids)[None])[0]
     parts = jnp.split(ranks, [ids[0].size])
     matrix = (1, ranks.size, f.layout.matrix[2])
     layout = Layout(matrix, f.layout.dtype, (0, 1, 2), matrix)
@@ -91,6 +92,7 @@ def _summed(f: Rows, place: Integer[Array, "B T"], count: int) -> Float[Array, "
     return jax.vmap(lambda place, values: zeros.at[place].add(values))(place, values)
 
 
-def _of_one_dtype(*ids: Array) -> list[Array]:
-    widest = max((a.dtype for a in ids), key=lambda dtype: dtype.itemsize)
-    return [a.astype(widest) for a in ids]
+def of_one_dtype(*ids: Array) -> list[Array]:
+    """Ids in one dtype, so that they can be compared."""
+    dtype = index_dtype(*(a.dtype for a in ids))
+    return [a.astype(dtype) for a in ids]

@@ -50,7 +50,10 @@ class Reason(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("left", "right"),
-    meta_fields=("left_labels", "right_labels", "dims", "box", "row", "windows", "precision", "stepped", "reason"),
+    meta_fields=(
+        *("left_labels", "right_labels", "dims", "box", "row"),
+        *("windows", "precision", "stepped", "reason", "over"),
+    ),
 )
 @dataclass(frozen=True)
 class Term:
@@ -68,6 +71,7 @@ class Term:
         precision: of the product, as in `jax.lax.dot_general`.
         stepped: whether a loop gave the operands, step by step.
         reason: why this term was carried out after all; None if it is a product.
+        over: mesh axes over which the devices' products are added up, inside shard_map.
     """
 
     left: Any
@@ -81,6 +85,7 @@ class Term:
     precision: Any = None
     stepped: bool = False
     reason: Reason | None = None
+    over: tuple[str, ...] = ()
 
     def size_of(self, label: int) -> int:
         """Size of the axis with this label."""
@@ -223,6 +228,8 @@ def form(term: Term, dtype: jax.typing.DTypeLike) -> Array:
 
 
 def _placed(value: Array, term: Term) -> Array:
+    if term.over:
+        value = lax.psum(value, term.over)
     if term.box is None:
         return value
     edges = [

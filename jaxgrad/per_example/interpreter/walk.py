@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.interpreter import as_map, control, through, undone
+from jaxgrad.per_example.interpreter import as_map, control, shards, through, undone
 from jaxgrad.per_example.interpreter.rules import record_of, undone_product
 from jaxgrad.per_example.interpreter.values import (
     FORMED,
@@ -81,7 +81,7 @@ def tail(jaxpr: _jax.Jaxpr, wanted: Sequence[bool], used: Sequence[bool]) -> Tai
             if is_cond:
                 use(eqn.invars[0], False)
             continue
-        if any(outs) and eqn.primitive is _jax.scan_p:
+        if any(outs) and _jax.kind(eqn) in (_jax.scan_p, "shard_map"):
             inner = tail(_jax.body(eqn).jaxpr, outs, [True] * len(outs))
             for v, w in zip(eqn.invars, _jax.body(eqn).jaxpr.invars, strict=True):
                 use(v, w in inner.variables)
@@ -134,6 +134,10 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
                 return _kept(whole, Written(eqn, values))
             results = (control.scan if is_scan else control.cond)(evaluate, eqn, values, wanted, used)
             return _told_shared(eqn, values, results)
+        if _jax.kind(eqn) == "shard_map":
+            whole = shards.shard_map(evaluate, eqn, values, wanted, used)
+            if whole is not None:
+                return _kept(whole, Written(eqn, values))
     if not eqn.outvars:  # it has an effect, and no result
         _jax.bind(eqn, [array_of(value) for value in values])
         return []

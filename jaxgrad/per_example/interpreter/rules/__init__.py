@@ -6,22 +6,24 @@
     contraction   dot_general, solves
     indexing      scatter-add, dynamic slices, gather
     convolution   conv_general_dilated
+    devices       sums over mesh axes inside shard_map
 
 To add a primitive, write its record in its family. `tests/test_through.py` finds out whether it is right: what a rule
 returns, written out, is what the equation gives for the product written out.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
 from jaxgrad import _jax
-from jaxgrad.per_example.interpreter.rules import arithmetic, contraction, convolution, indexing, shape
+from jaxgrad.per_example.interpreter.rules import arithmetic, contraction, convolution, devices, indexing, shape
 from jaxgrad.per_example.interpreter.rules.record import Record
 from jaxgrad.per_example.interpreter.values import FORMED, Plain, Undone, Value, array_of, nonempty
 
-_FAMILIES = (shape, arithmetic, contraction, indexing, convolution)
-RECORDS: dict[_jax.Primitive, Record] = {p: record for family in _FAMILIES for p, record in family.RECORDS.items()}
+_FAMILIES = (shape, arithmetic, contraction, indexing, convolution, devices)
+RECORDS: dict[Any, Record] = {p: record for family in _FAMILIES for p, record in family.RECORDS.items()}
 UNKNOWN = Record(operands=lambda eqn: (), keeps_zero=False)
 
 

@@ -1,0 +1,22 @@
+"""What is done along mesh axes inside shard_map."""
+
+from jaxgrad import _jax
+from jaxgrad.per_example.interpreter import undone
+from jaxgrad.per_example.interpreter.rules.record import Record, on_first
+from jaxgrad.per_example.interpreter.undone import Term
+
+
+def _summed(eqn: _jax.Equation, term: Term) -> Term:
+    """The devices' products are added up where the product is formed, or by one axis of positions outside shard_map."""
+    return undone.replace(term, over=(*term.over, *eqn.params["axes"]))
+
+
+def _varying(eqn: _jax.Equation, term: Term) -> Term | None:
+    """A sum over devices is the same on all of them, its parts are not: what differs next is not done to these."""
+    return None if set(term.over) & set(eqn.params["axes"]) else term
+
+
+RECORDS = {
+    "psum_invariant": Record(on_first(_summed, True)),
+    "pvary": Record(on_first(_varying, True)),
+}
