@@ -42,6 +42,18 @@ def divisible(a: Array, n: int) -> Array:
     return a if n % parts == 0 else gathered(a)
 
 
+def is_divided(a: Array) -> bool:
+    """Whether an explicit mesh spreads an axis other than the examples' over devices: such axes cannot be merged."""
+    return replicated(a) is not None and any(_spec(a)[1:])
+
+
+def whole(a: Array) -> Array:
+    """Each example's array on one device, so that its axes can be merged."""
+    if not is_divided(a):
+        return a
+    return jax.sharding.reshard(a, NamedSharding(jax.typeof(a).sharding.mesh, PartitionSpec(_spec(a)[0])))
+
+
 def _spec(a: Array) -> list[Any]:
     """The mesh axes that each axis is spread over, None where it is not."""
     return [*jax.typeof(a).sharding.spec, *[None] * a.ndim][: a.ndim]

@@ -39,7 +39,7 @@ from jaxgrad.per_example.algebra.factors import (
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, of_examples
 from jaxgrad.per_example.algebra.scales import row_sums
-from jaxgrad.sharding import every_example
+from jaxgrad.sharding import every_example, whole
 
 
 def inner(f: Factor, f_: Factor) -> Float[Array, " B"]:
@@ -102,7 +102,7 @@ def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
             each = f.ids.shape[1] * f_.left.shape[2]
             return _by_blocks(_rows_outer, f, turned, 2 * each * acc.itemsize)
         case Dense(), Dense():
-            first, second = (o.value.reshape(_count(o), o.layout.size) for o in (f, f_))
+            first, second = (whole(o.value).reshape(_count(o), o.layout.size) for o in (f, f_))
             return jnp.matmul(first, second.T)  # they are there already
     return _written_out_blocks(f, f_)
 

@@ -1,5 +1,6 @@
 """A shard_map in a gradient's program: its products leave it as products, each side where its devices have it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,12 @@ class Leaving(NamedTuple):
         )
         return left, right
 
+    def held(self, term: Term, mesh: Any) -> int:
+        """How many numbers the two sides are on all devices."""
+        pairs = ((term.left, term.left_labels), (term.right, term.right_labels))
+        names = [[n for label in (*self.added, *labels) for n in self.names.get(label, ())] for _, labels in pairs]
+        return sum(a.size * math.prod(mesh.shape[n] for n in of) for (a, _), of in zip(pairs, names, strict=True))
+
     def sides(self, term: Term) -> tuple[Array, Array]:
         """As they leave."""
         ones = [1] * len(self.added)
@@ -70,7 +77,7 @@ class Leaving(NamedTuple):
 
 def leaving(term: Term, spec: PartitionSpec) -> Leaving | None:
     """How a term leaves whose result is divided so; None where no product says that."""
-    if term.windows or term.carried:
+    if term.windows:
         return None
     differs = [_jax.varying(term.left), _jax.varying(term.right)]
     sides = [term.left_labels, term.right_labels]
@@ -139,10 +146,13 @@ def shard_map(
     def look(*arrays: Any) -> tuple[()]:
         found.extend(inside(*arrays))
         for k, value in enumerate(found):
-            plan: list[Leaving | None] = [None]
+            plans.append(None)
             if wanted[k] and isinstance(value, Undone) and not value.maps:
-                plan = [leaving(term, parts.out_specs[k]) for term in value.terms]
-            plans.append(None if None in plan else plan)  # type: ignore[arg-type]
+                terms = [leaving(term, parts.out_specs[k]) for term in value.terms]
+                plan = [term for term in terms if term is not None]
+                held = sum(p.held(term, parts.mesh) for p, term in zip(plan, value.terms, strict=False))
+                if len(plan) == len(terms) and held < max(eqn.outvars[k].aval.size, 1):
+                    plans[k] = plan
         return ()
 
     arrays = [jnp.asarray(array_of(values[k])) for k in given]

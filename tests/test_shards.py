@@ -1,0 +1,112 @@
+"""Losses with a shard_map inside: their products leave it as products, and numbers are those of vmap(jax.grad)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+import jaxgrad as jg
+
+EVERYWHERE, ROWS, COLUMNS = PartitionSpec(), PartitionSpec("data", None), PartitionSpec(None, "model")
+B, T, OUT, IN = 3, 8, 64, 48
+
+
+@pytest.fixture(scope="module", params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request):
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(request.param,) * 2)
+
+
+def mapped(f, in_specs, out_specs, **options):
+    """A layer on the mesh, and a loss of it."""
+
+    def loss(*operands):
+        if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+            operands = [jax.sharding.reshard(a, spec) for a, spec in zip(operands, in_specs, strict=True)]
+        y = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, **options)(*operands)
+        return jnp.tanh(y).sum()
+
+    return loss
+
+
+def summed_before_it_is_divided(V, x):
+    """The gradient of what psum gives is a sum over devices, and each of them goes on with its own mask."""
+    return x @ lax.psum(V[0] * (1.0 + lax.axis_index("data").astype(V.dtype)), "data").T
+
+
+LOSSES = {
+    "positions divided": mapped(lambda W, x: x @ W.T, (EVERYWHERE, ROWS), ROWS),
+    "rows of the weight divided": mapped(lambda W, x: x @ W.T, (PartitionSpec("model"), EVERYWHERE), COLUMNS),
+    "rows and positions divided": mapped(
+        lambda W, x: x @ W.T, (PartitionSpec("model", None), ROWS), PartitionSpec("data", "model")
+    ),
+    "columns of the weight divided": mapped(
+        lambda W, x: lax.psum(x @ W.T, "model"), (COLUMNS, PartitionSpec("data", "model")), ROWS
+    ),
+    "normalised before": mapped(
+        lambda W, x: x @ (W / jnp.linalg.norm(W, axis=1, keepdims=True)).T,
+        (PartitionSpec("model"), EVERYWHERE),
+        COLUMNS,
+    ),
+    "a bias beside": lambda W, x: mapped(
+        lambda W, x: x @ W[:, :-1].T + W[None, :, -1], (PartitionSpec("model"), EVERYWHERE), COLUMNS
+    )(W, x[:, :-1]),
+    "in a loop": mapped(
+        lambda W, x: lax.scan(lambda h, _: (jnp.tanh(h @ W.T @ W), None), x, None, length=2)[0],
+        (EVERYWHERE, ROWS),
+        ROWS,
+    ),
+    "looked up": mapped(
+        lambda W, x: W[(x[:, 0] * 5).astype(int) % OUT],
+        (COLUMNS, PartitionSpec("data")),
+        PartitionSpec("data", "model"),
+    ),
+    "what differs is not checked": mapped(
+        lambda W, x: x @ W.T, (PartitionSpec("model"), EVERYWHERE), COLUMNS, check_vma=False
+    ),
+    "jitted": jax.jit(mapped(lambda W, x: x @ W.T, (EVERYWHERE, ROWS), ROWS)),
+}
+KEPT = ["positions divided", "rows of the weight divided", "rows and positions divided"]
+KEPT += ["columns of the weight divided", "a bias beside", "jitted"]
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_those_of_vmap(name, jit, mesh):
+    loss, rng = LOSSES[name], np.random.default_rng(0)
+    W, X = jnp.asarray(rng.normal(size=(OUT, IN)) / 7), jnp.asarray(rng.normal(size=(B, T, IN)))
+
+    def ours(W, X):
+        g = jg.per_example_grad(loss)(W, X)
+        return g.materialize(), g.norms(), g.weighted_sum(jnp.arange(1.0, 1 + B)), g.gram()
+
+    with jax.set_mesh(mesh):
+        G = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(W, X))
+        rows, norms, total, gram = jit(ours)(W, X)
+    np.testing.assert_allclose(rows, G, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(norms, np.linalg.norm(G.reshape(B, -1), axis=1), rtol=1e-12)
+    np.testing.assert_allclose(total, np.einsum("b,bij->ij", np.arange(1.0, 1 + B), G), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gram, np.einsum("aij,bij->ab", G, G), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_products_are_kept(name, mesh):
+    with jax.set_mesh(mesh):
+        told = jg.explain(LOSSES[name])(jnp.ones((OUT, IN)), jnp.ones((B, T, IN))).rows[0]
+    assert told.how == "factored", told
+
+
+def test_factors_stay_where_their_devices_have_them(mesh):
+    with jax.set_mesh(mesh):
+        g = jax.jit(jg.per_example_grad(LOSSES["positions divided"]))(jnp.ones((OUT, IN)), jnp.ones((B, T, IN)))
+    assert [a.sharding.spec[2] for a in jax.tree.leaves(g.factors)] == ["data", "data"]
+
+
+def test_a_sum_over_devices_that_each_goes_on_with_is_formed(mesh):
+    loss = mapped(summed_before_it_is_divided, (PartitionSpec("data"), ROWS), ROWS)
+    rng = np.random.default_rng(1)
+    V, X = jnp.asarray(rng.normal(size=(2, OUT, IN)) / 7), jnp.asarray(rng.normal(size=(B, T, IN)))
+    with jax.set_mesh(mesh):
+        G = jax.vmap(jax.grad(loss), (None, 0))(V, X)
+        np.testing.assert_allclose(jg.per_example_grad(loss)(V, X).materialize(), G, rtol=1e-12, atol=1e-12)
