@@ -61,7 +61,7 @@ where: jnp.where({const(*s)} > 0, {w}, 0.0) ! | jnp.where({const(*s)} > 0, 0.3, 
 matrix/2: {w} @ {like((s[1], m))} / {s[1]} ** 0.5 | {w}.T @ {w} / {s[0]} ** 0.5 |
     {const(m, s[0])} @ {w} / {s[0]} ** 0.5 | {const(s[0], s[0])} @ {w} @ {given((s[1], m))} / {n} ** 0.5 |
     {w} + {like((s[0], 1))} @ {like((1, s[1]))} |
-    (lambda q: (q + q.T) / 2)(jnp.pad({w}, {[(0, max(s) - s[0]), (0, max(s) - s[1])]})) |
+    (lambda q: (q + q.T) / 2)({square}) |
     jnp.einsum('ij,kj->kij', {w}, {like((2, s[1]))}) ! | jnp.kron({const(1, 2)}, {w}) | jnp.kron({w}, {like((2, 1))}) |
     jnp.tril({w}) + jnp.triu({like(s)}, 1) ! | jnp.tril({w}) !
 add: {w} + {like(s)} | {w} - 0.5 * {given(s)} | {w} - 0.5 * lax.stop_gradient({like(s)}) |
@@ -80,7 +80,11 @@ maps: {w} * ({like(along)} / jnp.sqrt(({w} ** 2).sum({axis}, keepdims=True) + 0.
     ({w} - {w}.mean()) / ({w}.std() + 0.5) | {w} * jax.nn.sigmoid({like(s)}) | jnp.where({w} > 0, {w}, 0.1 * {w}) |
     {w} + lax.stop_gradient(jnp.round({w} * 4) / 4 - {w}) | jnp.fft.fft({w}, axis={axis}).imag / {s[axis]} ** 0.5 |
     lax.cumsum({w}, {axis}, reverse=True) / {s[axis]} ** 0.5 | jnp.linalg.norm({w}) * {const(*s)} / {n} ** 0.5 |
-    lax.fori_loop(0, 2, lambda i, w: jnp.tanh(w), {w}) | lax.cond({const()} > 0, jnp.tanh, jnp.sin, {w})
+    lax.fori_loop(0, 2, lambda i, w: jnp.tanh(w), {w}) | lax.cond({const()} > 0, jnp.tanh, jnp.sin, {w}) |
+    lax.scan(lambda c, _: ((1.1 * jnp.sin(c[0]), c[1] + 1), c[0].sum()), ({w}, 0), None, length=2)[0][0] |
+    lax.switch(({const()} > 0).astype(int), [lambda w: lax.fori_loop(0, 2, lambda i, w: w * jnp.sin(w), w), jnp.tanh], {w})
+powers/2: (lambda q: jax.scipy.linalg.expm((q - q.T) / {n} ** 0.5))({square}) |
+    (lambda q: lax.scan(lambda u, _: (jnp.tanh(u @ q) / {max(s)} ** 0.5, None), q, None, length=3)[0])({square})
 identity: jax.device_put({w}, jax.devices()[0]) | lax.optimization_barrier(({w}, {like(s)}))[0] |
     lax.reduce_precision({w}, 11, 52) | identity({w})
 full: {w} + jnp.full({s}, 0.5) | {w} * jnp.full({s}, 2) | jnp.where(jnp.full({s}, True), {w}, 1.0) |
@@ -104,7 +108,7 @@ einsum: jnp.einsum({einsum(w, s)})
 bilinear/2: {given(s[:1])} @ {w} @ {given(s[1:])} / {n} ** 0.5 | {like(s[:1])} @ {w} @ {given(s[1:])} / {n} ** 0.5 |
     {given((m, s[0]))} @ {w} @ {given((s[1], m))} / {n} ** 0.5
 outer/1: {given((T, 1))} * {w}[None] | jnp.outer({w}, {given((T,))})
-lookup: {w}[{ids(T)}] | {w}.at[{ids(T)}].get(mode='fill', fill_value=0.0) |
+lookup: {w}[{ids(T)}] | {w}[{ids(T)}.astype(jnp.int8)] | {w}[{ids(T)}.astype(jnp.int64)] | {w}.at[{ids(T)}].get(mode='fill', fill_value=0.0) |
     jnp.take({w}, {ids(T)}, {axis}, mode='clip') | jnp.tensordot(jax.nn.one_hot({ids(T)}, {s[0]}), {w}, 1) |
     jnp.zeros({(3, *s[1:])}).at[{ids(s[0])}].add({w}) ! |
     jnp.zeros({(3, *s[1:])}).at[{ids(T)} % 3].add({w}[{ids(T)}] * {given((T, *s[1:]))}) |
@@ -161,6 +165,8 @@ scan: scan(lambda h, x: 2 * ({f}({w}, h + x),), {h}, {xs}, {options}) |
     scan(lambda h, ux: ({f}(ux[0], h + ux[1]), h), {h}, (jnp.stack([{w}, {v}, -{w}]), {given((3, k))}), {options}) |
     scan(lambda h, i: ({f}(jnp.stack([{w}, {v}])[i], h), h), {h}, {ids(3)}, {options})
 layers: scan(lambda h, w: ({part}(w, h), h), {h}, jnp.moveaxis({w}, {axis}, 0), {options}) |
+    scan(lambda h, w: ({part}(jnp.tanh(w), h), h), {h}, jnp.moveaxis({w}, {axis}, 0), {options}) |
+    scan(lambda h, w: ({part}(w / jnp.sqrt((w ** 2).sum() + 0.1), h), h), {h}, jnp.moveaxis({w}, {axis}, 0), {options}) |
     lax.fori_loop(0, {s[axis]}, lambda i, h: {part}(lax.dynamic_index_in_dim({w}, i, {axis}, False), h), {h}) ! |
     jax.vmap({part}, ({axis}, None), {int(0, 2)})({w}, {x}) |
     jax.vmap({part}, ({axis}, 1), {int(0, 2)})({w}, {given((k, s[axis]))})
@@ -305,6 +311,7 @@ class Names(dict):
             "axis": lambda: b.int(0, len(s)),
             "along": lambda: tuple(n if i == self["axis"] else 1 for i, n in enumerate(s)),
             "v": lambda: b.like(s),
+            "square": lambda: f"jnp.pad({self['w']}, {[(0, max(s) - n) for n in s]})",
             "xs": lambda: b.given((self["T"], self["k"])),
             "t": lambda: b.inner(None, w=s),
             "closed": lambda: b.inner((self["k"],), closed=True, w=s, x=(self["k"],)),
@@ -367,7 +374,7 @@ class Builder:
 
     def line(self, kind, template, pool=None, like=None, **names):
         """A new value: the template filled in. like: its shape, where that is known."""
-        before, self.forward = self.forward, self.forward or kind == "derivative"
+        before, self.forward = self.forward, self.forward or kind in ("derivative", "custom")
         code = eval(f'f"""{template}"""', {}, Names(b=self, **names))
         self.forward = before
         name = f"{'w' if pool == 'weights' else 'v'}{next(self.numbers)}"

@@ -248,6 +248,6 @@ def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
             merged += same
         else:  # positions are the second axis of Outer's arrays, the first of Rows'
             held = [jax.tree.leaves(f) for f in same]
-            joined = [joined(parts, 1 if kind is Outer else 0) for parts in zip(*held, strict=True)]
-            merged.append(kind(*joined, layout))
+            sides = [joined(parts, 1 if kind is Outer else 0) for parts in zip(*held, strict=True)]
+            merged.append(kind(*sides, layout))
     return grouped(merged)
