@@ -82,9 +82,9 @@ maps: {w} * ({like(along)} / jnp.sqrt(({w} ** 2).sum({axis}, keepdims=True) + 0.
     lax.cumsum({w}, {axis}, reverse=True) / {s[axis]} ** 0.5 | jnp.linalg.norm({w}) * {const(*s)} / {n} ** 0.5 |
     lax.fori_loop(0, 2, lambda i, w: jnp.tanh(w), {w}) | lax.cond({const()} > 0, jnp.tanh, jnp.sin, {w}) |
     lax.scan(lambda c, _: ((1.1 * jnp.sin(c[0]), c[1] + 1), c[0].sum()), ({w}, 0), None, length=2)[0][0] |
-    lax.switch(({const()} > 0).astype(int), [lambda w: lax.fori_loop(0, 2, lambda i, w: w * jnp.sin(w), w), jnp.tanh], {w})
-powers/2: (lambda q: jax.scipy.linalg.expm((q - q.T) / {n} ** 0.5))({square}) |
-    (lambda q: lax.scan(lambda u, _: (jnp.tanh(u @ q) / {max(s)} ** 0.5, None), q, None, length=3)[0])({square})
+    lax.switch(({const()} > 0).astype(int), [lambda w: lax.fori_loop(0, 2, lambda i, w: w * jnp.sin(w), w), jnp.tanh],
+    {w})
+powers/2: (lambda q: lax.scan(lambda u, _: (jnp.tanh(u @ q) / {max(s)} ** 0.5, None), q, None, length=3)[0])({square})
 identity: jax.device_put({w}, jax.devices()[0]) | lax.optimization_barrier(({w}, {like(s)}))[0] |
     lax.reduce_precision({w}, 11, 52) | identity({w})
 full: {w} + jnp.full({s}, 0.5) | {w} * jnp.full({s}, 2) | jnp.where(jnp.full({s}, True), {w}, 1.0) |
@@ -108,7 +108,8 @@ einsum: jnp.einsum({einsum(w, s)})
 bilinear/2: {given(s[:1])} @ {w} @ {given(s[1:])} / {n} ** 0.5 | {like(s[:1])} @ {w} @ {given(s[1:])} / {n} ** 0.5 |
     {given((m, s[0]))} @ {w} @ {given((s[1], m))} / {n} ** 0.5
 outer/1: {given((T, 1))} * {w}[None] | jnp.outer({w}, {given((T,))})
-lookup: {w}[{ids(T)}] | {w}[{ids(T)}.astype(jnp.int8)] | {w}[{ids(T)}.astype(jnp.int64)] | {w}.at[{ids(T)}].get(mode='fill', fill_value=0.0) |
+lookup: {w}[{ids(T)}] | {w}[{ids(T)}.astype(jnp.int8)] | {w}[{ids(T)}.astype(jnp.int64)] |
+    {w}.at[{ids(T)}].get(mode='fill', fill_value=0.0) |
     jnp.take({w}, {ids(T)}, {axis}, mode='clip') | jnp.tensordot(jax.nn.one_hot({ids(T)}, {s[0]}), {w}, 1) |
     jnp.zeros({(3, *s[1:])}).at[{ids(s[0])}].add({w}) ! |
     jnp.zeros({(3, *s[1:])}).at[{ids(T)} % 3].add({w}[{ids(T)}] * {given((T, *s[1:]))}) |
@@ -166,7 +167,7 @@ scan: scan(lambda h, x: 2 * ({f}({w}, h + x),), {h}, {xs}, {options}) |
     scan(lambda h, i: ({f}(jnp.stack([{w}, {v}])[i], h), h), {h}, {ids(3)}, {options})
 layers: scan(lambda h, w: ({part}(w, h), h), {h}, jnp.moveaxis({w}, {axis}, 0), {options}) |
     scan(lambda h, w: ({part}(jnp.tanh(w), h), h), {h}, jnp.moveaxis({w}, {axis}, 0), {options}) |
-    scan(lambda h, w: ({part}(w / jnp.sqrt((w ** 2).sum() + 0.1), h), h), {h}, jnp.moveaxis({w}, {axis}, 0), {options}) |
+    scan(lambda h, w: ({part}(w / jnp.sqrt((w * w).sum() + 1), h), h), {h}, jnp.moveaxis({w}, {axis}, 0), {options}) |
     lax.fori_loop(0, {s[axis]}, lambda i, h: {part}(lax.dynamic_index_in_dim({w}, i, {axis}, False), h), {h}) ! |
     jax.vmap({part}, ({axis}, None), {int(0, 2)})({w}, {x}) |
     jax.vmap({part}, ({axis}, 1), {int(0, 2)})({w}, {given((k, s[axis]))})
