@@ -108,7 +108,7 @@ einsum: jnp.einsum({einsum(w, s)})
 bilinear/2: {given(s[:1])} @ {w} @ {given(s[1:])} / {n} ** 0.5 | {like(s[:1])} @ {w} @ {given(s[1:])} / {n} ** 0.5 |
     {given((m, s[0]))} @ {w} @ {given((s[1], m))} / {n} ** 0.5
 outer/1: {given((T, 1))} * {w}[None] | jnp.outer({w}, {given((T,))})
-lookup: {w}[{ids(T)}] | {w}[{ids(T)}.astype(jnp.int8)] | {w}[{ids(T)}.astype(jnp.int64)] |
+lookup: {w}[{ids(T)}] | {w}[{ids(T)}.astype(jnp.uint32)] | {w}[{ids(T)}.astype(jnp.int64)] |
     {w}.at[{ids(T)}].get(mode='fill', fill_value=0.0) |
     jnp.take({w}, {ids(T)}, {axis}, mode='clip') | jnp.tensordot(jax.nn.one_hot({ids(T)}, {s[0]}), {w}, 1) |
     jnp.zeros({(3, *s[1:])}).at[{ids(s[0])}].add({w}) ! |

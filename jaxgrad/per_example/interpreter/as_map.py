@@ -35,18 +35,23 @@ def scan(evaluate: Evaluate, eqn: _jax.Equation, values: Sequence[Value], used: 
     parts, program = _jax.scan_parts(eqn), _jax.body(eqn)
     inputs, end = program.jaxpr.invars, parts.consts + parts.carry
     used = [use or k < parts.carry for k, use in enumerate(used)]  # the next step uses what is carried
-    before: list[bool] = []
+    zeros = [is_zero(v) for v in values]
     kinds: list[str] = []
-    while products != before:
-        before = products
+    before: Any = None
+    while (products, zeros) != before:  # what is carried is an operand of the next step
+        before = products, zeros
 
-        def look(*step: Any, products: Sequence[bool] = tuple(products)) -> list[Value]:
-            return _looked(evaluate, program, [*values[: parts.consts], *map(Shared, step)], products, used)
+        def look(*step: Any, products: Sequence[bool] = products, zeros: Sequence[bool] = zeros) -> list[Value]:
+            inside = [*values[: parts.consts], *map(Shared, step)]
+            known = [
+                zero(v.aval.shape, v.aval.dtype) if z else a for v, z, a in zip(inputs, zeros, inside, strict=True)
+            ]
+            return _looked(evaluate, program, known, products, used)
 
         kinds = _kinds_of(look, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs[parts.consts :]])
-        carried = [kind == "map" for kind in kinds[: parts.carry]]
-        both = [a or b for a, b in zip(products[parts.consts : end], carried, strict=True)]
-        products = [*products[: parts.consts], *both, *products[end:]]
+        carried = range(parts.consts, end)
+        products = [p or (k in carried and kinds[k - parts.consts] == "map") for k, p in enumerate(products)]
+        zeros = [z and (k not in carried or kinds[k - parts.consts] == "zero") for k, z in enumerate(zeros)]
     # A carry that starts as a product is one at the end, if there is no step.
     kinds = ["map" if k < parts.carry and products[parts.consts + k] else kind for k, kind in enumerate(kinds)]
     return None if "other" in kinds else _results(eqn, values, products, kinds)

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,37 +41,69 @@ def scan(
     """A carry that is only added to is an accumulated gradient: its products are emitted at every step, and T grows
     by the scan's axis. A stacked result (weights scanned over) gains a group axis. Unless what is emitted would be more
     than the gradient."""
-    parts, program = _jax.scan_parts(eqn), _jax.body(eqn)
-    jaxpr, S = program.jaxpr, parts.length
-    consts, init, xs = (
-        [array_of(v) if isinstance(v, Undone) else v for v in values[: parts.consts]],
-        values[parts.consts : parts.consts + parts.carry],
-        [array_of(v) for v in values[parts.consts + parts.carry :]],
-    )
-    same = [is_shared(v) for v in values[parts.consts + parts.carry :]]
-    kept = [
-        want and (k >= parts.carry or _accumulates(jaxpr, jaxpr.invars[parts.consts + k], jaxpr.outvars[k]))
-        for k, want in enumerate(wanted)
-    ]
-    undone_inside = list(kept)  # what a step does not emit can be made of what it emits
-    differs = _varying(values)
-    # What is in the loop is used; a carry always is.
-    used = [use or k < parts.carry for k, use in enumerate(used)]
+    loop = _Loop(evaluate, eqn, values, wanted, used)
+    step = loop.step_that_keeps_products()
+    results = _jax.bind(eqn, [array_of(value) for value in values]) if step is None else loop.run(step)
+    return loop.explained(results)
 
-    def body(carry: Sequence[Any], xs: Sequence[Any], kept: Sequence[bool]) -> list[Value]:
+
+class _Loop:
+    """A scan equation while its products are carried out of it.
+
+    Attributes:
+        kept: the results whose products a step emits.
+        behind: of a result, the maps in what a step emits.
+        fixed: the arrays that these depend on, computed once; None for one that is another in every step.
+        reasons: why what a step gives of a result is no product, if it is none.
+    """
+
+    def __init__(
+        self, evaluate: Evaluate, eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]
+    ):
+        self.evaluate, self.eqn, self.wanted = evaluate, eqn, wanted
+        self.parts, self.program = _jax.scan_parts(eqn), _jax.body(eqn)
+        self.consts, self.carry, self.length = self.parts.consts, self.parts.carry, self.parts.length
+        end = self.consts + self.carry
+        self.outside = [array_of(v) if isinstance(v, Undone) else v for v in values[: self.consts]]
+        self.init, self.xs = values[self.consts : end], [array_of(v) for v in values[end:]]
+        self.same = [is_shared(v) for v in values[end:]]
+        self.differs = _varying(values)
+        self.used = [use or k < self.carry for k, use in enumerate(used)]  # the next step uses what is carried
+        self.kept = [want and (k >= self.carry or self._accumulates(k)) for k, want in enumerate(wanted)]
+        self.undone_inside = list(self.kept)  # what a step does not emit can be made of what it emits
+        self.behind: dict[int, tuple[Map, list[Any]]] = {}
+        self.fixed: dict[int, list[Any]] = {}
+        self.reasons: dict[int, undone.Reason] = {}
+
+    def _accumulates(self, k: int) -> bool:
+        jaxpr = self.program.jaxpr
+        return _accumulates(jaxpr, jaxpr.invars[self.consts + k], jaxpr.outvars[k])
+
+    def _carried(self, values: Sequence[Value]) -> list[Any]:
+        """What goes on to the next step: the carries that are not kept."""
+        arrays = [jnp.asarray(array_of(v)) for v, keep in zip(values, self.kept, strict=False) if not keep]
+        return [_jax.made_varying(a, self.differs) for a in arrays]
+
+    def step(self, carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
+        """(what is carried, (what is emitted of the kept carries, of the stacked results))."""
         others = iter(carry)
         full = [
-            zero(v.aval.shape, v.aval.dtype) if kept[k] else next(others)
-            for k, v in enumerate(jaxpr.invars[parts.consts : parts.consts + parts.carry])
+            zero(v.aval.shape, v.aval.dtype) if self.kept[k] else next(others)
+            for k, v in enumerate(self.program.jaxpr.invars[self.consts : self.consts + self.carry])
         ]
-        steps = [Shared(x) if shared else x for x, shared in zip(xs, same, strict=True)]
-        return evaluate(program, [*consts, *full, *steps], undone_inside, used)
+        slices = [Shared(x) if shared else x for x, shared in zip(xs, self.same, strict=True)]
+        results = self.evaluate(self.program, [*self.outside, *full, *slices], self.undone_inside, self.used)
+        emitted: list[Any] = []
+        for k, result in enumerate(results):
+            if self.kept[k]:
+                self.reasons.setdefault(k, _reason(result, self.eqn))
+                emitted.append(self._emitted(k, result) if self.used[k] else None)
+            else:
+                emitted.append(array_of(result) if self.used[k] else None)
+        stays = [v if keep else None for v, keep in zip(emitted[: self.carry], self.kept, strict=False)]
+        return self._carried(emitted[: self.carry]), (stays, emitted[self.carry :])
 
-    reasons: dict[int, undone.Reason] = {}
-    behind: dict[int, tuple[Map, list[Any]]] = {}  # the maps in what a step gives
-    same_in_all: dict[int, list[Any]] = {}
-
-    def leaves_a_step(k: int, result: Value) -> Value:
+    def _emitted(self, k: int, result: Value) -> Any:
         """An undone product as it leaves a step: beside it the inputs of its maps, which are applied after the loop,
         and of a stacked result the arrays that these depend on and that are others in every step."""
         if not isinstance(result, Undone):
@@ -82,77 +114,84 @@ def scan(
         inner = [x.value for x in inputs]
         if any(isinstance(x, Undone) and x.maps for x in inner):
             return array_of(result)
-        behind[k] = function, shared
-        known = same_in_all.get(k, [None] * len(shared))
+        self.behind[k] = function, shared
+        known = self.fixed.get(k, [None] * len(shared))
         others = [jnp.asarray(a) for a, fixed in zip(shared, known, strict=True) if fixed is None]
-        return [dataclasses.replace(result, maps=(), as_written=None), inner, others if k >= parts.carry else []]
+        return [dataclasses.replace(result, maps=(), as_written=None), inner, others if k >= self.carry else []]
 
-    def emitted(kept: Sequence[bool]) -> Any:
-        def step(carry: Any, xs: Any) -> Any:
-            results = body(carry, xs, kept)
-            for k, result in enumerate(results):
-                if kept[k]:
-                    reasons.setdefault(k, _reason(result, eqn))
-            arrays = [
-                None if not use else leaves_a_step(k, result) if keep else array_of(result)
-                for k, (result, keep, use) in enumerate(zip(results, kept, used, strict=True))
+    def step_that_keeps_products(self) -> Any:
+        """A step as a function of (carry, xs), or None if nothing is kept.
+
+        What comes out of a step is known when one has been traced; if then less is kept, other products may be arrays.
+        """
+        while any(self.kept) and self.length > 0:
+            before = self.kept
+            self.behind.clear()
+            self.fixed.clear()
+            operands = self._carried(self.init), jax.tree.map(_first, self.xs)
+            program, shape = jax.make_jaxpr(self.step, return_shape=True)(*operands)
+            self.kept = self._worth_keeping([*shape[1][0], *shape[1][1]])
+            if self.kept != before:
+                continue
+            if not any(self.kept[k] for k in self.behind):
+                return _function(program, shape)
+            self.fixed |= _of_every_step(self.step, self.behind, *operands)
+            same = [k for k in range(self.carry) if all(a is not None for a in self.fixed.get(k, [None]))]
+            self.kept = [
+                keep and (k not in self.behind or k >= self.carry or k in same) for k, keep in enumerate(before)
             ]
-            onward = carried(arrays[: parts.carry], kept)
-            stays = [a if keep else None for a, keep in zip(arrays[: parts.carry], kept, strict=False)]
-            return onward, (stays, arrays[parts.carry :])
+            if self.kept == before:
+                return self.step
+        return None
 
-        return step
-
-    def explained(results: Sequence[Value]) -> list[Value]:
-        sizes = [numbers(v) for v in values[: parts.consts] if not is_shared(v)]
-        sizes += [x.size // S for x, shared in zip(xs, same, strict=True) if not shared and S]
-        other = reason_at(eqn, "it is carried through a loop that does more than add to it")
-
-        def one(k: int, result: Value) -> Value:
-            if not wanted[k] or isinstance(result, Undone):
-                return result
-            small = max(sizes, default=0) >= eqn.outvars[k].aval.size // (S if k >= parts.carry and S else 1)
-            return Plain(result, reasons.get(k, FORMED if small else other))
-
-        return [one(k, result) for k, result in enumerate(results)]
-
-    def carried(values: Sequence[Value], kept: Sequence[bool]) -> list[Any]:
-        arrays = [jnp.asarray(array_of(v)) for v, keep in zip(values, kept, strict=False) if not keep]
-        return [_jax.made_varying(a, differs) for a in arrays]
-
-    # What comes out of a step is known when one has been traced; fewer products can make others into arrays.
-    before: list[bool] = []
-    while any(kept) and S > 0 and kept != before:
-        before = kept
-        same_in_all.clear()
-        _, (stays, ys) = jax.eval_shape(emitted(kept), carried(init, kept), jax.tree.map(_first, xs))
-        kept = [
-            keep and _worth_emitting(v, S if k < parts.carry else 1, k >= parts.carry)
-            for k, (keep, v) in enumerate(zip(kept, [*stays, *ys], strict=True))
+    def _worth_keeping(self, emitted: Sequence[Any]) -> list[bool]:
+        return [
+            keep and _worth_emitting(value, self.length if k < self.carry else 1, k >= self.carry)
+            for k, (keep, value) in enumerate(zip(self.kept, emitted, strict=True))
         ]
-        if kept == before and any(kept[k] for k in behind):
-            same_in_all |= _of_every_step(emitted(kept), behind, carried(init, kept), jax.tree.map(_first, xs))
-            fixed = [k for k in range(parts.carry) if all(a is not None for a in same_in_all.get(k, [None]))]
-            kept = [keep and (k not in behind or k >= parts.carry or k in fixed) for k, keep in enumerate(kept)]
-    if not any(kept) or S == 0:
-        return explained(_jax.bind(eqn, [array_of(value) for value in values]))
-    onward, (stays, ys) = lax.scan(
-        emitted(kept), carried(init, kept), xs, length=S, reverse=parts.reverse, unroll=parts.unroll
-    )
-    others = iter(onward)
 
-    def of_all_steps(k: int, value: Any) -> Value:
-        stacked = k >= parts.carry
+    def run(self, step: Any) -> list[Value]:
+        """The equation's results."""
+        options: dict[str, Any] = {"reverse": self.parts.reverse, "unroll": self.parts.unroll}
+        onward, (stays, ys) = lax.scan(step, self._carried(self.init), self.xs, length=self.length, **options)
+        others = iter(onward)
+        results: list[Value] = [
+            added(self._of_all_steps(k, stays[k]), self.init[k]) if self.kept[k] else next(others)
+            for k in range(self.carry)
+        ]
+        return results + [self._of_all_steps(self.carry + k, y) for k, y in enumerate(ys)]
+
+    def _of_all_steps(self, k: int, value: Any) -> Value:
+        """What was emitted of one result, all steps together."""
+        S, stacked = self.length, k >= self.carry
         if not isinstance(value, list):
             return _along(value, S, stacked) if isinstance(value, Undone) else value
         terms, inputs, differing = value
         along = [_along(x, S, stacked) if isinstance(x, Undone) else x if stacked else x.sum(0) for x in inputs]
-        sources, function, fixed = list(map(Input, along)), behind[k][0], same_in_all[k]
+        sources, function, fixed = list(map(Input, along)), self.behind[k][0], self.fixed[k]
         nodes = function.nodes_of_each(sources, fixed, differing) if stacked else function.nodes(sources, fixed)
         return dataclasses.replace(_along(terms, S, stacked), maps=tuple(nodes))
 
-    results = [added(of_all_steps(k, stays[k]), init[k]) if kept[k] else next(others) for k in range(parts.carry)]
-    return explained(results + [of_all_steps(parts.carry + k, y) for k, y in enumerate(ys)])
+    def explained(self, results: Sequence[Value]) -> list[Value]:
+        """The results, with the reason why one that leads to a gradient is an array."""
+        S = self.length
+        sizes = [numbers(v) for v in self.outside if not is_shared(v)]
+        sizes += [x.size // S for x, shared in zip(self.xs, self.same, strict=True) if not shared and S]
+        other = reason_at(self.eqn, "it is carried through a loop that does more than add to it")
+
+        def one(k: int, result: Value) -> Value:
+            if not self.wanted[k] or isinstance(result, Undone):
+                return result
+            small = max(sizes, default=0) >= self.eqn.outvars[k].aval.size // (S if k >= self.carry and S else 1)
+            return Plain(result, self.reasons.get(k, FORMED if small else other))
+
+        return [one(k, result) for k, result in enumerate(results)]
+
+
+def _function(program: Any, shape: Any) -> Callable[..., Any]:
+    """A program as the function that it was made of."""
+    flat, treedef = _jax.function_of(program), jax.tree.structure(shape)
+    return lambda *args: jax.tree.unflatten(treedef, flat(*jax.tree.leaves(args)))
 
 
 def _reason(value: Value, eqn: _jax.Equation) -> undone.Reason:

@@ -8,12 +8,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax, precision
-from jaxgrad.per_example.algebra.maps import Call, Input, Node, Result, call_of
+from jaxgrad.per_example.algebra.maps import Call, Input, Map, Node, Result, call_of
 from jaxgrad.per_example.interpreter import linear
 from jaxgrad.per_example.interpreter.rules import record_of
 from jaxgrad.per_example.interpreter.values import (
@@ -178,4 +179,18 @@ def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[in
         kept = [k for k in range(len(shape)) if k not in axes]
         wide = [k if n != 1 or shape[k] == 1 else len(shape) + k for k, n in zip(dims, source.shape, strict=True)]
         return jnp.einsum(source, wide, jnp.broadcast_to(scale, shape), list(range(len(shape))), kept)
-    return None
+    return _against_transposed(node, jnp.broadcast_to(scale, shape)) if len(axes) == len(shape) else None
+
+
+def _against_transposed(node: Node, scale: Array) -> Array | None:
+    """⟨M(p), scale⟩ = ⟨p, Mᵀ(scale)⟩: the map's transpose is taken of what all examples share, once."""
+    function, inputs, shared = Map.of([node])
+    shapes = [jax.ShapeDtypeStruct(tuple(x.value.shape), x.value.dtype) for x in inputs]
+    found = []
+    for x, image in zip(inputs, function.transposed(shapes, shared, scale), strict=True):
+        if isinstance(x.value, Undone):
+            found.append(_against(x, image, tuple(image.shape), range(image.ndim)))
+        else:
+            found.append((x.value * image).sum())
+    known = [part for part in found if part is not None]
+    return precision.added(known) if len(known) == len(found) else None

@@ -82,7 +82,8 @@ def tail(jaxpr: _jax.Jaxpr, wanted: Sequence[bool], used: Sequence[bool]) -> Tai
                 use(eqn.invars[0], False)
             continue
         if any(outs) and _jax.kind(eqn) in (_jax.scan_p, "shard_map"):
-            inner = tail(_jax.body(eqn).jaxpr, outs, [True] * len(outs))
+            # What is carried leads on to the next step, whether or not it is used in the end.
+            inner = tail(_jax.body(eqn).jaxpr, [good.get(v, True) for v in eqn.outvars], [True] * len(outs))
             for v, w in zip(eqn.invars, _jax.body(eqn).jaxpr.invars, strict=True):
                 use(v, w in inner.variables)
             continue
