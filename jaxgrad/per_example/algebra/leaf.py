@@ -110,14 +110,16 @@ def concatenated(parts: Sequence[Leaf]) -> Leaf:
 
 def _concatenated(same: tuple[Factor, ...]) -> Factor:
     """The position axis T is padded with zeros where it differs."""
-    if isinstance(same[0], Common):
-        _check_shared([f.array for f in same])
-        return dataclasses.replace(same[0], number=joined([f.number for f in same]))
-    if isinstance(same[0], Mapped):
-        _check_shared([f.shared for f in same])
-        inputs = zip(*(f.inputs for f in same), strict=True)
+    commons = [f for f in same if isinstance(f, Common)]
+    if commons:
+        _check_shared([f.array for f in commons])
+        return dataclasses.replace(commons[0], number=joined([f.number for f in commons]))
+    mapped = [f for f in same if isinstance(f, Mapped)]
+    if mapped:
+        _check_shared([f.shared for f in mapped])
+        inputs = zip(*(f.inputs for f in mapped), strict=True)
         parts = tuple(tuple(map(_concatenated, zip(*each, strict=True))) for each in inputs)
-        return dataclasses.replace(same[0], inputs=parts)
+        return dataclasses.replace(mapped[0], inputs=parts)
     if isinstance(same[0], Dense | Windows):
         return jax.tree.map(lambda *a: joined(a), *same)
     same = tuple(_alike(f) for f in same)

@@ -102,8 +102,8 @@ def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
             each = f.ids.shape[1] * f_.left.shape[2]
             return _by_blocks(_rows_outer, f, turned, 2 * each * acc.itemsize)
         case Dense(), Dense():
-            first, second = (whole(o.value).reshape(_count(o), o.layout.size) for o in (f, f_))
-            return jnp.matmul(first, second.T)  # they are there already
+            rows_, columns = (whole(o.value).reshape(_count(o), o.layout.size) for o in (f, f_))
+            return jnp.matmul(rows_, columns.T)  # they are there already
     return _written_out_blocks(f, f_)
 
 

@@ -107,8 +107,8 @@ def leaving(term: Term, spec: PartitionSpec) -> Leaving | None:
     if term.over:
         positions = [label for label in sides[0] if label in sides[1] and label not in term.out]
         names[positions[0] if positions and term.row is None else new()] = term.over
-    for side, axes in zip(sides, differs, strict=True):
-        if axes - {name for label in (*added, *side) for name in names.get(label, ())}:
+    for side, along in zip(sides, differs, strict=True):
+        if along - {name for label in (*added, *side) for name in names.get(label, ())}:
             return None
     return Leaving(tuple(added), tuple(dims), names)
 
@@ -176,7 +176,7 @@ def shard_map(
         aval, value, plan = eqn.outvars[k].aval, found[k], plans[k]
         if plan is not None:
             triples = zip(plan, value.terms, result, strict=True)
-            terms = [p.outside(term, *sides, aval.shape) for p, term, sides in triples]
+            terms = [p.outside(term, left, right, aval.shape) for p, term, (left, right) in triples]
             results.append(Undone(tuple(terms), tuple(aval.shape), aval.dtype))
         elif wanted[k]:
             results.append(Plain(result, value.reason if isinstance(value, Plain) else FORMED))

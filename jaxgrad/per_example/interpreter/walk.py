@@ -133,8 +133,8 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
             whole = None if eqn.effects else (as_map.scan if is_scan else as_map.cond)(evaluate, eqn, values, used)
             if whole is not None:
                 return _kept(whole, Written(eqn, values))
-            results = (control.scan if is_scan else control.cond)(evaluate, eqn, values, wanted, used)
-            return _told_shared(eqn, values, results)
+            kept = (control.scan if is_scan else control.cond)(evaluate, eqn, values, wanted, used)
+            return _told_shared(eqn, values, kept)
         if _jax.kind(eqn) == "shard_map":
             whole = shards.shard_map(evaluate, eqn, values, wanted, used)
             if whole is not None:
