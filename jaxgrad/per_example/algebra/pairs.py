@@ -17,6 +17,8 @@ held.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,29 +44,70 @@ from jaxgrad.per_example.algebra.scales import row_sums
 from jaxgrad.sharding import every_example, whole
 
 
+class Plan(NamedTuple):
+    """How the inner products of two factors are computed.
+
+    Attributes:
+        way: what `explain` calls it: "sides" (T = 1), "positions", "matrix", "entries" (one is written out already),
+            "map", "direction" (one is an array that all examples share) or "apart" (they lie in other entries).
+        f, f_: the factors, in the order and the form in which it takes them.
+        each: example b with example b; None where both are written out for it.
+        pair: how many products of positions one pair of examples has; 0 where it goes another way.
+    """
+
+    way: str
+    f: Factor
+    f_: Factor
+    each: Callable[[Any, Any], Array] | None = None
+    pair: int = 0
+
+
+def plan(f: Factor, f_: Factor, of_all_pairs: bool = False) -> Plan:
+    """Which way is taken, from shapes alone: `inner`, `gram` and `explain` ask here.
+
+    Args:
+        of_all_pairs: whether every example meets every other, as in a Gram matrix.
+    """
+    f, f_ = _ordered(f, f_)
+    if f.layout.disjoint(f_.layout):
+        return Plan("apart", f, f_)
+    if isinstance(f_, Common):
+        return Plan("direction", f, f_)
+    if isinstance(f, Mapped):
+        return Plan("map", f, f_)
+    f, f_ = _in_matrix_order(f, f_)
+    through_positions = _gram_through_positions if of_all_pairs else _inner_through_positions
+    match f, f_:
+        case Outer(), Outer() if _same_matrix(f, f_) and through_positions(f, f_):
+            (_, G, T, _), S = f.left.shape, f_.left.shape[2]
+            return Plan("sides" if T == S == 1 else "positions", f, f_, _outer_outer, G * T * S)
+        case Rows(), Rows() if f.layout.same_place(f_.layout):
+            T, S = f.ids.shape[1], f_.ids.shape[1]
+            return Plan("positions", f, f_, rows.inner if T * S > rows.PAIRS else _rows_rows, T * S)
+        case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
+            return Plan("positions", f, turned, _rows_outer, f.ids.shape[1] * turned.left.shape[2])
+        case Dense(), Outer():
+            return Plan("entries", f, f_, _dense_outer)
+        case Dense(), _:
+            return Plan("entries", f, f_)
+    return Plan("matrix", f, f_)
+
+
 def inner(f: Factor, f_: Factor) -> Float[Array, " B"]:
     """⟨f_b, f′_b⟩ of every example, in the accumulator's dtype."""
     acc = accumulator(f, f_)
-    f, f_ = _ordered(wide(f, acc), wide(f_, acc))
-    if f.layout.disjoint(f_.layout):
-        return jnp.zeros(_count(f), acc)
-    if isinstance(f_, Common):
-        return f_.number * dot(f, f_.array.value)
-    if isinstance(f_, Windows):
-        at_once = min(w.at_once for w in (f, f_) if isinstance(w, Windows))
-        return map_examples(lambda f, f_: inner(_unfolded(f), _unfolded(f_)), at_once, f, f_)
-    f, f_ = _in_matrix_order(f, f_)
-    match f, f_:
-        case Outer(), Outer() if _same_matrix(f, f_) and _inner_through_positions(f, f_):
-            return _outer_outer(f, f_)
-        case Rows(), Rows() if f.layout.same_place(f_.layout):
-            if f.ids.shape[1] * f_.ids.shape[1] > rows.PAIRS:
-                return rows.inner(f, f_)
-            return _rows_rows(f, f_)
-        case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
-            return _rows_outer(f, turned)
-        case Dense(), Outer():
-            return _dense_outer(f, f_)
+    f, f_ = wide(f, acc), wide(f_, acc)
+    windows = [w.at_once for w in (f, f_) if isinstance(w, Windows)]
+    way, f, f_, each, _ = plan(f, f_)
+    match way, f_:
+        case "apart", _:
+            return jnp.zeros(_count(f), acc)
+        case "direction", Common(number, array):
+            return number * dot(f, array.value)
+        case _ if windows:
+            return map_examples(lambda f, f_: inner(_unfolded(f), _unfolded(f_)), min(windows), f, f_)
+    if each is not None:
+        return each(f, f_)
     size = chunk_size(2 * f.layout.size * acc.itemsize, _count(f))
     return map_examples(lambda f, f_: row_sums(written_out(f) * written_out(f_)), size, f, f_)
 
@@ -73,60 +116,36 @@ def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
     """⟨f_b, f′_c⟩ of every pair of examples, in the accumulator's dtype."""
     acc = accumulator(f, f_)
     f, f_ = wide(f, acc), wide(f_, acc)
-    if f.layout.disjoint(f_.layout):
-        return jnp.zeros((_count(f), _count(f_)), acc)
     first, _ = _ordered(f, f_)
     if first is not f:
         return gram(f_, f).T
-    if isinstance(f_, Common):
-        return dot(f, f_.array.value)[:, None] * every_example(f_.number)[None, :]
     if isinstance(f, Windows) and isinstance(f_, Windows) and _smaller_unfolded(f) and _smaller_unfolded(f_):
         return gram(f.unfolded(), f_.unfolded())
-    f, f_ = _in_matrix_order(f, every_example(f_))  # the factors travel, never what they stand for
+    way, f, f_, each, pair = plan(f, f_, of_all_pairs=True)
+    if way == "apart":
+        return jnp.zeros((_count(f), _count(f_)), acc)
+    if isinstance(f_, Common):
+        return dot(f, f_.array.value)[:, None] * every_example(f_.number)[None, :]
+    f_ = every_example(f_)  # the factors travel, never what they stand for
     match f, f_:
-        case Outer(), Outer() if _same_matrix(f, f_) and _gram_through_positions(f, f_):
-            if f.left.shape[1:3] == f_.left.shape[1:3] == (1, 1):  # G = T = 1: two matrix products
-                return _product(f.left, f_.left) * _product(f.right, f_.right)
-            each = f.left.shape[1] * f.left.shape[2] * f_.left.shape[2]
-            return _by_blocks(_outer_outer, f, f_, 2 * each * acc.itemsize)
-        case Outer(), Outer() if _same_matrix(f, f_):
+        case Outer(), Outer() if way == "sides" and f.left.shape[1] == 1:  # two matrix products
+            return _product(f.left, f_.left) * _product(f.right, f_.right)
+        case Outer(), Outer() if way == "matrix" and _same_matrix(f, f_):
             return _through_matrix(f, f_)
-        case Rows(), Rows() if f.layout.same_place(f_.layout):
-            each = f.ids.shape[1] * f_.ids.shape[1]
-            ids = expected(_count(f)) * f.ids.shape[1]
-            ids_ = expected(_count(f_)) * f_.ids.shape[1]
-            if each * expected(_count(f)) > ids + min(f.rows, ids + ids_):
-                return rows.gram(f, f_)
-            return _by_blocks(_rows_rows, f, f_, 2 * each * acc.itemsize)
-        case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
-            each = f.ids.shape[1] * f_.left.shape[2]
-            return _by_blocks(_rows_outer, f, turned, 2 * each * acc.itemsize)
+        case Rows(), Rows() if way == "positions" and _tables_are_cheaper(f, f_):
+            return rows.gram(f, f_)
         case Dense(), Dense():
-            rows_, columns = (whole(o.value).reshape(_count(o), o.layout.size) for o in (f, f_))
-            return jnp.matmul(rows_, columns.T)  # they are there already
+            mine, theirs = (whole(o.value).reshape(_count(o), o.layout.size) for o in (f, f_))
+            return jnp.matmul(mine, theirs.T)  # they are there already
+    if pair and each is not None:
+        return _by_blocks(_rows_rows if each is rows.inner else each, f, f_, 2 * pair * acc.itemsize)
     return _written_out_blocks(f, f_)
 
 
 def way(f: Factor, f_: Factor) -> str:
-    """How `inner` goes about two factors: "sides", "positions", "matrix", "entries" (one is written out) or "apart"."""
+    """How `inner` goes about two factors, by the name in `Plan`; convolutions as they are unfolded."""
     f, f_ = (jax.eval_shape(Windows.unfolded, w) if isinstance(w, Windows) else w for w in (f, f_))
-    f, f_ = _in_matrix_order(*_ordered(f, f_))
-    if f.layout.disjoint(f_.layout):
-        return "apart"
-    match f, f_:
-        case _, Common():
-            return "direction"
-        case Mapped(), _:
-            return "map"
-        case Outer(), Outer() if _same_matrix(f, f_) and _inner_through_positions(f, f_):
-            return "sides" if f.left.shape[2] == f_.left.shape[2] == 1 else "positions"
-        case Rows(), Rows() if f.layout.same_place(f_.layout):
-            return "positions"
-        case Rows(), Outer() if _turned_to_table(f, f_) is not None:
-            return "positions"
-        case Dense(), _:
-            return "entries"
-    return "matrix"
+    return plan(f, f_).way
 
 
 # --- Which way ---------------------------------------------------------------------------------------------------
@@ -174,6 +193,11 @@ def _gram_through_positions(f: Outer, f_: Outer) -> bool:
     (_, _, T, F), (_, _, S, _), K = f.left.shape, f_.left.shape, f.right.shape[3]
     B, C = expected(_count(f)), expected(_count(f_))
     return B * C * T * S * (F + K) <= (B * T + C * S + B * C) * F * K
+
+
+def _tables_are_cheaper(f: Rows, f_: Rows) -> bool:
+    ids, ids_ = (expected(_count(o)) * o.ids.shape[1] for o in (f, f_))
+    return f.ids.shape[1] * f_.ids.shape[1] * expected(_count(f)) > ids + min(f.rows, ids + ids_)
 
 
 def _turned_to_table(table: Rows, outer: Outer) -> Outer | None:
