@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from quick import quick_jit
 
 import jaxgrad as jg
 
@@ -63,32 +64,39 @@ def real(tree):
 @pytest.mark.parametrize(("name", "jit"), [("penalised", False), *((name, True) for name in LOSSES)])
 def test_gradients_and_all_that_is_asked_of_them(name, jit):
     loss, params, x = LOSSES[name]
-    transform = jax.jit if jit else lambda function: function
-    g = transform(jg.per_example_grad(loss))(params, x)
-    want = jax.vmap(jax.grad(loss), (None, 0))(params, x)
-    chex.assert_trees_all_close(g.materialize(), want, rtol=1e-12, atol=1e-13)
-    chex.assert_trees_all_equal_dtypes(g.sum(), params)
-
+    want = quick_jit(jax.vmap(jax.grad(loss), (None, 0)))(params, x)
     G, c = real(want), normal(6)
-    np.testing.assert_allclose(g.norms(), jnp.linalg.norm(G, axis=1), rtol=1e-12)
-    for leaf, written in zip(jax.tree.leaves(g.leaf_norms()), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(leaf, jnp.linalg.norm(written.reshape(6, -1), axis=1), rtol=1e-12)
-    np.testing.assert_allclose(g.gram(), G @ G.T, rtol=1e-11, atol=1e-11 * float((G**2).sum()))
-    np.testing.assert_allclose(g.dot(g.mean()), G @ G.mean(0), rtol=1e-11)
-    chex.assert_trees_all_close(g.weighted_sum(c), jax.tree.map(lambda a: jnp.tensordot(c.astype(a.dtype), a, 1), want), rtol=1e-11, atol=1e-11)  # fmt: skip  # noqa: E501
-    squares = jax.tree.map(lambda a: (jnp.abs(a) ** 2).mean(0), want)
-    chex.assert_trees_all_close(g.second_moment(), squares, rtol=1e-11)
-    deviations = jax.tree.map(lambda a: (jnp.abs(a - a.mean(0)[None]) ** 2).mean(0), want)
-    chex.assert_trees_all_close(g.variance(), deviations, rtol=1e-9, atol=1e-12)
-
     norms = jnp.linalg.norm(G, axis=1)
     bound = float(jnp.median(norms))
+
+    def results(params, x):
+        g = jg.per_example_grad(loss)(params, x)
+        clipped = [jg.clipped_grad(loss, max_norm=bound, microbatch_size=size)(params, x) for size in (None, 4)]
+        linear = g.materialize(), g.sum(), g.dot(g.mean()), g.weighted_sum(c)
+        return linear, (g.norms(), g.leaf_norms(), g.gram(), g.second_moment(), g.variance()), clipped
+
+    (written, total, dot, weighted), quadratic, clipped = (quick_jit(results) if jit else results)(params, x)
+    lengths, leaf_norms, gram, second_moment, variance = quadratic
+    chex.assert_trees_all_close(written, want, rtol=1e-12, atol=1e-13)
+    chex.assert_trees_all_equal_dtypes(total, params)
+    np.testing.assert_allclose(lengths, norms, rtol=1e-12)
+    for leaf, dense in zip(jax.tree.leaves(leaf_norms), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(leaf, jnp.linalg.norm(dense.reshape(6, -1), axis=1), rtol=1e-12)
+    np.testing.assert_allclose(gram, G @ G.T, rtol=1e-11, atol=1e-11 * float((G**2).sum()))
+    np.testing.assert_allclose(dot, G @ G.mean(0), rtol=1e-11)
+    chex.assert_trees_all_close(weighted, combined(c, want), rtol=1e-11, atol=1e-11)
+    squares = jax.tree.map(lambda a: (jnp.abs(a) ** 2).mean(0), want)
+    chex.assert_trees_all_close(second_moment, squares, rtol=1e-11)
+    deviations = jax.tree.map(lambda a: (jnp.abs(a - a.mean(0)[None]) ** 2).mean(0), want)
+    chex.assert_trees_all_close(variance, deviations, rtol=1e-9, atol=1e-12)
     shorter = jnp.minimum(1, bound / norms)
-    clipped = jax.tree.map(lambda a: jnp.tensordot(shorter.astype(a.dtype), a, 1), want)
-    for size in (None, 4):
-        total, info = jg.clipped_grad(loss, max_norm=bound, microbatch_size=size)(params, x)
-        chex.assert_trees_all_close(total, clipped, rtol=1e-8, atol=1e-10)
+    for summed, info in clipped:
+        chex.assert_trees_all_close(summed, combined(shorter, want), rtol=1e-8, atol=1e-10)
         np.testing.assert_allclose(info.norms, norms, rtol=1e-8)
+
+
+def combined(c, tree):
+    return jax.tree.map(lambda a: jnp.tensordot(c.astype(a.dtype), a, 1), tree)
 
 
 def test_bounds_of_groups_count_both_parts_of_a_parameter():

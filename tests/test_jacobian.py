@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from quick import quick_jit
 
 import jaxgrad as jg
 
@@ -74,23 +75,29 @@ MODELS = {
 @pytest.mark.parametrize(("name", "jit"), [("dense", False), *((name, True) for name in MODELS)])
 def test_agrees_with_the_written_out_jacobian(name, jit):
     model, params, x = MODELS[name]
-    transform = jax.jit if jit else lambda function: function
-    J = transform(jg.per_example_jacobian(model))(params, x)
-    want = jax.vmap(jax.jacrev(lambda params, x: ravel_pytree(model(params, x))[0]), (None, 0))(params, x)
-    chex.assert_trees_all_close(J.materialize(), want, rtol=1e-9, atol=1e-11)
-
-    B, O = J.batch_size, J.outputs  # noqa: E741
-    flat = jnp.concatenate([a.reshape(B, O, -1) for a in jax.tree.leaves(want)], 2)
-    scale = float(jnp.abs(flat).max())
-    np.testing.assert_allclose(J.norms(), jnp.linalg.norm(flat, axis=2), rtol=1e-9, atol=1e-12 * scale)
-    np.testing.assert_allclose(J.gram(), jnp.einsum("bop,cqp->bcoq", flat, flat), rtol=1e-9, atol=1e-9 * scale**2)
     direction = jax.tree.map(jnp.cos, params)
-    wanted = flat @ ravel_pytree(direction)[0]
-    np.testing.assert_allclose(J.dot(direction), wanted, rtol=1e-9, atol=1e-10 * scale)
-    rows = J.rows()
+
+    def results(params, x):
+        J = jg.per_example_jacobian(model)(params, x)
+        return J, J.materialize(), J.norms(), J.gram(), J.dot(direction), J.rows(), J.rows().materialize()
+
+    @quick_jit
+    def wanted(params, x):
+        rows = jax.vmap(jax.jacrev(lambda params, x: ravel_pytree(model(params, x))[0]), (None, 0))(params, x)
+        flat = jnp.concatenate([a.reshape(len(x), a.shape[1], -1) for a in jax.tree.leaves(rows)], 2)
+        return rows, jnp.linalg.norm(flat, axis=2), jnp.einsum("bop,cqp->bcoq", flat, flat), flat
+
+    J, written, norms, gram, dot, rows, flattened = (quick_jit(results) if jit else results)(params, x)
+    want, lengths, kernel, flat = wanted(params, x)
+    B, O, scale = J.batch_size, J.outputs, float(jnp.abs(flat).max())  # noqa: E741
+    chex.assert_trees_all_close(written, want, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(norms, lengths, rtol=1e-9, atol=1e-12 * scale)
+    np.testing.assert_allclose(gram, kernel, rtol=1e-9, atol=1e-9 * scale**2)
+    np.testing.assert_allclose(dot, flat @ ravel_pytree(direction)[0], rtol=1e-9, atol=1e-10 * scale)
     assert rows.batch_size == B * O
-    flattened = jax.tree.map(lambda a: a.reshape(B * O, *a.shape[2:]), want)
-    chex.assert_trees_all_close(rows.materialize(), flattened, rtol=1e-9, atol=1e-11)
+    chex.assert_trees_all_close(
+        flattened, jax.tree.map(lambda a: a.reshape(B * O, *a.shape[2:]), want), rtol=1e-9, atol=1e-11
+    )
 
 
 def test_what_all_outputs_share_is_computed_and_held_once():

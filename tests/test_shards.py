@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
+from quick import quick_jit
 
 import jaxgrad as jg
 
@@ -71,7 +72,8 @@ KEPT = ["positions divided", "rows of the weight divided", "rows and positions d
 KEPT += ["columns of the weight divided", "a bias beside", "jitted"]
 
 
-@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.every(4)
+@pytest.mark.parametrize("jit", [quick_jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_are_those_of_vmap(name, jit, mesh):
     loss, rng = LOSSES[name], np.random.default_rng(0)

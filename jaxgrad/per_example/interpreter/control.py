@@ -134,7 +134,8 @@ class _Loop:
             if self.kept != before:
                 continue
             if not any(self.kept[k] for k in self.behind):
-                return _function(program, shape)
+                # Inside shard_map it was traced for operands that do not differ between devices.
+                return self.step if self.differs else _function(program, shape)
             self.fixed |= _of_every_step(self.step, self.behind, *operands)
             same = [k for k in range(self.carry) if all(a is not None for a in self.fixed.get(k, [None]))]
             self.kept = [

@@ -249,26 +249,7 @@ def einsum(
     precision: Any = None,
 ) -> Array:
     """Two operands contracted over what is not in `out`, as one dot_general."""
-    a_only = [label for label in a_labels if label not in b_labels and label not in out]
-    b_only = [label for label in b_labels if label not in a_labels and label not in out]
     if a.dtype != b.dtype:
         a, b = a.astype(work), b.astype(work)
-    if a_only:
-        a = a.sum([a_labels.index(label) for label in a_only])
-        a_labels = tuple(label for label in a_labels if label not in a_only)
-    if b_only:
-        b = b.sum([b_labels.index(label) for label in b_only])
-        b_labels = tuple(label for label in b_labels if label not in b_only)
-    batch = [label for label in a_labels if label in b_labels and label in out]
-    summed = [label for label in a_labels if label in b_labels and label not in out]
-    dims = (
-        ([a_labels.index(x) for x in summed], [b_labels.index(x) for x in summed]),
-        ([a_labels.index(x) for x in batch], [b_labels.index(x) for x in batch]),
-    )
-    value = lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.dtype(work))
-    order = [
-        *batch,
-        *(x for x in a_labels if x not in batch and x not in summed),
-        *(x for x in b_labels if x not in batch and x not in summed),
-    ]
-    return value.transpose([order.index(label) for label in out])
+    operands = (a, list(a_labels), b, list(b_labels), list(out))
+    return jnp.einsum(*operands, precision=precision, preferred_element_type=jnp.dtype(work))
