@@ -7,6 +7,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of JAX's Cholesky on CPU; 
 
 import jax
 import pytest
+from beartype import beartype
 from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -20,6 +21,11 @@ settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=6 * FUZZ, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("default")
+
+
+def type_checked(function):
+    """For jaxtyping: as beartype; functions inside functions, which would be made anew at every call, as they are."""
+    return function if "<locals>" in function.__qualname__ else beartype(function)
 
 
 # What is marked slow runs where it is asked for: `pytest -m slow`, and `.ci/run`. Of a test marked every(k) each k-th

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import oracle
 
 from jaxgrad.network import ACTIVATIONS, Activation, activations, logistic
 
@@ -55,7 +55,7 @@ def absolute_bound(name, part, z):
     return 0
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_within_the_documented_ulp_of_60_digit_arithmetic(name, dtype):

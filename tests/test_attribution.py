@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import (
+from support.dense import (
     LOSSES,
     MODELS,
     Model,
@@ -19,9 +19,9 @@ from dense import (
     reordered,
     solved,
 )
-from quick import quick_jit
-from two_layers import assert_held, of_roots
-from two_layers import solved as solved_from
+from support.quick import quick_jit
+from support.two_layers import assert_held, of_roots
+from support.two_layers import solved as solved_from
 
 import jaxgrad as jg
 from jaxgrad import attribution, blocks, curvature, network
@@ -30,6 +30,7 @@ from jaxgrad.streams import Batches, norms, run
 # --- Scores and similarities -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(2)
 @each_loss
 def test_self_influence_is_the_squared_norm_or_the_leverage(entry):
     g, G = gradients(entry.name)
@@ -119,6 +120,7 @@ def test_the_worst_labelled_example_is_not_lost():
     assert found[0] == pytest.approx(20, 1e-3)  # ‖e₀ - e₁‖²/μ: there the curvature is nothing
 
 
+@pytest.mark.every(2)
 @each_loss
 def test_cosines_and_noise_are_the_dense_ones(entry):
     (g, G), (other, T) = gradients(entry.name), gradients(entry.name, True)
@@ -290,6 +292,7 @@ def test_influence_in_blocks_is_of_any_scale(size):
     assert_close(found, G @ np.linalg.pinv(G), 8 * np.linalg.cond(G) ** 2 * 2.0**-24)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("k", [1, 4, 6, 9])
 def test_top_k_is_that_of_the_whole_matrix(k, capsys):
     params, X, Y = exercise()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import sparse
-from quick import quick_jit
+from support.quick import quick_jit
 from test_transform import close, many, many_data, mlp, mlp_data, normal, ours, theirs
 
 import jaxgrad as jg

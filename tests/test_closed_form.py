@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
+from support import oracle
 
 from conftest import FUZZ
 from jaxgrad.network import (

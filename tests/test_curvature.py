@@ -8,7 +8,8 @@ import jax.scipy as jsp
 import numpy as np
 import optax
 import pytest
-from dense import (
+from jax.flatten_util import ravel_pytree
+from support.dense import (
     MODELS,
     assert_close,
     each_loss,
@@ -21,8 +22,7 @@ from dense import (
     of_matrix,
     solved,
 )
-from jax.flatten_util import ravel_pytree
-from quick import quick_jit
+from support.quick import quick_jit
 
 import jaxgrad as jg
 from jaxgrad import attribution, curvature, network

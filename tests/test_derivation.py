@@ -1,10 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import oracle
 
 from jaxgrad.network import ACTIVATIONS, Params, autodiff, closed_form, derivation, init_params, loss, sine
 

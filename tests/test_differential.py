@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from two_layers import (
+from support.two_layers import (
     Claim,
     Claims,
     Size,

@@ -356,7 +356,7 @@ def healthy():
     )
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("name", VERBS)
 def test_nothing_of_our_own_is_nan_or_infinite(name, jit):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from quick import quick_jit
+from support.quick import quick_jit
 
 import jaxgrad as jg
 

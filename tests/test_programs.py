@@ -5,8 +5,8 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import numpy as np
-import programs
 import pytest
+from support import programs
 
 from conftest import FUZZ
 from jaxgrad import per_example_grad

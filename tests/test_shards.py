@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
-from quick import quick_jit
+from support.quick import quick_jit
 
 import jaxgrad as jg
 

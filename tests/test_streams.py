@@ -120,6 +120,7 @@ def finished(folder):
         return process.communicate(timeout=120)[0].split() == ["ready", "done"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_files_of_an_unbroken_one(tmp_path):
     assert finished(tmp_path / "unbroken")
     for wait in (0.15, 0.4, 0.3):

@@ -139,6 +139,7 @@ TRANSFORMED = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_under_transformations(name):
     data, function = TRANSFORMED[name]

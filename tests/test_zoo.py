@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import quick_jit
-from zoo import ENTRIES
-from zoo.base import Loss
+from support.quick import quick_jit
+from support.zoo import ENTRIES
+from support.zoo.base import Loss
 
 from jaxgrad import PerExampleGrads, explain, per_example_grad
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from quick import quick_jit
-from zoo import ENTRIES
 
 from jaxgrad import PerExampleGrads, network, per_example_grad
 from jaxgrad.network import Params
+from support.quick import quick_jit
+from support.zoo import ENTRIES
 
 NAMES = ("exercise", "mlp", "tied_to_the_output_layer", "transformer_block", "gru", "conv_1d")
 LOSSES = [entry for entry in ENTRIES if entry.name in NAMES]

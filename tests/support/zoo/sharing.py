@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.base import Draws, collection, paths
+from support.zoo.base import Draws, collection, paths
 
 ENTRIES, entry = collection()
 draws = Draws(4)

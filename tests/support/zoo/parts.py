@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from zoo.base import Draws, collection, paths
+from support.zoo.base import Draws, collection, paths
 
 ENTRIES, entry = collection()
 draws = Draws(5)

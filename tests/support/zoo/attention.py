@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from zoo.base import Draws, collection, paths
-from zoo.dense import layer_norm
+from support.zoo.base import Draws, collection, paths
+from support.zoo.dense import layer_norm
 
 ENTRIES, entry = collection()
 draws = Draws(2)

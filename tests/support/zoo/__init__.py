@@ -1,6 +1,6 @@
 """Losses of one example, by topic: what `per_example_grad` has to get right, and where it has to keep factors."""
 
-from zoo import (
+from support.zoo import (
     attention,
     control,
     convolution,
@@ -14,7 +14,7 @@ from zoo import (
     sharing,
     structure,
 )
-from zoo.base import Loss
+from support.zoo.base import Loss
 
 TOPICS = (
     dense,

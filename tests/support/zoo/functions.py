@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from zoo.base import Draws, collection
+from support.zoo.base import Draws, collection
 
 ENTRIES, entry = collection()
 draws = Draws(6)

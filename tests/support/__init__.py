@@ -1,0 +1,1 @@
+"""What several tests use: losses, oracles, random programs."""
