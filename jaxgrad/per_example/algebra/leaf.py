@@ -135,14 +135,19 @@ def _concatenated(same: tuple[Factor, ...]) -> Factor:
 def _check_shared(parts: Sequence[Same]) -> None:
     first, *others = [jax.tree.leaves(part.value) for part in parts]
     for arrays in others:
-        for a, b in zip(first, arrays, strict=True):
-            traced = isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer)
-            if a is not b and (traced or not jnp.array_equal(a, b, equal_nan=True)):
-                raise ValueError(
-                    "PerExampleGrads.concatenate: a weight that passes a map, or a penalty, has gradients that depend "
-                    "on the parameters too, and these are not known to be the same in all parts. Compute the "
-                    "gradients in one batch, or concatenate what materialize() returns"
-                )
+        if not all(map(_known_to_be_equal, first, arrays)):
+            raise ValueError(
+                "PerExampleGrads.concatenate: a weight that passes a map, or a penalty, has gradients that depend on "
+                "the parameters too, and these are not known to be the same in all parts. Compute the gradients in "
+                "one batch, or concatenate what materialize() returns"
+            )
+
+
+def _known_to_be_equal(a: Array, b: Array) -> bool:
+    try:
+        return a is b or bool(jnp.array_equal(a, b, equal_nan=True))
+    except jax.errors.TracerBoolConversionError:
+        return False
 
 
 def _alike(f: Factor) -> Factor:
