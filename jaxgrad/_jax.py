@@ -235,11 +235,16 @@ def made_varying(a: Any, axes: frozenset[str]) -> Any:
 def depending(program: Any, operands: Sequence[int] | None = None) -> list[bool]:
     """Which results of a program may depend on these operands, None for any: no fewer than those that do."""
     jaxpr = program_of(program).jaxpr
-    found = set(jaxpr.invars if operands is None else [jaxpr.invars[k] for k in operands])
+    return list(_depending(jaxpr, tuple(range(len(jaxpr.invars)) if operands is None else operands)))
+
+
+@functools.lru_cache(512)
+def _depending(jaxpr: Jaxpr, operands: tuple[int, ...]) -> tuple[bool, ...]:
+    found = {jaxpr.invars[k] for k in operands}
     for eqn in jaxpr.eqns:
         mine = [k for k, v in enumerate(eqn.invars) if not isinstance(v, Literal) and v in found]
         found.update(v for v, depends in zip(eqn.outvars, results_depending(eqn, mine), strict=True) if depends)
-    return [not isinstance(v, Literal) and v in found for v in jaxpr.outvars]
+    return tuple(not isinstance(v, Literal) and v in found for v in jaxpr.outvars)
 
 
 def results_depending(eqn: Equation, operands: Sequence[int]) -> list[bool]:

@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision
+from jaxgrad.errors import called, naming
 from jaxgrad.per_example.arguments import checked_batch
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.serialized import named_tuple
@@ -33,6 +34,7 @@ __all__ = ["TopK", "gram", "influence", "top_k"]
 Batch = tuple[Any, ...]
 
 
+@naming("blocks.gram")
 def gram(
     loss: Callable[..., Any],
     params: PyTree,
@@ -67,11 +69,10 @@ def gram(
         >>> gram(lambda w, x: w @ x, jnp.zeros(3), batches).tolist()
         [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    return _gram("blocks.gram", loss, params, batches, others, progress, in_axes, 1.0)
+    return _gram(loss, params, batches, others, progress, in_axes, 1.0)
 
 
 def _gram(
-    call: str,
     loss: Callable[..., Any],
     params: PyTree,
     batches: Sequence[Batch],
@@ -81,9 +82,9 @@ def _gram(
     unit: float,
 ) -> np.ndarray:
     """Of the gradients divided by `unit`."""
-    _checked_sequences(call, batches=batches, **({} if others is None else {"others": others}))
+    _checked_sequences(batches=batches, **({} if others is None else {"others": others}))
     if not len(batches) or (others is not None and not len(others)):
-        raise ValueError(f"{call}: expected at least one batch on each side, got none.")
+        raise ValueError(f"{called()}: expected at least one batch on each side, got none.")
 
     @jax.jit
     def jitted(params: PyTree, batch: Batch) -> PerExampleGrads:
@@ -91,7 +92,7 @@ def _gram(
         return g.scale(jnp.full(g.batch_size, 1 / unit))
 
     def gradients(batch: Batch) -> PerExampleGrads:
-        return jitted(params, checked_batch(call, "a batch", batch))
+        return jitted(params, checked_batch("a batch", batch))
 
     product = jax.jit(lambda g, g_: g.gram(g_))
     second = batches if others is None else others
@@ -104,15 +105,16 @@ def _gram(
     return np.block(blocks)
 
 
-def _checked_sequences(call: str, **given: Any) -> None:
+def _checked_sequences(**given: Any) -> None:
     for name, batches in given.items():
         if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")):
             raise TypeError(
-                f"{call}: expected a sequence of batches as {name}, since they are counted and read again, got "
+                f"{called()}: expected a sequence of batches as {name}, since they are counted and read again, got "
                 f"{type(batches).__name__}. Pass a list, or jg.streams.Batches(x, y, size=...)."
             )
 
 
+@naming("blocks.influence")
 @in_full_precision
 def influence(
     loss: Callable[..., Any],
@@ -148,16 +150,16 @@ def influence(
         >>> influence(loss, jnp.ones(2), train, test, 0.0).round(3).tolist()
         [[2.0, 0.0], [0.0, -0.5]]
     """
-    checked_damping("blocks.influence", damping)
-    _checked_sequences("blocks.influence", train=train, test=test)
+    checked_damping(damping)
+    _checked_sequences(train=train, test=test)
     largest = jax.jit(lambda params, batch: per_example_grad(loss, in_axes=in_axes)(params, *batch).norms().max())
-    each = (checked_batch("blocks.influence", "a batch", train[k]) for k in range(len(train)))
+    each = (checked_batch("a batch", train[k]) for k in range(len(train)))
     norms = [float(largest(params, batch)) for batch in each]
     root = math.sqrt(float(damping)) * math.sqrt(sum(len(jax.tree.leaves(train[k])[0]) for k in range(len(train))))
     exponent = math.frexp(max([*norms, root]))[1] if np.isfinite(norms).all() else 0
     unit = 2.0**exponent
-    K = _gram("blocks.influence", loss, params, train, None, progress, in_axes, unit)
-    across = _gram("blocks.influence", loss, params, train, test, progress, in_axes, unit)
+    K = _gram(loss, params, train, None, progress, in_axes, unit)
+    across = _gram(loss, params, train, test, progress, in_axes, unit)
     ridge = jnp.asarray(float(damping) / unit * len(K) / unit, K.dtype)
     return np.asarray(jax.jit(damped_solve)(K, across, ridge)).T
 
@@ -180,6 +182,7 @@ class TopK(NamedTuple):
     indices: Array
 
 
+@naming("blocks.top_k")
 def top_k(
     scores: Callable[..., Float[Array, "C b"]], batches: Iterable[Batch], k: int, *, progress: bool = False
 ) -> TopK:
@@ -206,16 +209,16 @@ def top_k(
         [[1, 2]]
     """
     if operator.index(k) < 1:
-        raise ValueError(f"blocks.top_k: expected k of at least 1, got {k}.")
+        raise ValueError(f"{called()}: expected k of at least 1, got {k}.")
     best: TopK | None = None
     count = 0
     for batch in shown(batches, len(batches) if isinstance(batches, Sequence) else None, progress=progress):
-        values = scores(*checked_batch("blocks.top_k", "a batch", batch))
+        values = scores(*checked_batch("a batch", batch))
         indices = jnp.broadcast_to(count + jnp.arange(values.shape[1]), values.shape)
         count += values.shape[1]
         best = _merged(TopK(values, indices) if best is None else _joined(best, TopK(values, indices)), k)
     if best is None:
-        raise ValueError("blocks.top_k: expected at least one batch, got none.")
+        raise ValueError(f"{called()}: expected at least one batch, got none.")
     return best
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxgrad import _jax
+from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares, shortened
 from jaxgrad.per_example.arguments import Arguments
@@ -196,6 +197,7 @@ class ClippedGrad:
         5.0
     """
 
+    @naming("clipped_grad")
     def __init__(
         self,
         fun: Callable[..., Any],
@@ -208,7 +210,7 @@ class ClippedGrad:
         weighting: Weighting | str,
     ):
         for bound in jax.tree.leaves(max_norm):
-            checked_bound("clipped_grad", bound)
+            checked_bound(bound)
         try:
             whole = microbatch_size is None or operator.index(microbatch_size) >= 1
         except TypeError:
@@ -252,6 +254,7 @@ class ClippedGrad:
         except jax.errors.ConcretizationTypeError:  # a bound is traced
             return root_sum_of_squares([jnp.asarray(bound, wide) for bound in bounds]) * jnp.asarray(more, wide)
 
+    @naming("clipped_grad")
     def __call__(self, *args: Any, mask: Any = None, **kwargs: Any) -> tuple[PyTree, ClipInfo]:
         """(the sum, ClipInfo)."""
         if mask is not None and self._own_mask:
@@ -262,7 +265,7 @@ class ClippedGrad:
             )
         arguments = self._transformed.arguments(args, kwargs)
         B, size = arguments.batch_size, self._microbatch_size
-        mask = jnp.ones(B, bool) if mask is None else checked_mask("clipped_grad", mask, B)
+        mask = jnp.ones(B, bool) if mask is None else checked_mask(mask, B)
         if size is None or size >= B:
             flat, each = self._of(arguments, mask)
         else:
@@ -278,7 +281,7 @@ class ClippedGrad:
     def _of(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
         """(leaves of the sum, (values, aux, norms, whether one exceeds its bound) of every example)."""
         values, aux, g, _ = self._transformed.evaluated(arguments)
-        bounds, groups = g.groups(self._max_norm, "clipped_grad")
+        bounds, groups = g.groups(self._max_norm)
         norms = [group.norms() for group in groups]
         keep = mask & functools.reduce(operator.and_, (jnp.isfinite(n) for n in norms))
         total: list[Array] = []

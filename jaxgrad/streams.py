@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxgrad.errors import called, naming
 from jaxgrad.per_example.arguments import checked_batch
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.transform import per_example_grad, per_example_value_and_grad
@@ -104,6 +105,7 @@ class Batches(Sequence[tuple[Any, ...]]):
         return tuple(np.asarray(a[k * self.size : (k + 1) * self.size]) for a in self.arrays)
 
 
+@naming("streams.run")
 def run(
     function: Callable[..., Part],
     batches: Iterable[tuple[Any, ...]],
@@ -143,11 +145,11 @@ def run(
         ((3,), True, 2)
     """
     if operator.index(every) < 1:
-        raise ValueError(f"streams.run: expected to commit every 1 or more batches, got {every}.")
+        raise ValueError(f"{called()}: expected to commit every 1 or more batches, got {every}.")
     store = _Store(Path(folder))
     waiting = 0
     for batch in shown(_from(batches, store.batches), _length(batches), store.batches, progress):
-        store.add(function(*checked_batch("streams.run", "a batch", batch)))
+        store.add(function(*checked_batch("a batch", batch)))
         waiting += 1
         if waiting == every:
             store.commit()
@@ -257,9 +259,9 @@ class _Store:
         layout = {name: (a.dtype.str, a.shape[1:]) for name, a in rows.items()}
         lengths = {len(a) for a in rows.values()}
         if len(lengths) > 1:
-            raise ValueError(f"streams.run: expected rows of one length, got {sorted(lengths)}.")
+            raise ValueError(f"{called()}: expected rows of one length, got {sorted(lengths)}.")
         if strange := [name for name in rows if Path(name).name != name]:
-            raise ValueError(f"streams.run: expected names of rows that can be names of files, got {strange}.")
+            raise ValueError(f"{called()}: expected names of rows that can be names of files, got {strange}.")
         if self.layout is None:
             self.layout, self.sums = layout, {name: np.zeros_like(a) for name, a in sums.items()}
             for name in layout:
@@ -268,7 +270,7 @@ class _Store:
         if layout != self.layout or {name: a.shape for name, a in sums.items()} != shapes:
             got = {name: a.shape for name, a in sums.items()}
             raise ValueError(
-                f"streams.run: expected rows {self.layout} and sums {shapes} as in {self.folder}, "
+                f"{called()}: expected rows {self.layout} and sums {shapes} as in {self.folder}, "
                 f"got rows {layout} and sums {got}. Another run's results are in that folder."
             )
         for name, a in rows.items():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxgrad.errors import called, naming
 from jaxgrad.per_example.arguments import checked_batch
 from jaxgrad.per_example.transform import per_example_grad
 
@@ -34,32 +35,33 @@ def grand(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float[
     """
     norms = jax.jit(lambda params, batch: per_example_grad(loss, in_axes=in_axes)(params, *batch).norms())
 
+    @naming("grand")
     def over(checkpoints: Iterable[PyTree], *batch: Any) -> Array:
-        total, count = _summed("grand", (norms(params, batch) for params in _several("grand", checkpoints)))
+        total, count = _summed(norms(params, batch) for params in _several(checkpoints))
         return total / count
 
     return over
 
 
-def _several(call: str, checkpoints: Any) -> Iterable[PyTree]:
+def _several(checkpoints: Any) -> Iterable[PyTree]:
     """The checkpoints; TypeError for what can be told to be one of them, whose leaves or rows would pass for many."""
     one = isinstance(checkpoints, Mapping) or hasattr(checkpoints, "shape") or hasattr(checkpoints, "_fields")
     if one or not isinstance(checkpoints, Iterable):
         raise TypeError(
-            f"{call}: expected several parameters, a list or another iterable, as checkpoints, got "
+            f"{called()}: expected several parameters, a list or another iterable, as checkpoints, got "
             f"{type(checkpoints).__name__}. For a single one pass [params]."
         )
     return checkpoints
 
 
-def _summed(call: str, terms: Iterable[Array]) -> tuple[Array, int]:
+def _summed(terms: Iterable[Array]) -> tuple[Array, int]:
     """(the sum, of how many); one is there at a time."""
     total: Array | None = None
     count = 0
     for term in terms:
         total, count = term if total is None else total + term, count + 1
     if total is None:
-        raise ValueError(f"{call}: expected at least one checkpoint, got none.")
+        raise ValueError(f"{called()}: expected at least one checkpoint, got none.")
     return total, count
 
 
@@ -93,9 +95,10 @@ def tracin(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float
 
     missing = object()
 
+    @naming("tracin")
     def over(checkpoints: Iterable[PyTree], rates: Iterable[Any], train: Any, test: Any) -> Array:
-        train, test = checked_batch("tracin", "train", train), checked_batch("tracin", "test", test)
-        several = _several("tracin", checkpoints)
+        train, test = checked_batch("train", train), checked_batch("test", test)
+        several = _several(checkpoints)
 
         def terms() -> Iterator[Array]:
             for params, rate in zip_longest(several, rates, fillvalue=missing):
@@ -104,6 +107,6 @@ def tracin(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float
                 term = products(params, train, test)
                 yield jnp.asarray(rate, term.dtype) * term
 
-        return _summed("tracin", terms())[0]
+        return _summed(terms())[0]
 
     return over

@@ -7,9 +7,11 @@ from jaxtyping import Array, Float
 
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
 from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision, scaled_system
+from jaxgrad.errors import naming
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 
 
+@naming("self_influence")
 @in_full_precision
 def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Float[Array, " B"]:
     """How much each example's own gradient helps its own loss: high where an example is unlike all others.
@@ -35,10 +37,10 @@ def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Flo
 
     Source: Pruthi et al. 2020 (TracIn); Koh and Liang 2017.
     """
-    rows, residuals = rows_and_residuals("self_influence", g)
+    rows, residuals = rows_and_residuals(g)
     if damping is None and not isinstance(g, GaussNewton):
         return g.squared_norms()
-    checked_damping("self_influence", damping)
+    checked_damping(damping)
     B, R = residuals.shape
     if not B:
         return residuals.sum(1)
@@ -49,6 +51,7 @@ def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Flo
     return B / R * jnp.einsum("klb,bk->b", own, residuals)
 
 
+@naming("influence")
 @in_full_precision
 def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, damping: Any) -> Float[Array, "C B"]:
     """How much each test loss rises, to first order, when a training example is left out: > 0 helpful, < 0 harmful.
@@ -78,9 +81,9 @@ def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, dampi
 
     Source: Koh and Liang 2017.
     """
-    checked_damping("influence", damping)
-    rows, residuals = rows_and_residuals("influence", train)
-    checked_gradients("influence", test)
+    checked_damping(damping)
+    rows, residuals = rows_and_residuals(train)
+    checked_gradients(test)
     if not rows.batch_size:
         return test.gram(rows)
     scaled, ridge, unit = scaled_system(rows, damping)

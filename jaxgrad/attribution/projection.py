@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra.chunks import chunk_size
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 
 
+@naming("random_projection")
 def random_projection(g: PerExampleGrads, key: Array, size: int) -> Float[Array, "B S"]:
     """[B, size]: G P/√size with random signs P [parameters, size]: inner products of rows are those of G, in the mean.
 
@@ -39,7 +41,7 @@ def random_projection(g: PerExampleGrads, key: Array, size: int) -> Float[Array,
 
     Source: Achlioptas 2003; Park et al. 2023 (TRAK).
     """
-    checked_gradients("random_projection", g)
+    checked_gradients(g)
     if operator.index(size) < 1:
         raise ValueError(f"random_projection: expected a size of at least 1, got {size}.")
     if not g.batch_size:

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.precision import added
 
 
+@naming("cosine_similarity")
 def cosine_similarity(g: PerExampleGrads, other: PerExampleGrads | None = None) -> Float[Array, "B C"]:
     """The cosine of the angle between every pair of gradients, with `other`'s or with each other.
 
@@ -30,7 +32,7 @@ def cosine_similarity(g: PerExampleGrads, other: PerExampleGrads | None = None) 
         >>> cosine_similarity(g).round(3)[0].tolist()
         [1.0, 0.0, 0.707]
     """
-    checked_gradients("cosine_similarity", g)
+    checked_gradients(g)
     first, inverse = _near_one(g)
     second, inverse_ = (None, inverse) if other is None else _near_one(other)
     return jnp.clip(first.gram(second) * inverse[:, None] * inverse_[None, :], -1, 1)
@@ -64,6 +66,7 @@ class NoiseScale(NamedTuple):
     scale: Array
 
 
+@naming("noise_scale")
 def noise_scale(g: PerExampleGrads) -> NoiseScale:
     """The simple noise scale tr Σ / ‖ḡ‖²: about how many examples a batch should have before more stop paying.
 
@@ -84,7 +87,7 @@ def noise_scale(g: PerExampleGrads) -> NoiseScale:
 
     Source: McCandlish et al. 2018, appendix A.1.
     """
-    checked_gradients("noise_scale", g)
+    checked_gradients(g)
     B, norms = g.batch_size, g.norms()
     if isinstance(B, int) and B < 2:
         return NoiseScale(*[jnp.full((), jnp.nan, norms.dtype)] * 3)

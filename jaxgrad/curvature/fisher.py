@@ -9,10 +9,12 @@ from jaxtyping import Array, PyTree
 
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
 from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision, scaled_system
+from jaxgrad.errors import naming
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.serialized import named_tuple
 
 
+@naming("fisher_vector_product")
 def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree) -> PyTree:
     """GᵀG v / n: the empirical Fisher matrix times a direction.
 
@@ -33,10 +35,11 @@ def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree) -> PyTree
         >>> fisher_vector_product(g, jnp.array([3.0, 6.0, 9.0])).tolist()
         [1.0, 2.0, 3.0]
     """
-    rows, _ = rows_and_residuals("fisher_vector_product", g)
+    rows, _ = rows_and_residuals(g)
     return rows.weighted_sum(rows.dot(v) / max(rows.batch_size, 1))
 
 
+@naming("natural_gradient")
 @in_full_precision
 def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
     """(GᵀG/n + μI)⁻¹ ḡ, exactly, for any number of parameters; ḡ = Gᵀr/n is the mean gradient (r = 1).
@@ -69,8 +72,8 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
 
     Source: Amari 1998; through the Gram matrix as in Ren and Goldfarb 2019.
     """
-    checked_damping("natural_gradient", damping)
-    rows, residuals = rows_and_residuals("natural_gradient", g)
+    checked_damping(damping)
+    rows, residuals = rows_and_residuals(g)
     if not rows.batch_size:
         return rows.mean()
     scaled, ridge, unit = scaled_system(rows, damping)
@@ -79,6 +82,7 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
     return jax.tree.map(lambda a, p: (a / unit.astype(a.dtype)).astype(p.dtype), total, jax.eval_shape(rows.sum))
 
 
+@naming("fisher_solve")
 @in_full_precision
 def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> PyTree:
     """(GᵀG/n + μI)⁻¹ v for any direction v and μ > 0, exactly.
@@ -103,8 +107,8 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> P
         >>> fisher_solve(g, jnp.ones(3), 1.0).tolist()
         [0.5, 1.0, 1.0]
     """
-    checked_damping("fisher_solve", damping, positive=True)
-    g, _ = rows_and_residuals("fisher_solve", g)
+    checked_damping(damping, positive=True)
+    g, _ = rows_and_residuals(g)
     n, like = g.batch_size, jax.eval_shape(g.sum)
     if not n:
         return jax.tree.map(lambda a, p: (a / damping).astype(p.dtype), v, like)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.curvature.solve import MARGIN
+from jaxgrad.errors import called, naming
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 from jaxgrad.per_example.transform import per_example_grad
 from jaxgrad.precision import working_dtype
@@ -182,12 +183,12 @@ class GaussNewton(NamedTuple):
     residuals: Float[Array, "B R"]
 
 
-def rows_and_residuals(call: str, g: PerExampleGrads | GaussNewton) -> tuple[PerExampleGrads, Float[Array, "B R"]]:
+def rows_and_residuals(g: PerExampleGrads | GaussNewton) -> tuple[PerExampleGrads, Float[Array, "B R"]]:
     """(G, r in the accumulator's dtype), of gradients themselves r = 1: the mean gradient is Gᵀr/n."""
     if isinstance(g, GaussNewton):
         rows, residuals = g
     else:
-        checked_gradients(call, g)
+        checked_gradients(g)
         rows, residuals = g, jnp.ones((g.batch_size, 1), jnp.float32)
     return rows, residuals.astype(jax.eval_shape(rows.norms).dtype)
 
@@ -233,8 +234,9 @@ def gauss_newton(
         scale = jnp.asarray(S.shape[1] ** 0.5, S.dtype)
         return (outputs.ravel() * S[:, k] * scale).sum(), r[k] * scale
 
+    @naming("gauss_newton")
     def rows(params: PyTree, x: Any, y: Any) -> GaussNewton:
-        B, example = _examples("gauss_newton", x, y)
+        B, example = _examples(x, y)
         S, _ = jax.eval_shape(lambda p, x, y: root(model(p, x), y), params, *example)
         R = S.shape[1]
         x, y = jax.tree.map(lambda a: jnp.repeat(a, R, 0), (x, y)) if R > 1 else (x, y)
@@ -269,8 +271,9 @@ def gauss_newton_vector_product(
     """
     of_outputs = (loss if isinstance(loss, OutputLoss) else from_function(loss)).product
 
+    @naming("gauss_newton_vector_product")
     def product(params: PyTree, v: PyTree, x: Any, y: Any) -> PyTree:
-        B, _ = _examples("gauss_newton_vector_product", x, y)
+        B, _ = _examples(x, y)
         outputs, forwards = jax.linearize(lambda p: jax.vmap(model, (None, 0))(p, x), params)
         wide = working_dtype(outputs.dtype)
         cotangent = jax.vmap(of_outputs)(outputs.astype(wide), y, forwards(v).astype(wide)) / max(B, 1)
@@ -279,12 +282,12 @@ def gauss_newton_vector_product(
     return product
 
 
-def _examples(call: str, x: Any, y: Any) -> tuple[int, tuple[Any, Any]]:
+def _examples(x: Any, y: Any) -> tuple[int, tuple[Any, Any]]:
     """(B, what one example looks like)."""
     sizes = {jnp.shape(a)[:1] for a in jax.tree.leaves((x, y))}
     if len(sizes) != 1 or sizes == {()}:
         raise ValueError(
-            f"{call}: expected arrays with one example axis in x and y, got leading sizes {sorted(sizes)}."
+            f"{called()}: expected arrays with one example axis in x and y, got leading sizes {sorted(sizes)}."
         )
     example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.result_type(a)), (x, y))
     return next(iter(sizes))[0], example

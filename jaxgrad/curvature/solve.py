@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxgrad.errors import called
 from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.sharding import gathered
@@ -97,7 +98,7 @@ def _solved(K: Array, b: Array, ridge: Array) -> Array:
     return lax.cond((jnp.diagonal(factor) ** 2).min() > MARGIN * unknown, by_cholesky, by_eigenvectors)
 
 
-def checked_damping(call: str, damping: Any, positive: bool = False) -> None:
+def checked_damping(damping: Any, positive: bool = False) -> None:
     """Raise ValueError for what is known not to be a number ≥ 0, or > 0."""
     try:
         wrong = np.ndim(damping) != 0 or not (damping > 0 if positive else damping >= 0)
@@ -106,7 +107,7 @@ def checked_damping(call: str, damping: Any, positive: bool = False) -> None:
     except TypeError:
         wrong = True
     if wrong:
-        raise ValueError(f"{call}: expected a damping {'>' if positive else '≥'} 0, got {damping}.")
+        raise ValueError(f"{called()}: expected a damping {'>' if positive else '≥'} 0, got {damping}.")
 
 
 def scaled_system(g: PerExampleGrads, damping: Any) -> tuple[PerExampleGrads, Array, Array]:

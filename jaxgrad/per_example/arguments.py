@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad import _jax
+from jaxgrad.errors import called
 from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.frameworks import advice
 
@@ -46,21 +47,21 @@ class Arguments:
         return self.rebuilt(params, examples, self.shared)
 
 
-def arguments_of(call: str, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any, in_axes: Any) -> Arguments:
-    """Takes a call apart; errors name `call`. What a leaf is depends on its place in the call, not on its identity."""
-    numbers, several = _numbers(call, argnums, len(args))
+def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any, in_axes: Any) -> Arguments:
+    """Takes a call apart. What a leaf is depends on its place in the call, not on its identity."""
+    numbers, several = _numbers(argnums, len(args))
     args = tuple(complexes.parts(arg) if k in numbers else arg for k, arg in enumerate(args))
-    entries = _entries(call, in_axes, numbers, len(args))
+    entries = _entries(in_axes, numbers, len(args))
     chosen = tuple(args[k] for k in numbers) if several else args[numbers[0]]
     with_paths, params_tree = jax.tree_util.tree_flatten_with_path(chosen)
     paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
-    params = [_parameter(call, path, leaf, chosen) for path, (_, leaf) in zip(paths, with_paths, strict=True)]
+    params = [_parameter(path, leaf, chosen) for path, (_, leaf) in zip(paths, with_paths, strict=True)]
     if not params:
-        raise ValueError(f"{call}: expected parameters in argument {argnums}, got a tree without leaves.")
+        raise ValueError(f"{called()}: expected parameters in argument {argnums}, got a tree without leaves.")
     start = {k: sum(len(jax.tree.leaves(args[j])) for j in numbers[:i]) for i, k in enumerate(numbers)}
-    places, batch, shared = _sorted_out(call, (*args, kwargs), entries, start)
+    places, batch, shared = _sorted_out((*args, kwargs), entries, start)
     arrays, axes = [a for _, a, _ in batch], [axis for _, _, axis in batch]
-    batch_size = _batch_size(call, {name: a.shape[axis] for name, a, axis in batch})
+    batch_size = _batch_size({name: a.shape[axis] for name, a, axis in batch})
     example = [_jax.one_example(a, axis) for _, a, axis in batch]
     mesh_axes = frozenset(name for a in arrays for name in _jax.varying(a))
     params = [_jax.made_varying(p, mesh_axes) for p in params]
@@ -78,7 +79,7 @@ def arguments_of(call: str, args: tuple[Any, ...], kwargs: dict[str, Any], argnu
     return Arguments(params, paths, params_tree, arrays, axes, example, batch_size, shared, rebuilt)
 
 
-def _sorted_out(call: str, trees: Sequence[Any], entries: Sequence[Any], start: dict[int, int]) -> tuple[Any, Any, Any]:
+def _sorted_out(trees: Sequence[Any], entries: Sequence[Any], start: dict[int, int]) -> tuple[Any, Any, Any]:
     """(where each leaf of each argument is found, (name, array, axis) of what is batched, what is shared).
 
     Args:
@@ -95,7 +96,7 @@ def _sorted_out(call: str, trees: Sequence[Any], entries: Sequence[Any], start: 
             continue
         sparse = [path for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_sparse) if _sparse(node)]
         positional = k < len(entries)
-        along = _broadcast(call, entries[k], tree) if positional else [_keyword_axis(leaf) for _, leaf in leaves]
+        along = _broadcast(entries[k], tree) if positional else [_keyword_axis(leaf) for _, leaf in leaves]
         for axis, (path, leaf) in zip(along, leaves, strict=True):
             if axis is None:
                 places[k].append(("shared", len(shared)))
@@ -104,28 +105,28 @@ def _sorted_out(call: str, trees: Sequence[Any], entries: Sequence[Any], start: 
                 name = f"{f'argument {k}' if positional else 'keyword arguments'}{jax.tree_util.keystr(path)}"
                 if any(path[: len(above)] == above for above in sparse):
                     raise TypeError(
-                        f"{call}: expected dense arrays of examples, got a sparse one with its examples along an axis "
-                        f"in {name}. Pass its parts (data and indices of every example) as arguments and put them "
+                        f"{called()}: expected dense arrays of examples, got a sparse one with its examples along an "
+                        f"axis in {name}. Pass its parts (data and indices of every example) as arguments and put them "
                         f"together inside the loss, or pass x.todense()."
                     )
-                array = _array(call, name, leaf, axis)
+                array = _array(name, leaf, axis)
                 places[k].append(("batch", len(batch)))
                 batch.append((name, array, axis % array.ndim))
     return places, batch, shared
 
 
-def checked_batch(call: str, name: str, batch: Any) -> Any:
+def checked_batch(name: str, batch: Any) -> Any:
     """A tuple or a list of a loss's arguments, as it is; TypeError for anything else, which * would take apart."""
     if not isinstance(batch, tuple | list):
         shape = f" of shape {batch.shape}" if hasattr(batch, "shape") else ""
         raise TypeError(
-            f"{call}: expected a tuple of the loss's arguments beside the parameters as {name}, got "
+            f"{called()}: expected a tuple of the loss's arguments beside the parameters as {name}, got "
             f"{type(batch).__name__}{shape}. For a loss of one, that is a tuple of one: (x,)."
         )
     return batch
 
 
-def checked_scalar(call: str, value: Any) -> Any:
+def checked_scalar(value: Any) -> Any:
     """The loss of one example, which is a real scalar."""
     shape: Any
     dtype: Any
@@ -136,28 +137,30 @@ def checked_scalar(call: str, value: Any) -> Any:
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         got = dtype if shape is None else f"{dtype} of shape {shape}"
         raise TypeError(
-            f"{call}: expected a loss that returns a real scalar for one example, got {got}. "
+            f"{called()}: expected a loss that returns a real scalar for one example, got {got}. "
             f"A loss that is already a mean over a batch is to be given for one example; with auxiliary results set "
             f"has_aux=True."
         )
     return value
 
 
-def _numbers(call: str, argnums: Any, count: int) -> tuple[list[int], bool]:
+def _numbers(argnums: Any, count: int) -> tuple[list[int], bool]:
     several = not isinstance(argnums, int | np.integer)
     try:
         numbers = [operator.index(k) for k in (argnums if several else [argnums])]
     except (TypeError, ValueError):
-        raise TypeError(f"{call}: expected a whole number or a sequence of them as argnums, got {argnums!r}.") from None
+        raise TypeError(
+            f"{called()}: expected a whole number or a sequence of them as argnums, got {argnums!r}."
+        ) from None
     if not numbers or any(not -count <= k < count for k in numbers):
-        raise ValueError(f"{call}: expected argnums among the {count} positional arguments, got {argnums!r}.")
+        raise ValueError(f"{called()}: expected argnums among the {count} positional arguments, got {argnums!r}.")
     numbers = [k % count for k in numbers]
     if len(set(numbers)) != len(numbers):
-        raise ValueError(f"{call}: expected each argument once in argnums, got {argnums!r}.")
+        raise ValueError(f"{called()}: expected each argument once in argnums, got {argnums!r}.")
     return numbers, several
 
 
-def _parameter(call: str, path: str, leaf: Any, tree: Any) -> Any:
+def _parameter(path: str, leaf: Any, tree: Any) -> Any:
     try:
         dtype = jnp.result_type(leaf)
     except TypeError:
@@ -165,7 +168,7 @@ def _parameter(call: str, path: str, leaf: Any, tree: Any) -> Any:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         what = type(leaf).__name__ if dtype is None else dtype
         raise TypeError(
-            f"{call}: expected parameters of a floating dtype, got {what} at {path or 'the parameter'}. "
+            f"{called()}: expected parameters of a floating dtype, got {what} at {path or 'the parameter'}. "
             + (
                 advice(tree)
                 or "Leave what is not trained out of the differentiated argument, and pass it as another, "
@@ -175,10 +178,10 @@ def _parameter(call: str, path: str, leaf: Any, tree: Any) -> Any:
     return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
 
 
-def _entries(call: str, in_axes: Any, numbers: Sequence[int], count: int) -> list[Any]:
+def _entries(in_axes: Any, numbers: Sequence[int], count: int) -> list[Any]:
     """What in_axes says of each positional argument, None of the differentiated ones."""
     if not isinstance(in_axes, tuple | list):
-        _broadcast(call, in_axes, 0)
+        _broadcast(in_axes, 0)
         return [None if k in numbers else in_axes for k in range(count)]
     others = count - len(numbers)
     if len(in_axes) == count:
@@ -188,20 +191,20 @@ def _entries(call: str, in_axes: Any, numbers: Sequence[int], count: int) -> lis
     written = tuple(None if k in numbers else given.pop(0) for k in range(count))
     if len(in_axes) != count:
         raise ValueError(
-            f"{call}: expected in_axes as jax.vmap takes it, a number or a sequence with an entry for each of the "
+            f"{called()}: expected in_axes as jax.vmap takes it, a number or a sequence with an entry for each of the "
             f"{count} positional arguments, got {in_axes!r}. Write in_axes={written!r}, with None at the "
             f"differentiated arguments and at what all examples share."
         )
     for k in numbers:
         if jax.tree.leaves(in_axes[k]):
             raise ValueError(
-                f"{call}: expected None in in_axes at the differentiated argument {k}, which all examples share, "
+                f"{called()}: expected None in in_axes at the differentiated argument {k}, which all examples share, "
                 f"got {in_axes[k]!r}. Write in_axes={written!r}."
             )
     return list(in_axes)
 
 
-def _broadcast(call: str, axis: Any, tree: Any) -> list[int | None]:
+def _broadcast(axis: Any, tree: Any) -> list[int | None]:
     """The example axis of every leaf, from a tree prefix."""
     none = lambda node: node is None  # noqa: E731
     try:
@@ -209,14 +212,14 @@ def _broadcast(call: str, axis: Any, tree: Any) -> list[int | None]:
         prefixes, structure = jax.tree.flatten(axis, is_leaf=none)
         parts = structure.flatten_up_to(tree)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{call}: expected in_axes to be a tree prefix of the arguments, got {axis!r}.") from error
+        raise ValueError(f"{called()}: expected in_axes to be a tree prefix of the arguments, got {axis!r}.") from error
     axes = [prefix for prefix, part in zip(prefixes, parts, strict=True) for _ in jax.tree.leaves(part)]
     try:
         if any(isinstance(prefix, bool) for prefix in prefixes):
             raise TypeError
         return [None if a is None else operator.index(a) for a in axes]
     except TypeError:
-        raise TypeError(f"{call}: expected whole numbers or None in in_axes, got {axis!r}.") from None
+        raise TypeError(f"{called()}: expected whole numbers or None in in_axes, got {axis!r}.") from None
 
 
 def _sparse(node: Any) -> bool:
@@ -227,22 +230,22 @@ def _keyword_axis(leaf: Any) -> int | None:
     return 0 if getattr(leaf, "ndim", 0) >= 1 and hasattr(leaf, "dtype") else None
 
 
-def _batch_size(call: str, sizes: dict[str, int]) -> int:
+def _batch_size(sizes: dict[str, int]) -> int:
     if not sizes:
         raise ValueError(
-            f"{call}: expected at least one batched argument beside the parameters, got none. Pass the examples in "
+            f"{called()}: expected at least one batched argument beside the parameters, got none. Pass the examples in "
             f"another argument, with the number of their axis in in_axes; without in_axes it is 0."
         )
     if len(set(sizes.values())) != 1:
         shown = ", ".join(f"{n} in {name}" for name, n in sizes.items())
         raise ValueError(
-            f"{call}: expected one batch size in all batched arguments, got {shown}. What all examples share is an "
+            f"{called()}: expected one batch size in all batched arguments, got {shown}. What all examples share is an "
             f"argument by position, with None in in_axes; arrays in keyword arguments are batched."
         )
     return next(iter(sizes.values()))
 
 
-def _array(call: str, name: str, leaf: Any, axis: Any) -> Any:
+def _array(name: str, leaf: Any, axis: Any) -> Any:
     hint = "What all examples share has None in in_axes."
     try:
         if isinstance(leaf, np.ndarray):
@@ -251,7 +254,7 @@ def _array(call: str, name: str, leaf: Any, axis: Any) -> Any:
             leaf = jnp.asarray(leaf)
     except TypeError:
         got = leaf.dtype if isinstance(leaf, np.ndarray) else type(leaf).__name__
-        raise TypeError(f"{call}: expected an array with an example axis in {name}, got {got}. {hint}") from None
+        raise TypeError(f"{called()}: expected an array with an example axis in {name}, got {got}. {hint}") from None
     if not -leaf.ndim <= axis < leaf.ndim:
-        raise ValueError(f"{call}: expected an example axis {axis} in {name}, got shape {leaf.shape}. {hint}")
+        raise ValueError(f"{called()}: expected an example axis {axis} in {name}, got shape {leaf.shape}. {hint}")
     return leaf

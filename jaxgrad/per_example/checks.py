@@ -6,28 +6,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxgrad.errors import called
 
-def checked_numbers(call: str, c: Any, count: int) -> Array:
+
+def checked_numbers(c: Any, count: int) -> Array:
     """One floating number for each of so many examples; ValueError for anything else."""
     c = jnp.asarray(c)
     if c.shape != (count,) or not jnp.issubdtype(c.dtype, jnp.floating):
         raise ValueError(
-            f"{call}: expected one floating number an example, shape {(count,)}, got {c.dtype} of shape {c.shape}."
+            f"{called()}: expected one floating number an example, shape {(count,)}, got {c.dtype} of shape {c.shape}."
         )
     return c
 
 
-def checked_mask(call: str, mask: Any, count: int) -> Array:
+def checked_mask(mask: Any, count: int) -> Array:
     """True or False for each of so many examples; ValueError for anything else."""
     mask = jnp.asarray(mask)
     if mask.dtype != bool or mask.shape != (count,):
         raise ValueError(
-            f"{call}: expected a boolean mask of shape {(count,)}, got {mask.dtype} of shape {mask.shape}."
+            f"{called()}: expected a boolean mask of shape {(count,)}, got {mask.dtype} of shape {mask.shape}."
         )
     return mask
 
 
-def checked_index(call: str, index: Any) -> Array:
+def checked_index(index: Any) -> Array:
     """An array of integers or booleans that chooses examples; TypeError for anything else."""
     try:
         chosen = jnp.asarray(index)
@@ -37,13 +39,13 @@ def checked_index(call: str, index: Any) -> Array:
         chosen = chosen.astype(int)
     if chosen is None or chosen.ndim != 1 or not (chosen.dtype == bool or jnp.issubdtype(chosen.dtype, jnp.integer)):
         raise TypeError(
-            f"{call}: expected a slice or a one-dimensional array of integers or booleans, got {index!r}. For one "
+            f"{called()}: expected a slice or a one-dimensional array of integers or booleans, got {index!r}. For one "
             f"example take g[i : i + 1]; for one parameter g.factors or g.materialize()."
         )
     return chosen
 
 
-def checked_bound(call: str, bound: Any) -> None:
+def checked_bound(bound: Any) -> None:
     """Raise ValueError for what is known not to be a positive number."""
     try:
         real = any(jnp.issubdtype(jnp.result_type(bound), kind) for kind in (jnp.integer, jnp.floating))
@@ -54,6 +56,6 @@ def checked_bound(call: str, bound: Any) -> None:
         wrong = True
     if wrong:
         raise ValueError(
-            f"{call}: expected positive numbers as bounds, got {bound!r}. One number is for all parameters together; "
-            f"for groups of them give a tree prefix of numbers."
+            f"{called()}: expected positive numbers as bounds, got {bound!r}. One number is for all parameters "
+            f"together; for groups of them give a tree prefix of numbers."
         )

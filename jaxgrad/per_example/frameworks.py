@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 
+from jaxgrad.errors import called
+
 WHOLE = {
     "nnx": "Split the module, graph, params, rest = nnx.split(model, nnx.Param, ...), differentiate with respect to "
     "params, and call nnx.merge(graph, params, rest) inside the loss.",
@@ -28,12 +30,12 @@ def advice(tree: Any) -> str:
     return next((WHOLE[model] for model in models if model), "")
 
 
-def explained(call: str, error: Exception) -> None:
+def explained(error: Exception) -> None:
     """Adds what to do to an error of the loss where it is known what that comes from."""
     if type(error).__name__ == "TraceContextError":
-        error.add_note(f"{call}: {STATE}")
+        error.add_note(f"{called()}: {STATE}")
     elif isinstance(error, NameError) and "unbound axis name" in str(error):
-        error.add_note(f"{call}: {AXIS}")
+        error.add_note(f"{called()}: {AXIS}")
 
 
 def _model(node: Any) -> str:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxgrad.errors import called, naming
 from jaxgrad.per_example.algebra import chunks, complexes, factors, norms
 from jaxgrad.per_example.algebra.factors import Factor
 from jaxgrad.per_example.algebra.leaf import Leaf, concatenated
@@ -218,6 +219,7 @@ class PerExampleGrads:
 
     # --- linear maps
 
+    @naming("PerExampleGrads.dot")
     def dot(self, tree: PyTree) -> Float[Array, " B"]:
         """G v [B]: the inner product of every example's gradient with one direction.
 
@@ -225,12 +227,13 @@ class PerExampleGrads:
             tree: a direction, of the parameters' structure and shapes; complex where they are, and then such as
                 a gradient is: along a change dp of the parameters the direction is conj(dp).
         """
-        leaves = self._direction("dot", tree)
+        leaves = self._direction(tree)
         return added([leaf.dot(v) for leaf, v in zip(self._leaves, leaves, strict=True)])
 
+    @naming("PerExampleGrads.weighted_sum")
     def weighted_sum(self, c: Float[Array, " B"]) -> PyTree:
         """Gᵀ c: Σ_b c_b g_b, a tree of the parameters' shapes and dtypes. One matrix product a factor."""
-        c = checked_numbers("PerExampleGrads.weighted_sum", c, self.batch_size)
+        c = checked_numbers(c, self.batch_size)
         return self._summed(c)
 
     def sum(self, rounded: bool = True) -> PyTree:
@@ -257,6 +260,7 @@ class PerExampleGrads:
 
     # --- products of examples
 
+    @naming("PerExampleGrads.gram")
     @_in_chunks
     def gram(self, other: "PerExampleGrads | None" = None) -> Float[Array, "B C"]:
         """G G′ᵀ [B, C]: the inner product of every pair of examples, with `other`'s or with each other.
@@ -267,7 +271,7 @@ class PerExampleGrads:
             ValueError: `other` is of another tree, or of parameters of other shapes or dtypes.
         """
         if other is not None:
-            self._same_parameters("gram", other)
+            self._same_parameters(other)
         second = self if other is None else other
         pairs = zip(self._leaves, second._leaves, strict=True)
         return added([leaf.gram(leaf_) for leaf, leaf_ in pairs])
@@ -312,6 +316,7 @@ class PerExampleGrads:
         """-g_b."""
         return self._with([Leaf(leaf.factors, -leaf.weight) for leaf in self._leaves])
 
+    @naming("PerExampleGrads.__add__")
     def __add__(self, other: "PerExampleGrads") -> "PerExampleGrads":
         """g_b + h_b, the gradients of a sum of two losses: both keep their factors. As many examples in each.
 
@@ -320,10 +325,10 @@ class PerExampleGrads:
         """
         if not isinstance(other, PerExampleGrads):
             return NotImplemented
-        self._same_parameters("__add__", other)
+        self._same_parameters(other)
         if self.batch_size != other.batch_size:
             raise ValueError(
-                f"PerExampleGrads.__add__: expected as many examples in both, got {self.batch_size} and "
+                f"{called()}: expected as many examples in both, got {self.batch_size} and "
                 f"{other.batch_size}. For one batch after the other take PerExampleGrads.concatenate."
             )
         pairs = zip(self._leaves, other._leaves, strict=True)
@@ -333,11 +338,13 @@ class PerExampleGrads:
         """g_b - h_b. As `+`."""
         return self + -other if isinstance(other, PerExampleGrads) else NotImplemented
 
+    @naming("PerExampleGrads.scale")
     def scale(self, c: Float[Array, " B"]) -> "PerExampleGrads":
         """c_b g_b, in float32 at least: what is multiplied keeps the digits that the parameter's dtype would drop."""
-        c = checked_numbers("PerExampleGrads.scale", c, self.batch_size)
+        c = checked_numbers(c, self.batch_size)
         return self._with([Leaf(leaf.factors, leaf.weight * c.astype(leaf.weight.dtype)) for leaf in self._leaves])
 
+    @naming("PerExampleGrads.clip")
     def clip(self, max_norm: PyTree) -> "PerExampleGrads":
         """g_b · max_norm / max(max_norm, ‖g_b‖): a zero gradient, and one exactly on the bound, stay as they are.
 
@@ -349,7 +356,7 @@ class PerExampleGrads:
         Raises:
             ValueError: a bound that is not positive, or a tree that is not a prefix of the parameters.
         """
-        bounds, groups = self.groups(max_norm, "PerExampleGrads.clip")
+        bounds, groups = self.groups(max_norm)
         leaves: list[Leaf] = []
         for bound, part in zip(bounds, groups, strict=True):
             lengths = part.norms()
@@ -357,24 +364,27 @@ class PerExampleGrads:
             leaves += part.scale(norms.shortened(lengths, limit))._leaves
         return self._with(leaves)
 
+    @naming("PerExampleGrads.where")
     def where(self, mask: Array) -> "PerExampleGrads":
         """The same, with the gradient of every example whose mask is False exactly zero, NaN or not.
 
         Args:
             mask: [B], boolean.
         """
-        mask = checked_mask("PerExampleGrads.where", mask, self.batch_size)
+        mask = checked_mask(mask, self.batch_size)
         return self._with([leaf.where(mask) for leaf in self._leaves])
 
+    @naming("PerExampleGrads[...]")
     def __getitem__(self, index: Any) -> "PerExampleGrads":
         """A subset of the examples: a slice, or an integer or boolean array."""
         _ = self._leaves  # raises where there is more than one example axis
         if isinstance(index, slice):
             return map_examples_of(lambda a: a[index], self)
-        chosen = checked_index("PerExampleGrads[...]", index)
+        chosen = checked_index(index)
         return map_examples_of(lambda a: a[chosen], self)
 
     @staticmethod
+    @naming("PerExampleGrads.concatenate")
     def concatenate(parts: Sequence["PerExampleGrads"]) -> "PerExampleGrads":
         """One batch from several: the same parameters, and the same kinds of factors; T may differ.
 
@@ -384,7 +394,7 @@ class PerExampleGrads:
         if not parts:
             raise ValueError("PerExampleGrads.concatenate: expected at least one batch, got none.")
         for part in parts[1:]:
-            parts[0]._same_parameters("concatenate", part)
+            parts[0]._same_parameters(part)
         kinds = [[[(type(f), f.layout) for f in leaf.factors] for leaf in part._leaves] for part in parts]
         if any(kind != kinds[0] for kind in kinds[1:]):
             raise ValueError(
@@ -398,46 +408,42 @@ class PerExampleGrads:
 
     # --- what comes in
 
-    def _direction(self, call: str, tree: PyTree) -> list[Array]:
+    def _direction(self, tree: PyTree) -> list[Array]:
         structure: Any = jax.tree.structure(self._held, is_leaf=_is_parameter)
         treedef = jax.tree.structure(tree)
         if treedef != structure:
-            raise ValueError(
-                f"PerExampleGrads.{call}: expected a tree like the parameters', {structure}, got {treedef}."
-            )
+            raise ValueError(f"{called()}: expected a tree like the parameters', {structure}, got {treedef}.")
         leaves, parts = jax.tree.flatten(complexes.parts(tree, sign=-1))
         if parts != self._treedef:
             raise ValueError(
-                f"PerExampleGrads.{call}: expected complex numbers where the parameters are, and only there, got "
+                f"{called()}: expected complex numbers where the parameters are, and only there, got "
                 f"{jax.tree.map(jnp.result_type, tree)}."
             )
         for path, leaf, v in zip(self.paths, self._leaves, leaves, strict=True):
             if jnp.shape(v) != leaf.layout.shape:
-                raise ValueError(
-                    f"PerExampleGrads.{call}: expected shape {leaf.layout.shape} at {path}, got {jnp.shape(v)}."
-                )
+                raise ValueError(f"{called()}: expected shape {leaf.layout.shape} at {path}, got {jnp.shape(v)}.")
         return [jnp.asarray(v) for v in leaves]
 
-    def _same_parameters(self, call: str, other: "PerExampleGrads") -> None:
-        checked_gradients(f"PerExampleGrads.{call}", other)
+    def _same_parameters(self, other: "PerExampleGrads") -> None:
+        checked_gradients(other)
         if other._treedef != self._treedef:
             raise ValueError(
-                f"PerExampleGrads.{call}: expected the same tree of parameters, {self._treedef}, got {other._treedef}."
+                f"{called()}: expected the same tree of parameters, {self._treedef}, got {other._treedef}."
             )
         for path, leaf, leaf_ in zip(self.paths, self._leaves, other._leaves, strict=True):
             mine, theirs = leaf.layout, leaf_.layout
             if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
                 raise ValueError(
-                    f"PerExampleGrads.{call}: expected {mine.dtype}{list(mine.shape)} at {path}, "
+                    f"{called()}: expected {mine.dtype}{list(mine.shape)} at {path}, "
                     f"got {theirs.dtype}{list(theirs.shape)}."
                 )
 
-    def groups(self, prefix: PyTree, call: str = "PerExampleGrads.groups") -> tuple[list[Any], list["PerExampleGrads"]]:
+    @naming("PerExampleGrads.groups", unless_inside=True)
+    def groups(self, prefix: PyTree) -> tuple[list[Any], list["PerExampleGrads"]]:
         """The positive numbers in a tree prefix of the parameters, and for each the gradients below it.
 
         Args:
             prefix: a number for all parameters, or a tree prefix with a number for every leaf or group of leaves.
-            call: what an error names.
 
         Raises:
             ValueError: a number that is not positive, or a tree that is not a prefix of the parameters.
@@ -446,12 +452,12 @@ class PerExampleGrads:
         leaves = self._leaves
         bounds, treedef = jax.tree.flatten(prefix)
         for bound in bounds:
-            checked_bound(call, bound)
+            checked_bound(bound)
         try:
             groups = treedef.flatten_up_to(self._tree(range(len(leaves))))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{call}: expected a number or a tree prefix of the parameters, {self._treedef}, got {treedef}."
+                f"{called()}: expected a number or a tree prefix of the parameters, {self._treedef}, got {treedef}."
             ) from error
         members = [[leaves[i] for i in jax.tree.leaves(group)] for group in groups]
         return bounds, [self.tree_unflatten(self.chunk_bytes, (part,)) for part in members]
@@ -465,10 +471,10 @@ def _is_parameter(node: Any) -> bool:
     return _is_leaf(node) or complexes.is_complex(node)
 
 
-def checked_gradients(call: str, g: Any) -> None:
+def checked_gradients(g: Any) -> None:
     """Raise TypeError for anything but PerExampleGrads."""
     if not isinstance(g, PerExampleGrads):
         raise TypeError(
-            f"{call}: expected PerExampleGrads, as jg.per_example_grad(loss)(params, *batch) returns, got "
+            f"{called()}: expected PerExampleGrads, as jg.per_example_grad(loss)(params, *batch) returns, got "
             f"{type(g).__name__}."
         )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad import _jax
+from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra.chunks import pairs_of_outputs
 from jaxgrad.per_example.algebra.mapped import map_examples_of, put_back
 from jaxgrad.per_example.arguments import Arguments
@@ -141,6 +142,7 @@ def per_example_jacobian(
     of_one_output = Transformed("per_example_jacobian", output, argnums, in_axes, spmd_axis_name=spmd_axis_name)
 
     @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
+    @naming("per_example_jacobian")
     def jacobian(*args: Any, **kwargs: Any) -> PerExampleJacobian:
         arguments = transformed.arguments(args, kwargs)
 
@@ -149,7 +151,7 @@ def per_example_jacobian(
             try:
                 return _outputs(fun(*args, **kwargs))
             except Exception as error:
-                explained("per_example_jacobian", error)
+                explained(error)
                 raise
 
         count = jax.eval_shape(outputs, arguments.params, arguments.example).shape[0]

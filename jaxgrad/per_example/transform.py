@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxgrad import _jax
+from jaxgrad.errors import called, naming
 from jaxgrad.per_example.algebra.mapped import put_back, taken_out
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
 from jaxgrad.per_example.frameworks import explained
@@ -153,10 +154,15 @@ class Transformed:
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The call taken apart."""
-        return arguments_of(self.call, args, kwargs, self.argnums, self.in_axes)
+        with naming(self.call):
+            return arguments_of(args, kwargs, self.argnums, self.in_axes)
 
     def evaluated(self, arguments: Arguments) -> tuple[Any, Any, PerExampleGrads, list[Route]]:
         """(values, aux, gradients, what was done for each parameter)."""
+        with naming(self.call):
+            return self._evaluated(arguments)
+
+    def _evaluated(self, arguments: Arguments) -> tuple[Any, Any, PerExampleGrads, list[Route]]:
         one, out_tree = self.of_one_example(arguments)
         over_examples = jax.vmap(
             one, (arguments.axes,), (0, 0, 0, None), axis_size=arguments.batch_size, spmd_axis_name=self.spmd_axis_name
@@ -203,15 +209,15 @@ class Transformed:
             try:
                 result = self.fun(*args, **kwargs)
             except Exception as error:
-                explained(self.call, error)
+                explained(error)
                 raise
             if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
                 raise TypeError(
-                    f"{self.call}: expected a loss that returns (scalar, aux), as has_aux=True says, "
+                    f"{called()}: expected a loss that returns (scalar, aux), as has_aux=True says, "
                     f"got {'one array' if hasattr(result, 'dtype') else type(result).__name__}."
                 )
             value, aux = result if self.has_aux else (result, None)
-            return checked_scalar(self.call, value), (value, aux)
+            return checked_scalar(value), (value, aux)
 
         def program(params: Sequence[Any], examples: Sequence[Any]) -> Any:
             (_, others), gradients = jax.value_and_grad(scalar, has_aux=True)(params, examples)
@@ -225,7 +231,7 @@ class Transformed:
             if f.how == "direct" and f.reason is not None:
                 at = f" at {f.reason.source}" if f.reason.source else ""
                 raise ValueError(
-                    f"{self.call}: with strict=True expected a product for the gradient of every matrix, got the "
+                    f"{called()}: with strict=True expected a product for the gradient of every matrix, got the "
                     f"direct route for {path or 'the parameter'}: {f.reason.primitive}{at}: {f.reason.why}. Write "
                     f"the use of the parameter as a matrix product, convolution or lookup (and what is computed from "
                     f"the parameters alone outside of loops), or drop strict=True: the result is the same."

@@ -6,6 +6,7 @@ whatever has no rule is evaluated as it stands. Programs within the program (jit
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,6 +56,11 @@ def tail(jaxpr: _jax.Jaxpr, wanted: Sequence[bool], used: Sequence[bool]) -> Tai
         wanted: which results are gradients, or lead to one through bookkeeping alone.
         used: which results are used at all.
     """
+    return _tail(jaxpr, tuple(wanted), tuple(used))
+
+
+@functools.lru_cache(512)  # a program within programs is looked at once, not once for each that it is in
+def _tail(jaxpr: _jax.Jaxpr, wanted: tuple[bool, ...], used: tuple[bool, ...]) -> Tail:
     good: dict[Any, bool] = {}
 
     def use(v: Any, as_gradient: bool) -> None:
@@ -134,7 +140,7 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
             if whole is not None:
                 return _kept(whole, Written(eqn, values))
             kept = (control.scan if is_scan else control.cond)(evaluate, eqn, values, wanted, used)
-            return _told_shared(eqn, values, kept)
+            return _marked_shared(eqn, values, kept)
         if _jax.kind(eqn) == "shard_map":
             whole = shards.shard_map(evaluate, eqn, values, wanted, used)
             if whole is not None:
@@ -169,10 +175,10 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
         return [Shared(a) for a in as_written.evaluated()]
     reason = _inherited(eqn, values, taken) if any(wanted) else FORMED
     arrays = [Plain(a, reason) if want else a for a, want in zip(as_written.evaluated(), wanted, strict=True)]
-    return _told_shared(eqn, values, arrays)
+    return _marked_shared(eqn, values, arrays)
 
 
-def _told_shared(eqn: _jax.Equation, values: Sequence[Value], results: Sequence[Value]) -> list[Value]:
+def _marked_shared(eqn: _jax.Equation, values: Sequence[Value], results: Sequence[Value]) -> list[Value]:
     """Of an equation with programs of its own, the arrays that depend on no example are marked as what all share."""
     if eqn.effects or eqn.primitive not in (_jax.jit_p, _jax.remat_p, _jax.scan_p, _jax.cond_p):
         return list(results)
