@@ -49,11 +49,14 @@ def scan(evaluate: Evaluate, eqn: _jax.Equation, values: Sequence[Value], used: 
             return _looked(evaluate, program, known, products, used)
 
         kinds = _kinds_of(look, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs[parts.consts :]])
-        carried = range(parts.consts, end)
-        products = [p or (k in carried and kinds[k - parts.consts] == "map") for k, p in enumerate(products)]
-        zeros = [z and (k not in carried or kinds[k - parts.consts] == "zero") for k, z in enumerate(zeros)]
+        among = range(parts.consts, end)
+        products = [p or (k in among and kinds[k - parts.consts] == "map") for k, p in enumerate(products)]
+        zeros = [z and (k not in among or kinds[k - parts.consts] == "zero") for k, z in enumerate(zeros)]
     # A carry that starts as a product is one at the end, if there is no step.
-    kinds = ["map" if k < parts.carry and products[parts.consts + k] else kind for k, kind in enumerate(kinds)]
+    carried = [
+        _of_both("map", kind) if products[parts.consts + k] else kind for k, kind in enumerate(kinds[: parts.carry])
+    ]
+    kinds = [*carried, *kinds[parts.carry :]]
     return None if "other" in kinds else _results(eqn, values, products, kinds)
 
 
@@ -68,11 +71,15 @@ def cond(evaluate: Evaluate, eqn: _jax.Equation, values: Sequence[Value], used: 
         def look(program: _jax.Program = program) -> list[Value]:
             return _looked(evaluate, program, values[1:], products[1:], used)
 
-        kinds = [max(a, b, key=_KINDS.index) for a, b in zip(kinds, _kinds_of(look), strict=True)]
+        kinds = list(map(_of_both, kinds, _kinds_of(look)))
     return None if "other" in kinds else _results(eqn, values, products, kinds)
 
 
-_KINDS = ("zero", "shared", "map", "other")
+def _of_both(kind: str, other: str) -> str:
+    """Of a result that is either: what all examples share beside a map of products would be counted as one of them."""
+    if "zero" in (kind, other) or kind == other:
+        return other if kind == "zero" else kind
+    return "other"
 
 
 def _products(values: Sequence[Value]) -> list[bool] | None:

@@ -363,3 +363,26 @@ def layers_of_mapped_weights_and_keys(p, x):
 @entry({"W": w(17, 17)}, (x(4, 17),), paths("W"))
 def shared_arrays_leave_a_jitted_loss(p, x):
     return jax.jit(lambda W, x: jnp.sum(jnp.tanh(jnp.tanh(W) @ x)))(p["W"], x)
+
+
+# --- backward passes by hand that are not linear: a loop or a branch is a map only where it is
+
+
+def by_hand(backward):
+    f = jax.custom_vjp(lambda W: W)
+    f.defvjp(lambda W: (W, W), lambda W, d: (backward(W, d),))
+    return lambda p, x: used(f(p["W"]), x)
+
+
+NOT_LINEAR = {
+    "a_branch_without_its_cotangent": lambda W, d: lax.cond(W[0, 0] > 1e3, lambda: 2 * d, lambda: jnp.cos(W)),
+    "a_branch_that_adds": lambda W, d: lax.cond(W[0, 0] < 1e3, lambda: 2 * d + W, lambda: d),
+    "a_loop_that_forgets": lambda W, d: lax.fori_loop(0, 2, lambda i, d: jnp.sin(W), d),
+    "a_loop_that_adds": lambda W, d: lax.fori_loop(0, 2, lambda i, d: 0.5 * d + W, d),
+    "a_loop_that_squares": lambda W, d: lax.fori_loop(0, 2, lambda i, d: d * d, d),
+    "a_loop_that_counts": lambda W, d: lax.fori_loop(0, 2, lambda i, c: (c[1], c[0] + 1.0), (d, W))[0],
+}
+for name, backward in NOT_LINEAR.items():
+    loss = by_hand(backward)
+    loss.__name__ = name
+    entry({"W": w(17, 17)}, (x(4, 17),))(loss)
