@@ -184,6 +184,8 @@ def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[in
 
 def _against_transposed(node: Node, scale: Array) -> Array | None:
     """⟨M(p), scale⟩ = ⟨p, Mᵀ(scale)⟩: the map's transpose is taken of what all examples share, once."""
+    if jnp.iscomplexobj(scale):  # JAX's transpose pairs complex numbers by their real part
+        return None
     function, inputs, shared = Map.of([node])
     shapes = [jax.ShapeDtypeStruct(tuple(x.value.shape), x.value.dtype) for x in inputs]
     found = []
