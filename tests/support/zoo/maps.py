@@ -365,6 +365,18 @@ def shared_arrays_leave_a_jitted_loss(p, x):
     return jax.jit(lambda W, x: jnp.sum(jnp.tanh(jnp.tanh(W) @ x)))(p["W"], x)
 
 
+@entry({"re": w(17, 17), "im": w(17, 17)}, (x(4, 17),))
+def complex_weights_over_the_size_of_their_transform(p, x):
+    W = lax.complex(p["re"], p["im"])
+    scale = jnp.sum(jnp.real(jnp.fft.ifft2(jnp.fft.fft2(W) ** 2)))
+    return jnp.sum(jnp.tanh(jnp.abs(W / (2 + scale) @ x)))
+
+
+@entry({"W": w(17, 17)}, (x(4, 17),), paths("W"))
+def over_the_size_of_a_transform(p, x):
+    return used(p["W"] / (2 + jnp.sum(jnp.fft.irfft2(jnp.fft.rfft2(p["W"]), s=(17, 17)) ** 2)), x)
+
+
 # --- backward passes by hand that are not linear: a loop or a branch is a map only where it is
 
 
