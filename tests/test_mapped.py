@@ -219,3 +219,40 @@ def test_batches_behind_a_map_are_concatenated_where_they_share_it(loss):
         jg.PerExampleGrads.concatenate([both, other]) if loss is not masked else jax.jit(
             lambda a, b: jg.PerExampleGrads.concatenate([a, b])
         )(both, other)
+
+
+def orthogonalised(W, x):
+    step = lambda W, _: (1.5 * W - 0.5 * W @ (W.T @ W), None)  # noqa: E731
+    return jnp.tanh(lax.scan(step, W[0] / jnp.linalg.norm(W[0]), None, length=3)[0] @ x).sum()
+
+
+def layers_of_unit_rows(W, x):
+    unit = lambda W: W / jnp.linalg.norm(W, axis=1, keepdims=True)  # noqa: E731
+    return lax.scan(lambda h, W: (jnp.tanh(unit(W) @ h), None), x, W)[0].sum()
+
+
+def exponential(W, x):
+    return jnp.tanh(jax.scipy.linalg.expm(W[0] - W[0].T) @ x).sum()
+
+
+@pytest.mark.parametrize("B", [64, 256])
+@pytest.mark.parametrize(
+    ("loss", "dtype", "rounding"),
+    [
+        (orthogonalised, jnp.float32, 2.0**-24),
+        (orthogonalised, jnp.bfloat16, 2.0**-9),
+        (layers_of_unit_rows, jnp.float32, 2.0**-24),
+        (layers_of_unit_rows, jnp.bfloat16, 2.0**-9),
+        (exponential, jnp.float32, 2.0**-24),  # jax.scipy has none in bfloat16
+    ],
+)
+def test_loops_that_are_maps_have_the_digits_of_their_dtype_at_real_sizes(loss, dtype, rounding, B):
+    rng = np.random.default_rng(0)
+    W, X = jnp.asarray(rng.normal(size=(3, 64, 64)) / 8, dtype), jnp.asarray(rng.normal(size=(B, 64)), dtype)
+    exact = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(W.astype(float), X.astype(float)))
+    with jax.enable_x64(False):
+        assert jg.explain(loss)(W, X).rows[0].how == "factored"
+        g = jax.jit(jg.per_example_grad(loss))(W, X)
+        norms, total = jax.jit(lambda g: (g.norms(), g.sum(rounded=False)))(g)
+    np.testing.assert_allclose(norms, np.linalg.norm(exact.reshape(B, -1), axis=1), rtol=64 * rounding)
+    np.testing.assert_allclose(total, exact.sum(0), atol=64 * rounding * np.abs(exact).sum(0).max())

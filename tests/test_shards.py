@@ -63,13 +63,14 @@ LOSSES = {
         (COLUMNS, PartitionSpec("data")),
         PartitionSpec("data", "model"),
     ),
+    "looked up at divided positions": mapped(lambda W, x: W[(x[:, 0] * 5).astype(int) % OUT], (EVERYWHERE, ROWS), ROWS),
     "what differs is not checked": mapped(
         lambda W, x: x @ W.T, (PartitionSpec("model"), EVERYWHERE), COLUMNS, check_vma=False
     ),
     "jitted": jax.jit(mapped(lambda W, x: x @ W.T, (EVERYWHERE, ROWS), ROWS)),
 }
 KEPT = ["positions divided", "rows of the weight divided", "rows and positions divided"]
-KEPT += ["columns of the weight divided", "a bias beside", "jitted"]
+KEPT += ["columns of the weight divided", "a bias beside", "jitted", "looked up at divided positions"]
 
 
 @pytest.mark.every(4)
@@ -112,3 +113,16 @@ def test_a_sum_over_devices_that_each_goes_on_with_is_formed(mesh):
     with jax.set_mesh(mesh):
         G = jax.vmap(jax.grad(loss), (None, 0))(V, X)
         np.testing.assert_allclose(jg.per_example_grad(loss)(V, X).materialize(), G, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24)])
+def test_the_digits_are_those_of_the_dtype_at_real_sizes(dtype, rounding, mesh):
+    loss, rng = LOSSES["rows and positions divided"], np.random.default_rng(2)
+    with jax.set_mesh(mesh):
+        W, X = jnp.asarray(rng.normal(size=(256, 128)) / 11, dtype), jnp.asarray(rng.normal(size=(64, 8, 128)), dtype)
+        exact = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(W.astype(float), X.astype(float)))
+        with jax.enable_x64(False):
+            g = jax.jit(jg.per_example_grad(loss))(W, X)
+            norms, total = jax.jit(lambda g: (g.norms(), g.sum(rounded=False)))(g)
+    np.testing.assert_allclose(norms, np.linalg.norm(exact.reshape(64, -1), axis=1), rtol=64 * rounding)
+    np.testing.assert_allclose(total, exact.sum(0), atol=64 * rounding * np.abs(exact).sum(0).max())

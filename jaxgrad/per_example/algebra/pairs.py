@@ -39,7 +39,7 @@ from jaxgrad.per_example.algebra.factors import (
     written_out,
 )
 from jaxgrad.per_example.algebra.layout import Layout
-from jaxgrad.per_example.algebra.mapped import Common, Mapped, of_examples
+from jaxgrad.per_example.algebra.mapped import Common, Mapped, map_examples_of, of_examples
 from jaxgrad.per_example.algebra.scales import row_sums
 from jaxgrad.sharding import every_example, whole
 
@@ -96,7 +96,7 @@ def plan(f: Factor, f_: Factor, of_all_pairs: bool = False) -> Plan:
 def inner(f: Factor, f_: Factor) -> Float[Array, " B"]:
     """⟨f_b, f′_b⟩ of every example, in the accumulator's dtype."""
     acc = accumulator(f, f_)
-    f, f_ = wide(f, acc), wide(f_, acc)
+    f, f_ = (map_examples_of(whole, wide(o, acc)) for o in (f, f_))
     windows = [w.at_once for w in (f, f_) if isinstance(w, Windows)]
     way, f, f_, each, _ = plan(f, f_)
     match way, f_:
@@ -115,7 +115,7 @@ def inner(f: Factor, f_: Factor) -> Float[Array, " B"]:
 def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
     """⟨f_b, f′_c⟩ of every pair of examples, in the accumulator's dtype."""
     acc = accumulator(f, f_)
-    f, f_ = wide(f, acc), wide(f_, acc)
+    f, f_ = (map_examples_of(whole, wide(o, acc)) for o in (f, f_))
     first, _ = _ordered(f, f_)
     if first is not f:
         return gram(f_, f).T
