@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 
 import jaxgrad
-from jaxgrad.__main__ import main
-from jaxgrad.job import data as data_module
-from jaxgrad.job import output
+from jaxgrad.exercise.job import data as data_module
+from jaxgrad.exercise.job import output
+from jaxgrad.exercise.job.command import main
 from jaxgrad.network import closed_form
 
 # What the job runs in: JAX's own defaults, whatever conftest.py has made stricter.
@@ -140,7 +140,7 @@ def test_results_are_those_of_each_example(capsys, tmp_path):
     """Against a loop over examples, on a file, through the saved results; more than one chunk."""
     frame = table(tmp_path / "in.csv", n=30)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxgrad.job.evaluation._CHUNK_BYTES", 7 * 4 * 4 * 4)
+        patch.setattr("jaxgrad.exercise.job.evaluation._CHUNK_BYTES", 7 * 4 * 4 * 4)
         status, _, err = run(
             capsys, "--data", tmp_path / "in.csv", "--hidden", "4", "--steps", "5", "--save", tmp_path / "out.csv"
         )

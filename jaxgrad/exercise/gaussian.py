@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxgrad.network.compensated import two_product
+from jaxgrad.exercise.compensated import two_product
 
 # Chebyshev coefficients of (1 + t)·M(t) in u = (t - 5)/(t + 5), for 0 ≤ t < ∞.
 _MILLS = (

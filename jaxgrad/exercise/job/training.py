@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import track
 
-from jaxgrad.network import Activation, Params, closed_form
+from jaxgrad.exercise import Activation, Params, closed_form
 from jaxgrad.precision import working_dtype
 
 LEARNING_RATE = 0.01

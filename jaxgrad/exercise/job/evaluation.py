@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxgrad.agreement import AgreementReport, check_gradient
-from jaxgrad.network import Activation, Params, autodiff, closed_form, loss, margin
+from jaxgrad.exercise import Activation, Params, autodiff, closed_form, loss, margin
 from jaxgrad.precision import working_dtype
 
 _CHUNK_BYTES = 128 * 2**20  # of written-out gradients at a time

@@ -7,8 +7,8 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from jaxgrad.job.data import InputError
-from jaxgrad.job.evaluation import PerExample, Timing
+from jaxgrad.exercise.job.data import InputError
+from jaxgrad.exercise.job.evaluation import PerExample, Timing
 
 _LARGEST = 5
 

@@ -12,8 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxgrad.network.activations import Activation
-from jaxgrad.network.params import Params
+from jaxgrad.exercise.activations import Activation
+from jaxgrad.exercise.params import Params
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,7 +88,7 @@ def _is_floating(dtype: Any) -> bool:
 def _array(name: str, what: str, value: Any) -> jax.Array:
     if isinstance(value, jax.Array) and _is_floating(value.dtype):
         return value
-    hint = " Make y with jaxgrad.network.signs(labels)." if what in ("y", "Y") else " Convert it to a floating dtype."
+    hint = " Make y with jaxgrad.exercise.signs(labels)." if what in ("y", "Y") else " Convert it to a floating dtype."
     try:
         array = jnp.asarray(value)
         if what == "y" and array.weak_type and jnp.issubdtype(array.dtype, jnp.integer):
@@ -106,7 +106,7 @@ def _check_params(name: str, params: Any, what: str = "params") -> Params:
     except AttributeError:
         raise TypeError(
             f"{name}: expected {what} to be Params(W, b, w), got {type(params).__name__}. "
-            "Make them with jaxgrad.network.init_params or jaxgrad.network.Params."
+            "Make them with jaxgrad.exercise.init_params or jaxgrad.exercise.Params."
         ) from None
     arrays = Params(*(_array(name, f"{what}.{field}", v) for field, v in zip(Params._fields, given, strict=True)))
     W, b, w = arrays.W.shape, arrays.b.shape, arrays.w.shape

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from jaxgrad.agreement import AgreementReport
-from jaxgrad.job.data import Data, InputError
-from jaxgrad.job.evaluation import PerExample
+from jaxgrad.exercise.job.data import Data, InputError
+from jaxgrad.exercise.job.evaluation import PerExample
 
 TABLE_SUFFIXES = (".csv", ".npz")
 PLOT_SUFFIXES = (".png",)

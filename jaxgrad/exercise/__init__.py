@@ -9,10 +9,13 @@ The modules:
     closed_form  the stable closed form: gradients of one example and of batches, Hessian products
     autodiff     the same functions through `jax.grad`: same names, same signatures
     labels       `signs`: labels of two classes as ±1
+    job          `python -m jaxgrad`: train it on real data and hold the closed form against `jax.grad`
+
+Code imports it as `jaxgrad.network`.
 """
 
-from jaxgrad.network import autodiff, closed_form, derivation
-from jaxgrad.network.activations import (
+from jaxgrad.exercise import autodiff, closed_form, derivation
+from jaxgrad.exercise.activations import (
     ACTIVATIONS,
     Activation,
     elu,
@@ -27,9 +30,9 @@ from jaxgrad.network.activations import (
     softplus,
     tanh,
 )
-from jaxgrad.network.labels import signs
-from jaxgrad.network.model import loss, margin
-from jaxgrad.network.params import Params, init_params
+from jaxgrad.exercise.labels import signs
+from jaxgrad.exercise.model import loss, margin
+from jaxgrad.exercise.params import Params, init_params
 
 __all__ = [
     "ACTIVATIONS",

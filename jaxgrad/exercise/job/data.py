@@ -15,7 +15,7 @@ from jaxtyping import Float
 from sklearn.datasets import load_breast_cancer
 from sklearn.preprocessing import StandardScaler
 
-from jaxgrad.network import signs
+from jaxgrad.exercise import signs
 
 LABEL_NAMES = ("label", "labels", "target", "class", "diagnosis", "y")
 FEATURE_NAMES = ("X", "x", "data", "features")

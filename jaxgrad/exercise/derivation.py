@@ -25,8 +25,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxgrad.network.activations import Activation, logistic
-from jaxgrad.network.params import Params
+from jaxgrad.exercise.activations import Activation, logistic
+from jaxgrad.exercise.params import Params
 
 Vector = Float[Array, " H"]
 Matrix = Float[Array, "H D"]

@@ -7,9 +7,9 @@ the stable log(1 + exp(·)): this is the loss as anyone would write it, and what
 import jax
 from jaxtyping import Array, Float
 
-from jaxgrad.network.activations import Activation, logistic
-from jaxgrad.network.checks import one_example
-from jaxgrad.network.params import Params, init_params
+from jaxgrad.exercise.activations import Activation, logistic
+from jaxgrad.exercise.checks import one_example
+from jaxgrad.exercise.params import Params, init_params
 
 __all__ = ["Params", "init_params", "loss", "margin"]
 

@@ -35,9 +35,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxgrad.network.activations import Activation, logistic
-from jaxgrad.network.checks import batch, batch_mean, one_example_jitted
-from jaxgrad.network.params import Params
+from jaxgrad.exercise.activations import Activation, logistic
+from jaxgrad.exercise.checks import batch, batch_mean, one_example_jitted
+from jaxgrad.exercise.params import Params
 from jaxgrad.per_example.algebra.factors import Dense, Outer
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.precision import working_dtype

@@ -8,10 +8,10 @@ arithmetic is bfloat16, as far as the compiler does not keep more.
 import jax
 from jaxtyping import Array, Float
 
-from jaxgrad.network.activations import Activation, logistic
-from jaxgrad.network.checks import batch, batch_mean, one_example_jitted
-from jaxgrad.network.model import loss
-from jaxgrad.network.params import Params
+from jaxgrad.exercise.activations import Activation, logistic
+from jaxgrad.exercise.checks import batch, batch_mean, one_example_jitted
+from jaxgrad.exercise.model import loss
+from jaxgrad.exercise.params import Params
 
 __all__ = [
     "batched_grad",

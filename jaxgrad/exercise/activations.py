@@ -34,8 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxgrad.network.compensated import two_product, two_sum
-from jaxgrad.network.gaussian import halves
+from jaxgrad.exercise.compensated import two_product, two_sum
+from jaxgrad.exercise.gaussian import halves
 from jaxgrad.precision import working_dtype
 
 Elementwise = Callable[[Any], Array]
