@@ -40,7 +40,7 @@ def batch_mean(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _checked(function: Callable[P, R], check: Callable[..., dict[str, Any]], *, jitted: bool) -> Callable[P, R]:
-    name = f"{function.__module__.removeprefix('jaxgrad.')}.{function.__name__}"
+    name = f"{function.__module__.replace('jaxgrad.exercise', 'network')}.{function.__name__}"
     signature = inspect.signature(function)
 
     def arguments(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
