@@ -153,8 +153,10 @@ def context(eqn: Equation) -> AbstractContextManager[None]:
 def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """The equation's results. One that holds programs of its own is bound whole, as a program of one equation.
 
-    Inside shard_map the operands differ along the same mesh axes, as JAX's own functions see to before they bind.
+    Operands lie on an explicit mesh as the program says, also those that were evaluated in another way. Inside
+    shard_map they differ along the same mesh axes, as JAX's own functions see to before they bind.
     """
+    values = placed(values, eqn.invars)
     if any(map(varying, values)):
         if _only_varies(eqn):
             return [made_varying(x, _varying(v.aval)) for x, v in zip(values, eqn.outvars, strict=True)]
@@ -165,6 +167,18 @@ def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
     variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, Literal)))
     known = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)}
     return jex.jaxpr_as_fun(_alone(eqn, tuple(variables)))(*(known[v] for v in variables))
+
+
+def placed(values: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """The values, each lying on an explicit mesh as the program says of its variable."""
+
+    def one(x: Any, v: Any) -> Any:
+        lies = getattr(v.aval, "sharding", None)
+        if isinstance(v, Literal) or lies is None or AxisType.Explicit not in lies.mesh.axis_types:
+            return x
+        return x if jax.typeof(x).sharding == lies else jax.sharding.reshard(x, lies)
+
+    return [one(x, v) for x, v in zip(values, variables, strict=True)]
 
 
 def _only_varies(eqn: Equation) -> bool:

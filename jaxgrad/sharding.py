@@ -5,14 +5,17 @@ decides, and `replicated` and `gathered` return what leaves it to it. It is told
 example everywhere, and that a block of examples has some of each device's.
 """
 
+import functools
 import math
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -42,16 +45,55 @@ def divisible(a: Array, n: int) -> Array:
     return a if n % parts == 0 else gathered(a)
 
 
-def is_divided(a: Array) -> bool:
-    """Whether an explicit mesh spreads an axis other than the examples' over devices: such axes cannot be merged."""
-    return replicated(a) is not None and any(_spec(a)[1:])
+def automatic(by_example: bool) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A function of gradients that the compiler lays out as it sees fit, though the mesh's axes are explicit.
+
+    Args:
+        by_example: whether results have the examples in front, and lie as those do; otherwise they are on every device.
+    """
+
+    def decorated(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def laid_out(*args: P.args, **kwargs: P.kwargs) -> T:
+            treedef: Any
+            leaves, treedef = jax.tree.flatten((args, kwargs))
+            given = {k: a for k, a in enumerate(leaves) if isinstance(a, jax.Array)}
+            spread = [a for a in given.values() if replicated(a) is not None]
+            if not spread:
+                return function(*args, **kwargs)
+
+            def of_arrays(arrays: dict[int, Array]) -> T:
+                args, kwargs = treedef.unflatten([arrays.get(k, leaf) for k, leaf in enumerate(leaves)])
+                return function(*args, **kwargs)
+
+            examples = next((_spec(a)[0] for a in spread if a.ndim and _spec(a)[0] is not None), None)
+            lies = PartitionSpec(examples) if by_example else PartitionSpec()
+            on = NamedSharding(jax.typeof(spread[0]).sharding.mesh, lies)
+            return jax.sharding.auto_axes(of_arrays, out_sharding=on)(given)
+
+        return laid_out
+
+    return decorated
 
 
-def whole(a: Array) -> Array:
-    """Each example's array on one device, so that its axes can be merged."""
-    if not is_divided(a):
-        return a
-    return jax.sharding.reshard(a, NamedSharding(jax.typeof(a).sharding.mesh, PartitionSpec(_spec(a)[0])))
+def merged(a: Array, *runs: int) -> Array:
+    """Each run of so many axes as one. A device keeps its part of a run's first axis; the others are gathered there."""
+    starts = [sum(runs[:k]) for k in range(len(runs))]
+    shape = [math.prod(a.shape[start : start + n]) for start, n in zip(starts, runs, strict=True)]
+    spec = spread_over(a)
+    if not any(spec):
+        return a.reshape(shape)
+    mesh = jax.typeof(a).sharding.mesh
+    a = jax.sharding.reshard(
+        a, NamedSharding(mesh, PartitionSpec(*(s if k in starts else None for k, s in enumerate(spec))))
+    )
+    lies = PartitionSpec(*(spec[start] if n else None for start, n in zip(starts, runs, strict=True)))
+    return jnp.reshape(a, shape, out_sharding=NamedSharding(mesh, lies))
+
+
+def spread_over(a: Array) -> list[Any]:
+    """The axes of an explicit mesh that each axis is spread over, None where it is not."""
+    return [None] * a.ndim if replicated(a) is None else _spec(a)
 
 
 def _spec(a: Array) -> list[Any]:

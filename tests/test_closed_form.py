@@ -428,14 +428,14 @@ class TestErrorsNameTheCallWhatWasExpectedAndWhatCame:
     def test_one_example(self, module, name, args, error, message):
         with pytest.raises(error, match=message) as caught:
             getattr(module, name)(*args)
-        assert str(caught.value).startswith(f"{module.__name__.removeprefix('jaxgrad.')}.{name}: ")
+        assert str(caught.value).startswith(f"{module.__name__.replace('jaxgrad.exercise', 'network')}.{name}: ")
 
     @pytest.mark.parametrize("name", ["batched_grad", "batched_input_grad", "value_and_grad"])
     @pytest.mark.parametrize(("args", "error", "message"), BAD_BATCH)
     def test_batch(self, module, name, args, error, message):
         with pytest.raises(error, match=message) as caught:
             getattr(module, name)(*args)
-        assert str(caught.value).startswith(f"{module.__name__.removeprefix('jaxgrad.')}.{name}: ")
+        assert str(caught.value).startswith(f"{module.__name__.replace('jaxgrad.exercise', 'network')}.{name}: ")
 
     def test_a_mean_over_nothing(self, module):
         with pytest.raises(ValueError, match="expected at least one example"):

@@ -7,6 +7,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 from support.quick import quick_jit
+from test_factors import KINDS as FACTORS
+from test_factors import factor
 
 import jaxgrad as jg
 
@@ -36,7 +38,31 @@ def summed_before_it_is_divided(V, x):
     return x @ lax.psum(V[0] * (1.0 + lax.axis_index("data").astype(V.dtype)), "data").T
 
 
+def five_times(W, x):
+    """A layer on the mesh, five times in a row, its positions divided."""
+    layer = jax.shard_map(lambda W, x: jnp.tanh(x @ W.T) @ W, in_specs=(EVERYWHERE, ROWS), out_specs=ROWS)
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        W, x = jax.sharding.reshard(W, EVERYWHERE), jax.sharding.reshard(x, ROWS)
+    for _ in range(5):
+        x = layer(W, x)
+    return x.sum()
+
+
+def constrained(spec):
+    """A loss without a shard_map, whose input an explicit mesh divides."""
+
+    def loss(W, x):
+        if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+            x = jax.sharding.reshard(x, spec)
+        y = lax.scan(lambda h, _: (jnp.tanh(h @ W.T) @ W, None), x, None, length=2)[0]
+        return (y.reshape(2, T // 2, IN) ** 2).sum()
+
+    return loss
+
+
 LOSSES = {
+    "five times": five_times,
+    "positions constrained": constrained(ROWS),
     "positions divided": mapped(lambda W, x: x @ W.T, (EVERYWHERE, ROWS), ROWS),
     "rows of the weight divided": mapped(lambda W, x: x @ W.T, (PartitionSpec("model"), EVERYWHERE), COLUMNS),
     "rows and positions divided": mapped(
@@ -115,9 +141,10 @@ def test_a_sum_over_devices_that_each_goes_on_with_is_formed(mesh):
         np.testing.assert_allclose(jg.per_example_grad(loss)(V, X).materialize(), G, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24)])
-def test_the_digits_are_those_of_the_dtype_at_real_sizes(dtype, rounding, mesh):
-    loss, rng = LOSSES["rows and positions divided"], np.random.default_rng(2)
+@pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8)])
+@pytest.mark.parametrize("name", ["rows and positions divided", "normalised before", "in a loop", "five times"])
+def test_the_digits_are_those_of_the_dtype_at_real_sizes(name, dtype, rounding, mesh):
+    loss, rng = LOSSES[name], np.random.default_rng(2)
     with jax.set_mesh(mesh):
         W, X = jnp.asarray(rng.normal(size=(256, 128)) / 11, dtype), jnp.asarray(rng.normal(size=(64, 8, 128)), dtype)
         exact = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(W.astype(float), X.astype(float)))
@@ -126,3 +153,46 @@ def test_the_digits_are_those_of_the_dtype_at_real_sizes(dtype, rounding, mesh):
             norms, total = jax.jit(lambda g: (g.norms(), g.sum(rounded=False)))(g)
     np.testing.assert_allclose(norms, np.linalg.norm(exact.reshape(64, -1), axis=1), rtol=64 * rounding)
     np.testing.assert_allclose(total, exact.sum(0), atol=64 * rounding * np.abs(exact).sum(0).max())
+
+
+def verbs(g):
+    """Everything that can be asked, as arrays."""
+    V, c = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), g.sum()), jnp.arange(1.0, 1 + len(g))
+    sums = (g.sum(), g.mean(), g.weighted_sum(c), g.second_moment(), g.variance())
+    numbers = (g.norms(), g.squared_norms(), g.leaf_norms(), g.dot(V), g.gram(), g.gram(g[1:]))
+    return sums, numbers, g.clip(1.0).sum(), g.where(c > 2).norms(), g.materialize()
+
+
+def lying(a, axis, examples):
+    """On an explicit mesh: an axis, counted from the last, over one of its axes, and the examples over the other."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    spec = [examples, *[None] * (a.ndim - 1)]
+    if 0 < a.ndim - axis < a.ndim and a.shape[-axis] % 4 == 0:
+        spec[-axis] = "model"
+    return jax.device_put(a, jax.NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+@pytest.mark.every(16)
+@pytest.mark.parametrize("many", [1, 2])
+@pytest.mark.parametrize("examples", [None, "data"])
+@pytest.mark.parametrize("axis", range(5))
+@pytest.mark.parametrize("kind", FACTORS)
+def test_every_verb_of_factors_that_an_explicit_mesh_divides(kind, axis, examples, many):
+    g = jg.PerExampleGrads((tuple(factor(kind, k, 4, 4, (8, 8)) for k in range(many)),))
+    expected = quick_jit(verbs)(g)
+    found = quick_jit(verbs)(jax.tree.map(lambda a: lying(a, axis, examples), g))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, expected)
+
+
+@pytest.mark.parametrize("outputs", [2, 64])
+def test_every_verb_of_convolutions_of_examples_that_an_explicit_mesh_divides(outputs):
+    """JAX itself refuses a convolution whose other axes are divided."""
+
+    def loss(w, x):
+        return (lax.conv_general_dilated(x[None], w, (1, 1), "SAME") ** 2).sum()
+
+    ours = quick_jit(lambda w, x: verbs(jg.per_example_grad(loss)(w, x)))
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(outputs, 8, 3, 3)))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 4, 4)))
+    expected, found = ours(w, x), ours(w, lying(x, 0, "data"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, expected)

@@ -16,6 +16,7 @@ from jaxgrad.per_example.algebra.leaf import Leaf, concatenated
 from jaxgrad.per_example.algebra.mapped import map_examples_of, of_examples
 from jaxgrad.per_example.checks import checked_bound, checked_index, checked_mask, checked_numbers
 from jaxgrad.precision import added, working_dtype
+from jaxgrad.sharding import automatic
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -187,17 +188,20 @@ class PerExampleGrads:
     # --- norms
 
     @_in_chunks
+    @automatic(by_example=True)
     def squared_norms(self) -> Float[Array, " B"]:
         """‖g_b‖² [B]. Overflows and underflows where the square does; `norms` does not."""
         return added([leaf.squared_norm() for leaf in self._leaves])
 
     @_in_chunks
+    @automatic(by_example=True)
     def leaf_norms(self) -> PyTree:
         """The norm of each parameter's gradient by itself: the tree with a [B] at every leaf. As `norms`."""
         each = self._each(lambda leaf: leaf.length().norm)
         return complexes.joined(each, lambda *parts: norms.root_sum_of_squares(parts))
 
     @_in_chunks
+    @automatic(by_example=True)
     def norms(self) -> Float[Array, " B"]:
         """‖g_b‖ [B], over all parameters together.
 
@@ -208,6 +212,7 @@ class PerExampleGrads:
         """
         return norms.together([leaf.length() for leaf in self._leaves])
 
+    @automatic(by_example=True)
     def magnitudes(self) -> Float[Array, " B"] | None:
         """[B]: how large the numbers are that may cancel in each gradient; None where nothing does.
 
@@ -220,6 +225,7 @@ class PerExampleGrads:
     # --- linear maps
 
     @naming("PerExampleGrads.dot")
+    @automatic(by_example=True)
     def dot(self, tree: PyTree) -> Float[Array, " B"]:
         """G v [B]: the inner product of every example's gradient with one direction.
 
@@ -240,6 +246,7 @@ class PerExampleGrads:
         """Σ_b g_b, a tree of the parameters' shapes and dtypes; with `rounded` False in the accumulator's dtype."""
         return self._summed(None, rounded)
 
+    @automatic(by_example=False)
     def mean(self) -> PyTree:
         """Σ_b g_b / B, a tree of the parameters' shapes and dtypes; NaN for an empty batch, as jnp.mean."""
 
@@ -251,6 +258,7 @@ class PerExampleGrads:
 
         return complexes.joined(self._each(mean), complexes.gradient)
 
+    @automatic(by_example=False)
     def _summed(self, c: Array | None, rounded: bool = True) -> PyTree:
         def total(leaf: Leaf) -> Array:
             value = leaf.sum(c)
@@ -262,6 +270,7 @@ class PerExampleGrads:
 
     @naming("PerExampleGrads.gram")
     @_in_chunks
+    @automatic(by_example=False)
     def gram(self, other: "PerExampleGrads | None" = None) -> Float[Array, "B C"]:
         """G G′ᵀ [B, C]: the inner product of every pair of examples, with `other`'s or with each other.
 
@@ -277,6 +286,7 @@ class PerExampleGrads:
         return added([leaf.gram(leaf_) for leaf, leaf_ in pairs])
 
     @_in_chunks
+    @automatic(by_example=False)
     def second_moment(self) -> PyTree:
         """mean_b g_b ⊙ g_b, a tree of the parameters' shapes, in float32 at least: half precision has no room.
 
@@ -287,6 +297,7 @@ class PerExampleGrads:
         return complexes.joined(each, operator.add)
 
     @_in_chunks
+    @automatic(by_example=False)
     def variance(self) -> PyTree:
         """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree of the parameters' shapes, in float32 at least.
 
@@ -375,8 +386,9 @@ class PerExampleGrads:
         return self._with([leaf.where(mask) for leaf in self._leaves])
 
     @naming("PerExampleGrads[...]")
+    @automatic(by_example=False)
     def __getitem__(self, index: Any) -> "PerExampleGrads":
-        """A subset of the examples: a slice, or an integer or boolean array."""
+        """A subset of the examples: a slice, or an integer or boolean array. On an explicit mesh each device has it."""
         _ = self._leaves  # raises where there is more than one example axis
         if isinstance(index, slice):
             return map_examples_of(lambda a: a[index], self)
@@ -402,6 +414,7 @@ class PerExampleGrads:
             )
         return parts[0]._with([concatenated(same) for same in zip(*(part._leaves for part in parts), strict=True)])
 
+    @automatic(by_example=True)
     def materialize(self) -> PyTree:
         """G written out: the tree of [B, *shape] that `jax.vmap(jax.grad(loss))` returns. B × parameters numbers."""
         return complexes.joined(self._each(Leaf.materialize), complexes.gradient)

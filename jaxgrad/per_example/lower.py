@@ -33,6 +33,7 @@ from jaxgrad.per_example.interpreter.values import (
     times_shared,
 )
 from jaxgrad.precision import added, joined
+from jaxgrad.sharding import automatic, merged, spread_over
 
 MERGED = 3  # more products of one layout than this become one, its positions one after another
 
@@ -80,7 +81,12 @@ def settled(factors: tuple[Factor, ...], lowered: Lowered) -> tuple[Factor, ...]
     """The factors of a batch: convolutions that are smaller so are carried out, a few examples at a time."""
     if is_settled(factors, lowered):
         return factors
-    return (Dense.of(added([written_out(f) for f in factors]), factors[0].layout.dtype),)
+    return (Dense.of(_total(factors), factors[0].layout.dtype),)
+
+
+@automatic(by_example=True)
+def _total(factors: tuple[Factor, ...]) -> Array:
+    return added([written_out(f) for f in factors])
 
 
 def is_settled(factors: tuple[Factor, ...], lowered: Lowered) -> bool:
@@ -164,15 +170,17 @@ def _factor(term: Term, shape: tuple[int, ...], dtype: Any) -> Factor:
     axes = tuple(k for kind in ("group", "left", "right") for k, run in enumerate(runs) if run[0] == kind)
     G, F, K = ([label for label in term.out if kinds[label] == kind] for kind in ("group", "left", "right"))
     T = [label for label in term.left_labels if label in term.right_labels and label not in kinds]
+    divided = {*_divided(term.left, term.left_labels), *_divided(term.right, term.right_labels)}
+    T.sort(key=lambda label: label not in divided)  # merged, they stay on their devices
     count = tuple(math.prod(term.size_of(label) for label in labels) for labels in (G, F, K, T))
     layout = Layout(shape, jnp.dtype(dtype), axes, (count[0], count[1], count[2]), split, _box(term))
     if term.row is not None:
         ids, values = _ordered(term.left, term.left_labels, T), _ordered(term.right, term.right_labels, [*T, *K])
         if any(n != 1 for n in values.shape[: len(T)]):
             values = jnp.broadcast_to(values, (*ids.shape, *values.shape[len(T) :]))
-        return Rows(ids.reshape(count[3]), values.reshape(math.prod(values.shape[: len(T)]), count[2]), layout)
-    left = _ordered(term.left, term.left_labels, [*G, *T, *F]).reshape(count[0], count[3], count[1])
-    right = _ordered(term.right, term.right_labels, [*G, *T, *K]).reshape(count[0], count[3], count[2])
+        return Rows(merged(ids, len(T)), merged(values, len(T), len(K)), layout)
+    left = merged(_ordered(term.left, term.left_labels, [*G, *T, *F]), len(G), len(T), len(F))
+    right = merged(_ordered(term.right, term.right_labels, [*G, *T, *K]), len(G), len(T), len(K))
     return Outer(left, right, layout, term.stepped)
 
 
@@ -226,6 +234,10 @@ def _turned(term: Term) -> Term:
     )
 
 
+def _divided(a: Array, labels: Sequence[int]) -> list[int]:
+    return [label for label, on in zip(labels, spread_over(a), strict=True) if on]
+
+
 def _ordered(a: Array, labels: Sequence[int], order: Sequence[int]) -> Array:
     """Axes in this order; those that are not in it are summed."""
     gone = [k for k, label in enumerate(labels) if label not in order]
@@ -237,17 +249,17 @@ def _ordered(a: Array, labels: Sequence[int], order: Sequence[int]) -> Array:
 def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
     """Many uses of one weight as one factor with their positions one after another, as an unrolled loop has them."""
     alike: dict[Any, list[Factor]] = {}
-    merged: list[Factor] = []
+    found: list[Factor] = []
     for f in factors:
         if isinstance(f, Windows) or (isinstance(f, Rows) and f.values.shape[0] != f.ids.shape[0]):
-            merged.append(f)  # joined, it would hold more
+            found.append(f)  # joined, it would hold more
         else:
             alike.setdefault((type(f), f.layout), []).append(f)
     for (kind, layout), same in alike.items():
         if len(same) <= MERGED:
-            merged += same
+            found += same
         else:  # positions are the second axis of Outer's arrays, the first of Rows'
             held = [jax.tree.leaves(f) for f in same]
             sides = [joined(parts, 1 if kind is Outer else 0) for parts in zip(*held, strict=True)]
-            merged.append(kind(*sides, layout))
-    return grouped(merged)
+            found.append(kind(*sides, layout))
+    return grouped(found)

@@ -32,7 +32,7 @@ from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same, map_example
 from jaxgrad.per_example.algebra.scales import largest, nearest_power, power_of_two, row_sums
 from jaxgrad.per_example.algebra.windows import Unfolding
 from jaxgrad.precision import added, working_dtype
-from jaxgrad.sharding import gathered, kept, replicated, whole
+from jaxgrad.sharding import kept
 
 
 def _factor(*arrays: str) -> Any:
@@ -295,7 +295,7 @@ def dot(f: Factor, V: Array) -> Float[Array, " B"]:
             ids, values = rows.valid()
             return row_sums(values * V[0][ids])
         case Dense(value, layout):
-            return jnp.matmul(whole(value).reshape(value.shape[0], layout.size), V.ravel())
+            return jnp.matmul(value.reshape(value.shape[0], layout.size), V.ravel())
 
 
 def weighted_sum(f: Factor, c: Float[Array, " B"] | None) -> Array:
@@ -306,10 +306,10 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None) -> Array:
     """
     acc = accumulator(f)
     if isinstance(f, Dense) and c is not None:  # no weighted copy
-        value = whole(f.value).reshape(f.value.shape[0], f.layout.size).astype(acc)
+        value = f.value.reshape(f.value.shape[0], f.layout.size).astype(acc)
         return sums.weighted_rows(c.astype(acc), value).reshape(f.layout.shape)
     if is_nothing(f):
-        return jnp.zeros(f.layout.shape, acc, out_sharding=replicated(arrays(f)[0]))
+        return jnp.zeros(f.layout.shape, acc)
     match wide(f if c is None else scale(f, c), acc):
         case Outer(left, right, layout) as f:
             if layout.matrix[0] == 1:
@@ -323,7 +323,7 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None) -> Array:
                 total = sums.grouped_products(left, right)
             return layout.from_matrix(total)
         case Rows() as rows:
-            ids, values = gathered(rows).valid()
+            ids, values = rows.valid()
             total = sums.table(ids.ravel(), values.reshape(ids.size, values.shape[2]), rows.rows)
             return rows.layout.from_matrix(total[None])
         case Windows(left, image, unfolding, layout):

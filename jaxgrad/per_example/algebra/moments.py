@@ -18,7 +18,6 @@ from jaxgrad.per_example.algebra.factors import (
 )
 from jaxgrad.per_example.algebra.mapped import of_examples
 from jaxgrad.per_example.algebra.rows import merged
-from jaxgrad.sharding import replicated
 
 Factors = tuple[Factor, ...]
 
@@ -65,7 +64,7 @@ def _outer_variance(left: Array, right: Array) -> Array:
     (dl, l_mean), (dr, r_mean) = _centred(left), _centred(right)
 
     def mean_of(a: Array, b: Array) -> Array:
-        return jnp.einsum("bgf,bgk->gfk", a, b, out_sharding=replicated(a)) / B
+        return jnp.einsum("bgf,bgk->gfk", a, b) / B
 
     l_mean, r_mean = l_mean[:, :, None], r_mean[:, None, :]
     cross = mean_of(dl, dr)

@@ -39,9 +39,9 @@ from jaxgrad.per_example.algebra.factors import (
     written_out,
 )
 from jaxgrad.per_example.algebra.layout import Layout
-from jaxgrad.per_example.algebra.mapped import Common, Mapped, map_examples_of, of_examples
+from jaxgrad.per_example.algebra.mapped import Common, Mapped, of_examples
 from jaxgrad.per_example.algebra.scales import row_sums
-from jaxgrad.sharding import every_example, whole
+from jaxgrad.sharding import every_example
 
 
 class Plan(NamedTuple):
@@ -96,7 +96,7 @@ def plan(f: Factor, f_: Factor, of_all_pairs: bool = False) -> Plan:
 def inner(f: Factor, f_: Factor) -> Float[Array, " B"]:
     """⟨f_b, f′_b⟩ of every example, in the accumulator's dtype."""
     acc = accumulator(f, f_)
-    f, f_ = (map_examples_of(whole, wide(o, acc)) for o in (f, f_))
+    f, f_ = (wide(o, acc) for o in (f, f_))
     windows = [w.at_once for w in (f, f_) if isinstance(w, Windows)]
     way, f, f_, each, _ = plan(f, f_)
     match way, f_:
@@ -115,7 +115,7 @@ def inner(f: Factor, f_: Factor) -> Float[Array, " B"]:
 def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
     """⟨f_b, f′_c⟩ of every pair of examples, in the accumulator's dtype."""
     acc = accumulator(f, f_)
-    f, f_ = (map_examples_of(whole, wide(o, acc)) for o in (f, f_))
+    f, f_ = (wide(o, acc) for o in (f, f_))
     first, _ = _ordered(f, f_)
     if first is not f:
         return gram(f_, f).T
@@ -135,7 +135,7 @@ def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
         case Rows(), Rows() if way == "positions" and _tables_are_cheaper(f, f_):
             return rows.gram(f, f_)
         case Dense(), Dense():
-            mine, theirs = (whole(o.value).reshape(_count(o), o.layout.size) for o in (f, f_))
+            mine, theirs = (o.value.reshape(_count(o), o.layout.size) for o in (f, f_))
             return jnp.matmul(mine, theirs.T)  # they are there already
     if pair and each is not None:
         return _by_blocks(_rows_rows if each is rows.inner else each, f, f_, 2 * pair * acc.itemsize)

@@ -10,7 +10,6 @@ from jaxgrad.per_example.algebra.factors import Rows
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.scales import row_sums
 from jaxgrad.precision import index_dtype, joined
-from jaxgrad.sharding import replicated
 
 PAIRS = 64 * 64  # up to so many pairs of positions comparing each is as fast as sorting
 
@@ -36,7 +35,7 @@ def gram(f: Rows, f_: Rows) -> Float[Array, "B C"]:
     written out at a time.
     """
     positions = sum(expected(o.ids.shape[0]) * o.ids.shape[1] for o in (f, f_))
-    if isinstance(f.ids.shape[0], int) and positions < f.rows and replicated(f.ids) is None:
+    if isinstance(f.ids.shape[0], int) and positions < f.rows:
         f, f_ = _compact(f, f_)
     ids, values = f.valid()
 

@@ -7,8 +7,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxgrad.sharding import is_divided
-
 LONG_AXIS = 32  # from here on the last axis is reduced first, which on CPU is faster than all axes at once
 LONG_ROW = 512  # from here on a reduction is as fast as a product with ones, and nothing is written for it
 
@@ -34,16 +32,12 @@ def largest(a: Array) -> Float[Array, " B"]:
     a = jnp.abs(lax.stop_gradient(compact(a)))
     if a.ndim > 2 and a.shape[-1] >= LONG_AXIS:  # powers of two between, or XLA makes one reduction of the two
         a = nearest_power(a.max(-1))
-    if is_divided(a):
-        return a.max(range(1, a.ndim))
     flat = _flat(a)
     return flat.max(1) if flat.shape[1] >= LONG_ROW else row_sums(flat)
 
 
 def row_sums(a: Array) -> Float[Array, " B"]:
     """[B, …] → [B]: each example's entries summed; short rows as a product with ones, which is faster on CPU."""
-    if is_divided(a):
-        return a.sum(range(1, a.ndim))
     flat = _flat(a)
     if flat.shape[1] >= LONG_ROW:
         return flat.sum(1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from jaxgrad.sharding import devices, replicated
+from jaxgrad.sharding import devices
 
 MANY = 1024  # up to so many terms the sum is one product
 BLOCK = 32  # terms of a block
@@ -27,7 +27,7 @@ MANY_PRODUCTS = 2**17  # up to so many terms a matrix product is as exact as one
 def weighted_rows(c: Float[Array, " N"], v: Float[Array, "N D"]) -> Float[Array, " D"]:
     """Σ_n c_n v_n."""
     if _in_one(v):
-        return jnp.matmul(c, v, precision=lax.Precision.HIGHEST, out_sharding=replicated(v))
+        return jnp.matmul(c, v, precision=lax.Precision.HIGHEST)
     return _weighted_rows(c, v)
 
 
@@ -35,7 +35,7 @@ def products(left: Float[Array, "N F"], right: Float[Array, "N K"]) -> Float[Arr
     """Σ_n left_n ⊗ right_n."""
     F, K = left.shape[1], right.shape[1]
     if _in_one(left) or (F * K > SMALL and min(F, K) > 1 and left.shape[0] <= MANY_PRODUCTS):
-        return jnp.matmul(left.T, right, out_sharding=replicated(left))
+        return jnp.matmul(left.T, right)
     if K == 1:
         return _weighted_rows(right[:, 0], left)[:, None]
     if F == 1:
@@ -46,8 +46,8 @@ def products(left: Float[Array, "N F"], right: Float[Array, "N K"]) -> Float[Arr
 def grouped_products(left: Float[Array, "B G T F"], right: Float[Array, "B G T K"]) -> Float[Array, "G F K"]:
     """Σ_bt left_bgt ⊗ right_bgt."""
     B, G, T, _ = left.shape
-    if not _known(B) or B * T <= MANY or replicated(left) is not None or devices(left) > 1:
-        return jnp.einsum("bgtf,bgtk->gfk", left, right, out_sharding=replicated(left))
+    if not _known(B) or B * T <= MANY or devices(left) > 1:
+        return jnp.einsum("bgtf,bgtk->gfk", left, right)
     sides = (a.swapaxes(0, 1).reshape(G, B * T, a.shape[3]) for a in (left, right))
     return jax.vmap(products)(*sides)
 
@@ -65,7 +65,7 @@ def table(ids: Integer[Array, " N"], values: Float[Array, "N K"], rows: int) -> 
 
 def _in_one(a: Array) -> bool:
     """Whether one product sums it: few terms, or as many as are only known later, or on several devices."""
-    return not _known(a.shape[0]) or a.shape[0] <= MANY or replicated(a) is not None or devices(a) > 1
+    return not _known(a.shape[0]) or a.shape[0] <= MANY or devices(a) > 1
 
 
 def _known(count: Any) -> bool:

@@ -155,7 +155,7 @@ def shard_map(
                     plans[k] = plan
         return ()
 
-    arrays = [jnp.asarray(array_of(values[k])) for k in given]
+    arrays = _jax.placed([jnp.asarray(array_of(values[k])) for k in given], [eqn.invars[k] for k in given])
     jax.eval_shape(mapped(look, ()), *arrays)
     if not any(plans):
         return None

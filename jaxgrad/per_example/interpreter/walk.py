@@ -274,7 +274,11 @@ def _repeated(eqn: _jax.Equation, values: Sequence[Value]) -> Broadcast | None:
         return Broadcast(array_of(value), tuple(dims), tuple(out.shape), is_zero(value), is_shared(value))
     if eqn.primitive in (lax.neg_p, lax.convert_element_type_p) and isinstance(values[0], Broadcast):
         value = values[0]
-        return dataclasses.replace(value, source=_jax.bind(eqn, [value.source])[0])
+        # Not the equation as written: on an explicit mesh it says how the whole array lies, and this is a part of it.
+        source = (
+            lax.neg(value.source) if eqn.primitive is lax.neg_p else lax.convert_element_type(value.source, out.dtype)
+        )
+        return dataclasses.replace(value, source=source)
     if eqn.primitive is lax.mul_p and any(isinstance(value, Broadcast) for value in values):
         for value, other in (values, values[::-1]):
             value, scale = as_broadcast(value), as_broadcast(other)
