@@ -7,6 +7,7 @@ The names:
     assert_agree            the same as an assertion
     per_example_grad        per-example gradients of any loss, as factors; per_example_value_and_grad with the values
     per_example_jacobian    the gradients of all outputs of a model, the activations held once for them
+    per_example_norms       the norms alone, with no more memory than a plain gradient
     explain                 what per_example_grad does with each parameter, and why
     clipped_grad            the sum of clipped gradients, with the bound of what one example can change
     curvature               Fisher and Gauss-Newton matrices as G: natural_gradient, fisher_vector_product, kfac_factors
@@ -27,6 +28,7 @@ from jaxgrad.per_example import (
     explain,
     per_example_grad,
     per_example_jacobian,
+    per_example_norms,
     per_example_value_and_grad,
 )
 
@@ -51,6 +53,7 @@ __all__ = [
     "ntk",
     "per_example_grad",
     "per_example_jacobian",
+    "per_example_norms",
     "per_example_value_and_grad",
     "self_influence",
     "streams",

@@ -19,7 +19,9 @@ from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares, shortened
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.checks import checked_bound, checked_mask
-from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.gradients import grouped
+from jaxgrad.per_example.measure import HOW
+from jaxgrad.per_example.second_pass import weighted_gradients
 from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
@@ -34,6 +36,15 @@ Weighting = Callable[[Array, Array], Array]
 # counted; with the bound's own share ε it makes the guarantee of `clipped_grad`. By the dtype that is summed in.
 GUARD = {jnp.dtype(jnp.float32): 2.0**-20, jnp.dtype(jnp.float64): 2.0**-40}
 EPSILON = {jnp.dtype(jnp.float32): 2.0**-12, jnp.dtype(jnp.float64): 2.0**-31}
+
+
+# With two passes: how far the norm of a gradient may be from that of the gradient which the second pass computes.
+AGAIN = {
+    jnp.dtype(jnp.float64): 2.0**-29,
+    jnp.dtype(jnp.float32): 2.0**-10,
+    jnp.dtype(jnp.float16): 2.0**-7,
+    jnp.dtype(jnp.bfloat16): 2.0**-4,
+}
 
 
 @named_tuple
@@ -110,6 +121,7 @@ def clipped_grad(
     spmd_axis_name: Any = None,
     microbatch_size: int | None = None,
     weighting: Weighting | str = "clip",
+    passes: int = 1,
 ) -> "ClippedGrad":
     """The sum of a batch's gradients, each clipped to a norm, for about the cost of one plain gradient.
 
@@ -143,6 +155,15 @@ def clipped_grad(
             the same, up to rounding.
         weighting: "clip", "normalize", `clipping.automatic(gamma)`, or another function (norms [B], bound) → a factor
             for every gradient. Whatever it says, no gradient gets longer than its bound.
+        passes: 1 holds the factors of all gradients and sums them; 2 takes the norms first and drops the factors, then
+            computes an ordinary gradient of Σ_b c_b · loss_b. Two passes need a plain gradient's memory, also with
+            `lax.scan` over layers and `jax.checkpoint`, and up to twice its time; one pass is faster where its factors
+            fit. Each group of bounds takes a backward pass of its own, and effects in `fun` happen in both passes.
+
+    Two passes: the second pass computes the gradients again, and its rounding is the plain gradient's. That adds to ε
+    how far the two computations of one gradient may be apart: η = 2⁻¹⁰ in float32, 2⁻²⁹ in float64, 2⁻⁷ in float16 and
+    2⁻⁴ in bfloat16, which is assumed and not proved, and in these narrow dtypes the rounding of the sum to the
+    parameters' dtype, at most 2·B·u. Keep the parameters of a private model in float32.
 
     Returns:
         A function of fun's arguments, the batched ones with an example axis, and of `mask`, booleans [B] that are False
@@ -163,7 +184,7 @@ def clipped_grad(
         >>> f"{gradient.sensitivity(4):.4f}"
         '1.0007'
     """
-    return ClippedGrad(fun, max_norm, argnums, in_axes, has_aux, spmd_axis_name, microbatch_size, weighting)
+    return ClippedGrad(fun, max_norm, argnums, in_axes, has_aux, spmd_axis_name, microbatch_size, weighting, passes)
 
 
 def _one_for_each(c: Any, norms: Array) -> Array:
@@ -208,6 +229,7 @@ class ClippedGrad:
         spmd_axis_name: Any,
         microbatch_size: int | None,
         weighting: Weighting | str,
+        passes: int = 1,
     ):
         for bound in jax.tree.leaves(max_norm):
             checked_bound(bound)
@@ -226,6 +248,9 @@ class ClippedGrad:
                 f'clipped_grad: expected "clip", "normalize" or a function (norms, bound) → factors as weighting, such '
                 f"as clipping.automatic(0.01), got {weighting!r}."
             )
+        if passes not in (1, 2):
+            raise ValueError(f"clipped_grad: expected 1 or 2 passes, got {passes!r}.")
+        self._passes = passes
         self._own_mask = _takes_a_mask(fun)
         self._transformed = Transformed("clipped_grad", fun, argnums, in_axes, has_aux, spmd_axis_name=spmd_axis_name)
         self._max_norm, self._microbatch_size, self._weighting = max_norm, microbatch_size, function
@@ -236,7 +261,7 @@ class ClippedGrad:
 
         Args:
             batch_size: B, the largest there is; None for exact arithmetic, ε = 0.
-            dtype: of the sum.
+            dtype: of the sum; with two passes the narrowest that the loss computes in.
 
         Returns:
             A Python float; an array where a bound is traced.
@@ -248,6 +273,9 @@ class ClippedGrad:
             raise ValueError(f"ClippedGrad.sensitivity: expected a batch size of at least 0, got {batch_size}.")
         wide = working_dtype(dtype)
         more = 1.0 if batch_size is None else 1 + (1 + math.sqrt(batch_size)) * EPSILON[wide]
+        if batch_size is not None and self._passes == 2:
+            narrow = float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize < 4 else 0.0
+            more += AGAIN[jnp.finfo(dtype).dtype] + batch_size * narrow
         bounds = jax.tree.leaves(self._max_norm)
         try:
             return math.sqrt(sum(float(bound) ** 2 for bound in bounds)) * more
@@ -280,6 +308,8 @@ class ClippedGrad:
 
     def _of(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
         """(leaves of the sum, (values, aux, norms, whether one exceeds its bound) of every example)."""
+        if self._passes == 2:
+            return self._of_two_passes(arguments, mask)
         values, aux, g, _ = self._transformed.evaluated(arguments)
         bounds, groups = g.groups(self._max_norm)
         norms = [group.norms() for group in groups]
@@ -288,13 +318,31 @@ class ClippedGrad:
         over = jnp.zeros_like(mask)
         for bound, group, n in zip(bounds, groups, norms, strict=True):
             limit = jnp.asarray(bound, n.dtype)
-            total += jax.tree.leaves(self._clipped(group, n, limit, keep).sum(rounded=False))
+            c = self._factors(n, group.magnitudes(), limit, keep)
+            total += jax.tree.leaves(group.where(keep).scale(c).sum(rounded=False))
             over |= n > limit
         return total, (values, aux, root_sum_of_squares(norms), over)
 
-    def _clipped(self, g: PerExampleGrads, norms: Array, limit: Array, keep: Array) -> PerExampleGrads:
-        norms = kept(keep, norms)
-        largest, magnitudes = norms, g.magnitudes()
+    def _of_two_passes(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
+        """As `_of`: the norms, and then the gradient of the weighted sum of losses."""
+        values, aux, measures = self._transformed.measured(arguments, HOW)
+        bounds, groups = grouped(self._max_norm, arguments.params_tree)
+        parts = [[measures[i] for i in group] for group in groups]
+        norms = [root_sum_of_squares([m.norm for m in part]) for part in parts]
+        keep = mask & functools.reduce(operator.and_, (jnp.isfinite(n) for n in norms))
+        limits = [jnp.asarray(bound, n.dtype) for bound, n in zip(bounds, norms, strict=True)]
+        weights = [
+            self._factors(n, root_sum_of_squares([m.magnitude for m in part]), limit, keep)
+            for n, part, limit in zip(norms, parts, limits, strict=True)
+        ]
+        sums = weighted_gradients(self._transformed, arguments, weights, keep)
+        total = {i: leaves[i] for group, leaves in zip(groups, sums, strict=True) for i in group}
+        over = functools.reduce(operator.or_, (n > limit for n, limit in zip(norms, limits, strict=True)))
+        return [total[i] for i in range(len(total))], (values, aux, root_sum_of_squares(norms), over)
+
+    def _factors(self, norms: Array, magnitudes: Array | None, limit: Array, keep: Array) -> Array:
+        """c [B]: what every gradient is multiplied with, so that none is longer than its bound."""
+        norms, largest = kept(keep, norms), kept(keep, norms)
         if magnitudes is not None:
             guard = jnp.asarray(math.sqrt(GUARD[jnp.dtype(norms.dtype)]), norms.dtype)
             largest = root_sum_of_squares([norms, guard * kept(keep, magnitudes.astype(norms.dtype))])
@@ -304,7 +352,7 @@ class ClippedGrad:
         c = _one_for_each(self._weighting(norms, limit), norms)
         c = jnp.clip(c, -most, most)
         c = kept(keep & ~jnp.isnan(c), c)
-        return g.where(keep).scale(nan_unless(limit > 0, c))
+        return nan_unless(limit > 0, c)
 
     def _in_microbatches(self, arguments: Arguments, mask: Array, size: int) -> tuple[list[Array], Any]:
         """Every so-manyth example in one microbatch, so that each is spread over the devices as the batch is."""

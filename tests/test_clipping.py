@@ -136,9 +136,10 @@ def adversarial(rng, pairs, size):
 
 @pytest.mark.parametrize("kind", BOUNDS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_one_example_moves_the_sum_by_at_most_the_sensitivity(dtype, kind):
+@pytest.mark.parametrize("passes", [1, 2])
+def test_one_example_moves_the_sum_by_at_most_the_sensitivity(passes, dtype, kind):
     size, rng, largest = 6, np.random.default_rng(0), 0.0
-    gradient = jg.clipped_grad(loss, BOUNDS[kind])
+    gradient = jg.clipped_grad(loss, BOUNDS[kind], passes=passes)
 
     @jax.jit
     @jax.vmap
@@ -163,7 +164,7 @@ def test_one_example_moves_the_sum_by_at_most_the_sensitivity(dtype, kind):
         nonfinite += int(info.nonfinite.sum())
     bound = gradient.sensitivity(size, dtype)
     share = largest / gradient.sensitivity(None)
-    print(f"{kind}, {jnp.dtype(dtype).name}: largest of {count} moves {share:.6f} of the bound")
+    print(f"{kind}, {passes} passes, {jnp.dtype(dtype).name}: largest of {count} moves {share:.6f} of the bound")
     assert nonfinite > 100
     assert 0.99 * gradient.sensitivity(None) < largest
     assert largest <= bound

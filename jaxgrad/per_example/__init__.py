@@ -4,6 +4,8 @@ What users meet:
 
     transform     per_example_grad, per_example_value_and_grad
     jacobian      per_example_jacobian: the gradients of all outputs
+    measure       per_example_norms: norms with a plain gradient's memory
+    second_pass   the sum of weighted gradients as an ordinary gradient
     explain       what is done with each parameter, and why
     gradients     PerExampleGrads: the algebra over a tree of parameters
     checks        what comes into its methods: masks, indices, numbers, bounds
@@ -24,6 +26,7 @@ from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same
 from jaxgrad.per_example.explain import Explanation, Row, explain
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.jacobian import PerExampleJacobian, per_example_jacobian
+from jaxgrad.per_example.measure import per_example_norms
 from jaxgrad.per_example.transform import per_example_grad, per_example_value_and_grad
 
 __all__ = [
@@ -43,5 +46,6 @@ __all__ = [
     "explain",
     "per_example_grad",
     "per_example_jacobian",
+    "per_example_norms",
     "per_example_value_and_grad",
 ]

@@ -461,19 +461,25 @@ class PerExampleGrads:
         Raises:
             ValueError: a number that is not positive, or a tree that is not a prefix of the parameters.
         """
-        treedef: Any
         leaves = self._leaves
-        bounds, treedef = jax.tree.flatten(prefix)
-        for bound in bounds:
-            checked_bound(bound)
-        try:
-            groups = treedef.flatten_up_to(self._tree(range(len(leaves))))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{called()}: expected a number or a tree prefix of the parameters, {self._treedef}, got {treedef}."
-            ) from error
-        members = [[leaves[i] for i in jax.tree.leaves(group)] for group in groups]
+        bounds, groups = grouped(prefix, self._treedef)
+        members = [[leaves[i] for i in group] for group in groups]
         return bounds, [self.tree_unflatten(self.chunk_bytes, (part,)) for part in members]
+
+
+def grouped(prefix: PyTree, params_tree: Any) -> tuple[list[Any], list[list[int]]]:
+    """The positive numbers in a tree prefix of the parameters, and for each the leaves below it, by their index."""
+    treedef: Any
+    bounds, treedef = jax.tree.flatten(prefix)
+    for bound in bounds:
+        checked_bound(bound)
+    try:
+        groups = treedef.flatten_up_to(params_tree.unflatten(range(params_tree.num_leaves)))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{called()}: expected a number or a tree prefix of the parameters, {params_tree}, got {treedef}."
+        ) from error
+    return bounds, [jax.tree.leaves(group) for group in groups]
 
 
 def _is_leaf(node: Any) -> bool:

@@ -77,6 +77,14 @@ def lower(value: Value, shape: tuple[int, ...], dtype: Any) -> Lowered:
     return Lowered((_dense(array_of(value), shape, dtype),), how, reason if how == "direct" else None)
 
 
+def factors_of(value: Value, shape: tuple[int, ...], dtype: Any) -> tuple[Factor, ...]:
+    """The factors that a gradient is, be they larger than it: for what is asked of them once and not held."""
+    matrix = sum(n != 1 for n in shape) > 1
+    if isinstance(value, Undone) and not is_zero(value) and matrix:
+        return _factors(value.terms, shape, dtype) + _behind_maps(value.maps, shape, dtype)
+    return lower(value, shape, dtype).factors
+
+
 def settled(factors: tuple[Factor, ...], lowered: Lowered) -> tuple[Factor, ...]:
     """The factors of a batch: convolutions that are smaller so are carried out, a few examples at a time."""
     if is_settled(factors, lowered):

@@ -16,6 +16,7 @@ from jaxgrad.per_example.algebra.mapped import put_back, taken_out
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
 from jaxgrad.per_example.frameworks import explained
 from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.interpreter.measuring import How, Measure, measuring
 from jaxgrad.per_example.interpreter.undone import Reason
 from jaxgrad.per_example.interpreter.values import Shared, Value, array_of, is_zero
 from jaxgrad.per_example.interpreter.walk import evaluate
@@ -176,6 +177,32 @@ class Transformed:
             self._refuse_direct(arguments, routes)
         values, aux = jax.tree.unflatten(out_tree, others)
         return values, aux, PerExampleGrads(jax.tree.unflatten(arguments.params_tree, parts)), routes
+
+    def measured(self, arguments: Arguments, how: How) -> tuple[Any, Any, list[Measure]]:
+        """(values, aux, the measure of each parameter's gradient)."""
+        with naming(self.call):
+            program, out_tree, count = self._program(arguments)
+            outvars = program.jaxpr.outvars
+            first = len(outvars) - count  # of the gradients
+
+            def one(examples: Sequence[Any]) -> Any:
+                leaves = [*map(Shared, arguments.params), *examples]
+                wanted = [k >= first for k in range(len(outvars))]
+                with measuring(how):
+                    results = evaluate(program, leaves, wanted, [True] * len(outvars))
+                    measures = [
+                        how.one(value, jnp.shape(p), jnp.result_type(p))
+                        for value, p in zip(results[first:], arguments.params, strict=True)
+                    ]
+                others = [_as_returned(value, v.aval) for value, v in zip(results[:first], outvars, strict=False)]
+                return others, measures
+
+            over_examples = jax.vmap(
+                one, (arguments.axes,), axis_size=arguments.batch_size, spmd_axis_name=self.spmd_axis_name
+            )
+            others, measures = over_examples(arguments.batch)
+            values, aux = jax.tree.unflatten(out_tree, others)
+            return values, aux, measures
 
     def of_one_example(self, arguments: Arguments) -> tuple[Callable[[Sequence[Any]], Any], Any]:
         """(one, the structure of (value, aux)).

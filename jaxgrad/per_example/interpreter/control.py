@@ -15,6 +15,7 @@ from jaxgrad import _jax
 from jaxgrad.per_example.algebra.maps import Input, Map
 from jaxgrad.per_example.interpreter import undone
 from jaxgrad.per_example.interpreter.as_map import Evaluate
+from jaxgrad.per_example.interpreter.measuring import how_to_measure, with_measure
 from jaxgrad.per_example.interpreter.undone import Term
 from jaxgrad.per_example.interpreter.values import (
     FORMED,
@@ -54,6 +55,7 @@ class _Loop:
         kept: the results whose products a step emits.
         behind: of a result, the maps in what a step emits.
         fixed: the arrays that these depend on, computed once; None for one that is another in every step.
+        measured: the stacked results that are measured in every step.
         reasons: why what a step gives of a result is no product, if it is none.
     """
 
@@ -74,6 +76,8 @@ class _Loop:
         self.behind: dict[int, tuple[Map, list[Any]]] = {}
         self.fixed: dict[int, list[Any]] = {}
         self.reasons: dict[int, undone.Reason] = {}
+        self.how = how_to_measure()
+        self.measured = [k for k, want in enumerate(wanted) if self.how and want and k >= self.carry and self.used[k]]
 
     def _accumulates(self, k: int) -> bool:
         jaxpr = self.program.jaxpr
@@ -84,8 +88,8 @@ class _Loop:
         arrays = [jnp.asarray(array_of(v)) for v, keep in zip(values, self.kept, strict=False) if not keep]
         return [_jax.made_varying(a, self.differs) for a in arrays]
 
-    def step(self, carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
-        """(what is carried, (what is emitted of the kept carries, of the stacked results))."""
+    def step(self, carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], tuple[list[Any], list[Any], list[Any]]]:
+        """(what is carried, (what is emitted of the kept carries, of the stacked results, measures of these))."""
         others = iter(carry)
         full = [
             zero(v.aval.shape, v.aval.dtype) if self.kept[k] else next(others)
@@ -101,7 +105,13 @@ class _Loop:
             else:
                 emitted.append(array_of(result) if self.used[k] else None)
         stays = [v if keep else None for v, keep in zip(emitted[: self.carry], self.kept, strict=False)]
-        return self._carried(emitted[: self.carry]), (stays, emitted[self.carry :])
+        measures = [self._measure(k, results[k]) for k in self.measured]
+        return self._carried(emitted[: self.carry]), (stays, emitted[self.carry :], measures)
+
+    def _measure(self, k: int, result: Value) -> Any:
+        assert self.how is not None
+        aval = self.program.jaxpr.outvars[k].aval
+        return self.how.one(result, tuple(aval.shape), aval.dtype)
 
     def _emitted(self, k: int, result: Value) -> Any:
         """An undone product as it leaves a step: beside it the inputs of its maps, which are applied after the loop,
@@ -135,7 +145,7 @@ class _Loop:
                 continue
             if not any(self.kept[k] for k in self.behind):
                 # Inside shard_map it was traced for operands that do not differ between devices.
-                return self.step if self.differs else _function(program, shape)
+                return self.step if self.differs or self.measured else _function(program, shape)
             self.fixed |= _of_every_step(self.step, self.behind, *operands)
             same = [k for k in range(self.carry) if all(a is not None for a in self.fixed.get(k, [None]))]
             self.kept = [
@@ -143,7 +153,7 @@ class _Loop:
             ]
             if self.kept == before:
                 return self.step
-        return None
+        return self.step if self.measured and self.length > 0 else None
 
     def _worth_keeping(self, emitted: Sequence[Any]) -> list[bool]:
         return [
@@ -154,13 +164,17 @@ class _Loop:
     def run(self, step: Any) -> list[Value]:
         """The equation's results."""
         options: dict[str, Any] = {"reverse": self.parts.reverse, "unroll": self.parts.unroll}
-        onward, (stays, ys) = lax.scan(step, self._carried(self.init), self.xs, length=self.length, **options)
+        onward, (stays, ys, measures) = lax.scan(step, self._carried(self.init), self.xs, length=self.length, **options)
         others = iter(onward)
         results: list[Value] = [
             added(self._of_all_steps(k, stays[k]), self.init[k]) if self.kept[k] else next(others)
             for k in range(self.carry)
         ]
-        return results + [self._of_all_steps(self.carry + k, y) for k, y in enumerate(ys)]
+        results += [self._of_all_steps(self.carry + k, y) for k, y in enumerate(ys)]
+        for k, measure in zip(self.measured, measures, strict=True):
+            assert self.how is not None
+            results[k] = with_measure(results[k], self.how.of_all_steps(measure))
+        return results
 
     def _of_all_steps(self, k: int, value: Any) -> Value:
         """What was emitted of one result, all steps together."""
@@ -181,7 +195,7 @@ class _Loop:
         other = reason_at(self.eqn, "it is carried through a loop that does more than add to it")
 
         def one(k: int, result: Value) -> Value:
-            if not self.wanted[k] or isinstance(result, Undone):
+            if not self.wanted[k] or isinstance(result, Undone | Plain):
                 return result
             small = max(sizes, default=0) >= self.eqn.outvars[k].aval.size // (S if k >= self.carry and S else 1)
             return Plain(result, self.reasons.get(k, FORMED if small else other))

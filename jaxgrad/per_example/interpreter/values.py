@@ -22,7 +22,7 @@ from jaxgrad.per_example.interpreter.undone import Reason, Term, carried_out, fo
     jax.tree_util.register_dataclass,
     data_fields=("terms",),
     meta_fields=("shape", "dtype"),
-    drop_fields=("maps", "as_written"),
+    drop_fields=("maps", "as_written", "measure"),
 )
 @dataclass(frozen=True)
 class Undone:
@@ -34,6 +34,7 @@ class Undone:
         maps: what else is in the sum: linear maps, that no example changes, of products or small arrays. They are
             carried out before a value leaves a loop or a branch.
         as_written: the sum as the program has it, equation by equation; None where that is not at hand.
+        measure: its norm, where a loop has taken it (`measuring`).
     """
 
     terms: tuple[Term, ...]
@@ -41,6 +42,7 @@ class Undone:
     dtype: jnp.dtype
     maps: tuple[Node, ...] = ()
     as_written: Any = field(default=None, compare=False)
+    measure: Any = field(default=None, compare=False)
 
     @property
     def inputs(self) -> list[Any]:
@@ -102,10 +104,11 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class Plain:
-    """An array on the way to a gradient that is not a product, and why."""
+    """An array on the way to a gradient that is not a product, and why; its norm, where a loop has taken it."""
 
     array: Array
     reason: Reason
+    measure: Any = None
 
 
 @dataclass(frozen=True)

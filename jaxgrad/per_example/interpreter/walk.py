@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example.interpreter import as_map, control, shards, through, undone
+from jaxgrad.per_example.interpreter.measuring import remeasured, stays_factored
 from jaxgrad.per_example.interpreter.rules import record_of, undone_product
 from jaxgrad.per_example.interpreter.values import (
     FORMED,
@@ -122,7 +123,8 @@ def evaluate(
         if live:
             here = [v in found.used for v in eqn.outvars]
             with _jax.context(eqn):
-                results = _step(eqn, [read(v) for v in eqn.invars], found.of(eqn), here)
+                operands = [read(v) for v in eqn.invars]
+                results = remeasured(eqn, operands, _step(eqn, operands, found.of(eqn), here))
             known |= dict(zip(eqn.outvars, results, strict=True))
     return [read(v) if use else None for v, use in zip(jaxpr.outvars, used, strict=True)]
 
@@ -236,7 +238,7 @@ def _smaller(value: Value, as_written: Callable[[], Array]) -> Value:
     if not isinstance(value, Undone):
         return value
     value = dataclasses.replace(value, as_written=as_written)
-    if not is_zero(value) and not value.has_windows and value.held >= value.size:
+    if not is_zero(value) and not value.has_windows and value.held >= value.size and not stays_factored(value):
         return Plain(array_of(value), value.reason or FORMED)
     return value
 

@@ -1,0 +1,117 @@
+"""per_example_norms: the norms of all examples' gradients with no more memory than a plain gradient has."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array
+
+from jaxgrad.per_example.algebra import complexes, norms
+from jaxgrad.per_example.algebra.factors import Factor, accumulator
+from jaxgrad.per_example.algebra.mapped import map_examples_of, put_back, taken_out
+from jaxgrad.per_example.interpreter.measuring import How, Measure, measure_of
+from jaxgrad.per_example.interpreter.values import Value
+from jaxgrad.per_example.lower import factors_of
+from jaxgrad.per_example.transform import Transformed
+
+
+def per_example_norms(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    in_axes: Any = 0,
+    has_aux: bool = False,
+    spmd_axis_name: Any = None,
+    leaf_norms: bool = False,
+) -> Callable[..., Any]:
+    """The norm of every example's gradient, taken where the gradient is complete: a plain gradient's memory.
+
+    `per_example_grad(fun)(...).norms()` holds the factors of all parameters at once, also those of every layer of a
+    `lax.scan`. This function takes a layer's norm inside the loop that computes it and drops the factors there, so that
+    `jax.checkpoint` in the loop keeps saving memory. The numbers are the same. Call it under `jax.jit`, which leaves
+    out what is not used.
+
+    Not taken inside the loop, but of what leaves it: the norm of a parameter that every step uses (a recurrent weight),
+    for its steps have cross terms; of one that a later operation other than a reshape, transpose or cast changes; and
+    of what is inside `cond` or `shard_map`.
+
+    Args:
+        fun, argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
+        leaf_norms: whether to return the norm of each parameter by itself.
+
+    Returns:
+        A function of fun's arguments, the batched ones with an example axis, that returns (values [B], norms [B]), with
+        has_aux ((values, aux), norms). With `leaf_norms` the norms are a tree like the parameters with a [B] at each
+        leaf. Norms are accumulated in float32 at least, and overflow only where the norm itself does.
+
+    Raises:
+        TypeError, ValueError: as in `per_example_grad`.
+
+    Example:
+        >>> def loss(layers, x):                                                   # 12 layers, one after the other
+        ...     step = jax.checkpoint(lambda h, W: (jnp.tanh(h @ W), None))
+        ...     return jax.lax.scan(step, x, layers)[0].sum()
+        >>> values, norms = per_example_norms(loss)(0.1 * jnp.ones((12, 8, 8)), jnp.ones((4, 16, 8)))
+        >>> values.shape, norms.shape
+        ((4,), (4,))
+    """
+    transformed = Transformed("per_example_norms", fun, argnums, in_axes, has_aux, spmd_axis_name=spmd_axis_name)
+
+    @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        arguments = transformed.arguments(args, kwargs)
+        values, aux, measures = transformed.measured(arguments, HOW)
+        each = jax.tree.unflatten(arguments.params_tree, [m.norm for m in measures])
+        if leaf_norms:
+            found = complexes.joined(each, lambda *parts: norms.root_sum_of_squares(parts))
+        else:
+            found = norms.root_sum_of_squares(jax.tree.leaves(each))
+        return ((values, aux), found) if has_aux else (values, found)
+
+    return measured
+
+
+def _one(value: Value, shape: tuple[int, ...], dtype: Any) -> Measure:
+    """The measure of one example's gradient with respect to a parameter of this shape and dtype."""
+    measure = measure_of(value)
+    return _of_factors(*taken_out(factors_of(value, shape, dtype))) if measure is None else measure
+
+
+def _of_batch(factors: tuple[Factor, ...]) -> Measure:
+    norm, magnitude = norms.length(factors).norm, norms.magnitude(factors)
+    dtype = accumulator(*factors)
+    return Measure(norm.astype(dtype), jnp.zeros_like(norm, dtype) if magnitude is None else magnitude.astype(dtype))
+
+
+_BOTH: Any = Measure(True, True)  # type: ignore[arg-type]  # what a vmap measures has the axis
+
+
+@custom_vmap
+def _of_factors(parts: tuple[Factor, ...], shared: list[Array]) -> Measure:
+    """The measure of one example. A vmap over examples measures the batch, a few at a time where that saves memory."""
+    return _of_batch_of_one(parts, shared)
+
+
+@_of_factors.def_vmap
+def _over_examples(size: int, batched: Any, parts: tuple[Factor, ...], shared: list[Array]) -> tuple[Measure, Any]:
+    parts_batched, shared_batched = batched
+    if any(shared_batched):  # a vmap over something else than examples
+        axes = jax.tree.map(lambda on: 0 if on else None, batched)
+        return jax.vmap(_of_batch_of_one, axes)(parts, shared), _BOTH
+    spread = jax.tree.map(lambda a, on: a if on else jnp.broadcast_to(a[None], (size, *a.shape)), parts, parts_batched)
+    return _of_batch(put_back(spread, shared)), _BOTH
+
+
+def _of_batch_of_one(parts: tuple[Factor, ...], shared: list[Array]) -> Measure:
+    batch = map_examples_of(lambda a: a[None], put_back(parts, shared))
+    return jax.tree.map(lambda a: a[0], _of_batch(batch))
+
+
+def _of_all_steps(measure: Measure) -> Measure:
+    return Measure(*(norms.root_sum_of_squares(list(a)) for a in measure))
+
+
+HOW = How(_one, _of_all_steps)

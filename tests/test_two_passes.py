@@ -1,0 +1,157 @@
+"""per_example_norms and clipped_grad(passes=2): the numbers of one pass, with a plain gradient's memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.quick import quick_jit
+from support.zoo import ENTRIES
+from test_zoo import axes_of, close
+
+import jaxgrad as jg
+from jaxgrad import per_example_norms
+
+
+@pytest.fixture(autouse=True)
+def users_settings():
+    """JAX as it comes, but in float64."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.every(10)
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_the_zoo_has_the_norms_and_sums_of_vmap(entry):
+    axes = axes_of(entry)
+    losses = jax.vmap(entry.loss, axes)
+    values = quick_jit(losses)(entry.params, *entry.batch)
+    expected = quick_jit(jax.vmap(jax.grad(entry.loss), axes))(entry.params, *entry.batch)
+    leaves = [np.asarray(a) for a in jax.tree.leaves(expected)]
+    flat = [a.reshape(len(a), -1) for a in leaves]
+    lengths = np.sqrt(sum((np.abs(a) ** 2).sum(1) for a in flat))
+    bound = max(float(lengths.mean()), 1e-300)
+
+    @quick_jit
+    def run(params, batch):
+        leaf_norms = per_example_norms(entry.loss, in_axes=axes, leaf_norms=True)(params, *batch)
+        return *leaf_norms, jg.clipped_grad(entry.loss, bound, in_axes=axes, passes=2)(params, *batch)
+
+    found, norms, (total, info) = run(entry.params, entry.batch)
+    close(found, values, np.abs(values).max(), 1e-12, "values")
+    for n, a in zip(jax.tree.leaves(norms), flat, strict=True):
+        close(n, np.linalg.norm(a, axis=1), np.abs(a).max(initial=0), entry.rtol, "leaf norms")
+    close(info.norms, lengths, lengths.max(), entry.rtol, "norms")
+    factors = np.minimum(1, bound / np.where(lengths > 0, lengths, bound))
+    for total_, a in zip(jax.tree.leaves(total), leaves, strict=True):
+        close(total_, np.tensordot(factors, a, 1), np.abs(a).sum(), max(entry.rtol, 1e-8), "clipped sum")
+
+
+def layers(params, x):
+    """Residual layers in a loop, each computed again in the backward pass."""
+
+    def layer(h, p):
+        return h + jnp.tanh(h @ p["up"]) @ p["down"] + p["bias"], None
+
+    return (jax.lax.scan(jax.checkpoint(layer), x, params["layers"])[0] ** 2).mean()
+
+
+def stacked(L, D, H, make=jnp.ones):
+    return {"layers": {"up": make((L, D, H)), "down": make((L, H, D)), "bias": make((L, D))}}
+
+
+def memory(function, *arguments):
+    found = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    return found.temp_size_in_bytes + found.output_size_in_bytes
+
+
+@pytest.mark.parametrize("T", [64, 512])
+def test_two_passes_hold_what_a_plain_gradient_holds(T):
+    params = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32),
+        jax.eval_shape(lambda: stacked(8, 128, 256)),
+    )
+    X = jax.ShapeDtypeStruct((8, T, 128), jnp.float32)
+    plain = memory(jax.grad(lambda p, X: jax.vmap(layers, (None, 0))(p, X).mean()), params, X)
+    norms = memory(per_example_norms(layers), params, X)
+    two = memory(jg.clipped_grad(layers, 1.0, passes=2), params, X)
+    one = memory(jg.clipped_grad(layers, 1.0), params, X)
+    assert norms <= 1.1 * plain
+    assert two <= 1.2 * plain
+    assert two < one
+
+
+def batch_of(seed, B=6, T=5, D=4):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(B, T, D)))
+
+
+def drawn(seed, L=3, D=4, H=7):
+    rng = np.random.default_rng(seed)
+    return stacked(L, D, H, lambda shape: jnp.asarray(rng.normal(size=shape)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weighting": "normalize"},
+        {"weighting": jg.clipping.automatic(0.1)},
+        {"microbatch_size": 4},
+        {"max_norm": {"layers": {"up": 0.3, "down": 0.1, "bias": 1e9}}},
+    ],
+    ids=["clip", "normalize", "automatic", "microbatches", "groups"],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_one_pass_returns_two_passes_return(options, masked):
+    params, X = drawn(0), batch_of(1)
+    mask = jnp.arange(6) % 3 != 1 if masked else None
+    options = {"max_norm": 0.5} | options
+    one = quick_jit(jg.clipped_grad(layers, **options))(params, X, mask=mask)
+    two = quick_jit(jg.clipped_grad(layers, **options, passes=2))(params, X, mask=mask)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), one, two)
+
+
+@pytest.mark.parametrize("jit", [quick_jit, lambda f: f], ids=["jit", "eager"])
+def test_examples_that_are_masked_or_not_finite_add_exactly_zero(jit):
+    def loss(w, x, key, n):
+        return jnp.log(x @ w).sum() * (1 + 0 * jax.random.normal(key)) / n
+
+    w = jnp.ones(4)
+    X = jnp.abs(batch_of(2)).at[1].set(-1.0).at[2, 0, 0].set(jnp.nan).at[3].set(0.0)
+    keys, counts = jax.random.split(jax.random.key(0), 6), jnp.arange(6)  # the first divides by zero
+    gradient = jit(jg.clipped_grad(loss, 0.5, passes=2))
+    total, info = gradient(w, X, keys, counts, mask=jnp.arange(6) != 5)
+    alone, _ = gradient(w, X[4:5], keys[4:5], counts[4:5], mask=jnp.array([True]))
+    np.testing.assert_array_equal(total, alone)
+    assert int(info.nonfinite) == 4
+    nothing, _ = gradient(w, X[:3], keys[:3], counts[:3], mask=jnp.zeros(3, bool))
+    np.testing.assert_array_equal(nothing, jnp.zeros(4))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_one_example_moves_the_sum_by_at_most_the_bound(dtype):
+    params = jax.tree.map(lambda a: (a / 2).astype(jnp.float32), drawn(3))
+    X = (10.0 ** np.random.default_rng(4).uniform(-3, 2, (200, 1, 1))) * np.asarray(batch_of(5, 200))
+
+    def loss(params, x):  # computes in the narrow dtype, on parameters of float32
+        return layers(jax.tree.map(lambda a: a.astype(dtype), params), x.astype(dtype))
+
+    gradient = jg.clipped_grad(loss, 1.0, passes=2)
+    with jax.enable_x64(False):
+        each = jax.jit(jax.vmap(lambda x: gradient(params, x[None])[0]))(jnp.asarray(X, jnp.float32))
+    lengths = np.sqrt(sum((np.asarray(a, np.float64) ** 2).reshape(200, -1).sum(1) for a in jax.tree.leaves(each)))
+    assert lengths.max() > 0.9
+    assert lengths.max() <= gradient.sensitivity(1, dtype)
+
+
+def test_weights_in_a_narrow_loss_are_rounded_towards_zero():
+    X = jnp.asarray(np.random.default_rng(6).normal(size=(256, 1, 8)) * 3, jnp.bfloat16)
+    gradient = jg.clipped_grad(lambda w, x: (x[0] @ w).astype(jnp.bfloat16), 1.0, passes=2)
+    each = jax.vmap(lambda x: gradient(jnp.zeros(8, jnp.float32), x[None].astype(jnp.float32))[0])(X)
+    assert np.linalg.norm(np.asarray(each, np.float64), axis=1).max() <= 1 + 1e-6
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="clipped_grad: expected 1 or 2 passes, got 3"):
+        jg.clipped_grad(layers, 1.0, passes=3)
+    with pytest.raises(TypeError, match="per_example_norms: expected a function"):
+        per_example_norms(3)
