@@ -49,6 +49,20 @@ def program_of(closed: Any) -> Program:
     return Program(getattr(closed, "jaxpr", closed), tuple(getattr(closed, "consts", ())))
 
 
+def uses_custom_vjp(jaxpr: Jaxpr) -> bool:
+    """Whether a backward pass written by hand is somewhere in a program that has not been differentiated."""
+
+    def programs(p: Any) -> list[Any]:
+        if isinstance(p, tuple | list):
+            return [q for part in p for q in programs(part)]
+        return [program_of(p).jaxpr] if _is_program(p) else []
+
+    return any(
+        eqn.primitive.name.startswith("custom_vjp") or any(map(uses_custom_vjp, programs(list(eqn.params.values()))))
+        for eqn in jaxpr.eqns
+    )
+
+
 _WITHOUT_PUBLIC_NAMES = ("shard_map", "psum_invariant", "pvary")
 
 

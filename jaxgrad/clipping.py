@@ -21,7 +21,7 @@ from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.checks import checked_bound, checked_mask
 from jaxgrad.per_example.gradients import grouped
 from jaxgrad.per_example.measure import HOW
-from jaxgrad.per_example.second_pass import weighted_gradients
+from jaxgrad.per_example.second_pass import check_linear, weighted_gradients
 from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
@@ -171,6 +171,7 @@ def clipped_grad(
         a keyword argument `mask` of its own has to be wrapped before it can be given padding.
 
     Raises:
+        ValueError: with two passes, a `custom_vjp` whose backward pass is not linear in the cotangent.
         TypeError, ValueError: as `per_example_grad`; bounds that are not positive numbers or no prefix of the
             parameters; a mask that is not [B] booleans, or a mask for a loss that has a keyword argument of this name;
             a microbatch size below 1; a weighting that returns neither one number nor one for each example.
@@ -325,6 +326,7 @@ class ClippedGrad:
 
     def _of_two_passes(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
         """As `_of`: the norms, and then the gradient of the weighted sum of losses."""
+        check_linear(self._transformed, arguments)
         values, aux, measures = self._transformed.measured(arguments, HOW)
         bounds, groups = grouped(self._max_norm, arguments.params_tree)
         parts = [[measures[i] for i in group] for group in groups]

@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxgrad import _jax
+from jaxgrad.errors import called
 from jaxgrad.per_example.arguments import Arguments
+from jaxgrad.per_example.interpreter.linearity import not_linear
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import automatic
@@ -25,25 +28,57 @@ def weighted_gradients(
         weights: 0 where an example is not kept.
     """
     batch = [_replaced(keep, a, axis) for a, axis in zip(arguments.batch, arguments.axes, strict=True)]
+    axes_in_shard_map = frozenset(name for a in batch for name in _jax.varying(a))
+    some = keep.any()
 
-    def losses(params: Sequence[Any]) -> Array:
+    def losses(params: Sequence[Any], batch: Sequence[Any]) -> Array:
         def one(examples: Sequence[Any]) -> Array:
             args, kwargs = arguments.put_back(params, examples)
             result = transformed.fun(*args, **kwargs)
             return result[0] if transformed.has_aux else result
 
         axes, size = (arguments.axes,), arguments.batch_size
-        over_examples = jax.vmap(one, axes, axis_size=size, spmd_axis_name=transformed.spmd_axis_name)
-        return over_examples(batch)
+        return jax.vmap(one, axes, axis_size=size, spmd_axis_name=transformed.spmd_axis_name)(batch)
 
-    values, back = jax.vjp(losses, list(arguments.params))
-    some = keep.any()
+    def sums(params: list[Array], batch: list[Array], weights: list[Array]) -> list[list[Array]]:
+        values, back = jax.vjp(lambda params: losses(params, batch), params)
+        return [[jnp.where(some, a, jnp.zeros_like(a)) for a in back(_no_longer(c, values.dtype))[0]] for c in weights]
 
-    def weighted(c: Array) -> list[Array]:
-        (total,) = back(_no_longer(c, values.dtype))
-        return [jnp.where(some, a, jnp.zeros_like(a)).astype(working_dtype(a.dtype)) for a in total]
+    def nothing(params: list[Array], batch: list[Array], weights: list[Array]) -> list[list[Array]]:
+        zeros = [_jax.made_varying(jnp.zeros_like(p), axes_in_shard_map) for p in params]
+        return [zeros for _ in weights]
 
-    return [weighted(c) for c in weights]
+    # Always `sums`. In a branch of its own the compiler cannot merge the buffers of its loops with the first pass's,
+    # which would then live through both passes.
+    always = keep.sum() >= 0
+    found = jax.lax.cond(always, sums, nothing, list(arguments.params), batch, list(weights))
+    return [[a.astype(working_dtype(a.dtype)) for a in total] for total in found]
+
+
+def check_linear(transformed: Transformed, arguments: Arguments) -> None:
+    """Raise ValueError for a loss whose backward pass, written by hand, is not linear: its gradient times c is not the
+    backward pass of c."""
+
+    def loss(params: Sequence[Any], examples: Sequence[Any]) -> Array:
+        args, kwargs = arguments.put_back(params, examples)
+        result = transformed.fun(*args, **kwargs)
+        return result[0] if transformed.has_aux else result
+
+    params, example = list(arguments.params), arguments.example
+    if not _jax.uses_custom_vjp(_jax.program_of(jax.make_jaxpr(loss)(params, example)).jaxpr):
+        return
+
+    def back(params: Sequence[Any], examples: Sequence[Any], cotangent: Array) -> Any:
+        return jax.vjp(lambda params: loss(params, examples), params)[1](cotangent)
+
+    cotangent = jax.eval_shape(loss, params, example)
+    program = _jax.program_of(jax.make_jaxpr(back)(params, example, cotangent))
+    found = not_linear(program, len(program.jaxpr.invars) - 1)
+    if found is not None:
+        raise ValueError(
+            f"{called()}: expected backward passes that are linear in the cotangent, as passes=2 scales it, got a "
+            f"custom_vjp whose backward pass has {found}. Take passes=1."
+        )
 
 
 def _no_longer(c: Array, dtype: Any) -> Array:

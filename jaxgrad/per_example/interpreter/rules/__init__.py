@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxgrad import _jax
+from jaxgrad.per_example.interpreter.measuring import stays_factored
 from jaxgrad.per_example.interpreter.rules import arithmetic, contraction, convolution, devices, indexing, shape
 from jaxgrad.per_example.interpreter.rules.record import Record
 from jaxgrad.per_example.interpreter.values import FORMED, Plain, Undone, Value, array_of, nonempty
@@ -40,6 +41,6 @@ def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | Plai
     term = make(eqn, values)
     if term is None:
         return None
-    if term.windows or term.held < out.size:
+    if term.windows or term.held < out.size or stays_factored(out.shape):
         return Undone(nonempty([term]), tuple(out.shape), out.dtype)
     return Plain(_jax.bind(eqn, [array_of(value) for value in values])[0], FORMED)
