@@ -112,7 +112,7 @@ def clipped_grad(
     microbatch_size: int | None = None,
     weighting: Weighting | str = "clip",
 ) -> "ClippedGrad":
-    """Transform a loss into the clipped sum of its per-example gradients, for about the cost of one plain gradient.
+    """Transform a loss into the sum of its clipped per-example gradients, for about the cost of one plain gradient.
 
     Guarantee: adding or removing any one example, whatever it contains, moves the sum by at most `.sensitivity(B)` =
     max_norm·(1 + ε) in the Euclidean norm over all parameters; replacing one example by another moves it by at most
