@@ -36,7 +36,7 @@ def batch(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def batch_mean(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate function(params, [V,] X, Y) that takes the mean over a nonempty batch; jit with the activation static."""
+    """Decorate function(params, [V,] X, Y), a mean over a nonempty batch; jit it with the activation static."""
     return _checked(function, _check_mean, jitted=True)
 
 

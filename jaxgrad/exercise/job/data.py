@@ -26,7 +26,7 @@ class InputError(Exception):
 
 
 class Data(NamedTuple):
-    """Standardized features, every example's label as given and as ±1, the data's name, and a note on omitted columns."""
+    """Standardized features, every example's label as given and as ±1, the data's name, a note on omitted columns."""
 
     X: Float[np.ndarray, "n D"]
     labels: np.ndarray
