@@ -53,7 +53,7 @@ def gram(
         loss: loss of one example, as in `per_example_grad`.
         params: parameters at which to take the gradients.
         batches, others: sequences of tuples, the loss's other arguments. Give all batches but the last one size,
-            because every size is compiled separately. `others` = None stands for `batches`.
+            because every size is compiled separately. `others` defaults to `batches`.
         progress: True shows a progress bar (needs rich).
         in_axes: as in `per_example_grad`.
 

@@ -78,7 +78,7 @@ def automatic(by_example: bool) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 def merged(a: Array, *runs: int) -> Array:
-    """Merge each run of axes, given by its length, into one. Its first axis stays sharded; the others are gathered."""
+    """Merge each run of axes, given by length, into one. A run's first axis stays sharded; the rest are gathered."""
     starts = [sum(runs[:k]) for k in range(len(runs))]
     shape = [math.prod(a.shape[start : start + n]) for start, n in zip(starts, runs, strict=True)]
     spec = spread_over(a)
