@@ -1,20 +1,20 @@
 """Per-example gradients in JAX, by hand and by `jax.grad`.
 
-The names:
+The package's public names:
 
-    network                 the exercise, log(1 + exp(-y wᵀσ(Wx + b))): its gradient by hand and through autodiff
-    check_gradient          hold any hand-written gradient against `jax.grad`: a report, leaf by leaf
-    assert_agree            the same as an assertion
-    per_example_grad        per-example gradients of any loss, as factors; per_example_value_and_grad with the values
-    per_example_jacobian    the gradients of all outputs of a model, the activations held once for them
+    network                 the exercise, log(1 + exp(-y wᵀσ(Wx + b))): its gradient by hand and by autodiff
+    check_gradient          compare any hand-written gradient with `jax.grad`: a report, leaf by leaf
+    assert_agree            the same comparison as an assertion
+    per_example_grad        factored per-example gradients of any loss; per_example_value_and_grad adds the values
+    per_example_jacobian    the gradients of all outputs of a model, with the activations held once
     per_example_norms       the norms alone, with no more memory than a plain gradient
     explain                 what per_example_grad does with each parameter, and why
-    clipped_grad            the sum of clipped gradients, with the bound of what one example can change
-    curvature               Fisher and Gauss-Newton matrices as G: natural_gradient, fisher_vector_product, kfac_factors
+    clipped_grad            the sum of clipped gradients, with a bound on how far one example can move it
+    curvature               Fisher and Gauss-Newton matrices: natural_gradient, fisher_vector_product, kfac_factors
     attribution             which examples matter: self_influence, influence, ntk, noise_scale, tracin
-    streams                 results over more data than fits into memory, restartable
-    blocks                  Gram matrices and influence for more examples than fit into memory
-    PerExampleGrads         a batch of per-example gradients as factors: norms, clipping, Gram matrices, moments
+    streams                 results over data sets that do not fit in memory, restartable
+    blocks                  Gram matrices and influence for data sets whose gradients do not fit in memory
+    PerExampleGrads         a batch of factored per-example gradients: norms, clipping, Gram matrices, moments
 """
 
 from jaxgrad import attribution, blocks, clipping, curvature, network, streams

@@ -1,4 +1,4 @@
-"""Hold a hand-written gradient against `jax.grad`, example by example and leaf by leaf."""
+"""Compare a hand-written gradient with `jax.grad`, example by example and leaf by leaf."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -16,28 +16,29 @@ __all__ = ["RTOL", "AgreementReport", "LeafAgreement", "assert_agree", "check_gr
 Gradient = Callable[..., PyTree]
 
 RTOL = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-"""How far a leaf may be off, relative to the norm of the same example's reference gradient, by the leaf's dtype."""
+"""Relative tolerance by the leaf's dtype: allowed ‖difference‖ / ‖reference‖ for one leaf of one example."""
 
-_NOISE = 32  # a reference is not trusted below this many eps of the leaf's largest gradient
+_NOISE = 32  # the reference is not trusted below this many eps of the leaf's largest gradient
 
 
 @dataclass(frozen=True)
 class LeafAgreement:
-    """One row of a report: what one leaf of the tree showed.
+    """One row of a report: the result for one leaf of the parameter tree.
 
     Attributes:
         path: the leaf's path in the parameter tree, as `jax.tree_util.keystr` writes it.
-        shape: of the candidate's leaf, without the example axis ("missing" if it has none).
-        dtype: of the candidate's leaf, likewise.
-        expected_shape: of the parameter.
-        expected_dtype: of the parameter.
+        shape: shape of the candidate's leaf, without the example axis ("missing" if there is no such leaf).
+        dtype: dtype of the candidate's leaf, likewise.
+        expected_shape: shape of the parameter.
+        expected_dtype: dtype of the parameter.
         max_abs: largest absolute difference of any entry, over all examples.
-        max_rel: largest ‖candidate - reference‖ / ‖reference‖ over the examples (0 where both are 0), the floor
-            standing in for a reference below it.
-        worst_example: index of the example that is furthest beyond its tolerance, or None in an empty batch.
-        rtol: the tolerance that applied.
-        excess: that example's ‖difference‖ in units of its tolerance: above 1 it disagrees, NaN if not finite.
-        problem: empty when the leaf agrees, otherwise what is wrong in a few words.
+        max_rel: largest ‖candidate - reference‖ / ‖reference‖ over the examples (0 where both are 0); a reference
+            norm below the floor is replaced by the floor.
+        worst_example: index of the example whose difference is largest relative to its tolerance; None if the batch
+            is empty.
+        rtol: the relative tolerance that was applied.
+        excess: ‖difference‖ of that example, divided by its tolerance; above 1 the leaf disagrees, NaN if not finite.
+        problem: empty if the leaf agrees, otherwise what is wrong in a few words.
 
     Example:
         >>> by_hand = lambda w, x: 1.5 * x
@@ -61,12 +62,12 @@ class LeafAgreement:
 
 @dataclass(frozen=True)
 class AgreementReport:
-    """What `check_gradient` found; `str()` is a table, `agrees` the verdict, `leaves` the rows.
+    """The result of `check_gradient`: `str()` gives a table, `agrees` the verdict, `leaves` the rows.
 
     Attributes:
-        leaves: a row a leaf, in the order of the parameters' tree.
-        examples: how many were compared.
-        reference: what with.
+        leaves: one row per leaf, in the order of the parameter tree.
+        examples: number of examples that were compared.
+        reference: what the candidate was compared with.
 
     Example:
         >>> report = check_gradient(lambda w, x: x, lambda w, x: w @ x, jnp.ones(3), jnp.eye(3))
@@ -135,35 +136,37 @@ def check_gradient(
 ) -> AgreementReport:
     """Compare a gradient you derived by hand with `jax.grad`, for every example of a batch.
 
-    Formula: for example i and leaf l, with c the candidate's gradient and r the reference vmap(jax.grad(loss)), the
-    leaf agrees if ‖c_il - r_il‖ ≤ rtol·‖r_il‖ + floor, floor = 32·eps·max_i ‖r_il‖ + √size·tiny. Below the first term
-    `jax.grad` itself has no digits (eps is that of the reference's dtype, float32 or float64); the second is what
-    underflow takes (tiny is the smallest number that the leaf's dtype holds). Norms are over the entries of a leaf.
-    Both sides are computed and written out in full: B × parameters numbers at once, or batch_size × parameters.
+    Formula: let c be the candidate's gradient and r the reference vmap(jax.grad(loss)). Leaf l agrees on example i if
+    ‖c_il - r_il‖ ≤ rtol·‖r_il‖ + floor, where floor = 32·eps·max_i ‖r_il‖ + √size·tiny. Below the floor's first term
+    `jax.grad` itself has no correct digits (eps is that of the reference's dtype, float32 or float64). The second term
+    allows for underflow (tiny is the smallest normal number of the leaf's dtype; for float16, the smallest subnormal).
+    Norms are over the entries of a leaf. Both gradients are materialized: B × parameters numbers at once, or
+    batch_size × parameters.
 
     Args:
         candidate: candidate(params, *example) → tree of gradients, or candidate(params, *batch) → the same with a
-            leading example axis (a tree of arrays, or anything whose `materialize()` returns one); in JAX or NumPy.
+            leading example axis (a tree of arrays, or an object whose `materialize()` returns one); in JAX or NumPy.
         loss: loss(params, *example) → scalar, a pure JAX function of ONE example.
-        params: tree of floating arrays.
-        *batch: arrays or trees of them, axis 0 the example axis.
-        oracle: "float64" computes the reference in float64 from the same numbers; None in the dtypes that are there,
-            float16 and bfloat16 as float32. (A loss that draws random numbers has to name their dtype: in float64
-            JAX draws others.)
-        rtol: relative tolerance for every leaf; by default by the leaf's dtype: float64 1e-9, float32 1e-4,
+        params: tree of floating-point arrays.
+        *batch: arrays or trees of arrays; axis 0 is the example axis.
+        oracle: "float64" computes the reference in float64 from the same numbers; None computes it in the dtypes of
+            the arguments, with float16 and bfloat16 widened to float32. (A loss that draws random numbers must name
+            their dtype, because JAX draws different numbers in float64.)
+        rtol: relative tolerance for every leaf; None takes it from the leaf's dtype: float64 1e-9, float32 1e-4,
             float16 1e-2, bfloat16 5e-2 (`agreement.RTOL`).
-        batched: whether `candidate` takes a batch (True) or one example (False); None tries one example first, and
-            takes the form whose result has the shapes of a gradient.
-        batch_size: how many examples to compute at once; None for all.
+        batched: True if `candidate` takes a batch, False if it takes one example; None tries one example first, and
+            uses the form whose result has the shapes of a gradient.
+        batch_size: number of examples to compute at once; None for all.
 
     Returns:
-        AgreementReport: a row a leaf, by its path. It does not agree when a leaf is missing or unexpected, has another
-        shape or dtype than its parameter, differs beyond the tolerance, or is NaN or infinite on either side.
+        AgreementReport: one row per leaf, with its path. A leaf disagrees if it is missing or unexpected, if its shape
+        or dtype is not that of its parameter, if it differs by more than the tolerance, or if either gradient is NaN or
+        infinite.
 
     Raises:
-        ValueError: batch arguments without a common leading axis; a candidate that can be called neither way.
+        ValueError: batch arguments without a common leading axis; a candidate that cannot be called in either form.
         ValueError: an unknown oracle, a negative or infinite rtol, a batch_size below 1.
-        TypeError: parameters that are not floating.
+        TypeError: parameters that are not floating-point.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2
@@ -188,7 +191,7 @@ def check_gradient(
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"check_gradient: expected floating parameters, got {leaf.dtype} at params{path}. "
-                "Close over what is not differentiated, or pass it with the batch."
+                "Close over values that are not differentiated, or pass them with the batch."
             )
     by_hand = _on_a_batch(candidate, params, batch, batched)
     by_jax = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, *[0] * len(batch))))
@@ -203,7 +206,7 @@ def check_gradient(
         if found != jax.tree.structure(params):
             other_tree = f"is a {type(gradients).__name__}, expected the parameters' {type(params).__name__}"
     rows = [_judge([part[path] for part in parts], rtol) for path in parts[0]]
-    if other_tree and not any(row.problem for row in rows):  # the same paths in other containers
+    if other_tree and not any(row.problem for row in rows):  # equal paths in different containers
         rows.append(_without_numbers("the tree", (), "", None, f"{other_tree} and the same containers in it"))
     name = "jax.grad" + (f" in {oracle}" if oracle else "")
     return AgreementReport(tuple(rows), examples, name)
@@ -215,7 +218,7 @@ def assert_agree(candidate: Gradient, loss: Callable[..., Any], params: PyTree, 
     Args: as in `check_gradient`.
 
     Raises:
-        AssertionError: the gradients disagree; the message is chex's, with the report's table.
+        AssertionError: the gradients disagree; the message holds the report's table and chex's message.
 
     Example:
         >>> loss = lambda w, x: (w @ x) ** 2
@@ -234,7 +237,7 @@ def _batch_size(batch: Sequence[PyTree]) -> int:
         shown = ", ".join(f"{path}: {size[0] if size else 'a scalar'}" for path, size in sizes.items()) or "no array"
         raise ValueError(
             f"check_gradient: expected batch arguments with a common leading example axis, got {shown}. "
-            "Close over what the examples share."
+            "Close over values shared by all examples."
         )
     return next(iter(sizes.values()))[0]
 
@@ -248,10 +251,10 @@ def _materialized(gradients: Any) -> PyTree:
 
 
 def _on_a_batch(candidate: Gradient, params: PyTree, batch: tuple[PyTree, ...], batched: bool | None) -> Gradient:
-    """The candidate as a function of (params, *batch) → a tree of arrays with a leading example axis.
+    """Return the candidate as a function of (params, *batch) → a tree of arrays with a leading example axis.
 
-    Which of the two ways of calling it is meant is found by trying: the one whose result has the shapes of a gradient;
-    where neither has, the one that can be called at all.
+    Both forms of calling it are tried. The one whose result has the shapes of a gradient is used; if neither has them,
+    the first one that can be called.
     """
 
     def gradient(params: PyTree, *arguments: PyTree) -> PyTree:
@@ -268,7 +271,7 @@ def _on_a_batch(candidate: Gradient, params: PyTree, batch: tuple[PyTree, ...], 
             try:
                 shapes = jax.eval_shape(gradient, params, *arguments)
             except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
-                traceable = False  # written in NumPy: call it as it is
+                traceable = False  # the candidate uses NumPy: call it without tracing
                 shapes = gradient(params, *arguments)
             found = {path: np.shape(leaf) for path, leaf in _paths(shapes).items()}
         except Exception as error:  # whatever the user's function raises for the form it was not written for
@@ -313,7 +316,7 @@ def _to_float32_at_least(leaf: jax.Array) -> jax.Array:
 
 
 class _Measured(NamedTuple):
-    """One leaf on one part of the batch: what the verdict needs of every example."""
+    """Measurements of one leaf on one part of the batch: for every example, what the verdict needs."""
 
     path: str
     param: Any
@@ -359,7 +362,7 @@ def _measure(
 
 
 def _judge(parts: "list[_Measured | LeafAgreement]", rtol: float | None) -> LeafAgreement:
-    """One leaf, all parts of the batch together."""
+    """Return the row of one leaf, for all parts of the batch together."""
     first = parts[0]
     if isinstance(first, LeafAgreement):
         return first
@@ -403,13 +406,13 @@ def _without_numbers(path: str, shape: tuple[int, ...] | str, dtype: str, param:
 
 
 def _smallest(dtype: jnp.dtype) -> float:
-    """What underflow may take from an entry: a subnormal of float16, a normal number where subnormals are flushed."""
+    """The most an entry can lose to underflow: a subnormal of float16, a normal number where subnormals are flushed."""
     info = jnp.finfo(dtype)
     return float(info.smallest_subnormal) if dtype == jnp.float16 else float(info.smallest_normal)
 
 
 def _norms(rows: np.ndarray) -> np.ndarray:
-    """The norm of every row, scaled so that no square overflows or underflows."""
+    """Norm of every row, scaled so that no square overflows or underflows."""
     largest = np.abs(rows).max(axis=1, initial=0)
     unit = np.where((largest > 0) & np.isfinite(largest), largest, 1)
     return unit * np.linalg.norm(rows / unit[:, None], axis=1)

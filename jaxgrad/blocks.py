@@ -1,13 +1,13 @@
-"""Gram matrices, influence and nearest examples for more examples than whose gradients fit into memory.
+"""Gram matrices, influence and nearest examples for data sets whose gradients do not fit in memory.
 
-Data come as a sequence of batches (`streams.Batches`, for arrays that are memory-mapped too). The factors of two
-batches are held at a time, and gradients are computed again where they are needed again.
+Data are passed as a sequence of batches (`streams.Batches`, which takes memory-mapped arrays too). The factors of two
+batches are held at a time, and gradients are recomputed when they are needed again.
 
-The names:
+The module's public names:
 
-    gram         inner products of all gradients with all
-    influence    of every training example on every test loss
-    top_k        the largest scores, of which never more than a batch's are there
+    gram         inner products of all pairs of gradients
+    influence    influence of every training example on every test loss
+    top_k        the largest scores; only one batch's scores are in memory at a time
 """
 
 import math
@@ -44,24 +44,24 @@ def gram(
     progress: bool = False,
     in_axes: Any = 0,
 ) -> Float[np.ndarray, "N M"]:
-    """GGᵀ of N examples, or GG′ᵀ with M others, from batches.
+    """Gram matrix GGᵀ of N examples, or GG′ᵀ of N examples and M others, computed from batches.
 
-    Memory: the result, twice for a moment, and the factors of two batches. Cost: every gradient of `others` once for
-    each of the batches; without others half of that.
+    Memory: the result, briefly twice, and the factors of two batches. Cost: every gradient of `others` is computed once
+    for each batch in `batches`; without `others`, half of that.
 
     Args:
-        loss: of one example, as in `per_example_grad`.
-        params: at which.
-        batches, others: each a tuple of the loss's other arguments; all of one size but the last, or every size is
-            compiled for. None for the batches themselves.
-        progress: whether to show a bar (needs rich).
+        loss: loss of one example, as in `per_example_grad`.
+        params: parameters at which to take the gradients.
+        batches, others: sequences of tuples, the loss's other arguments. Give all batches but the last one size,
+            because every size is compiled separately. `others` defaults to `batches`.
+        progress: True shows a progress bar (needs rich).
         in_axes: as in `per_example_grad`.
 
     Returns:
         [N, M], a NumPy array.
 
     Raises:
-        TypeError: batches that cannot be counted and read again, as a generator's; a batch that is no tuple.
+        TypeError: batches that cannot be counted and read again, such as a generator; a batch that is not a tuple.
         ValueError: no batches; and as `per_example_grad`.
 
     Example:
@@ -81,7 +81,7 @@ def _gram(
     in_axes: Any,
     unit: float,
 ) -> np.ndarray:
-    """Of the gradients divided by `unit`."""
+    """Return the Gram matrix of the gradients divided by `unit`."""
     _checked_sequences(batches=batches, **({} if others is None else {"others": others}))
     if not len(batches) or (others is not None and not len(others)):
         raise ValueError(f"{called()}: expected at least one batch on each side, got none.")
@@ -109,7 +109,7 @@ def _checked_sequences(**given: Any) -> None:
     for name, batches in given.items():
         if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")):
             raise TypeError(
-                f"{called()}: expected a sequence of batches as {name}, since they are counted and read again, got "
+                f"{called()}: expected a sequence of batches as {name}, because they are counted and reread, got "
                 f"{type(batches).__name__}. Pass a list, or jg.streams.Batches(x, y, size=...)."
             )
 
@@ -126,18 +126,18 @@ def influence(
     progress: bool = False,
     in_axes: Any = 0,
 ) -> Float[np.ndarray, "C B"]:
-    """`attribution.influence` of B training on C test examples, from batches: exact, of any number of parameters.
+    """`attribution.influence` of B training examples on C test examples, from batches: exact for any parameter count.
 
-    Memory: B × B and B × C numbers a few times over, and the factors of two batches. Cost: `gram`'s, twice, and the
+    Memory: a few arrays of B × B and B × C numbers, and the factors of two batches. Cost: twice that of `gram`, and the
     norms.
 
     Args:
         loss, params, progress, in_axes: as in `gram`.
-        train, test: as `gram`'s batches.
+        train, test: as `batches` in `gram`.
         damping: μ ≥ 0.
 
     Returns:
-        [C, B], a NumPy array; > 0 helpful.
+        [C, B], a NumPy array; > 0 means helpful.
 
     Raises:
         TypeError: as `gram`.
@@ -166,11 +166,11 @@ def influence(
 
 @named_tuple
 class TopK(NamedTuple):
-    """The largest scores of every test example, in falling order.
+    """The largest scores of every test example, in descending order.
 
     Attributes:
         values: [C, k].
-        indices: [C, k], counted over all batches.
+        indices: [C, k], example indices, counted over all batches.
 
     Example:
         >>> found = top_k(lambda x: x[None], jg.streams.Batches(np.array([1.0, 3.0, 2.0]), size=2), 2)
@@ -186,19 +186,19 @@ class TopK(NamedTuple):
 def top_k(
     scores: Callable[..., Float[Array, "C b"]], batches: Iterable[Batch], k: int, *, progress: bool = False
 ) -> TopK:
-    """The k training examples with the largest scores for each test example; those of one batch are there at a time.
+    """The k training examples with the largest scores for each test example; holds one batch's scores at a time.
 
     Args:
-        scores: scores(*batch) → [C, b] of a batch's b examples; negate it for the smallest. Jit it.
-        batches: tuples.
-        k: how many; fewer come out if there are fewer examples.
-        progress: whether to show a bar (needs rich).
+        scores: scores(*batch) → [C, b] for a batch of b examples; negate it for the smallest. Jit it.
+        batches: tuples, the arguments of `scores`.
+        k: number of examples to return; fewer are returned if there are fewer examples.
+        progress: True shows a progress bar (needs rich).
 
     Returns:
-        `TopK`; of equal scores the earlier example comes first. NaN counts as largest: it is seen.
+        `TopK`; among equal scores the earlier example comes first. NaN counts as the largest score, so that it is seen.
 
     Raises:
-        TypeError: a batch that is no tuple.
+        TypeError: a batch that is not a tuple.
         ValueError: k below 1, or no batches.
 
     Example:

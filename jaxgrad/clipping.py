@@ -1,4 +1,4 @@
-"""Sums of clipped gradients, for private and robust training: one example moves the sum by at most a stated bound."""
+"""Sums of clipped gradients for private and robust training: one example moves the sum by at most a stated bound."""
 
 import dataclasses
 import functools
@@ -30,10 +30,11 @@ from jaxgrad.sharding import divisible, kept
 __all__ = ["ClipInfo", "ClippedGrad", "Weighting", "automatic", "clip", "clipped_grad", "normalize"]
 
 Weighting = Callable[[Array, Array], Array]
-"""(norms [B], bound) → a factor for every gradient."""
+"""A function (norms [B], bound) → a factor for every gradient."""
 
-# Norms are taken √GUARD times the numbers that cancel in a gradient too large, so that what rounding leaves of them is
-# counted; with the bound's own share ε it makes the guarantee of `clipped_grad`. By the dtype that is summed in.
+# √GUARD times the magnitude of the terms that cancel in a gradient is added to its norm, as a root sum of squares, to
+# account for their rounding errors. Together with the bound's margin ε this gives the guarantee of `clipped_grad`. The
+# keys are dtypes of the sum.
 GUARD = {jnp.dtype(jnp.float32): 2.0**-20, jnp.dtype(jnp.float64): 2.0**-40}
 EPSILON = {jnp.dtype(jnp.float32): 2.0**-12, jnp.dtype(jnp.float64): 2.0**-31}
 
@@ -49,15 +50,15 @@ AGAIN = {
 
 @named_tuple
 class ClipInfo(NamedTuple):
-    """What a clipped sum leaves out. None of it is private.
+    """Losses, gradient norms and counts that are returned with a clipped sum. None of it is private.
 
     Attributes:
         values: [B], the loss of every example; 0 where masked.
-        norms: [B], the norm of every gradient before clipping, of all groups together; 0 where masked, NaN or infinite
-            where the gradient is.
-        clipped_fraction: the share of the unmasked examples whose norm exceeds a bound or is not finite.
-        nonfinite: how many unmasked examples have a gradient that is NaN or infinite.
-        aux: with has_aux, what the loss returns beside its value, for every example; 0 where masked.
+        norms: [B], the norm of every gradient before clipping, over all groups together; 0 where masked, NaN or
+            infinite where the gradient is.
+        clipped_fraction: fraction of the unmasked examples whose norm exceeds a bound or is not finite.
+        nonfinite: number of unmasked examples whose gradient is NaN or infinite.
+        aux: with has_aux, the auxiliary output of the loss for every example; 0 where masked.
 
     Example:
         >>> _, info = clipped_grad(lambda w, x: w @ x, 1.0)(jnp.ones(3), jnp.diag(jnp.array([0.5, 2.0, jnp.inf])))
@@ -73,7 +74,7 @@ class ClipInfo(NamedTuple):
 
 
 def clip(norms: Array, max_norm: Array) -> Array:
-    """min(1, max_norm/‖g‖): gradients up to the bound stay as they are (Abadi et al. 2016).
+    """min(1, max_norm/‖g‖): gradients up to the bound are unchanged (Abadi et al. 2016).
 
     Example:
         >>> clip(jnp.array([0.0, 0.5, 4.0]), jnp.array(1.0)).tolist()
@@ -83,7 +84,7 @@ def clip(norms: Array, max_norm: Array) -> Array:
 
 
 def normalize(norms: Array, max_norm: Array) -> Array:
-    """max_norm/‖g‖: every gradient but 0 is given the bound's length.
+    """max_norm/‖g‖: every nonzero gradient is rescaled to the bound's length.
 
     Example:
         >>> normalize(jnp.array([0.0, 0.5, 4.0]), jnp.array(1.0)).tolist()
@@ -94,7 +95,7 @@ def normalize(norms: Array, max_norm: Array) -> Array:
 
 
 def automatic(gamma: float = 0.01) -> Weighting:
-    """max_norm/(‖g‖ + gamma): automatic clipping (Bu et al. 2023), without a bound to tune.
+    """max_norm/(‖g‖ + gamma): automatic clipping (Bu et al. 2023), which has no bound to tune.
 
     Example:
         >>> automatic(gamma=1.0)(jnp.array([0.0, 1.0, 3.0]), jnp.array(1.0)).tolist()
@@ -108,7 +109,7 @@ def automatic(gamma: float = 0.01) -> Weighting:
 
 
 WEIGHTINGS: dict[str, Weighting] = {"clip": clip, "normalize": normalize}
-"""By name, as `clipped_grad` takes them."""
+"""The weightings that `clipped_grad` accepts by name."""
 
 
 def clipped_grad(
@@ -123,56 +124,57 @@ def clipped_grad(
     weighting: Weighting | str = "clip",
     passes: int = 1,
 ) -> "ClippedGrad":
-    """The sum of a batch's gradients, each clipped to a norm, for about the cost of one plain gradient.
+    """Transform a loss into the sum of its clipped per-example gradients, for about the cost of one plain gradient.
 
-    Guarantee: adding or removing any one example, whatever is in it, moves the sum by at most `.sensitivity(B)` =
-    max_norm·(1 + ε) in the Euclidean norm over all parameters; replacing one by another moves it by twice that. With
-    several bounds it is their root sum of squares. An example that is masked, and one whose gradient is NaN or
-    infinite, adds exactly zero. Masked examples change nothing in what is returned, and neither shapes nor the sequence
-    of operations depend on the data.
+    Guarantee: adding or removing any one example, whatever it contains, moves the sum by at most `.sensitivity(B)` =
+    max_norm·(1 + ε) in the Euclidean norm over all parameters; replacing one example by another moves it by at most
+    twice that. With several bounds, max_norm is their root sum of squares. An example that is masked, or whose gradient
+    is NaN or infinite, adds exactly zero. Masked examples change nothing in the result, and neither shapes nor the
+    sequence of operations depend on the data.
 
-    ε is for rounding: (1 + √B)·2⁻¹² where the sum is in float32 (parameters of float32, bfloat16 and float16; the sum
-    is not rounded to the parameters' dtype), (1 + √B)·2⁻³¹ in float64. Derivation: a gradient is a sum of products that
-    may cancel, and what is left of numbers of size S is uncertain by a few u·S (u = 2⁻²⁴, 2⁻⁵³). A gradient's norm is
-    therefore taken to be √(‖g‖² + κS²) with κ = 2⁻²⁰, 2⁻⁴⁰ (see `PerExampleGrads.magnitudes`; S = 0 where nothing
-    cancels). Then no example enters with numbers larger than max_norm/√κ, whose rounding is at most a few
-    u/√κ·max_norm = 2⁻¹⁴, 2⁻³³ max_norm, and the errors of B examples add as roots do (the model of Higham and Mary
-    2019: errors of mean zero; it is an assumption and not a proof). Behind a map that all examples share and that
-    is not entry by entry (`Mapped`), S has the map's norm in it, which is estimated with a margin and not bounded.
+    ε covers rounding: it is (1 + √B)·2⁻¹² if the sum is in float32 (parameters of float32, bfloat16 and float16; the
+    sum is not rounded to the parameters' dtype), and (1 + √B)·2⁻³¹ in float64. Derivation: a gradient is a sum of
+    products that may cancel, and if the products have magnitude S, the sum is uncertain by a few u·S (u = 2⁻²⁴, 2⁻⁵³).
+    A gradient's norm is therefore taken to be √(‖g‖² + κS²) with κ = 2⁻²⁰, 2⁻⁴⁰ (see `PerExampleGrads.magnitudes`;
+    S = 0 if nothing cancels). Then no example contributes numbers larger than max_norm/√κ, whose rounding error is at
+    most a few u/√κ·max_norm = 2⁻¹⁴, 2⁻³³ max_norm, and the errors of B examples add up to √B times that (the model of
+    Higham and Mary 2019: errors have mean zero, which is assumed and not proved). For a gradient that is followed by a
+    linear map shared by all examples and not elementwise (`Mapped`), S includes the map's norm, which is estimated with
+    a margin and not bounded.
 
-    Not guaranteed: that the loss treats examples independently, which it does as it sees one; but parameters or shared
-    arguments that were computed from the batch (batch normalisation) are outside of what is bounded. Privacy needs
-    noise as well, batches drawn at random and an accountant (see jax-privacy and dp-accounting), random numbers that
-    nobody can predict, and an answer to attacks on floating-point noise (Mironov 2012), none of which is here. Time may
-    depend on the data where the hardware's arithmetic does. What `ClipInfo` holds is not private.
+    Not guaranteed: independence of the examples. The loss sees one example at a time, but parameters or shared
+    arguments that were computed from the batch (batch normalization) are outside the bound. Privacy also needs noise,
+    batches drawn at random, an accountant (see jax-privacy and dp-accounting), random numbers that nobody can predict,
+    and a defense against attacks on floating-point noise (Mironov 2012); this function provides none of them. Running
+    time may depend on the data if the hardware's arithmetic does. The contents of `ClipInfo` are not private.
 
     Args:
-        fun: a pure function of one example to a real scalar, or to (scalar, aux) with has_aux.
-        max_norm: a positive number, for the norm over all parameters; or a tree prefix of the parameters, with a number
-            for every leaf or group of leaves, each of which is clipped by itself. With inf nothing is clipped.
+        fun: the loss: a pure function of one example that returns a real scalar, or (scalar, aux) with has_aux.
+        max_norm: a positive number that bounds the norm over all parameters; or a tree prefix of the parameters with a
+            number for every leaf or group of leaves, each of which is clipped separately. inf clips nothing.
         argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
-        microbatch_size: how many examples to treat at once, in a loop, to bound the memory; None for all. The result is
-            the same, up to rounding.
+        microbatch_size: number of examples to process at once, in a loop, to bound the memory; None for all. The result
+            is the same, up to rounding.
         weighting: "clip", "normalize", `clipping.automatic(gamma)`, or another function (norms [B], bound) → a factor
-            for every gradient. Whatever it says, no gradient gets longer than its bound.
-        passes: 1 holds the factors of all gradients and sums them; 2 takes the norms first and drops the factors, then
-            computes an ordinary gradient of Σ_b c_b · loss_b. Two passes need a plain gradient's memory, also with
-            `lax.scan` over layers and `jax.checkpoint`, and up to twice its time; one pass is faster where its factors
-            fit. Each group of bounds takes a backward pass of its own, and effects in `fun` happen in both passes.
+            for every gradient. Whatever it returns, no gradient becomes longer than its bound.
+        passes: 1 holds the factors of all gradients and sums them. 2 takes the norms first and drops the factors, then
+            computes the ordinary gradient of Σ_b c_b · loss_b: that needs a plain gradient's memory, also for
+            `lax.scan` over layers with `jax.checkpoint`, and up to twice its time. Prefer 1 where the factors fit. With
+            2, each group of bounds takes a backward pass of its own, and effects in `fun` happen in both passes.
 
-    Two passes: the second pass computes the gradients again, and its rounding is the plain gradient's. That adds to ε
-    how far the two computations of one gradient may be apart: η = 2⁻¹⁰ in float32, 2⁻²⁹ in float64, 2⁻⁷ in float16 and
-    2⁻⁴ in bfloat16, which is assumed and not proved, and in these narrow dtypes the rounding of the sum to the
-    parameters' dtype, at most 2·B·u. Keep the parameters of a private model in float32.
+    Two passes: the second pass computes the gradients again, with a plain gradient's rounding, so ε also covers how far
+    the two computations of one gradient may differ: η = 2⁻¹⁰ in float32, 2⁻²⁹ in float64, 2⁻⁷ in float16 and 2⁻⁴ in
+    bfloat16 (assumed and not proved); in these narrow dtypes it also covers rounding the sum to the parameters' dtype,
+    at most 2·B·u. Keep the parameters of a private model in float32.
 
     Returns:
         A function of fun's arguments, the batched ones with an example axis, and of `mask`, booleans [B] that are False
-        for padding; it returns (the sum, a tree of the parameters' shapes in float32 at least, `ClipInfo`). A loss with
-        a keyword argument `mask` of its own has to be wrapped before it can be given padding.
+        for padding. It returns (sum, `ClipInfo`); the sum is a tree of the parameters' shapes, in float32 or wider. A
+        loss that has its own keyword argument `mask` must be wrapped before padding can be masked.
 
     Raises:
         ValueError: with two passes, a `custom_vjp` whose backward pass is not linear in the cotangent.
-        TypeError, ValueError: as `per_example_grad`; bounds that are not positive numbers or no prefix of the
+        TypeError, ValueError: as `per_example_grad`; bounds that are not positive numbers or not a tree prefix of the
             parameters; a mask that is not [B] booleans, or a mask for a loss that has a keyword argument of this name;
             a microbatch size below 1; a weighting that returns neither one number nor one for each example.
 
@@ -189,19 +191,19 @@ def clipped_grad(
 
 
 def _one_for_each(c: Any, norms: Array) -> Array:
-    """What a weighting returns, as an array like the norms."""
+    """Return the weighting's result as an array of the norms' shape and dtype."""
     shape = getattr(c, "shape", () if isinstance(c, int | float) else None)
     if shape not in ((), norms.shape) or jnp.issubdtype(jnp.result_type(c), jnp.complexfloating):
         got = type(c).__name__ if shape is None else f"{jnp.result_type(c)} of shape {shape}"
         raise ValueError(
-            f"clipped_grad: expected a weighting that returns an array of factors of shape {norms.shape}, as its norms "
-            f"are, or one number for all, got {got}."
+            f"clipped_grad: expected a weighting that returns an array of factors of shape {norms.shape}, like its "
+            f"norms, or one number for all, got {got}."
         )
     return jnp.broadcast_to(jnp.asarray(c, norms.dtype), norms.shape)
 
 
 def _takes_a_mask(fun: Callable[..., Any]) -> bool:
-    """Whether the loss may mean something else by mask=... than that an example is padding."""
+    """True if the loss has, or may have, a keyword argument `mask` of its own, which need not mark padding."""
     try:
         parameters = inspect.signature(fun).parameters
     except (TypeError, ValueError):  # a function without a signature takes its arguments by position
@@ -211,7 +213,7 @@ def _takes_a_mask(fun: Callable[..., Any]) -> bool:
 
 
 class ClippedGrad:
-    """What `clipped_grad` returns: call it with the loss's arguments and a mask.
+    """The function that `clipped_grad` returns: call it with the loss's arguments and a mask.
 
     Example:
         >>> gradient = clipped_grad(lambda params, x: params["a"] * x + params["b"], {"a": 3.0, "b": 4.0})
@@ -258,14 +260,14 @@ class ClippedGrad:
         functools.update_wrapper(self, fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
 
     def sensitivity(self, batch_size: int | None, dtype: jax.typing.DTypeLike = jnp.float32) -> float | Array:
-        """How far one example can move the sum: the root sum of squares of the bounds, times 1 + ε.
+        """Return how far one example can move the sum: the root sum of squares of the bounds, times 1 + ε.
 
         Args:
-            batch_size: B, the largest there is; None for exact arithmetic, ε = 0.
-            dtype: of the sum; with two passes the narrowest that the loss computes in.
+            batch_size: B, the largest batch size in use; None for exact arithmetic, ε = 0.
+            dtype: dtype of the sum; with two passes, the narrowest dtype that the loss computes in.
 
         Returns:
-            A Python float; an array where a bound is traced.
+            A Python float; an array if a bound is traced.
 
         Raises:
             ValueError: a negative batch size.
@@ -285,11 +287,11 @@ class ClippedGrad:
 
     @naming("clipped_grad")
     def __call__(self, *args: Any, mask: Any = None, **kwargs: Any) -> tuple[PyTree, ClipInfo]:
-        """(the sum, ClipInfo)."""
+        """Return (sum, ClipInfo)."""
         if mask is not None and self._own_mask:
             raise ValueError(
-                "clipped_grad: expected mask=, which says what is padding, with a loss that has no keyword argument of "
-                "this name, got a loss that takes one. Wrap the loss, so that its own mask has another name: "
+                "clipped_grad: expected mask=, which marks padding, with a loss that has no keyword argument of this "
+                "name, got a loss that takes one. Wrap the loss, so that its own mask has another name: "
                 "clipped_grad(lambda params, x, own: loss(params, x, mask=own), ...)(params, x, own, mask=padding)."
             )
         arguments = self._transformed.arguments(args, kwargs)
@@ -308,7 +310,7 @@ class ClippedGrad:
         return total, ClipInfo(values, norms, share, nonfinite.sum(), aux)
 
     def _of(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
-        """(leaves of the sum, (values, aux, norms, whether one exceeds its bound) of every example)."""
+        """Return (leaves of the sum, (values, aux, norms, True if a norm exceeds its bound) of every example)."""
         if self._passes == 2:
             return self._of_two_passes(arguments, mask)
         values, aux, g, _ = self._transformed.evaluated(arguments)
@@ -357,7 +359,7 @@ class ClippedGrad:
         return nan_unless(limit > 0, c)
 
     def _in_microbatches(self, arguments: Arguments, mask: Array, size: int) -> tuple[list[Array], Any]:
-        """Every so-manyth example in one microbatch, so that each is spread over the devices as the batch is."""
+        """Loop over microbatches of every `count`-th example, so that each is sharded as the batch is."""
         B = arguments.batch_size
         count = -(-B // size)
 
@@ -365,7 +367,7 @@ class ClippedGrad:
 
         def divided(a: Any, axis: int = 0) -> Any:
             a = divisible(jnp.moveaxis(a, axis, 0), size if whole else 1)
-            a = a if whole else a[jnp.minimum(jnp.arange(count * size), B - 1)]  # the last example again; masked
+            a = a if whole else a[jnp.minimum(jnp.arange(count * size), B - 1)]  # pads with the last example, masked
             return a.reshape(size, count, *a.shape[1:]).swapaxes(0, 1)
 
         leaves = [divided(a, axis) for a, axis in zip(arguments.batch, arguments.axes, strict=True)]

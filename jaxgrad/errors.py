@@ -1,4 +1,4 @@
-"""The name that an error begins with: that of the public function which was called."""
+"""The name that an error message begins with: the public function that was called."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ _CALL: ContextVar[str] = ContextVar("call", default=_NOBODY)
 
 @contextmanager
 def naming(call: str, unless_inside: bool = False) -> Iterator[None]:
-    """As a decorator of a public function, or around what it does: errors inside begin with this name.
+    """Make errors inside begin with this name; use as a decorator of a public function, or as a context manager.
 
     Args:
-        unless_inside: whether another public function that is running gives its name in place of this one.
+        unless_inside: True keeps the name of another public function that is already running, if there is one.
     """
     token = _CALL.set(called() if unless_inside and called() != _NOBODY else call)
     try:

@@ -1,9 +1,9 @@
-"""The name that code imports the exercise by: `jaxgrad.network` is what `jaxgrad.exercise` has."""
+"""The import name of the exercise: `jaxgrad.network` has all that `jaxgrad.exercise` has."""
 
 import sys
 
 from jaxgrad import exercise
-from jaxgrad.exercise import *  # noqa: F403  its __all__, which is taken over below
+from jaxgrad.exercise import *  # noqa: F403  imports its __all__, which is copied below
 from jaxgrad.exercise import activations, autodiff, checks, closed_form, derivation, labels, model, params
 
 for module in (activations, autodiff, checks, closed_form, derivation, labels, model, params):

@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 def shown(items: Iterable[T], total: int | None, done: int = 0, progress: bool = True) -> Iterator[T]:
-    """The items, with a bar of how many of `total` there were, of which `done` before; needs rich if `progress`."""
+    """Yield the items; if `progress`, a bar (needs rich) counts them up to `total`, starting from `done`."""
     if not progress:
         yield from items
         return

@@ -1,8 +1,8 @@
-"""Where a result lies on a mesh.
+"""How results are sharded on a mesh.
 
-Where axes are explicit JAX asks how a sum over a sharded axis (here the examples) is to lie; otherwise the compiler
-decides, and `replicated` and `gathered` return what leaves it to it. It is told only that a Gram matrix needs every
-example everywhere, and that a block of examples has some of each device's.
+On explicit meshes JAX asks how the result of a sum over a sharded axis (here the examples) is sharded. On automatic
+meshes the compiler chooses, so `replicated` returns None and `gathered` its argument. It gets only two constraints: a
+Gram matrix needs every example on every device, and a block of examples has some examples of each device.
 """
 
 import functools
@@ -20,17 +20,17 @@ T = TypeVar("T")
 
 
 def replicated(like: Array) -> NamedSharding | None:
-    """On every device of the mesh that `like` lies on, for an `out_sharding=` argument."""
+    """Return the `out_sharding=` that replicates a result on the mesh of `like`; None if no axis is explicit."""
     mesh = jax.typeof(like).sharding.mesh
     explicit = not mesh.empty and AxisType.Explicit in mesh.axis_types
     return NamedSharding(mesh, PartitionSpec()) if explicit else None
 
 
 def kept(mask: Array, a: Array) -> Array:
-    """The examples (axis 0) whose mask is True, exactly zero elsewhere; spread over the devices as either is."""
+    """Set the examples (axis 0) whose mask is False to exactly zero; the result is sharded as `a` or the mask is."""
     mask = jnp.broadcast_to(mask.reshape(-1, *[1] * (a.ndim - 1)), a.shape)
     on = replicated(a) or replicated(mask)
-    if on is not None:  # a select takes operands that lie alike
+    if on is not None:  # a select needs operands with equal shardings
         (examples, *others), (masked, *_) = _spec(a), _spec(mask)
         lies = NamedSharding(on.mesh, PartitionSpec(examples or masked, *others))
         mask, a = jax.sharding.reshard(mask, lies), jax.sharding.reshard(a, lies)
@@ -38,7 +38,7 @@ def kept(mask: Array, a: Array) -> Array:
 
 
 def divisible(a: Array, n: int) -> Array:
-    """An array whose axis 0 can be cut into n parts: gathered where an explicit mesh has cut it into others."""
+    """Make axis 0 divisible into n parts: gather the array if its shards on an explicit mesh do not divide n."""
     if replicated(a) is None or a.shape[0] == 0:
         return a
     parts = a.shape[0] // jax.typeof(a).sharding.shard_shape(a.shape)[0]
@@ -46,10 +46,11 @@ def divisible(a: Array, n: int) -> Array:
 
 
 def automatic(by_example: bool) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """A function of gradients that the compiler lays out as it sees fit, though the mesh's axes are explicit.
+    """Let the compiler choose the shardings inside a function of gradients even if the mesh's axes are explicit.
 
     Args:
-        by_example: whether results have the examples in front, and lie as those do; otherwise they are on every device.
+        by_example: True if results have a leading example axis and are sharded as the examples are; otherwise they are
+            replicated.
     """
 
     def decorated(function: Callable[P, T]) -> Callable[P, T]:
@@ -77,7 +78,7 @@ def automatic(by_example: bool) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 def merged(a: Array, *runs: int) -> Array:
-    """Each run of so many axes as one. A device keeps its part of a run's first axis; the others are gathered there."""
+    """Merge each run of axes, given by length, into one. A run's first axis stays sharded; the rest are gathered."""
     starts = [sum(runs[:k]) for k in range(len(runs))]
     shape = [math.prod(a.shape[start : start + n]) for start, n in zip(starts, runs, strict=True)]
     spec = spread_over(a)
@@ -92,17 +93,17 @@ def merged(a: Array, *runs: int) -> Array:
 
 
 def spread_over(a: Array) -> list[Any]:
-    """The axes of an explicit mesh that each axis is spread over, None where it is not."""
+    """Return the axes of an explicit mesh that each axis is sharded over, None where it is not sharded."""
     return [None] * a.ndim if replicated(a) is None else _spec(a)
 
 
 def _spec(a: Array) -> list[Any]:
-    """The mesh axes that each axis is spread over, None where it is not."""
+    """Return the mesh axes that each axis is sharded over, None where it is not sharded."""
     return [*jax.typeof(a).sharding.spec, *[None] * a.ndim][: a.ndim]
 
 
 def gathered(tree: T) -> T:
-    """The tree's arrays, each on every device; under other meshes as it is."""
+    """Replicate the tree's arrays on an explicit mesh; on other meshes return them unchanged."""
 
     def one(a: Array) -> Array:
         target = replicated(a)
@@ -112,7 +113,7 @@ def gathered(tree: T) -> T:
 
 
 def every_example(tree: T) -> T:
-    """The tree's arrays with all examples (axis 0) on every device, before anything larger is made of them."""
+    """Put all examples (axis 0) of the tree's arrays on every device, before anything larger is computed from them."""
 
     def one(a: Array) -> Array:
         mesh = jax.typeof(a).sharding.mesh
@@ -125,7 +126,7 @@ def every_example(tree: T) -> T:
 
 
 def devices(tree: object) -> int:
-    """How many devices the compiler may have spread the examples over; 1 where it does not decide."""
+    """Return how many devices the compiler may have sharded the examples over; 1 if it does not choose."""
     meshes = [jax.typeof(a).sharding.mesh for a in jax.tree.leaves(tree)]
     return max(
         math.prod(n for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if kind == AxisType.Auto)

@@ -1,9 +1,9 @@
-"""Results over more data than fits into memory: batch by batch, on disk as they come, taken up again after a stop.
+"""Results over data sets that do not fit in memory: batch by batch, written to disk, resumed after an interruption.
 
-The names:
+The module's public names:
 
-    run            a function of one batch over all of them: rows for every example, and sums over all
-    Batches        arrays, memory-mapped ones too, as batches that can be taken up in the middle
+    run            apply a function of one batch to all batches: rows for every example, and sums over all examples
+    Batches        arrays, memory-mapped ones too, as batches that can be resumed in the middle
     norms, second_moments, influence    functions for `run`
 """
 
@@ -36,7 +36,7 @@ class Part(NamedTuple):
     """What a function for `run` returns for one batch.
 
     Attributes:
-        rows: name → [b, …], kept for every example.
+        rows: name → [b, …], stored for every example.
         sums: name → array, added up over all batches in float64.
 
     Example:
@@ -51,13 +51,13 @@ class Part(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What is on disk when `run` returns.
+    """The results on disk when `run` returns.
 
     Attributes:
         rows: name → memory-mapped [examples, …], in the order of the batches.
         sums: name → float64 array.
-        batches: how many there were.
-        examples: how many there were.
+        batches: number of batches.
+        examples: number of examples.
 
     Example:
         >>> import tempfile
@@ -73,11 +73,11 @@ class Results(NamedTuple):
 
 
 class Batches(Sequence[tuple[Any, ...]]):
-    """Arrays with an example axis in front, memory-mapped ones too, as a sequence of batches; the last may be smaller.
+    """Arrays with a leading example axis, memory-mapped ones too, as a sequence of batches; the last may be smaller.
 
     Args:
         arrays: each [N, …].
-        size: examples in a batch.
+        size: examples per batch.
 
     Example:
         >>> batches = Batches(np.zeros((10, 3)), np.zeros(10), size=4)
@@ -98,7 +98,7 @@ class Batches(Sequence[tuple[Any, ...]]):
         return -(-self.length // self.size)
 
     def __getitem__(self, index: Any) -> Any:
-        """One batch: the k-th part of every array, as NumPy arrays."""
+        """Return one batch: the k-th part of every array, as NumPy arrays."""
         k = operator.index(index)
         if not 0 <= k < len(self):
             raise IndexError(f"streams.Batches: expected an index from 0 to {len(self) - 1}, got {k}.")
@@ -114,28 +114,29 @@ def run(
     every: int = 1,
     progress: bool = False,
 ) -> Results:
-    """function(*batch) over all batches; rows and sums are on disk as they come.
+    """Call function(*batch) on all batches and write the rows and sums to disk as they come.
 
-    What is done stays done: stopped at any moment, by SIGKILL too, and called again with the same arguments, it goes on
-    after the last batch that was committed and ends with the same files as an unbroken run, to the byte. Rows are
-    written and flushed to disk before the state that counts them is replaced in one step; rows that no state counts are
-    cut off on the next start.
+    A run may be stopped at any moment, even by SIGKILL. Called again with the same arguments, it continues after the
+    last committed batch and ends with the same files, to the byte, as an uninterrupted run. Rows are written and
+    flushed to disk before the state that counts them is replaced in one step; the next start truncates rows that the
+    state does not count.
 
     Args:
-        function: of one batch to a `Part`; called as it is, so jit it (`norms` and the others are).
-        batches: a sequence, of which those that are done are not read again; or an iterable that begins anew, of which
-            they are skipped.
-        folder: for the files, one for each name in rows and the state; made if it is not there. One run at a time.
-        every: how many batches to commit at once: more for large sums, which are written at every commit.
-        progress: whether to show a bar (needs rich).
+        function: maps one batch to a `Part`. `run` does not jit it, so jit it yourself (`norms` and the others are).
+        batches: a sequence, whose completed batches are not read again; or an iterable that starts from the beginning,
+            whose completed batches are skipped.
+        folder: folder for the files, one for each name in rows, and the state; it is created if it does not exist. Only
+            one run may use it at a time.
+        every: number of batches per commit; use more for large sums, which are written at every commit.
+        progress: True shows a progress bar (needs rich).
 
     Returns:
         `Results`; the rows are memory-mapped and not read.
 
     Raises:
-        TypeError: a batch that is no tuple.
-        ValueError: rows or sums of other names, shapes or dtypes than in the folder; rows of different lengths; `every`
-            below 1.
+        TypeError: a batch that is not a tuple.
+        ValueError: rows or sums whose names, shapes or dtypes differ from those in the folder; rows of different
+            lengths; `every` below 1.
 
     Example:
         >>> import tempfile
@@ -160,11 +161,11 @@ def run(
 
 
 def norms(loss: Callable[..., Any], params: PyTree, *, in_axes: Any = 0) -> Callable[..., Part]:
-    """For `run`: rows "values" and "norms", of the losses and of the norms of their gradients.
+    """Return a function for `run` with rows "values", the losses, and "norms", the norms of their gradients.
 
     Args:
-        loss: of one example, as in `per_example_grad`.
-        params: at which.
+        loss: loss of one example, as in `per_example_grad`.
+        params: parameters at which to take the gradients.
         in_axes: as in `per_example_grad`.
 
     Example:
@@ -187,9 +188,10 @@ def _values_and_norms(loss: Any, in_axes: Any, params: PyTree, batch: Any) -> An
 
 
 def second_moments(loss: Callable[..., Any], params: PyTree, *, in_axes: Any = 0) -> Callable[..., Part]:
-    """For `run`: sums of the gradients and of their squares, entry by entry, under "sum" and "squares" with the path.
+    """Return a function for `run` that sums the gradients and their squares, entry by entry.
 
-    Squares are summed in float32 at least, whatever the parameters' dtype.
+    The names in sums are "sum" or "squares" followed by the parameter's path. Squares are summed in float32 or wider,
+    whatever the parameters' dtype.
 
     Args:
         loss, params, in_axes: as in `norms`.
@@ -216,11 +218,11 @@ def second_moments(loss: Callable[..., Any], params: PyTree, *, in_axes: Any = 0
 def influence(
     loss: Callable[..., Any], params: PyTree, fixed: PerExampleGrads, *, in_axes: Any = 0
 ) -> Callable[..., Part]:
-    """For `run`: rows "products", the inner products of every gradient with each of a fixed set's.
+    """Return a function for `run` with rows "products": inner products of every gradient with a fixed set of gradients.
 
     Args:
         loss, params, in_axes: as in `norms`.
-        fixed: the gradients of M examples with respect to the same parameters; rows are [b, M].
+        fixed: gradients of M examples with respect to the same parameters; rows are [b, M].
 
     Example:
         >>> loss, w = lambda w, x: jnp.sin(w @ x), jnp.ones(3)
@@ -232,16 +234,16 @@ def influence(
     return lambda *batch: Part({"products": gram(params, fixed, batch)}, {})
 
 
-# --- What is on disk -------------------------------------------------------------------------------------------------
+# --- Files on disk ---------------------------------------------------------------------------------------------------
 
 
 class _Store:
-    """Rows in one flat file a name, and the state: what is counted of them, and the sums."""
+    """The files of a run: one flat file of rows per name, and the state, which holds the counts and the sums."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.batches, self.examples = folder, 0, 0
-        self.layout: dict[str, tuple[str, tuple[int, ...]]] | None = None  # of each row: dtype and shape
+        self.layout: dict[str, tuple[str, tuple[int, ...]]] | None = None  # dtype and shape of each row
         self.sums: dict[str, np.ndarray] = {}
         if (folder / STATE).exists():
             with np.load(folder / STATE) as state:
@@ -261,7 +263,7 @@ class _Store:
         if len(lengths) > 1:
             raise ValueError(f"{called()}: expected rows of one length, got {sorted(lengths)}.")
         if strange := [name for name in rows if Path(name).name != name]:
-            raise ValueError(f"{called()}: expected names of rows that can be names of files, got {strange}.")
+            raise ValueError(f"{called()}: expected names of rows that are valid names of files, got {strange}.")
         if self.layout is None:
             self.layout, self.sums = layout, {name: np.zeros_like(a) for name, a in sums.items()}
             for name in layout:
@@ -279,7 +281,7 @@ class _Store:
         self.batches, self.examples = self.batches + 1, self.examples + (lengths.pop() if lengths else 0)
 
     def commit(self) -> None:
-        """Rows first, then the state that counts them."""
+        """Write the rows first, then the state that counts them."""
         for name, blocks in self.pending.items():
             with self._file(name).open("ab") as file:
                 file.writelines(blocks)
@@ -310,7 +312,7 @@ class _Store:
 
 
 def _on_disk(a: Any) -> np.ndarray:
-    """bfloat16 as float32, which NumPy's files can hold."""
+    """Convert to NumPy; bfloat16 becomes float32, which NumPy's files can hold."""
     return np.asarray(a.astype(jnp.float32) if jnp.result_type(a) == jnp.bfloat16 else a)
 
 

@@ -275,11 +275,11 @@ CSV = {
     **{
         f"a number of 1e{n} among small ones": (
             b"a,b,label\n" + b"1,2,0\n3,5,1\n" * 20 + f"4,1e{n},1\n".encode(),
-            "too large to standardise; scale them first",
+            "too large to standardize; scale them first",
         )
         for n in (155, 160, 200, 300)
     },
-    "numbers beyond all scale": (b"a,label\n1e308,0\n-1e308,1\n1.7e308,1\n", "too large to standardise"),
+    "numbers beyond all scale": (b"a,label\n1e308,0\n-1e308,1\n1.7e308,1\n", "too large to standardize"),
 }
 
 
@@ -366,7 +366,7 @@ def test_bad_options_are_one_clear_line_and_status_two(capsys, tmp_path):
         (["--data", tmp_path / f"{'n' * 300}.csv"], "File name too long"),
         (["--save", tmp_path / f"{'n' * 300}.csv"], "cannot be written: File name too long"),
         (["--save", tmp_path / ("n" * 300) / "out.csv"], "cannot be written: File name too long"),
-        (["--save", tmp_path / "folder.csv"], "cannot be written: it is there and not a file"),
+        (["--save", tmp_path / "folder.csv"], "cannot be written: it exists and is not a file"),
         (["--data", tmp_path / "in.csv", "--save", tmp_path / "in.csv"], "the same file as --data"),
         (["--data", tmp_path / "in.csv", "--save", tmp_path / "link.csv"], "link.csv: the same file as --data"),
         (["--save", tmp_path / "out.csv", "--plot", tmp_path / "link.png"], "link.png: the same file as --save"),

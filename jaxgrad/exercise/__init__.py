@@ -2,16 +2,16 @@
 
 The modules:
 
-    params       Params(W, b, w) and their random start
+    params       Params(W, b, w) and their random initialization
     model        the network and its loss, pure functions of one example
-    activations  σ, σ′, σ″ right to the last digits
-    derivation   the exercise's two derivations, line by line, as they stand on the page
+    activations  σ, σ′, σ″, accurate to the last digits
+    derivation   the exercise's two derivations, line by line, as written on the page
     closed_form  the stable closed form: gradients of one example and of batches, Hessian products
-    autodiff     the same functions through `jax.grad`: same names, same signatures
+    autodiff     the same functions by `jax.grad`: same names, same signatures
     labels       `signs`: labels of two classes as ±1
-    job          `python -m jaxgrad`: train it on real data and hold the closed form against `jax.grad`
+    job          `python -m jaxgrad`: train the network on real data, compare the closed form with `jax.grad`
 
-Code imports it as `jaxgrad.network`.
+Import it as `jaxgrad.network`.
 """
 
 from jaxgrad.exercise import autodiff, closed_form, derivation

@@ -1,11 +1,11 @@
-"""Activations: the function, its slope and its curvature, each right to the last digits.
+"""Activations: the function, its slope and its curvature, each accurate to the last digits.
 
 `jax.grad` differentiates σ as σ - σ², and that difference is 0 long before the slope is: in float32 at z = 17, in
 bfloat16 at z = 6. The forms here never subtract nearly equal numbers: with e = exp(-|z|) the logistic is 1/(1 + e) or
 e/(1 + e), its slope e/(1 + e)², its curvature ∓e(1 - e)/(1 + e)³, all from one exponential.
 
-Accuracy. Bounds in ulp (units in the last place of the dtype) for |z| ≤ 80, on CPU, asserted against 60-digit
-arithmetic in `tests/test_activations.py`:
+Accuracy. The table gives error bounds in ulp (units in the last place of the dtype) in float32 and float64 for
+|z| ≤ 80, on CPU; `tests/test_activations.py` asserts them against 60-digit arithmetic.
 
 | activation | value | slope | curvature | within 0.5 of a zero of the function: absolute, in eps |
 |---|---|---|---|---|
@@ -19,9 +19,9 @@ arithmetic in `tests/test_activations.py`:
 | silu | 6 | 10 | 20 | slope (z = -1.28), curvature (z = ±2.40): 2 each |
 | sine | 2 | 2 | 2 | all three: 1, for any z |
 
-for float32 and float64. float16 and bfloat16 are computed in float32 and rounded once: 1 ulp, but 3 for the value of
-the logistic, which is a JAX primitive in the argument's own dtype. Where the true value, or the argument, is below the
-smallest normal number of the dtype, it may be taken as 0.
+float16 and bfloat16 are computed in float32 and rounded once: the bound is 1 ulp, but 3 ulp for the value of the
+logistic, which is a JAX primitive in the argument's own dtype. Where the true value, or the argument, is below the
+smallest normal number of the dtype, it may be treated as 0.
 """
 
 import functools
@@ -50,8 +50,8 @@ class Activation:
         value: σ, applied elementwise.
         slope: σ′.
         curvature: σ″.
-        name: what to call it in a message.
-        joint: optionally all three in one call, where they share their exponentials.
+        name: name to show in messages.
+        joint: optional function that returns all three in one call, so that they share their exponentials.
 
     Calling the activation calls `value`. Two activations are equal when their functions are the same objects, so an
     activation can be a static argument of `jax.jit`.
@@ -75,17 +75,17 @@ class Activation:
         return f"Activation({self.name})"
 
     def jet(self, z: jax.typing.ArrayLike) -> tuple[Array, Array, Array]:
-        """(σ(z), σ′(z), σ″(z)). Under `jit`, what is not used is not computed."""
+        """Return (σ(z), σ′(z), σ″(z)). Under `jit`, unused parts are not computed."""
         if self.joint is not None:
             return self.joint(z)
         return self.value(z), self.slope(z), self.curvature(z)
 
     @staticmethod
     def from_function(function: Elementwise) -> "Activation":
-        """An activation from any elementwise JAX function; its derivatives are taken by forward-mode autodiff.
+        """Make an activation from any elementwise JAX function; forward-mode autodiff gives its derivatives.
 
-        They are as accurate as JAX's rules for `function`. The same function gives the same (equal) activation, so
-        that `jax.jit` does not compile again; it has to be hashable.
+        The derivatives are as accurate as JAX's rules for `function`. The same function gives the same (equal)
+        activation, so that `jax.jit` does not compile again; the function must be hashable.
 
         Example:
             >>> cube = Activation.from_function(lambda z: z**3)
@@ -132,7 +132,7 @@ def _from_function(function: Elementwise) -> Activation:
 
 
 def _rounded_once(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    """Compute in float32 at least, and round the result to the dtype of the argument."""
+    """Compute in float32 or wider, and round the result to the dtype of the argument."""
 
     def wrapper(z: jax.typing.ArrayLike) -> Any:
         narrow = _floating(z)
@@ -143,7 +143,7 @@ def _rounded_once(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
 
 
 def _from_joint(name: str, joint: Jet, value: Elementwise | None = None) -> Activation:
-    """An activation whose three functions are the parts of one; `value` a JAX primitive, if there is one for it."""
+    """Make an activation from one function that returns all three parts; `value` is a JAX primitive, if any."""
     part = [_rounded_once(functools.partial(_part, joint, i)) for i in range(3)]
     return Activation(_primitive(value) if value else part[0], part[1], part[2], name, _rounded_once(joint))
 
@@ -157,7 +157,7 @@ def _from_parts(name: str, value: Elementwise, slope: Elementwise, curvature: El
 
 
 def _primitive(function: Elementwise) -> Elementwise:
-    """One primitive rounds once by itself; left in the argument's dtype, its derivative is what JAX users get."""
+    """Use a primitive in the argument's dtype: it rounds only once, and its derivative is the one JAX users get."""
 
     def value(z: jax.typing.ArrayLike) -> Array:
         return function(_floating(z))
@@ -175,7 +175,7 @@ def _by_sign(z: Array, right: Array, left: Array) -> Array:
 
 
 def _logistic(z: Array) -> tuple[Array, Array, Array]:
-    # A division last, in each: a compiler then keeps the result, where it would compute a product again for every use.
+    # Each part ends with a division: a compiler then stores the result, but would recompute a product for every use.
     e = jnp.exp(-_magnitude(z))
     one = 1 + e
     slope = e / (one * one)
@@ -210,7 +210,7 @@ def _gelu(z: Array) -> tuple[Array, Array, Array]:
     a = _magnitude(z)
     value = _by_sign(z, z * (1 - r * (r * c)), r * (r * (z * c)))
     slope = _by_sign(z, 1 + r * (r * (a * d - c)), r * (r * (c - a * d)))
-    t = jnp.minimum(a, jnp.asarray(80, a.dtype))  # beyond, r is 0 and t² could overflow
+    t = jnp.minimum(a, jnp.asarray(80, a.dtype))  # beyond 80, r is 0 and t² could overflow
     return value, slope, r * (r * (d * (2 - t * t)))
 
 
@@ -220,7 +220,7 @@ _K = (0.07135481627260025, -6.175149918155315e-19)
 
 
 def _gelu_tanh(z: Array) -> tuple[Array, Array, Array]:
-    # (1 + tanh(v/2))/2 is the logistic of v = c·z + k·z³; v is kept as a sum of two floats, because exp(-v)
+    # (1 + tanh(v/2))/2 is the logistic of v = c·z + k·z³; v is held as a sum of two floats, because exp(-v)
     # multiplies the rounding error of v by v.
     a = jnp.minimum(_magnitude(z), jnp.asarray(80, z.dtype))
     (c0, c1), (k0, k1) = _two_floats(_C, a), _two_floats(_K, a)

@@ -1,8 +1,8 @@
-"""The exercise's gradients through `jax.grad`: the same names and signatures as `closed_form`.
+"""The exercise's gradients by `jax.grad`, with the same names and signatures as `closed_form`.
 
-This is what the closed form is held against, and what it replaces. Where σ saturates, `jax.grad` loses the slope's
-digits (it forms σ - σ²); `closed_form` does not. Nothing is widened here either: with bfloat16 parameters the
-arithmetic is bfloat16, as far as the compiler does not keep more.
+The closed form is compared with these functions and replaces them. Where σ saturates, `jax.grad` loses the slope's
+digits (it computes σ - σ²); `closed_form` does not. Nothing is widened here: with bfloat16 parameters the arithmetic is
+bfloat16, unless the compiler keeps more digits.
 """
 
 import jax
@@ -30,7 +30,7 @@ def _mean_loss(params: Params, X: Array, Y: Array, activation: Activation) -> Ar
 
 @one_example_jitted
 def grad(params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic) -> Params:
-    """∂loss/∂params of one example; as `closed_form.grad`.
+    """∂loss/∂params of one example; see `closed_form.grad`.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -44,7 +44,7 @@ def grad(params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation:
 def value_and_grad_one(
     params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic
 ) -> tuple[Float[Array, ""], Params]:
-    """(loss, ∂loss/∂params) of one example; as `closed_form.value_and_grad_one`.
+    """(loss, ∂loss/∂params) of one example; see `closed_form.value_and_grad_one`.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -58,7 +58,7 @@ def value_and_grad_one(
 def input_grad(
     params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic
 ) -> Float[Array, " D"]:
-    """∂loss/∂x of one example; as `closed_form.input_grad`.
+    """∂loss/∂x of one example; see `closed_form.input_grad`.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -72,7 +72,7 @@ def input_grad(
 def batched_grad(
     params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
 ) -> Params:
-    """Every example's ∂loss/∂params: jit(vmap(jax.grad)); as `closed_form.batched_grad`.
+    """Every example's ∂loss/∂params: jit(vmap(jax.grad)); see `closed_form.batched_grad`.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -86,7 +86,7 @@ def batched_grad(
 def batched_input_grad(
     params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
 ) -> Float[Array, "B D"]:
-    """Every example's ∂loss/∂x; as `closed_form.batched_input_grad`.
+    """Every example's ∂loss/∂x; see `closed_form.batched_input_grad`.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -100,7 +100,7 @@ def batched_input_grad(
 def value_and_grad(
     params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
 ) -> tuple[Float[Array, ""], Params]:
-    """(mean loss, its gradient): jit(jax.value_and_grad(mean loss)); as `closed_form.value_and_grad`.
+    """(mean loss, its gradient): jit(jax.value_and_grad(mean loss)); see `closed_form.value_and_grad`.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -115,7 +115,7 @@ def value_and_grad(
 def hessian_vector_product(
     params: Params, V: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
 ) -> Params:
-    """The mean loss's Hessian times V: jax.jvp of jax.grad; as `closed_form.hessian_vector_product`.
+    """The mean loss's Hessian times V: jax.jvp of jax.grad; see `closed_form.hessian_vector_product`.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))

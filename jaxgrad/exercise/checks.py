@@ -1,7 +1,8 @@
-"""What a call must be given, checked before anything is traced, so that the message speaks of the caller's arrays.
+"""Checks of a call's arguments, made before anything is traced so that errors describe the caller's arrays.
 
-Each decorator takes a pure function on arrays and returns the public one: the same name, docstring and signature, its
-arguments turned into arrays and checked, and the activation checked to be one.
+Each decorator takes a pure function on arrays and returns the public function, with the same name, docstring and
+signature. The public function converts its arguments to arrays, checks them, and checks that the activation is an
+`Activation`.
 """
 
 import functools
@@ -20,22 +21,22 @@ R = TypeVar("R")
 
 
 def one_example(function: Callable[P, R]) -> Callable[P, R]:
-    """For function(params, x[, y]): one example, no batch axis. The function is not jitted."""
+    """Decorate function(params, x[, y]) of one example, without a batch axis. The function is not jitted."""
     return _checked(function, _check_one, jitted=False)
 
 
 def one_example_jitted(function: Callable[P, R]) -> Callable[P, R]:
-    """The same, jitted with the activation static."""
+    """Decorate as `one_example` does, and jit with the activation static."""
     return _checked(function, _check_one, jitted=True)
 
 
 def batch(function: Callable[P, R]) -> Callable[P, R]:
-    """For function(params, X, Y): a batch, the example axis first; jitted with the activation static."""
+    """Decorate function(params, X, Y) of a batch, with the example axis first; jit with the activation static."""
     return _checked(function, _check_batch, jitted=True)
 
 
 def batch_mean(function: Callable[P, R]) -> Callable[P, R]:
-    """For function(params, [V,] X, Y) that means over the batch, which must not be empty; jitted as well."""
+    """Decorate function(params, [V,] X, Y), a mean over a nonempty batch; jit it with the activation static."""
     return _checked(function, _check_mean, jitted=True)
 
 
@@ -63,9 +64,9 @@ def _checked(function: Callable[P, R], check: Callable[..., dict[str, Any]], *, 
 
     if not jitted:
         return checked
-    # The shapes are checked when a call is compiled, before the function itself is traced: a call with shapes seen
-    # before costs nothing. Where that fails, the check is made on the arguments as they were given, so that what is
-    # raised shows those and comes from here.
+    # The shapes are checked when a call is compiled, before the function itself is traced, so a call with shapes seen
+    # before costs nothing. If that fails, the check is repeated on the arguments as they were given, so that the error
+    # shows those and is raised from here.
     compiled = jax.jit(checked, static_argnames=("activation",))
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""The exercise's gradients by hand, in the form that neither overflows nor loses digits.
+"""The exercise's gradients by hand, in a form that neither overflows nor loses digits.
 
 In the exercise's names, for one example (uppercase matrix, lowercase vector, lowercase Greek scalar):
 
@@ -6,26 +6,26 @@ In the exercise's names, for one example (uppercase matrix, lowercase vector, lo
 
     ∂λ/∂W = δ xᵀ,   ∂λ/∂b = δ,   ∂λ/∂w = -πγ s,   ∂λ/∂x = Wᵀδ,   with δ = -πγ s′⊙w
 
-π is the page's e^{-λ}α, written so that it cannot overflow; s′ comes from `activations`, where it keeps its digits in
+π is the page's e^{-λ}α, rewritten so that it cannot overflow; s′ comes from `activations`, which keeps its digits in
 saturation. In direction (dW, db, dw), with dz = dW x + db, ds = s′⊙dz, dβ = -γ(dwᵀs + wᵀds), dπ = π(1 - π)dβ, the
 Hessian product is η xᵀ, η, -dπγ s - πγ ds with η = -dπγ s′⊙w - πγ (s′⊙dw + s″⊙w⊙dz).
 
-Accuracy. All arithmetic is in float32 at least, and each result is rounded once to its parameter's dtype (bfloat16
+Accuracy. All arithmetic is in float32 or wider, and each result is rounded once to its parameter's dtype (bfloat16
 and float16 parameters lose nothing on the way). With u the unit roundoff of that arithmetic, the inner products z and
-β are wrong by at most δz = (D + 2)·u·(|W||x| + |b|) and δβ = |γ|·((H + 8)·u·|w|ᵀ|s| + |w|ᵀ|s′⊙δz|), and every
-entry of a gradient is right to a relative error of
+β are off by at most δz = (D + 2)·u·(|W||x| + |b|) and δβ = |γ|·((H + 8)·u·|w|ᵀ|s| + |w|ᵀ|s′⊙δz|). For the logistic,
+every entry of a gradient has a relative error of at most
 
     32·u + 2·(1 - π)·δβ + 2·max(1, |s″/s′|)·δz      (plus one rounding to the dtype)
 
-for the logistic: nothing is lost to saturation. For every activation ∂/∂b (and so ∂/∂W) is right to
+so nothing is lost to saturation. For every activation, ∂/∂b (and therefore ∂/∂W) has an absolute error of at most
 
     |∂/∂b|·(32·u + 2·(1 - π)·δβ) + π|γ||w|·(8·u + 3·δz)
 
-absolute. On GPU and TPU, float32 matrix products may be computed in lower precision;
+On GPU and TPU, float32 matrix products may be computed in lower precision;
 `jax.default_matmul_precision("highest")` restores u. Finite margins give finite gradients, unless the gradient itself
 exceeds the dtype.
 
-In a batch the hidden axis comes first, [H, B]: then Z = W Xᵀ and ΔX are the only two matrix products of a gradient,
+For a batch the hidden axis comes first, [H, B]. Then Z = W Xᵀ and ΔX are the only two matrix products of a gradient,
 and neither transposes an operand.
 """
 
@@ -71,7 +71,7 @@ def grad(params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation:
         Params of the shapes and dtypes of `params`.
 
     Raises:
-        ValueError, TypeError: shapes that do not match, dtypes that are not floating; before tracing.
+        ValueError, TypeError: shapes that do not match, dtypes that are not floating; raised before tracing.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -115,10 +115,10 @@ def input_grad(
 def batched_grad(
     params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
 ) -> Params:
-    """The gradient of every example, written out: jit(vmap(grad)).
+    """The gradient of every example, materialized: jit(vmap(grad)).
 
-    Cost: B·H·D numbers are written; that is the time. Where only norms, sums or inner products of these
-    gradients are wanted, they can be had without writing them.
+    Cost: B·H·D numbers are written, which takes most of the time. Norms, sums and inner products of these gradients can
+    be computed without materializing them.
 
     Args:
         params: Params(W [H, D], b [H], w [H]).
@@ -130,7 +130,7 @@ def batched_grad(
         Params(W [B, H, D], b [B, H], w [B, H]) in the dtypes of `params`.
 
     Raises:
-        ValueError, TypeError: shapes that do not match, dtypes that are not floating; before tracing.
+        ValueError, TypeError: shapes that do not match, dtypes that are not floating; raised before tracing.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -146,7 +146,7 @@ def batched_input_grad(
 ) -> Float[Array, "B D"]:
     """Every example's gradient with respect to its x: [B, D], in X's dtype. Arguments as in `batched_grad`.
 
-    Cost: two matrix products; nothing larger than [B, H] or [B, D] is formed.
+    Cost: two matrix products; no array larger than [B, H] or [B, D] is created.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -160,10 +160,10 @@ def batched_input_grad(
 def per_example_grads(
     params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
 ) -> PerExampleGrads:
-    """Every example's gradient as factors: W's is δ xᵀ, kept as the pair (δ, x).
+    """Every example's gradient, factored: W's is δ xᵀ, held as the pair (δ, x).
 
-    Cost: one matrix product, Z = W Xᵀ. Here and in every method but `materialize`, no array of B × H × D numbers is
-    formed.
+    Cost: one matrix product, Z = W Xᵀ. Neither this function nor any method except `materialize` creates an array of
+    B × H × D numbers.
 
     Args:
         params, X, Y, activation: as in `batched_grad`.
@@ -179,7 +179,7 @@ def per_example_grads(
         >>> per_example_grads(params, jnp.zeros((5, 2)), jnp.ones(5)).norms().shape
         (5,)
     """
-    # The example axis first, as the factors have it: a transposed copy of δ would cost as much as the products.
+    # The example axis comes first, as in the factors: a transposed copy of δ would cost as much as the products.
     delta, minus_pi_gamma_s = jax.vmap(lambda x, y: _sides(params, _forward(params, x, y, activation)))(X, Y)
     return PerExampleGrads(
         Params(  # the parameters' tree, with factors for leaves
@@ -194,7 +194,7 @@ def per_example_grads(
 def value_and_grad(
     params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
 ) -> tuple[Float[Array, ""], Params]:
-    """The mean loss and its gradient: stands where `jax.value_and_grad(mean loss)` stood in a training loop.
+    """The mean loss and its gradient; replaces `jax.value_and_grad(mean loss)` in a training loop.
 
     Cost: two matrix products, one exponential per hidden unit and example.
 
@@ -225,7 +225,7 @@ def hessian_vector_product(
 ) -> Params:
     """The Hessian of the mean loss times V, by formula: `jax.jvp(jax.grad(mean loss), (params,), (V,))[1]`.
 
-    Cost: three matrix products (Z, dZ, ηX); the Hessian is never formed.
+    Cost: three matrix products (Z, dZ, ηX); the Hessian is never materialized.
 
     Args:
         params: Params(W [H, D], b [H], w [H]).
@@ -258,7 +258,7 @@ def hessian_vector_product(
 
 
 class _Forward(NamedTuple):
-    """What every gradient is made of; z, s, s′, s″ are [H] for one example and [H, B] for a batch."""
+    """Intermediate values that every gradient uses; z, s, s′, s″ are [H] for one example and [H, B] for a batch."""
 
     s: Array
     slope: Array
@@ -266,7 +266,7 @@ class _Forward(NamedTuple):
     beta: Array  # [] or [B]
     minus_pi_gamma: Array  # [] or [B]: -πγ, times `scale`
     loss: Array  # [] or [B]
-    dtype: jax.typing.DTypeLike  # of the loss, as JAX would promote it
+    dtype: jax.typing.DTypeLike  # dtype of the loss, as JAX would promote it
 
 
 def _forward(params: Params, X: Array, Y: Array, activation: Activation, scale: float | None = None) -> _Forward:
@@ -299,7 +299,7 @@ def _gradient(params: Params, x: Array, f: _Forward) -> Params:
 
 
 def _product(a: Array, b: Array) -> Array:
-    """a @ b, accumulated in float32 at least."""
+    """a @ b, accumulated in float32 or wider."""
     work = working_dtype(a.dtype, b.dtype)
     if a.dtype != b.dtype:
         a, b = a.astype(work), b.astype(work)
@@ -307,7 +307,7 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _over_examples(a: Array, b: Array) -> Array:
-    """a [H, B] times b [B, …]: a sum over the examples, which may lie on several devices."""
+    """a [H, B] times b [B, …]: a sum over the examples, which may be sharded over several devices."""
     work = working_dtype(a.dtype, b.dtype)
     return jnp.matmul(a.astype(work), b.astype(work), out_sharding=replicated(b))
 

@@ -2,7 +2,7 @@
 
 A function like exp(-z**2 / 2) multiplies the rounding error of its argument by the argument itself: at
 z = 13 in float32 a correctly rounded z**2 already costs forty units in the last place. `two_product` and
-`two_sum` return the rounded result *and* what the rounding dropped, so that the dropped part can be put
+`two_sum` return the rounded result *and* the part that rounding dropped, so that it can be added
 back. They stay exact when a compiler contracts a product and a sum into one fused operation, because
 every product that has to be exact is exact in the first place.
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# (exponent bits, mantissa bits to keep) so that the product of two kept halves is exact.
+# (exponent bits, mantissa bits) of a half, chosen so that the product of two halves is exact.
 _HALF = {jnp.dtype(jnp.float32): (8, 11), jnp.dtype(jnp.float64): (11, 25)}
 
 
@@ -24,7 +24,7 @@ def _split(a: Array) -> tuple[Array, Array]:
 
 
 def two_product(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> tuple[Array, Array]:
-    """The product a·b as (p, e): p the rounded product, p + e the exact one.
+    """Return the product a·b as (p, e): p is the rounded product, p + e the exact one.
 
     Args:
         a, b: float32 or float64, of the same shape and dtype; |a|, |b| below the square root of the largest float.
@@ -36,7 +36,7 @@ def two_product(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> tuple[A
 
 
 def two_sum(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> tuple[Array, Array]:
-    """The sum a + b as (s, e): s the rounded sum, s + e the exact one."""
+    """Return the sum a + b as (s, e): s is the rounded sum, s + e the exact one."""
     total = a + b
     b_part = total - a
     return total, (a - (total - b_part)) + (b - b_part)

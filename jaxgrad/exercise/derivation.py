@@ -1,13 +1,14 @@
-"""The exercise's two derivations as they stand on the page, every intermediate a function, nothing made stable.
+"""The exercise's two derivations as written on the page: every intermediate is a function, and nothing is stabilized.
 
-This file is for reading beside the page, and for finding out where the page's formulas hold: they are exact on paper,
+Read this file beside the page, or use it to find out where the page's formulas hold: they are exact on paper but
 overflow in float32 from β ≈ 88.7 on, and the form with S - S² loses its digits in saturation. `closed_form` is the
-same mathematics for use.
+same mathematics for practical use.
 
-Names: uppercase Latin a matrix, lowercase Latin a vector, lowercase Greek a scalar. One example x [D], y scalar.
+Names: uppercase Latin is a matrix, lowercase Latin a vector, lowercase Greek a scalar. One example is x [D], y scalar.
 
-The first answer (a) applies the chain rule entry by entry. Its last line reads ∂(Wx + b)/∂W_ij = x_j; the derivative
-of a vector is a vector, x_j e_i. Read literally the product with w sums over all hidden units, and is wrong for H > 1.
+The first answer (a) applies the chain rule entry by entry. Its last line reads ∂(Wx + b)/∂W_ij = x_j, but the
+derivative of a vector is a vector, x_j e_i. Read literally, the product with w sums over all hidden units, and is wrong
+for H > 1.
 
 The second answer works with differentials and ends in a matrix (b), in components (c), and for the logistic with
 S′ = S - S² (d).
@@ -66,12 +67,12 @@ def beta(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = l
 
 
 def alpha(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Scalar:
-    """α = e^β. Overflows: in float32 from β ≈ 88.7 on."""
+    """α = e^β. It overflows: in float32 from β ≈ 88.7 on."""
     return jnp.exp(beta(params, x, y, sigma))
 
 
 def lambda_(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Scalar:
-    """λ = log(1 + α). Infinite where α is, and 0 where 1 + α rounds to 1."""
+    """λ = log(1 + α). It is infinite where α is, and 0 where 1 + α rounds to 1."""
     return jnp.log(1 + alpha(params, x, y, sigma))
 
 
@@ -99,7 +100,7 @@ def dalpha(params: Params, x: Float[Array, " D"], y: Scalar, dW: Matrix, sigma: 
 
 
 class Dlambda(NamedTuple):
-    """dλ as it is rewritten on the page, one field a line: eight expressions of one number."""
+    """dλ as it is rewritten on the page, one field per line: eight expressions for one number."""
 
     in_dalpha: Scalar
     in_dbeta: Scalar
@@ -112,11 +113,11 @@ class Dlambda(NamedTuple):
 
 
 def dlambda(params: Params, x: Float[Array, " D"], y: Scalar, dW: Matrix, sigma: Activation = logistic) -> Dlambda:
-    """dλ in direction dW, through each line of the second answer.
+    """Compute dλ in direction dW by each line of the second answer.
 
     Returns:
         Dlambda: e^{-λ}dα, e^{-λ}α dβ, -e^{-λ}αγ wᵀds, … wᵀS′dz, … wᵀS′dW x, … Trace(wᵀS′dW x), … Trace(x wᵀS′dW),
-        and ⟨∂λ/∂W, dW⟩ with the gradient read off the last.
+        and ⟨∂λ/∂W, dW⟩ with the gradient read off the last trace.
     """
     w, dS = params.w, S_prime(params, x, sigma)
     c = _factor(params, x, y, sigma)
@@ -136,8 +137,8 @@ def dlambda(params: Params, x: Float[Array, " D"], y: Scalar, dW: Matrix, sigma:
 def _factor(params: Params, x: Array, y: Array, sigma: Activation) -> Array:
     """-e^{-λ}αγ, the scalar that every form of the gradient starts with.
 
-    In float32 it is NaN (0·inf) where α overflows, from β ≈ 88.7 on, and where subnormal numbers are flushed it is 0
-    from β ≈ 87.3 on, because e^{-λ} is. Under `jit` a compiler may rearrange the exponentials and move both limits.
+    In float32 it is NaN (0·inf) where α overflows, from β ≈ 88.7 on. Where subnormal numbers are flushed it is 0 from
+    β ≈ 87.3 on, because e^{-λ} is 0. Under `jit` a compiler may rearrange the exponentials and move both limits.
     """
     return -jnp.exp(-lambda_(params, x, y, sigma)) * alpha(params, x, y, sigma) * gamma(y)
 
@@ -156,7 +157,7 @@ def matrix_form(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activat
 
 
 def component_form_summed(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
-    """(c), first line: ∂λ/∂W_ij = -e^{-λ}αγ Σ_k S′_ik w_k x_j, with the sum as it stands (the page lets k run to d)."""
+    """(c), first line: ∂λ/∂W_ij = -e^{-λ}αγ Σ_k S′_ik w_k x_j, with the sum as written (the page lets k run to d)."""
     return _factor(params, x, y, sigma) * jnp.einsum("ik,k,j->ij", S_prime(params, x, sigma), params.w, x)
 
 
@@ -192,9 +193,9 @@ def first_answer_exponential(params: Params, x: Float[Array, " D"], y: Scalar, s
 
 
 def first_answer_literal(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
-    """(a) as it reads: the last line is ∂(Wx + b)/∂W_ij = x_j, so every row is -y wᵀσ′(z)·xᵀ times the two factors.
+    """(a) read literally: the last line is ∂(Wx + b)/∂W_ij = x_j, so every row is -y wᵀσ′(z)·xᵀ times the two factors.
 
-    Wrong for H > 1: each entry holds the sum over all hidden units. Kept to be measured against.
+    It is wrong for H > 1: each entry holds the sum over all hidden units. It is here for comparison.
     """
     row = -y * (params.w @ sigma.slope(params.W @ x + params.b)) * x
     factors = first_answer_outer(params, x, y, sigma) * first_answer_exponential(params, x, y, sigma)

@@ -1,7 +1,7 @@
-"""The normal distribution's density and tail, to the last digits and far out.
+"""The normal distribution's density and tail, accurate to the last digits even for large |z|.
 
-Both gelus need them: φ(z) = exp(-z²/2)/√(2π) and Φ(z) = ∫ φ. The tail is kept as Φ(-t) = φ(t)·M(t), with
-Mills' ratio M a slow, smooth function, so that no digit is lost where Φ is tiny.
+Both gelus need φ(z) = exp(-z²/2)/√(2π) and Φ(z) = ∫ φ. The tail is represented as Φ(-t) = φ(t)·M(t), where Mills'
+ratio M is a slowly varying, smooth function, so that no digit is lost where Φ is tiny.
 """
 
 import math
@@ -43,7 +43,7 @@ _TERMS = {jnp.dtype(jnp.float32): 14, jnp.dtype(jnp.float64): len(_MILLS)}
 
 
 def mills_ratio(t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """M(t) = Φ(-t)/φ(t) for t ≥ 0, float32 or float64. What it leaves of error is in the bounds of both gelus."""
+    """M(t) = Φ(-t)/φ(t) for t ≥ 0, in float32 or float64. The error bounds of both gelus include its error."""
     u = (t - 5) / (t + 5)
     # Clenshaw's recurrence.
     ahead, here = jnp.zeros_like(u), jnp.zeros_like(u)
@@ -55,7 +55,7 @@ def mills_ratio(t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def root_density(t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """exp(-t²/4), the square root of the density up to a constant.
 
-    A product `r * (r * c)` underflows only where the true value does, which `exp(-t²/2) * c` does not manage.
+    A product `r * (r * c)` underflows only where the true value does, whereas `exp(-t²/2) * c` underflows earlier.
     """
     t = jnp.minimum(t, jnp.asarray(80, t.dtype))  # exp(-1600) is 0 in float64, and t² cannot overflow
     square, lost = two_product(t, t)
@@ -63,7 +63,7 @@ def root_density(t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def halves(z: Float[Array, "*shape"]) -> tuple[Array, Array, Array]:
-    """(r, c, d) for t = |z|: r = exp(-t²/4), c·r² = Φ(-t), d·r² = φ(t)."""
+    """Return (r, c, d) for t = |z|: r = exp(-t²/4), c·r² = Φ(-t), d·r² = φ(t)."""
     t = lax.select(z >= 0, z, -z)
     density = jnp.full_like(t, 1 / math.sqrt(2 * math.pi))
     return root_density(t), density * mills_ratio(t), density

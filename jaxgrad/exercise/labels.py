@@ -1,4 +1,4 @@
-"""Labels to signs: the loss wants y = ±1, data has 0/1, booleans or names."""
+"""Convert labels to signs: the loss needs y = ±1, but data has 0/1, booleans or names."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +12,15 @@ from jaxtyping import Array, Float
 def signs(
     labels: Any, dtype: jax.typing.DTypeLike = jnp.float32, *, classes: Sequence[Any] | None = None
 ) -> Float[Array, "*shape"]:
-    """Labels of two classes as -1 and +1.
+    """Convert labels of two classes to -1 and +1.
 
-    {-1, +1} stay as they are, 0 and False become -1, 1 and True become +1; of any other two classes (strings too)
-    the one that sorts first becomes -1. A batch may happen to hold one class only: then say which two there are.
+    {-1, +1} are unchanged, 0 and False become -1, 1 and True become +1; of any other two classes (strings too) the one
+    that sorts first becomes -1. If a batch may contain only one class, name both with `classes`.
 
     Args:
-        labels: an array or sequence of any shape, on the host (not traced: its values decide the code).
+        labels: an array or sequence of any shape, on the host (not traced, because its values determine the encoding).
         dtype: the floating dtype of the result.
-        classes: (negative, positive), the two classes; found in `labels` if not given.
+        classes: (negative, positive), the two classes; None finds them in `labels`.
 
     Returns:
         An array of the shape of `labels`.
@@ -50,7 +50,7 @@ def signs(
 
 def _values(labels: Any) -> np.ndarray:
     try:
-        # As objects first: np.asarray(["a", 1]) would make the 1 a string.
+        # Lists become objects first, because np.asarray(["a", 1]) would turn the 1 into a string.
         values = np.asarray(labels) if hasattr(labels, "__array__") else np.array(labels, dtype=object)
         if values.dtype.kind in "OT":
             values = _without_objects(values)

@@ -1,7 +1,7 @@
-"""The network of the exercise as pure functions of ONE example: margin wᵀσ(Wx + b), loss log(1 + exp(-y·margin)).
+"""The exercise's network as pure functions of ONE example: margin wᵀσ(Wx + b), loss log(1 + exp(-y·margin)).
 
-No function here has a batch axis; `jax.vmap` puts it there. Nothing here is rearranged for accuracy or speed beyond
-the stable log(1 + exp(·)): this is the loss as anyone would write it, and what `jax.grad` is asked to differentiate.
+No function here has a batch axis; `jax.vmap` adds it. Only log(1 + exp(·)) is in a stable form; nothing else is
+rearranged for accuracy or speed. This is the loss as anyone would write it, and `jax.grad` differentiates it.
 """
 
 import jax
@@ -24,7 +24,7 @@ def margin(params: Params, x: Float[Array, " D"], activation: Activation = logis
         activation: σ.
 
     Raises:
-        ValueError, TypeError: shapes that do not match, dtypes that are not floating; before tracing.
+        ValueError, TypeError: shapes that do not match, dtypes that are not floating; raised before tracing.
 
     Example:
         >>> params = Params(jnp.ones((2, 3)), jnp.zeros(2), jnp.ones(2))
@@ -38,19 +38,19 @@ def margin(params: Params, x: Float[Array, " D"], activation: Activation = logis
 def loss(
     params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic
 ) -> Float[Array, ""]:
-    """The logistic loss log(1 + exp(-y·margin)) of one example: finite for every finite margin.
+    """The logistic loss log(1 + exp(-y·margin)) of one example; it is finite for every finite margin.
 
     Args:
         params: Params(W [H, D], b [H], w [H]).
         x: [D], floating.
-        y: +1 or -1, floating (`signs` makes it from labels); any other number scales the margin.
+        y: +1 or -1, floating (`signs` converts labels); any other number scales the margin.
         activation: σ.
 
     Returns:
         A scalar in the dtype that JAX promotes params, x and y to.
 
     Raises:
-        ValueError, TypeError: shapes that do not match, dtypes that are not floating; before tracing.
+        ValueError, TypeError: shapes that do not match, dtypes that are not floating; raised before tracing.
 
     Example:
         >>> params = Params(jnp.ones((2, 3)), jnp.zeros(2), jnp.ones(2))

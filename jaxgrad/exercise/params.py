@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 
 class Params(NamedTuple):
-    """The weights of the network: a pytree, and the form of every gradient with respect to them.
+    """The weights of the network as a pytree; every gradient with respect to them has the same form.
 
     Example:
         >>> params = Params(W=jnp.ones((2, 3)), b=jnp.zeros(2), w=jnp.ones(2))

@@ -1,4 +1,4 @@
-"""The main job, `python -m jaxgrad`, in its steps: data, training, evaluation, and what is printed and written.
+"""The steps of the main job, `python -m jaxgrad`: data, training, evaluation, and printed and written output.
 
-Needs the packages of the extra `examples`; nothing else in jaxgrad imports this package.
+The job needs the packages of the extra `examples`; nothing else in jaxgrad imports this package.
 """

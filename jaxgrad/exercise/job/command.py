@@ -1,9 +1,9 @@
-"""The main job: train the exercise's network on real data, and hold its closed-form gradient against `jax.grad`.
+"""The main job: train the exercise's network on real data, and compare its closed-form gradient with `jax.grad`.
 
     python -m jaxgrad [--data FILE] [--label COLUMN] [--hidden N] [--activation NAME] [--dtype NAME] [--steps N]
                       [--seed N] [--save FILE] [--plot FILE.png]
 
-Exit status: 0 the gradients agree; 1 they do not; 2 bad input or nowhere to write, with one line that says what.
+Exit status: 0 if the gradients agree; 1 if they do not; 2 for bad input or a failed write, with one line that says why.
 """
 
 import argparse
@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the job; returns the exit status."""
+    """Run the job and return the exit status."""
     options = _options(argv)
     needs = _NEEDS | ({"matplotlib": "matplotlib"} if options.plot else {})
     absent = [package for module, package in needs.items() if importlib.util.find_spec(module) is None]
@@ -54,22 +54,22 @@ def _bad(message: str) -> int:
 
 
 def _complain(message: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it; the status still tells
+    with contextlib.suppress(OSError):  # standard error may have no reader; the status still says it
         print(message, file=sys.stderr)
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m jaxgrad",
-        description="Train the exercise's network and hold its closed-form gradient against jax.grad.",
+        description="Train the exercise's network and compare its closed-form gradient with jax.grad.",
         allow_abbrev=False,
     )
     parser.add_argument("--data", type=Path, metavar="FILE", help="CSV with a header, or NPZ (default: breast cancer)")
     parser.add_argument("--label", metavar="COLUMN", help="the column or array that holds the two classes")
     parser.add_argument("--hidden", type=_at_least(1), default=16, metavar="N", help="hidden units (default: 16)")
     parser.add_argument("--activation", choices=sorted(ACTIVATIONS), default="logistic", help="default: logistic")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the parameters (default: float32)")
-    parser.add_argument("--steps", type=_at_least(0), default=500, metavar="N", help="of Adam (default: 500)")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="parameter dtype (default: float32)")
+    parser.add_argument("--steps", type=_at_least(0), default=500, metavar="N", help="Adam steps (default: 500)")
     parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="default: 0")
     parser.add_argument("--save", type=Path, metavar="FILE", help="per-example results, as .csv or .npz")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="loss curve, gradient norms, agreement by leaf")
@@ -148,7 +148,7 @@ def _attempt(step: Callable[[], None]) -> int:
 
 
 def run_program() -> int:
-    """`main` in a process of its own: standard output may lack a character, be full, or have nobody to read it."""
+    """Run `main` in its own process: standard output may lack a character, be full, or have no reader."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -159,7 +159,7 @@ def run_program() -> int:
         try:
             if stream is not None:
                 stream.flush()
-        except OSError as error:  # what is left in it would fail again at the interpreter's exit
+        except OSError as error:  # the rest of the buffer would fail again at the interpreter's exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             status = status or _bad(f"standard output: {error.strerror or error}")
     return status

@@ -22,11 +22,11 @@ FEATURE_NAMES = ("X", "x", "data", "features")
 
 
 class InputError(Exception):
-    """Bad input, with a message of one line that says what to do."""
+    """Bad input; the message is one line that says what to do."""
 
 
 class Data(NamedTuple):
-    """Standardised features, the label of every example as given, and the same as ±1; what there is to say of them."""
+    """Standardized features, every example's label as given and as ±1, the data's name, a note on omitted columns."""
 
     X: Float[np.ndarray, "n D"]
     labels: np.ndarray
@@ -36,9 +36,9 @@ class Data(NamedTuple):
 
 
 def load(path: Path | None, label: str | None) -> Data:
-    """The data to work on; the breast-cancer data (569 × 30, benign = -1) if `path` is None.
+    """Load the data; the breast-cancer data (569 × 30, benign = -1) if `path` is None.
 
-    Every column is standardised to mean 0 and variance 1 (a constant one becomes 0).
+    Every column is standardized to mean 0 and variance 1 (a constant column becomes 0).
 
     Raises:
         InputError: anything that is wrong with the file.
@@ -90,7 +90,7 @@ def _read_csv(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray, st
     if missing.any():
         raise InputError(f"{path}: missing label: column '{name}' is empty or NA in {_row(missing.argmax())}")
     features, left_out = table.drop(columns=name), ""
-    if header.iloc[0] == "" and columns[0] != name and _counts(table.iloc[:, 0]):  # as pandas writes its index
+    if header.iloc[0] == "" and columns[0] != name and _counts(table.iloc[:, 0]):  # pandas writes its index so
         features, left_out = features.drop(columns=columns[0]), "without the first column, which counts the rows"
     if features.shape[1] == 0:
         raise InputError(f"{path}: there is no column besides the label '{name}'")
@@ -108,7 +108,7 @@ def _read_csv(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray, st
 
 
 def _counts(column: "pd.Series[Any]") -> bool:
-    """Whether it numbers the rows: whole numbers one after the other in any order, or in order with some left out."""
+    """True if the column numbers the rows: consecutive integers in any order, or ascending ones with some left out."""
     if column.dtype.kind not in "iu":
         return False
     steps, sorted_steps = np.diff(column.to_numpy()), np.diff(np.sort(column.to_numpy()))
@@ -116,7 +116,7 @@ def _counts(column: "pd.Series[Any]") -> bool:
 
 
 def _numbers(cells: "pd.Series[Any]") -> "pd.Series[Any]":
-    """As numbers, NaN for what is none, infinite for what float64 cannot hold."""
+    """Convert to numbers: NaN for a cell that is not one, infinite for a number that float64 cannot hold."""
     try:
         return pd.to_numeric(cells, errors="coerce")
     except OverflowError:  # a Python integer of hundreds of digits; its text is read as infinite
@@ -180,18 +180,18 @@ def _finished(X: np.ndarray, labels: np.ndarray, name: str, path: Path | None = 
     try:
         Y = np.asarray(signs(labels))
     except ValueError as error:
-        what = _one_line(error).removeprefix("signs: ").rpartition(". ")[0]  # the last sentence is for Python
+        what = _one_line(error).removeprefix("signs: ").rpartition(". ")[0]  # the last sentence is for Python callers
         raise InputError(
             f"{path}: the label: {what}; keep the rows of two classes or choose another --label"
         ) from error
-    if len(np.unique(Y)) < 2:  # booleans, all of them the same
+    if len(np.unique(Y)) < 2:  # all labels are the same boolean
         raise InputError(f"{path}: the label is constant: {labels[0]}")
     constant = X.min(0) == X.max(0)
     with np.errstate(all="ignore"):
         scaled = StandardScaler().fit_transform(np.where(constant, 0.0, X))
-    # A mean of 0 and a variance of 1 leave no number beyond √n: what is beyond has overflowed on the way.
+    # With mean 0 and variance 1 no number exceeds √n, so a larger one has overflowed on the way.
     if not (np.abs(scaled) <= 1 + math.sqrt(len(X))).all():
-        raise InputError(f"{path}: the numbers are too large to standardise; scale them first")
+        raise InputError(f"{path}: the numbers are too large to standardize; scale them first")
     return Data(scaled, labels, Y, name)
 
 

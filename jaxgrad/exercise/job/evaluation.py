@@ -1,4 +1,4 @@
-"""Every example's gradient, by closed form and by `jax.grad`: results, agreement and time."""
+"""Every example's gradient, by the closed form and by `jax.grad`: results, agreement and time."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +13,12 @@ from jaxgrad.agreement import AgreementReport, check_gradient
 from jaxgrad.exercise import Activation, Params, autodiff, closed_form, loss, margin
 from jaxgrad.precision import working_dtype
 
-_CHUNK_BYTES = 128 * 2**20  # of written-out gradients at a time
+_CHUNK_BYTES = 128 * 2**20  # of gradients materialized at a time
 _REPEATS = 7
 
 
 class PerExample(NamedTuple):
-    """One number an example each."""
+    """Per-example results: each field holds one number per example."""
 
     margin: Float[Array | np.ndarray, " n"]
     loss: Float[Array | np.ndarray, " n"]
@@ -28,21 +28,21 @@ class PerExample(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds for one pass over all examples: the first call, which compiles, and the median of the later ones."""
+    """Seconds for one pass over all examples: the first pass, which compiles, and the median of the later ones."""
 
     first: float
     later: float
 
 
 def chunk_size(params: Params) -> int:
-    """How many examples' gradients fit the memory set aside for them."""
+    """Return how many examples' gradients fit in the memory set aside for them."""
     return max(1, _CHUNK_BYTES // sum(leaf.nbytes for leaf in params))
 
 
 def agreement(params: Params, X: Array, Y: Array, activation: Activation) -> AgreementReport:
-    """The closed form held against `jax.grad`, which runs in float64 from the same numbers.
+    """Compare the closed form with `jax.grad`, which runs in float64 from the same numbers.
 
-    In the parameters' own dtype `jax.grad` is the less accurate of the two where units saturate, and the comparison
+    In the parameters' own dtype `jax.grad` is the less accurate of the two where units saturate, so the comparison
     would measure its error.
     """
     return check_gradient(
@@ -58,7 +58,7 @@ def agreement(params: Params, X: Array, Y: Array, activation: Activation) -> Agr
 
 
 def per_example(params: Params, X: Array, Y: Array, activation: Activation) -> PerExample:
-    """Margin, loss and gradient norms of every example."""
+    """Compute margin, loss and gradient norms of every example."""
 
     @jax.jit
     def of_chunk(X: Array, Y: Array) -> PerExample:
@@ -82,7 +82,7 @@ def per_example(params: Params, X: Array, Y: Array, activation: Activation) -> P
 
 
 def timings(params: Params, X: Array, Y: Array, activation: Activation) -> dict[str, Timing]:
-    """Both ways of evaluating every example's gradient, interleaved."""
+    """Time both ways of computing every example's gradient, interleaved."""
     ways = {"closed form": closed_form.batched_grad, "jax.grad": autodiff.batched_grad}
     jax.clear_caches()  # so that each first call compiles
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -106,6 +106,6 @@ def _chunks(params: Params, X: Array, Y: Array) -> Iterator[tuple[Array, Array]]
 
 
 def _norms(gradients: Params) -> Array:
-    """[B]: the norm of each example's gradient, all leaves together, summed in float32 at least."""
+    """[B]: the norm of each example's gradient over all leaves, summed in float32 or wider."""
     wide = [leaf.astype(working_dtype(leaf.dtype)) for leaf in gradients]
     return jnp.sqrt(sum(jnp.sum(leaf.reshape(len(leaf), -1) ** 2, axis=1) for leaf in wide))  # type: ignore[arg-type]

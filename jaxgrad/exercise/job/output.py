@@ -1,4 +1,4 @@
-"""What the main job writes to files: per-example results and a picture. A file appears whole or not at all."""
+"""The files that the main job writes: per-example results and a plot. A file appears complete or not at all."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ PLOT_SUFFIXES = (".png",)
 
 
 def check_writable(path: Path | None, suffixes: tuple[str, ...], option: str) -> None:
-    """Refuse a path that could not be written, before any work is done for it."""
+    """Refuse a path that cannot be written, before any work is done for it."""
     if path is None:
         return
     if path.suffix.lower() not in suffixes:
@@ -31,15 +31,15 @@ def check_writable(path: Path | None, suffixes: tuple[str, ...], option: str) ->
             raise InputError(f"{option} {path}: there is no folder {target.parent}")
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(target.stat().st_mode):
-                raise InputError(f"{option} {path}: cannot be written: it is there and not a file")
-    except OSError as error:  # a name too long, say
+                raise InputError(f"{option} {path}: cannot be written: it exists and is not a file")
+    except OSError as error:  # such as a name that is too long
         raise InputError(f"{option} {path}: cannot be written: {error.strerror or error}") from error
     if not os.access(target.parent, os.W_OK):
         raise InputError(f"{option} {path}: cannot be written")
 
 
 def check_distinct(paths: dict[str, Path | None]) -> None:
-    """Refuse to write over the input, or one output over the other; `paths` by their options."""
+    """Refuse to overwrite the input, or one output by the other; `paths` maps options to paths."""
     options: dict[str, str] = {}
     for option, path in paths.items():
         if path is None:
@@ -50,7 +50,7 @@ def check_distinct(paths: dict[str, Path | None]) -> None:
 
 
 def save(path: Path, data: Data, results: PerExample) -> None:
-    """One row an example: its label, y, margin, loss, gradient norms and their difference."""
+    """Write one row per example: its label, y, margin, loss, gradient norms and their difference."""
     columns = {"example": np.arange(len(data.Y)), "label": data.labels, "y": data.Y, **results._asdict()}
     if columns["label"].dtype == object:
         columns["label"] = columns["label"].astype(str)
@@ -65,7 +65,7 @@ def save(path: Path, data: Data, results: PerExample) -> None:
 
 
 def plot(path: Path, losses: np.ndarray, results: PerExample, report: AgreementReport) -> None:
-    """Three panels: the loss curve, the distribution of gradient norms, agreement by leaf."""
+    """Plot three panels: the loss curve, the distribution of gradient norms, and agreement by leaf."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -99,8 +99,8 @@ def plot(path: Path, losses: np.ndarray, results: PerExample, report: AgreementR
 
 
 def _whole(path: Path, write: Callable[[Any], None]) -> None:
-    """Write beside the file and rename: a reader, a crash or a full disk never sees half of it."""
-    target = Path(os.path.realpath(path))  # a link stays one
+    """Write a file beside `path` and rename it: no reader, crash or full disk ever leaves half a file at `path`."""
+    target = Path(os.path.realpath(path))  # a link stays a link
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".jaxgrad-")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the main job prints."""
+"""The printed output of the main job."""
 
 from collections.abc import Iterable
 
@@ -15,19 +15,19 @@ _LARGEST = 5
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise  # the BrokenPipeError at hand; rich would exit, with the status of a disagreement
+        raise  # re-raises the BrokenPipeError; rich would exit with the status of a disagreement
 
 
 def console() -> Console:
-    """A console that shows labels and file names as they are, brackets and colons included."""
+    """Make a console that shows labels and file names unchanged, brackets and colons included."""
     return _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def show(console: Console, parts: Iterable[RenderableType]) -> None:
-    """Print all of it.
+    """Print all parts.
 
     Raises:
-        InputError: standard output does not take it.
+        InputError: standard output cannot be written.
     """
     try:
         for part in parts:
@@ -37,7 +37,7 @@ def show(console: Console, parts: Iterable[RenderableType]) -> None:
 
 
 def clock(times: dict[str, Timing]) -> Table:
-    """The seconds that either way takes."""
+    """Make a table of the time that each way takes."""
     table = Table("all gradients by", "compile and first call", "later calls (median)", box=box.SIMPLE_HEAD)
     for way, timing in times.items():
         table.add_row(way, f"{timing.first * 1e3:.1f} ms", f"{timing.later * 1e3:.2f} ms")
@@ -45,7 +45,7 @@ def clock(times: dict[str, Timing]) -> Table:
 
 
 def largest(labels: np.ndarray, results: PerExample) -> Table:
-    """The examples with the largest gradients."""
+    """Make a table of the examples with the largest gradients."""
     table = Table("largest gradients", "label", "margin", "loss", "norm", box=box.SIMPLE_HEAD)
     for i in np.argsort(-results.grad_norm, kind="stable")[:_LARGEST]:
         numbers = (f"{v[i]:.4g}" for v in (results.margin, results.loss, results.grad_norm))

@@ -16,7 +16,7 @@ LEARNING_RATE = 0.01
 
 
 class Trained(NamedTuple):
-    """The parameters reached, and the mean loss before each step."""
+    """The final parameters, and the mean loss before each step."""
 
     params: Params
     losses: Float[np.ndarray, " steps"]
@@ -25,9 +25,9 @@ class Trained(NamedTuple):
 def train(
     params: Params, X: Float[Array, "n D"], Y: Float[Array, " n"], activation: Activation, steps: int, console: Console
 ) -> Trained:
-    """Full-batch Adam, `closed_form.value_and_grad` standing where `jax.value_and_grad` would; a bar on a terminal.
+    """Run full-batch Adam with `closed_form.value_and_grad` in place of `jax.value_and_grad`; a terminal shows a bar.
 
-    The optimiser keeps float32 copies of float16 and bfloat16 parameters; the gradient is of the rounded ones.
+    The optimizer keeps float32 copies of float16 and bfloat16 parameters; the gradient is taken at the rounded ones.
     """
     optimizer = optax.adam(LEARNING_RATE)
     dtype = params.W.dtype
