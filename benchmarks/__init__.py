@@ -1,6 +1,6 @@
-"""What is claimed about speed, measured: `python -m benchmarks` runs every theme, one table each."""
+"""Measure every claim about speed: `python -m benchmarks` runs all themes and prints one table for each."""
 
 import os
 
-# Before NumPy and SciPy are loaded: beside XLA's threads those of OpenBLAS, by which JAX solves on a CPU, may stall.
+# Set before NumPy and SciPy are loaded: JAX solves with OpenBLAS on a CPU, whose threads may stall next to XLA's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

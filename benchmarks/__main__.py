@@ -1,8 +1,8 @@
-"""Every claim about speed, measured by one command: python -m benchmarks
+"""Measure every claim about speed with one command: python -m benchmarks
 
-What is compared is held to agree first, then timed interleaved, in one process where that is possible. `--only` takes a
-theme's name (all of its rows) or a word in rows' names. `--device gpu` and `--small` run the table of sizes that fill a
-card, and a small one of the same form that runs anywhere.
+The results of the functions that are compared must agree. They are then timed interleaved, in one process where that is
+possible. `--only` takes a theme's name (for all of its rows) or a word in rows' names. `--device gpu` runs the table of
+sizes that fill a GPU; `--small` runs a small table of the same form on any machine.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.measure import environment, measure
 from benchmarks.timing import keep_memory
 from benchmarks.workload import Row, Settings, Theme
 
-THEMES = {  # a theme: its module, which has a THEME
+THEMES = {  # name of a theme: its module, which defines THEME
     "exercise": "benchmarks.exercise",
     "factors": "benchmarks.factors",
     "transform": "benchmarks.transform",
@@ -31,9 +31,9 @@ THEMES = {  # a theme: its module, which has a THEME
     "third_party": "benchmarks.third_party.theme",
     "card": "benchmarks.card",
 }
-ROW_SECONDS = 60.0  # on a GPU, for one row
-THIRD_PARTY = "third_party"  # what has an environment of its own, and is run by its name alone
-CARD = "card"  # what runs on a GPU, and what --small makes small
+ROW_SECONDS = 60.0  # for one row on a GPU
+THIRD_PARTY = "third_party"  # has an environment of its own, and runs only if it is named
+CARD = "card"  # runs on a GPU, or with --small at small sizes anywhere
 
 
 def load(name: str) -> Theme:
@@ -41,7 +41,7 @@ def load(name: str) -> Theme:
 
 
 def run(theme: Theme, settings: Settings) -> list[Row]:
-    """Measure a theme's rows and print them as they come."""
+    """Measure a theme's rows and print each one when it is done."""
     rows: list[Row] = []
     for workload in theme.workloads(settings):
         if not settings.wants(theme.name, workload.name):
@@ -56,7 +56,7 @@ def run(theme: Theme, settings: Settings) -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None, themes: Iterable[Theme] | None = None) -> list[Row]:
-    """Run the themes that the arguments name, and write what they say."""
+    """Run the themes that the arguments name, and write the files that they ask for."""
     options = command_line().parse_args(argv)
     settings = settings_of(options)
     names = chosen(options)
@@ -82,7 +82,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
 
 
 def as_typed(options: argparse.Namespace) -> str:
-    """The command that gives these results, without what is this machine's own."""
+    """The command that gives these results, without the options that are specific to this machine."""
     words = ["python", "-m", "benchmarks"]
     for name, default in (("only", ""), ("seconds", None), ("device", "cpu"), ("write", None)):
         value = getattr(options, name)
@@ -91,7 +91,7 @@ def as_typed(options: argparse.Namespace) -> str:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The settings, on the device; the only place that chooses one."""
+    """The settings for the chosen device. Only this function chooses a device."""
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
         seconds = 3.0 if options.seconds is None else options.seconds

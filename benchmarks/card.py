@@ -1,4 +1,4 @@
-"""The whole of it on one card: sizes that fill it, two dtypes, and how far each row is from what the card can do."""
+"""The measurements on one GPU: sizes that fill it, two dtypes, and how far each row is from the roofline."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +14,11 @@ from benchmarks.workload import Column, Row, Settings, Theme, Workload
 
 NAME = "card"
 DTYPES = ("float32", "bfloat16")
-TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2}  # a card's float32 products round to 10 bits, as bfloat16's do to 7
+TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2}  # on a GPU, float32 products round to 10 bits, bfloat16 ones to 7
 CEILINGS = "Measured ceilings"
 CLIPPED = "Mean loss, norms and clipped sum"
 OPERATIONS = "Operations on the exercise's gradients"
-EXAMPLES = 8  # that agreement is held on, where vmap(grad) does not fit
+EXAMPLES = 8  # for the check of agreement, if vmap(grad) does not fit
 LIMITED = ("plain", "jaxgrad")
 
 
@@ -40,7 +40,7 @@ def chosen(small: bool) -> Iterator[Model]:
 
 
 def by_norm(tolerance: float) -> Any:
-    """Each array by its Euclidean norm; none is held to more than a thousandth of all of them."""
+    """Compare each array by its norm, relative to its own norm or to a thousandth of the norm of all, if larger."""
 
     def compare(ours: Any, theirs: Any) -> None:
         ours, theirs = ([np.asarray(a, np.float32).ravel() for a in jax.tree.leaves(r)] for r in (ours, theirs))
@@ -109,17 +109,17 @@ def workloads(settings: Settings) -> Iterator[Workload]:
 
 
 def too_late(name: str, section: str) -> Workload:
-    """A row for which there is no time, not even to prepare it."""
+    """A row that is skipped because there is no time, not even to prepare it."""
     return Workload(name, dict.fromkeys(("plain", "jaxgrad", "vmap(grad)"), NO_TIME), (), section=section)
 
 
 def rates(dtype: str, small: bool) -> tuple[float, float]:
-    """(operations a second, bytes a second)."""
+    """(operations per second, bytes per second)."""
     return roofline.product_rate(dtype, 512 if small else 8192), roofline.memory_rate(2**22 if small else 2**28)
 
 
 def measured(workload: Workload, settings: Settings) -> list[Row]:
-    """The usual row, with the limit of plain and of jaxgrad."""
+    """The usual row, with the roofline limits of plain and of jaxgrad."""
     dtype = workload.labels.get("dtype", DTYPES[0])
     both = rates(dtype, settings.small)
     if workload.section == CEILINGS:

@@ -1,4 +1,4 @@
-"""What a Gram matrix makes cheap: neural tangent kernels, natural gradients, and what else is read off the factors."""
+"""Quantities that a Gram matrix or the factors make cheap: neural tangent kernels, natural gradients, and others."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ Function = Callable[..., Any]
 
 
 def rows(model: Model, params: Any, batch: Any) -> jax.Array:
-    """G [B, parameters], as vmap(jax.grad) returns it."""
+    """G [B, parameters], from the gradients that vmap(jax.grad) returns."""
     G = jax.vmap(jax.grad(model.loss), (None, *[0] * len(batch)))(params, *batch)
     return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(G)], 1)
 
@@ -32,7 +32,7 @@ def step(params: Any, direction: Any) -> Any:
 
 
 def on_gradients(model: Model) -> dict[str, tuple[Function, Function]]:
-    """name: (of params and factors, of params and the matrix that is written out)."""
+    """name: (function of params and factors, function of params and the materialized matrix)."""
 
     def dense_step(params: Any, G: jax.Array) -> Any:
         _, unravel = ravel_pytree(params)
@@ -79,7 +79,7 @@ def plain_value(model: Model, params: Any, batch: Any) -> jax.Array:
 
 
 def kernel(model: Model) -> Workload:
-    """The kernel of a scalar model, which stands as the loss."""
+    """The kernel of a scalar model, which is passed in place of a loss."""
 
     def written(params: Any, *batch: Any) -> Any:
         J = rows(model, params, batch)
@@ -90,7 +90,7 @@ def kernel(model: Model) -> Workload:
 
 
 def kronecker(model: Model) -> Workload:
-    """No column beside it: written out, there is nothing to read the factors off."""
+    """Without a column to compare with: KFAC factors cannot be computed from materialized gradients."""
 
     def factored(params: Any, *batch: Any) -> Any:
         values, g = jg.per_example_value_and_grad(model.loss)(params, *batch)
@@ -113,7 +113,7 @@ def workload(model: Model, name: str, ours: Function, written: Function | str, g
 
 
 def scalar(model: Model) -> Model:
-    """The output itself in place of a loss."""
+    """The model with its output in place of a loss."""
 
     def output(params: Any, x: jax.Array) -> jax.Array:
         for layer in params[:-1]:

@@ -1,4 +1,4 @@
-"""The exercise's closed form against `jax.grad`."""
+"""The exercise's closed form compared with `jax.grad`."""
 
 import functools
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def tangent_only(params: Params, V: Params, X: jax.Array, Y: jax.Array) -> Param
     return jvp_of_grad(params, V, X, Y)[1]
 
 
-# what, against, goal, ours, theirs, what of theirs is comparable with ours
+# what, compared with, goal, our function, the other one, the part of its result that is comparable with ours
 ROWS: tuple[tuple[str, str, float | None, Any, Any, Any], ...] = (
     ("value_and_grad", "jit(value_and_grad(mean loss))", 1.00, closed_form.value_and_grad, plain, None),
     ("batched_grad", "jit(vmap(grad))", 1.05, closed_form.batched_grad, per_example, None),

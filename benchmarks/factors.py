@@ -1,4 +1,4 @@
-"""Operations on the exercise's per-example gradients, as factors and written out."""
+"""Operations on the exercise's per-example gradients, factored and materialized."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ GROWTH = "Growth of norms + clipped sum, from (64, 256, 256), as B and as H doub
 
 
 def written_out(params: Params, X: jax.Array, Y: jax.Array) -> jax.Array:
-    """G [B, parameters], as vmap(jax.grad) returns it."""
+    """G [B, parameters], from the gradients that vmap(jax.grad) returns."""
     G = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(params, X, Y)
     return jnp.concatenate([leaf.reshape(len(X), -1) for leaf in G], axis=1)
 
@@ -47,7 +47,7 @@ def gram_products(params: Params, X: jax.Array, Y: jax.Array) -> Any:
     return Z.T @ Z, X @ X.T
 
 
-# name: on factors, written out, the products it cannot do without
+# name: (on factors, on materialized gradients, the matrix products that the operation needs)
 OPERATIONS: dict[str, tuple[Operation, Callable[[jax.Array], jax.Array], Operation]] = {
     "norms": (
         lambda p, X, Y: closed_form.per_example_grads(p, X, Y).norms(),

@@ -1,6 +1,6 @@
-"""What is compared on a model, in JAX: a plain gradient, and the ways to a sum of clipped gradients.
+"""The functions that are compared on a model in JAX: a plain gradient, and several ways to a sum of clipped gradients.
 
-Each is a function of (params, *batch) that returns (mean loss, gradient), the gradient being a sum where it is clipped.
+Each is a function of (params, *batch) that returns (mean loss, gradient). A clipped gradient is a sum over the batch.
 """
 
 import importlib.util
@@ -25,13 +25,13 @@ def in_axes(model: Model) -> Any:
 
 
 def max_norm(model: Model, examples: int | None = None) -> float:
-    """About the median norm, so that some examples are clipped and some are not."""
+    """A bound near the median norm, so that some examples are clipped and some are not."""
     norms = jax.jit(lambda p, *b: jg.per_example_grad(model.loss)(p, *b).norms())
     return float(np.median(norms(*model.first(examples or model.batch_size))))
 
 
 def plain(model: Model) -> Function:
-    """The mean loss and its gradient: the price that is 1.00."""
+    """The mean loss and its gradient: the cost that is 1.00 in the tables."""
     return lambda params, *batch: jax.value_and_grad(lambda p: jax.vmap(model.loss, in_axes(model))(p, *batch).mean())(
         params
     )
@@ -56,7 +56,7 @@ def norms(model: Model) -> Function:
 
 
 def weighted(model: Model) -> Function:
-    """The mean loss and a sum whose weights are known beforehand, without norms."""
+    """The mean loss and a weighted sum, without norms: the weights are known in advance."""
     c = jnp.linspace(0.5, 1.5, model.batch_size)
 
     def of(params: Any, *batch: Any) -> Any:
@@ -104,7 +104,7 @@ def optax(model: Model, bound: float) -> Function | str:
 
 
 def jax_privacy(model: Model, bound: float, microbatches: tuple[int | None, ...] = MICROBATCHES) -> dict[str, Any]:
-    """jax-privacy's clipped_grad at several microbatch sizes (None: the whole batch), as columns of one table."""
+    """jax-privacy's clipped_grad at several microbatch sizes (None for the whole batch), as columns of one table."""
     name = "jax-privacy"
     if importlib.util.find_spec("jax_privacy") is None:
         return {name: NOT_INSTALLED}
@@ -133,7 +133,7 @@ def jax_privacy(model: Model, bound: float, microbatches: tuple[int | None, ...]
 
 
 def writes(model: Model, columns: dict[str, Any]) -> dict[str, int]:
-    """The bytes that those of the columns write out that hold the gradients of a batch or of a microbatch."""
+    """Bytes of the materialized gradients of a batch or microbatch, for those columns that materialize them."""
     each = model.written_out // model.batch_size
     whole = dict.fromkeys(("vmap(grad)", "optax"), model.written_out)
     for column in columns:

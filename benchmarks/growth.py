@@ -1,4 +1,4 @@
-"""Time and memory as the batch and the parameters grow: what `benchmarks.picture` draws."""
+"""Time and memory as the batch and the parameters grow. `benchmarks.picture` draws the results."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Measure a workload: compile, hold to agree, time side by side; memory and costs as the compiler states them."""
+"""Measure a workload: compile, check agreement, time interleaved. The compiler reports memory and costs."""
 
 import functools
 import platform
@@ -49,14 +49,14 @@ def measure(workload: Workload, settings: Settings) -> Iterable[Row]:
 
 
 def reason(workload: Workload, name: str, settings: Settings, began: float) -> str:
-    """Why a function is not even compiled, in a word; empty if it is."""
+    """The word that says why a function is not compiled; empty if it is compiled."""
     if workload.writes.get(name, 0) > settings.largest:
         return NO_ROOM
     return "" if settings.time_left(began) else NO_TIME
 
 
 def compile_into(row: Row, name: str, function: Any, arguments: tuple[Any, ...]) -> Any:
-    """The compiled function, or None where it does not fit; how long that took, its memory and its costs."""
+    """The compiled function, or None if it does not fit. The row gets the compile time, the memory and the costs."""
     jax.clear_caches()
     before = time.perf_counter()
     try:
@@ -76,13 +76,13 @@ def compile_into(row: Row, name: str, function: Any, arguments: tuple[Any, ...])
 
 
 def out_of_memory(error: Exception) -> None:
-    """Raise whatever is no lack of memory."""
+    """Raise the error again unless it says that memory ran out."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
 
 
 def runs(call: Callable[[], Any], name: str, comparable: Mapping[str, Any], results: dict[str, Any]) -> bool:
-    """Whether a first call finds the memory it needs; its result is kept where it is compared."""
+    """Call once and return whether the memory was enough; store the result if it is to be compared."""
     try:
         result = jax.block_until_ready(call())
     except jax.errors.JaxRuntimeError as error:
@@ -94,7 +94,11 @@ def runs(call: Callable[[], Any], name: str, comparable: Mapping[str, Any], resu
 
 
 def hold_to_agree(workload: Workload, results: Mapping[str, Any], row: Row) -> None:
-    """All columns of `agree` with the first; on the sample those that did not fit. AssertionError where one differs."""
+    """Compare all columns of `agree` with the first one, and those that did not fit on the sample.
+
+    Raises:
+        AssertionError: a column differs.
+    """
     names = [name for name in workload.comparable if not isinstance(workload.functions[name], str)]
     here = [name for name in names if name in results]
     for name in here[1:]:
@@ -102,7 +106,7 @@ def hold_to_agree(workload: Workload, results: Mapping[str, Any], row: Row) -> N
     absent = [name for name in names if row.skipped.get(name) == NO_ROOM]
     if workload.sample is None or not absent or not here:
         return
-    # With the example axis this short, everything that is written out is small.
+    # The example axis of the sample is short, so the materialized gradients are small.
     on_sample = {
         name: workload.comparable[name](jax.jit(workload.functions[name])(*workload.sample))  # type: ignore[arg-type]
         for name in (here[0], *absent)
@@ -121,7 +125,7 @@ def named(workload: Workload, reference: str, other: str, results: Mapping[str, 
 def time_into(
     row: Row, workload: Workload, calls: Mapping[str, Callable[[], Any]], settings: Settings, began: float
 ) -> None:
-    """The others first, then those that are timed apart, in half the time."""
+    """Time the columns that are not in `apart` first, then those in `apart`, in half the time."""
     clock = functools.partial(medians, ready=jax.block_until_ready)
     row.seconds |= clock({k: call for k, call in calls.items() if k not in workload.apart}, settings.seconds)
     apart = {k: call for k, call in calls.items() if k in workload.apart}

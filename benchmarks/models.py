@@ -1,4 +1,4 @@
-"""The models of the tables in plain JAX: loss(params, *example) of one example, params, batch, float32."""
+"""The models of the tables in plain JAX: loss(params, *example) of one example, params and batch, in float32."""
 
 import itertools
 import math
@@ -25,15 +25,15 @@ class Model(NamedTuple):
 
     @property
     def written_out(self) -> int:
-        """Bytes of all gradients of the batch, written out."""
+        """Bytes of the batch's materialized gradients."""
         return self.batch_size * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
 
     def first(self, B: int) -> tuple[Any, ...]:
-        """The arguments of the loss, with the first examples of the batch alone."""
+        """The arguments of the loss, with only the first B examples of the batch."""
         return (self.params, *jax.tree.map(lambda a: a[:B], self.batch))
 
     def of_dtype(self, dtype: Any) -> "Model":
-        """The same model with every floating-point number in a dtype."""
+        """The same model with every floating-point array cast to a dtype."""
 
         def cast(a: jax.Array) -> jax.Array:
             return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
@@ -42,7 +42,7 @@ class Model(NamedTuple):
 
 
 def models() -> Iterator[Model]:
-    """With the goal for norms + clipped sum, as a multiple of a plain gradient."""
+    """The models, each with its goal for norms + clipped sum, as a multiple of a plain gradient."""
     yield mlp()
     for D, T, B in ((512, 16, 64), (512, 128, 8), (256, 64, 32)):
         yield transformer(D, T, B)

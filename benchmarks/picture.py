@@ -1,9 +1,9 @@
-"""The picture in README.md, from the results of the theme `growth`:
+"""Draw the picture in README.md from the results of the theme `growth`:
 
 python -m benchmarks --only growth --write benchmarks && python -m benchmarks.picture
 
-Time and memory of the norms and the clipped sum of per-example gradients, against B × parameters. The background is
-transparent, and the colours are legible on white and on black.
+The picture shows time and memory of the norms and the clipped sum of per-example gradients, against B × parameters. The
+background is transparent, and the colors are legible on white and on black.
 """
 
 import json
@@ -28,7 +28,7 @@ NUMBERS = {1e5: "10⁵", 1e7: "10⁷", 1e9: "10⁹"}
 
 
 def series(rows: list[dict[str, Any]], column: str, kind: str) -> tuple[list[float], list[float]]:
-    """(B × parameters, seconds or bytes) where there is a result."""
+    """(B × parameters, seconds or bytes) of the rows that have a result."""
     there = [row for row in rows if column in row[kind]]
     return [float(row["labels"]["B × parameters"]) for row in there], [row[kind][column] for row in there]
 

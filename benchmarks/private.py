@@ -1,4 +1,4 @@
-"""A step of descent with clipped gradients against a plain one."""
+"""A step of gradient descent with clipped gradients, compared with a plain step."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ RATE = 1e-3
 
 
 def step(gradient: Any) -> Any:
-    """gradient → one step of plain descent: (new parameters, mean loss)."""
+    """One step of plain gradient descent with a gradient function: it returns (new parameters, mean loss)."""
     if isinstance(gradient, str):
         return gradient
 

@@ -1,4 +1,4 @@
-"""Columns, and what is written: a Markdown file for each theme, one JSON file for all."""
+"""The columns of the tables, and the files: a Markdown file for each theme and one JSON file for all."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ def number(x: float) -> str:
 
 
 def word(row: Row, name: str) -> str:
-    """What stands where there is no number; empty for what the row does not have."""
+    """The word that replaces a missing number; empty if the row does not have this column."""
     return row.skipped.get(name) or next((w for k, w in row.skipped.items() if k.startswith(f"{name} ")), "")
 
 
@@ -30,7 +30,7 @@ def milliseconds(name: str, title: str = "") -> Column:
 
 
 def ratio(name: str, to: str = "", title: str = "") -> Column:
-    """Of times, to the row's unit or to another column; with what distinguishes the fastest of several."""
+    """Ratio of times to the row's unit or another column. If several columns have this name, it takes the fastest."""
 
     def cell(row: Row) -> str:
         best, unit = row.best(name), row.best(to or row.unit)
@@ -50,7 +50,7 @@ def mebibytes(name: str, title: str = "") -> Column:
 
 
 def memory(name: str, title: str = "") -> Column:
-    """Of temporary memory, to the row's unit."""
+    """Ratio of temporary memory, to the row's unit."""
 
     def cell(row: Row) -> str:
         best = row.best(name)
@@ -77,7 +77,7 @@ def goal() -> Column:
 
 
 def wordless(column: Column) -> Column:
-    """A column that stays empty where another one of the row has the word."""
+    """A column that is empty in a row where another column shows a word in place of a number."""
     return Column(column.title, lambda row: "" if row.skipped else column.cell(row))
 
 
@@ -99,7 +99,7 @@ def in_words(environment: dict[str, Any]) -> str:
 
 
 def markdown(theme: Theme, rows: Sequence[Row], environment: dict[str, Any], command: str) -> str:
-    """The theme's file."""
+    """The text of the theme's Markdown file."""
     lines = [f"# {theme.title}", "", f"Written by `{command}`.", "", theme.about.strip(), ""]
     lines += [f"Medians of interleaved calls, {in_words(environment)}. Freed memory is kept (`benchmarks/timing.py`)."]
     for section, of_section in itertools.groupby(rows, key=lambda row: row.section):
@@ -110,7 +110,7 @@ def markdown(theme: Theme, rows: Sequence[Row], environment: dict[str, Any], com
 
 
 def write(folder: Path, theme: Theme, rows: Sequence[Row], environment: dict[str, Any], command: str) -> None:
-    """The theme's Markdown file, and its part of the JSON file; the other themes' parts stay."""
+    """Write the theme's Markdown file and its part of the JSON file; the other themes' parts stay unchanged."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{theme.name}.md").write_text(markdown(theme, rows, environment, command), encoding="utf-8")
     path = folder / RESULTS

@@ -1,4 +1,4 @@
-"""What a program cannot be faster than: its operations and its bytes, over what the device was measured to do."""
+"""Lower bound on a program's time: its operations and its bytes, divided by the rates measured on the device."""
 
 import functools
 import math
@@ -15,8 +15,8 @@ from benchmarks.workload import Row
 def operations(function: Any, *arguments: Any) -> float:
     """Multiplications and additions of a function's matrix products and convolutions.
 
-    Counted in the traced program and not in the compiled one, where a loop's body counts once and what a library of the
-    device's vendor computes not at all. A `while` still counts once; of a `cond`, the longest branch.
+    They are counted in the jaxpr and not in the compiled program, which counts a loop's body once and does not count
+    what a vendor's library computes. The body of a `while` still counts once; a `cond` counts as its longest branch.
     """
     return count(jax.make_jaxpr(function)(*arguments))
 
@@ -42,7 +42,7 @@ def count_equation(eqn: Any) -> float:
 
 
 def programs(params: Any) -> Iterator[Any]:
-    """The programs among an equation's parameters."""
+    """The jaxprs among an equation's parameters."""
     for p in params.values():
         for q in p if isinstance(p, tuple | list) else (p,):
             if hasattr(getattr(q, "jaxpr", q), "eqns"):
@@ -51,9 +51,9 @@ def programs(params: Any) -> Iterator[Any]:
 
 @functools.cache
 def product_rate(dtype: str, n: int) -> float:
-    """Operations a second, of one matrix product [n, n] in the precision that is JAX's default.
+    """Operations per second of one matrix product [n, n] in JAX's default precision.
 
-    Of random numbers: constants take less power, and the card clocks higher on them than on anything real.
+    The matrices are random: constants take less power, and the GPU clocks higher on them than on real data.
     """
     a = jax.random.normal(jax.random.key(0), (n, n), dtype)
     return 2.0 * n**3 / median_of(lambda a: a @ a, a)
@@ -61,7 +61,7 @@ def product_rate(dtype: str, n: int) -> float:
 
 @functools.cache
 def memory_rate(n: int) -> float:
-    """Bytes a second, of y ← 2x + y on n numbers: two read, one written."""
+    """Bytes per second of y ← 2x + y on n numbers: two arrays are read and one is written."""
     x = jnp.ones(n, jnp.float32)
     return 3.0 * 4 * n / median_of(lambda x, y: 2 * x + y, x, x + 1)
 
@@ -72,7 +72,7 @@ def median_of(function: Any, *arguments: Any) -> float:
 
 
 def limit_into(row: Row, name: str, function: Any, arguments: Any, rates: tuple[float, float]) -> None:
-    """The shortest time there is for a function: of its operations or of its bytes, whichever takes longer."""
+    """Store the lower bound on a function's time: that of its operations or of its bytes, whichever is longer."""
     costs = row.costs[name]
     costs["operations"] = max(costs["operations"], operations(function, *arguments))
     moved = max(costs["bytes accessed"], costs["bytes in and out"])

@@ -1,4 +1,4 @@
-"""Time functions side by side: interleaved, medians. Nothing here needs JAX: the peers' processes use it too."""
+"""Time functions side by side: interleaved, with medians. Nothing here needs JAX, so that the peers can use it."""
 
 import ctypes
 import os
@@ -14,13 +14,13 @@ def medians(
     least: int = 7,
     ready: Callable[[Any], Any] = lambda result: result,
 ) -> dict[str, float]:
-    """Median seconds of each, all called in turn for about `seconds`, each turn starting with another one.
+    """Median seconds of each function. They are called in turn for about `seconds`; each turn starts with another one.
 
     Args:
         functions: by name.
-        seconds: for all of them together.
-        least: how many turns there are at least.
-        ready: what waits for a result; `jax.block_until_ready` where functions return before they are done.
+        seconds: the time for all of them together.
+        least: the minimum number of turns.
+        ready: a function that waits for a result; `jax.block_until_ready` if functions return before they are done.
     """
     for function in functions.values():
         ready(function())
@@ -39,9 +39,9 @@ def medians(
 
 
 def keep_memory() -> None:
-    """Have glibc keep what is freed, as accelerators do; by itself it gives blocks above 32 MiB back after every call.
+    """Make glibc keep freed memory, as accelerators do; by default it returns blocks above 32 MiB after every call.
 
-    To fault 33 MiB in again takes longer than much of what is timed here. Nothing is done where there is no glibc.
+    Faulting 33 MiB in again takes longer than much of what is timed here. Without glibc this does nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""per_example_grad against a plain gradient, on eight models and on the exercise."""
+"""per_example_grad compared with a plain gradient, on eight models and on the exercise."""
 
 from collections.abc import Iterator
 from typing import Any

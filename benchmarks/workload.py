@@ -1,4 +1,4 @@
-"""What a theme declares: its rows, each a few functions that compute the same thing, and its table."""
+"""The types that a theme is declared with: its table and its rows, each a few functions that compute the same thing."""
 
 import dataclasses
 import sys
@@ -10,25 +10,25 @@ import chex
 
 
 def same(result: Any) -> Any:
-    """All of a result is comparable."""
+    """The result itself: all of it is comparable."""
     return result
 
 
 def close(ours: Any, theirs: Any) -> None:
-    """Number by number, in float32."""
+    """Compare number by number, with tolerances for float32."""
     chex.assert_trees_all_close(ours, theirs, rtol=2e-3, atol=1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the command line says.
+    """The settings from the command line.
 
     Attributes:
-        seconds: for each row.
+        seconds: time for each row.
         only: a theme's name, or a word in a row's name.
-        small: sizes that any machine holds.
-        largest: how many bytes one function may write out.
-        row_seconds, deadline: when a row, and all of it, is to be over; what has not begun by then is skipped.
+        small: whether to use sizes that fit on any machine.
+        largest: how many bytes of gradients one function may materialize.
+        row_seconds, deadline: the time limit of a row and the end of the run; what has not begun by then is skipped.
         torch_python: the interpreter that runs the peers.
     """
 
@@ -41,11 +41,11 @@ class Settings:
     torch_python: str = sys.executable
 
     def wants(self, theme: str, row: str) -> bool:
-        """Whether a row is to be measured; rows that are costly to build ask first."""
+        """Whether a row is to be measured. Themes with rows that are costly to build ask first."""
         return self.only == theme or self.only in row
 
     def time_left(self, row_began: float | None = None) -> bool:
-        """Whether there is time for one more function, of the row that began then."""
+        """Whether there is time for one more function of the row that began at `row_began`."""
         now = time.monotonic()
         return now < self.deadline and (row_began is None or now - row_began < self.row_seconds)
 
@@ -55,17 +55,18 @@ class Workload:
     """One row of a table.
 
     Attributes:
-        name: with the shapes.
+        name: the name, with the shapes.
         functions: by column, called with `arguments`; or a word that says why there is none ("not installed").
-        arguments: of all of them.
-        agree: the columns that are held to agree before anything is timed, each with what is comparable of its result.
-        compare: (reference, other) → AssertionError where they differ.
-        goal: for the ratio of the column that the theme is about.
+        arguments: the arguments of all functions.
+        agree: the columns that must agree before anything is timed, each with a function that takes the comparable part
+            of its result.
+        compare: a function (reference, other) that raises AssertionError if they differ.
+        goal: the goal for the ratio of the column that the theme is about.
         unit: the column that is 1.00.
-        sample: smaller arguments, to hold those columns to agree that do not fit on `arguments`.
-        writes: the bytes that a column writes out at least; more than `Settings.largest` does not fit.
-        apart: columns that are timed after the others: they take so long, and so much memory, that they disturb.
-        section: rows of one section stand in one table, under this heading.
+        sample: smaller arguments, to compare the columns that do not fit on `arguments`.
+        writes: a lower bound on the bytes that a column materializes; more than `Settings.largest` does not fit.
+        apart: columns that are timed after the others, because their time and memory would disturb the others.
+        section: the heading of the table that the row is in; rows of one section are in one table.
         labels: further words for the table.
     """
 
@@ -84,13 +85,13 @@ class Workload:
 
     @property
     def comparable(self) -> dict[str, Callable[[Any], Any]]:
-        """`agree`, with the whole result where nothing is said."""
+        """`agree`, with the whole result for a column that names no part."""
         return dict(self.agree) if isinstance(self.agree, Mapping) else dict.fromkeys(self.agree, same)
 
 
 @dataclasses.dataclass
 class Row:
-    """What was measured of a workload: by column, or the word that stands there instead."""
+    """The measurements of a workload, by column; or the word that replaces them."""
 
     name: str
     section: str = ""
@@ -99,22 +100,22 @@ class Row:
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     shapes: str = ""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # temporary memory, at its peak
+    bytes: dict[str, int] = dataclasses.field(default_factory=dict)  # peak temporary memory
     compiling: dict[str, float] = dataclasses.field(default_factory=dict)
     costs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # operations, bytes, the roofline
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
-    lines: list[str] = dataclasses.field(default_factory=list)  # what the theme's note says of this row
-    failed: str = ""  # why this row is wrong, if it is: the command ends with it once the others are measured
+    lines: list[str] = dataclasses.field(default_factory=list)  # what the theme's note says about this row
+    failed: str = ""  # why this row is wrong, if it is; the command fails with it at the end
 
     def best(self, name: str) -> str:
-        """The column itself, or the fastest of those that are called so and something more."""
+        """The column with this name, or the fastest of the columns whose names start with it."""
         several = [column for column in self.seconds if column.startswith(f"{name} ")]
         return min(several, key=self.seconds.__getitem__, default=name) if name not in self.seconds else name
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column of a table: its heading, and a row's cell."""
+    """One column of a table: its heading, and the function that gives a row's cell."""
 
     title: str
     cell: Callable[[Row], str]
@@ -125,13 +126,13 @@ class Theme:
     """One table, or several sections of one.
 
     Attributes:
-        name: what `--only` calls it, and its file.
-        title: of the file.
+        name: its name for `--only` and for its file.
+        title: the heading of the file.
         about: what is measured, and how to read it.
-        columns: of the table.
-        workloads: its rows.
-        measure: (workload, settings) → the rows to print; None for the usual way, `benchmarks.measure.measure`.
-        note: what stands below the table, or what makes it of the rows.
+        columns: the columns of the table.
+        workloads: a function of the settings that gives its rows.
+        measure: a function (workload, settings) that returns the rows to print; None for `benchmarks.measure.measure`.
+        note: the text below the table, or a function that makes it from the rows.
     """
 
     name: str

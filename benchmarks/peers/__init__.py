@@ -1,7 +1,7 @@
-"""The same numbers through other libraries: one small file for each peer, run in a process of its own.
+"""The same quantities computed by other libraries: one small file for each peer, run in a process of its own.
 
-theme               the rows: writes the numbers, runs the peers, holds what they return against jaxgrad
-run                 what runs in a peer's process: the timing, the memory, and what went wrong
+theme               the rows: writes the numbers, runs the peers, compares their results with jaxgrad's
+run                 the program of a peer's process: the timing, the memory, and what went wrong
 torch_models        the models of `benchmarks.models` in torch, from the same numbers
 
 Everything but `theme` needs torch and no JAX.

@@ -13,7 +13,7 @@ PACKAGES, WRITES_OUT = ("backpack-for-pytorch",), False
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(what is timed, what it has computed)."""
+    """(the function that is timed, a function that returns what it computed)."""
     model = extend(problem.model)
     held: dict[str, Any] = {}
 

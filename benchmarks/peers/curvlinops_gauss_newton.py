@@ -12,5 +12,5 @@ PACKAGES, WRITES_OUT = ("curvlinops-for-pytorch",), False
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(what is timed, what it has computed)."""
+    """(the function that is timed, a function that returns what it computed)."""
     return product(GGNLinearOperator, problem)

@@ -9,7 +9,7 @@ from benchmarks.peers.torch_models import Problem
 
 
 def product(operator: Any, problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(what is timed, what it has computed), of one of curvlinops' classes."""
+    """(the function that is timed, a function that returns its results), for one of curvlinops' classes."""
     parameters, held = problem.parameters, {}
     matrix = operator(
         problem.model,

@@ -14,7 +14,7 @@ PACKAGES, WRITES_OUT = ("opacus",), False
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(what is timed, what it has computed)."""
+    """(the function that is timed, a function that returns what it computed)."""
     parameters = problem.parameters
     module = GradSampleModuleFastGradientClipping(
         problem.model, max_grad_norm=problem.bound, use_ghost_clipping=True, loss_reduction="mean"

@@ -1,4 +1,4 @@
-"""Opacus with its hooks: every layer's gradients written out, example by example, then clipped and summed."""
+"""Opacus with its hooks: every layer's per-example gradients are materialized, then clipped and summed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ PACKAGES, WRITES_OUT = ("opacus",), True
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(what is timed, what it has computed)."""
+    """(the function that is timed, a function that returns what it computed)."""
     B, parameters = len(problem.inputs), problem.parameters
     module = GradSampleModule(problem.model)
     optimizer = DPOptimizer(

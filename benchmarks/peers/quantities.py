@@ -1,4 +1,4 @@
-"""The quantities that peers compute, in JAX: on factors, and written out."""
+"""The quantities that peers compute, in JAX: from factors, and from materialized gradients."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ FISHER, GAUSS_NEWTON = "empirical Fisher × vector", "Gauss-Newton × vector"
 
 
 def ways(model: Model, quantity: str, bound: float) -> dict[str, Any]:
-    """What computes the quantity in JAX."""
+    """The functions that compute the quantity in JAX, by column."""
     ours = {
         NORMS: lambda g, direction: g.norms(),
         MOMENT: lambda g, direction: g.second_moment(),
@@ -40,7 +40,7 @@ def ways(model: Model, quantity: str, bound: float) -> dict[str, Any]:
 
 
 def writes(model: Model, quantity: str, columns: dict[str, Any]) -> dict[str, int]:
-    """Bytes: of gradients, and for the Gauss-Newton matrix of the Jacobians of all outputs."""
+    """Bytes of the materialized gradients; for the Gauss-Newton matrix, of the Jacobians of all outputs."""
     outputs = model.params[-1]["b"].size if quantity == GAUSS_NEWTON else 1
     return {name: outputs * n for name, n in functions.writes(model, columns).items()}
 
@@ -60,7 +60,7 @@ def fisher_of(G: Any, direction: Any) -> Any:
 
 
 def gauss_newton_of(params: Any, direction: Any, x: jax.Array) -> Any:
-    """Through the Jacobians of all outputs, written out."""
+    """The product computed from the materialized Jacobians of all outputs."""
     J = jax.vmap(jax.jacrev(mlp_outputs), (None, 0))(params, x)
     z = jax.vmap(mlp_outputs, (None, 0))(params, x)
     p = jax.nn.softmax(z)
@@ -75,7 +75,7 @@ def direction_for(model: Model) -> Any:
 
 
 def expected(model: Model, quantity: str, bound: float) -> dict[str, np.ndarray]:
-    """jaxgrad's results, by the names under which the peers return theirs: norms, and sums over the batch by leaf."""
+    """jaxgrad's results under the names that the peers use for theirs: norms, and sums over the batch by leaf."""
 
     def of(params: Any, *batch: Any) -> dict[str, Any]:
         if quantity in (CLIPPED, NORMS):

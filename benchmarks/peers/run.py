@@ -1,7 +1,7 @@
-"""What runs in a peer's process: python -m benchmarks.peers.run PEER MODEL FOLDER SECONDS
+"""The program of a peer's process: python -m benchmarks.peers.run PEER MODEL FOLDER SECONDS
 
-Reads FOLDER/in.npz, writes FOLDER/out.json (the medians, the memory, the versions; or the word that says why there are
-none) and FOLDER/out.npz (what the peer has computed). torch's own plain gradient of the mean loss is timed beside it.
+It reads FOLDER/in.npz and writes FOLDER/out.json (the medians, the memory, the versions; or the word that says why
+there are none) and FOLDER/out.npz (the peer's results). It also times torch's own plain gradient of the mean loss.
 """
 
 import importlib
@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.timing import keep_memory, medians, threads
 
-LARGEST = 2**31  # bytes that a peer may write out at once
+LARGEST = 2**31  # bytes that a peer may materialize at once
 
 
 def main(peer: str, model: str, folder: Path, seconds: float) -> None:
@@ -25,7 +25,7 @@ def main(peer: str, model: str, folder: Path, seconds: float) -> None:
         report, arrays = measured(peer, model, folder, seconds)
     except ModuleNotFoundError:
         report, arrays = {"skipped": "not installed"}, {}
-    except Exception as error:  # whatever it is, it is this peer's answer
+    except Exception as error:  # any error is this peer's result
         first = str(error).strip().split("\n")[0]
         report, arrays = {"failed": f"{type(error).__name__}: {first}", "trace": traceback.format_exc()}, {}
     np.savez(folder / "out.npz", **arrays)  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ def measured(peer: str, kind: str, folder: Path, seconds: float) -> tuple[dict[s
     torch.set_num_threads(threads())
     torch.manual_seed(0)
     with np.load(folder / "in.npz") as arrays:
-        problems = [torch_models.problem(kind, arrays) for _ in range(2)]  # hooks of a peer's stay on its own
+        problems = [torch_models.problem(kind, arrays) for _ in range(2)]  # a peer's hooks must not affect plain
     ours, theirs = problems
     size = 4 * len(ours.inputs) * sum(p.numel() for p in ours.parameters.values())
     if module.WRITES_OUT and size > LARGEST:
@@ -72,7 +72,7 @@ def plain(problem: Any) -> Callable[[], Any]:
 
 
 def in_jax(problem: Any, results: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The norms as they are, sums over the batch by their parameters' names in JAX."""
+    """The norms unchanged, and the sums over the batch by their parameters' names in JAX."""
     arrays = {"norms": results["norms"].detach().numpy()} if "norms" in results else {}
     if "sum" in results:
         arrays |= {f"sum {path}": a for path, a in problem.as_in_jax(results["sum"]).items()}
@@ -80,7 +80,7 @@ def in_jax(problem: Any, results: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """What is allocated at once during a call, beyond what was before it."""
+    """Peak of the memory allocated during a call, in addition to what was allocated before it."""
     from torch.profiler import ProfilerActivity, profile
 
     call()

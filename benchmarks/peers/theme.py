@@ -1,4 +1,4 @@
-"""Peers side by side: the ways there are in JAX in one process, those in torch each in its own, on the same numbers."""
+"""Peers side by side, on the same numbers: all methods in JAX in one process, each torch library in its own."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from benchmarks.peers.quantities import (
 from benchmarks.workload import Row, Settings, Theme, Workload
 
 NAME = "peers"
-TOLERANCE = 1e-3  # of norms, to the largest; of each parameter's array, in the Euclidean norm
+TOLERANCE = 1e-3  # norms: relative to the largest; each parameter's array: in the Euclidean norm
 MINUTES = 10.0  # for one peer on one model
 
 
@@ -40,9 +40,9 @@ class Peer(NamedTuple):
     """A file of this folder.
 
     Attributes:
-        name: in the table.
-        module: the file.
-        cannot: the models on which it is known to fail or to be wrong; anywhere else that is an error.
+        name: the name in the table.
+        module: the file's name.
+        cannot: the models on which it is known to fail or to be wrong; on any other model that is an error.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Peer(NamedTuple):
 PEERS = {
     CLIPPED: (
         Peer("Opacus, hooks", "opacus_hooks"),
-        Peer("Opacus, ghost clipping", "opacus_ghost", ("gru", "language_model")),  # tied, or used at every step
+        Peer("Opacus, ghost clipping", "opacus_ghost", ("gru", "language_model")),  # weights tied or used in a loop
         Peer("torch.func", "torch_func"),
     ),
     NORMS: (Peer("BackPACK, BatchL2Grad", "backpack_norms", ("transformer", "gru", "language_model")),),
@@ -73,7 +73,7 @@ MODELS: dict[str, tuple[Callable[[], Model], tuple[str, ...]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Compared(Workload):
-    """A workload in JAX, and what the peers need to know of it."""
+    """A workload in JAX, with what the peers need to know about it."""
 
     kind: str = ""
     quantity: str = ""
@@ -111,7 +111,7 @@ def workload(kind: str, model: Model, quantity: str, name: str) -> Compared:
 
 
 def measured(workload: Workload, settings: Settings) -> Iterator[Row]:
-    """A row for each way: the ones in JAX, then torch's."""
+    """A row for each method: those in JAX, then those in torch."""
     assert isinstance(workload, Compared)
     assert workload.model is not None
     (together,) = measure(workload, settings)
@@ -143,7 +143,7 @@ def in_jax(together: Row, column: str, quantity: str) -> Row:
 
 
 def write_numbers(folder: Path, model: Model, bound: float) -> None:
-    """The weights, the batch, a direction and the bound."""
+    """Write the weights, the batch, a direction and the bound to a file."""
     arrays = {f"params {path}": a for path, a in by_path(model.params).items()}
     arrays |= {f"direction {path}": a for path, a in by_path(direction_for(model)).items()}
     arrays |= {f"batch {k}": np.asarray(a) for k, a in enumerate(model.batch)}
@@ -151,7 +151,7 @@ def write_numbers(folder: Path, model: Model, bound: float) -> None:
 
 
 def run_peer(peer: Peer, kind: str, folder: Path, settings: Settings) -> dict[str, Any]:
-    """What the peer's process reports."""
+    """Run the peer's process and return its report."""
     root = str(Path(benchmarks.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     words = ["-m", "benchmarks.peers.run", peer.module, kind, str(folder), str(settings.seconds)]
@@ -186,7 +186,7 @@ def in_torch(
 
 
 def difference(ours: dict[str, np.ndarray], theirs: Any) -> str:
-    """How a peer's result differs from jaxgrad's, in words; empty within the tolerance."""
+    """The difference between a peer's result and jaxgrad's, in words; empty within the tolerance."""
     if set(ours) != set(theirs):
         return f"wrong: returns {sorted(set(theirs) ^ set(ours))} of the expected"
     for name, a in ours.items():

@@ -1,4 +1,4 @@
-"""torch.func: vmap(grad), every example's gradient written out, then clipped and summed."""
+"""torch.func: vmap(grad) materializes the per-example gradients, which are then clipped and summed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ PACKAGES, WRITES_OUT = (), True
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(what is timed, what it has computed)."""
+    """(the function that is timed, a function that returns what it computed)."""
     parameters = {name: p.detach() for name, p in problem.parameters.items()}
     held: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""The models of `benchmarks.models` in torch, with the same numbers, and the way back to their names."""
+"""The models of `benchmarks.models` in torch, with the same numbers, and the map back to their names in JAX."""
 
 import dataclasses
 import math
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# How an array is turned on its way from JAX to torch; the way back is the inverse.
+# The permutation of an array's axes from JAX to torch; from torch to JAX it is the inverse.
 TURNS: dict[str, tuple[int, ...]] = {"": (), "matrix": (1, 0), "kernel": (3, 2, 0, 1), "image": (0, 3, 1, 2)}
-Places = Mapping[str, tuple[str, str]]  # a parameter's path in JAX: its name in torch, its turn
+Places = Mapping[str, tuple[str, str]]  # a parameter's path in JAX: its name in torch, its key in TURNS
 
 
 @dataclasses.dataclass
 class Problem:
-    """A model with its weights, a batch, and what is computed of it.
+    """A model with its weights, a batch, and what is needed to compute with them.
 
     Attributes:
-        model: (inputs [B, …]) → outputs [B, …].
-        inputs, targets: of the batch.
+        model: inputs [B, …] → outputs [B, …].
+        inputs, targets: the batch.
         losses: (outputs, targets) → [B].
-        places: where each parameter is.
-        bound: to clip to.
-        direction: by the parameter's name in torch, a vector for products.
+        places: the name in torch of each parameter.
+        bound: the norm to clip to.
+        direction: a vector for products, by the parameter's name in torch.
     """
 
     model: nn.Module
@@ -38,16 +38,16 @@ class Problem:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """By name, those that are trained, a shared one once."""
+        """The parameters that are trained, by name; a tied parameter appears once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def as_in_jax(self, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Tensors of the parameters' shapes by their names in JAX, turned back."""
+        """Tensors of the parameters' shapes, by their names in JAX and with JAX's order of axes."""
         return {path: turned_back(tensors[name].detach(), turn) for path, (name, turn) in self.places.items()}
 
 
 def problem(kind: str, arrays: Mapping[str, np.ndarray]) -> Problem:
-    """From the arrays that `theme` has written."""
+    """The problem that the arrays written by `theme` describe."""
     params = {k.removeprefix("params "): a for k, a in arrays.items() if k.startswith("params ")}
     model, places = MODELS[kind](params)
     named = dict(model.named_parameters())
@@ -72,7 +72,7 @@ def turned_back(tensor: Tensor, turn: str) -> np.ndarray:
 
 
 def cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Of each example, the mean over positions where it has several."""
+    """The cross entropy of each example; the mean over positions if it has several."""
     losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
     return losses if targets.ndim == 1 else losses.unflatten(0, targets.shape).mean(1)
 
@@ -94,7 +94,7 @@ def mlp(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
 
 
 def conv_net(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
-    """JAX's SAME pads an even size below and on the right where the stride is 2."""
+    """The conv net. With stride 2, JAX's SAME pads an even size below and on the right."""
     layers: list[nn.Module] = []
     places: dict[str, tuple[str, str]] = {}
     for k, stride in ((1, 1), (2, 2), (3, 2)):
@@ -122,7 +122,7 @@ def embedding(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
 
 
 def scale_alone(D: int) -> nn.Module:
-    """A layer norm whose bias stays 0; Opacus fails on one without."""
+    """A layer norm whose bias stays 0; Opacus fails on a layer norm without a bias."""
     norm = nn.LayerNorm(D)
     norm.bias.requires_grad_(False)
     return norm
@@ -154,7 +154,7 @@ def transformer(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
 
 
 class GRU(nn.Module):
-    """Its own, of two linear layers: torch's has a second bias."""
+    """A GRU made of two linear layers, because torch's GRU has a second bias."""
 
     def __init__(self, H: int):
         super().__init__()
@@ -176,7 +176,7 @@ def gru(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
 
 
 class LanguageModel(nn.Module):
-    """The table is the last layer's matrix too."""
+    """A language model whose embedding table is also the last layer's matrix."""
 
     def __init__(self, V: int, D: int, blocks: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a builder returns, and what builders share."""
+"""The type that a builder returns, and helpers for several builders."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 class Built(NamedTuple):
-    """A model with its loss: loss(params, *example) of one example, the params, a batch."""
+    """A model: its loss(params, *example) of one example, its params, and a batch."""
 
     loss: Callable[..., jax.Array]
     params: Any
@@ -16,7 +16,7 @@ class Built(NamedTuple):
 
 
 def of_dtype(tree: Any, dtype: Any) -> Any:
-    """The tree with every floating-point number in a dtype, and complex numbers made of it."""
+    """The tree with every floating-point array cast to a dtype, and complex arrays to its complex counterpart."""
     complex_dtype = jnp.result_type(dtype, jnp.complex64)
 
     def cast(a: Any) -> Any:

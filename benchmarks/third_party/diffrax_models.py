@@ -1,4 +1,4 @@
-"""Differential equations of diffrax, whose fields are Equinox's networks."""
+"""Differential equations of diffrax, whose vector fields are Equinox networks."""
 
 from typing import Any
 
@@ -39,12 +39,12 @@ def ode_by_checkpoints(dtype: Any, B: int = 8) -> Built:
 
 
 def ode_direct(dtype: Any, B: int = 8) -> Built:
-    """A neural ODE with steps of one length through a scan."""
+    """A neural ODE with steps of equal length in a scan."""
     return neural_ode(B, diffrax.DirectAdjoint(), diffrax.ConstantStepSize())
 
 
 def neural_cde(dtype: Any, B: int = 8, T: int = 12) -> Built:
-    """A controlled equation: a matrix that the network makes, times the data's slope."""
+    """A controlled equation: a matrix computed by the network, times the derivative of the data."""
 
     class Vector(eqx.Module):
         mlp: Any

@@ -1,4 +1,4 @@
-"""A network of e3nn-jax that turns with its inputs."""
+"""An equivariant network of e3nn-jax: its outputs rotate with its inputs."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from benchmarks.third_party.built import Built
 
 
 class Convolution(flax.linen.Module):
-    """A convolution over the edges of a cloud of points: spherical harmonics, weights from the distances."""
+    """A convolution over the edges of a point cloud, with spherical harmonics and weights from the distances."""
 
     irreps: Any
 

@@ -15,13 +15,13 @@ KEY = jax.random.key(0)
 
 
 def trained(module: Any, loss: Callable[..., Any], *batch: Any) -> Built:
-    """A loss of (module, *example), of the module's floating-point arrays alone."""
+    """A loss of (module, *example) whose params are the module's floating-point arrays."""
     params, static = eqx.partition(module, eqx.is_inexact_array)
     return Built(lambda params, *example: loss(eqx.combine(params, static), *example), params, batch)
 
 
 class Encoder(eqx.Module):
-    """A transformer of eqx.nn's attention, a linear layer for each position."""
+    """A transformer with eqx.nn's attention and a linear layer for each position."""
 
     embedding: Any
     attention: list[Any]
@@ -90,7 +90,7 @@ def weight_norm(dtype: Any, B: int = 8) -> Built:
 
 
 def spectral_norm(dtype: Any, B: int = 8) -> Built:
-    """eqx.nn.SpectralNorm with its state as it is at inference."""
+    """eqx.nn.SpectralNorm with its inference-time state."""
 
     class Discriminator(eqx.Module):
         layers: list[Any]
@@ -121,7 +121,7 @@ def spectral_norm(dtype: Any, B: int = 8) -> Built:
 
 
 def unet(dtype: Any, B: int = 8) -> Built:
-    """pdequinox.ClassicUNet, that predicts the next state of a field in two dimensions."""
+    """pdequinox.ClassicUNet, which predicts the next state of a field in two dimensions."""
     import pdequinox
 
     module = pdequinox.arch.ClassicUNet(2, 2, 2, hidden_channels=32, num_levels=2, key=KEY)
@@ -130,7 +130,7 @@ def unet(dtype: Any, B: int = 8) -> Built:
 
 
 def fourier_operator(dtype: Any, B: int = 8) -> Built:
-    """pdequinox.ClassicFNO in one dimension: complex spectral weights."""
+    """pdequinox.ClassicFNO in one dimension, which has complex spectral weights."""
     import pdequinox
 
     module = pdequinox.arch.ClassicFNO(1, 3, 1, hidden_channels=64, num_modes=12, num_blocks=4, key=KEY)

@@ -1,4 +1,4 @@
-"""Normalising flows of flowjax: the negative log density of one example."""
+"""Normalizing flows of flowjax: the negative log density of one example."""
 
 from collections.abc import Callable
 from typing import Any

@@ -30,7 +30,7 @@ def sparse_process(dtype: Any, B: int = 16, D: int = 4, inducing: int = 64) -> B
 
 
 def deep_kernel(dtype: Any, B: int = 8, n: int = 24, D: int = 16) -> Built:
-    """The marginal likelihood of a data set an example, under a process whose kernel sees a network's outputs."""
+    """The marginal likelihood of one data set per example, under a process whose kernel acts on a network's outputs."""
     draw = Draw()
     network = eqx.nn.MLP(D, 4, 128, 2, jax.nn.relu, key=jax.random.key(0))
     params, static = eqx.partition((network, gpjax.kernels.RBF()), eqx.is_inexact_array)

@@ -14,7 +14,7 @@ KEY = jax.random.key(0)
 
 
 def classifier(forward: Any, *shape: int, B: int = 8) -> Built:
-    """A forward pass, forward(x, is_training), whose state the loss leaves as it is."""
+    """A classifier from forward(x, is_training). The loss does not update its state."""
     draw = Draw()
     batch = (draw.data(B, *shape), draw.ids(10, B))
     model = hk.transform_with_state(forward)
@@ -28,7 +28,7 @@ def classifier(forward: Any, *shape: int, B: int = 8) -> Built:
 
 
 def resnet(dtype: Any) -> Built:
-    """hk.nets.ResNet with bottlenecks, batch norm with its running averages."""
+    """hk.nets.ResNet with bottlenecks, with batch norm that uses its running averages."""
 
     def forward(x: Any, is_training: bool) -> Any:
         return hk.nets.ResNet((1, 1, 1, 1), 10, channels_per_group=(64, 128, 256, 256))(x, is_training)
@@ -70,7 +70,7 @@ def spectral_norm(dtype: Any) -> Built:
 
 
 def transformer(dtype: Any, B: int = 8, T: int = 16, V: int = 512) -> Built:
-    """Haiku's own example: attention of hk.MultiHeadAttention, a causal mask, a tied vocabulary of its own."""
+    """Haiku's own example: attention of hk.MultiHeadAttention, a causal mask, and its own tied vocabulary."""
 
     def forward(ids: Any) -> Any:
         h = hk.Embed(V, 128)(ids) + hk.get_parameter("positions", [T, 128], init=hk.initializers.TruncatedNormal(0.02))

@@ -13,7 +13,7 @@ KEY = jax.random.key(0)
 
 
 def classified(model: Any, *inputs: Any, labels: int = 10) -> Built:
-    """The cross entropy of a model's logits for one label an example."""
+    """The cross entropy of a model's logits, with one label per example."""
 
     def loss(params: Any, *example: Any) -> jax.Array:
         *inputs, label = example
@@ -45,7 +45,7 @@ def gpt2(dtype: Any) -> Built:
 
 
 def llama(dtype: Any) -> Built:
-    """Grouped queries, rotary positions, gated layers."""
+    """A model with grouped queries, rotary positions and gated layers."""
     config = tr.LlamaConfig(
         vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=384, max_position_embeddings=64,
@@ -62,7 +62,7 @@ def vit(dtype: Any, B: int = 8) -> Built:
 
 
 def beit(dtype: Any, B: int = 8) -> Built:
-    """Relative positions gathered from a table, scales of layers."""
+    """A model with relative positions gathered from a table, and layer scales."""
     config = tr.BeitConfig(
         hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512, image_size=32, patch_size=8,
         num_labels=10, use_relative_position_bias=True,
@@ -71,7 +71,7 @@ def beit(dtype: Any, B: int = 8) -> Built:
 
 
 def resnet(dtype: Any, B: int = 8) -> Built:
-    """Bottlenecks with batch norm, the running statistics as they are."""
+    """Bottleneck blocks with batch norm, which uses its running statistics."""
     config = tr.ResNetConfig(embedding_size=64, hidden_sizes=[64, 128, 256], depths=[1, 1, 1], num_labels=10)
     model = tr.FlaxResNetForImageClassification(config, seed=0, dtype=dtype, input_shape=(1, 32, 32, 3))
     state = model.params["batch_stats"]
@@ -85,7 +85,7 @@ def resnet(dtype: Any, B: int = 8) -> Built:
 
 
 def wav2vec2(dtype: Any, B: int = 8) -> Built:
-    """A CTC loss; the convolution of the positions has weight norm."""
+    """A model with a CTC loss; the convolution of the positions has weight norm."""
     config = tr.Wav2Vec2Config(
         vocab_size=32, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
         conv_dim=(64, 64, 64), conv_stride=(5, 2, 2), conv_kernel=(10, 3, 3), num_feat_extract_layers=3,

@@ -1,4 +1,4 @@
-"""jraph's graph networks, with updates by Haiku's modules."""
+"""jraph's graph networks, updated by Haiku's modules."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from benchmarks.third_party.built import Built
 
 
 def graphs(B: int, nodes: int = 20, edges: int = 60, width: int = 32) -> tuple[jraph.GraphsTuple, jax.Array]:
-    """A batch of graphs with as many nodes and edges each, and labels."""
+    """A batch of graphs, all with the same number of nodes and edges, and labels."""
     draw = Draw()
     graph = jraph.GraphsTuple(
         nodes=draw.data(B, nodes, width),
@@ -34,7 +34,7 @@ def of_graphs(forward: Any, B: int = 8) -> Built:
 
 
 def graph_network(dtype: Any) -> Built:
-    """jraph.GraphNetwork, two rounds, updates of edges, nodes and globals by MLPs."""
+    """jraph.GraphNetwork, two rounds, with MLPs that update edges, nodes and globals."""
 
     def mlp() -> Any:
         return jraph.concatenated_args(lambda x: hk.nets.MLP([128, 128])(x))

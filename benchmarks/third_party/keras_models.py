@@ -1,4 +1,4 @@
-"""Keras on JAX: functional models, one of keras.applications, regularisers and spectral normalisation."""
+"""Keras on JAX: functional models, one of keras.applications, regularizers and spectral normalization."""
 
 import os
 
@@ -16,7 +16,7 @@ from benchmarks.third_party.built import Built
 
 
 def classified(make: Any, dtype: Any, batch: tuple[Any, ...], regularised: bool = False) -> Built:
-    """The loss of a model as Keras makes it, called without its state."""
+    """The loss of a Keras model, which is called statelessly."""
     keras.config.set_floatx(jnp.dtype(dtype).name)
     keras.utils.set_random_seed(0)
     model = make()
@@ -31,7 +31,7 @@ def classified(make: Any, dtype: Any, batch: tuple[Any, ...], regularised: bool 
 
 
 def transformer(dtype: Any, B: int = 8, T: int = 16) -> Built:
-    """Keras's own example of a classifier of texts."""
+    """Keras's own example of a text classifier."""
 
     def make() -> Any:
         ids = keras.Input((T,), dtype="int32")
@@ -92,7 +92,7 @@ def penalised(dtype: Any, B: int = 8) -> Built:
 
 
 def spectral_norm(dtype: Any, B: int = 8) -> Built:
-    """layers.SpectralNormalization around every layer, as at inference."""
+    """layers.SpectralNormalization around every layer, in inference mode."""
 
     def make() -> Any:
         x = keras.Input((16, 16, 3))

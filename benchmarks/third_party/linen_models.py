@@ -13,7 +13,7 @@ KEY = jax.random.key(0)
 
 
 def one_device() -> jax.sharding.Mesh:
-    """A mesh on which every kernel with metadata passes a sharding constraint."""
+    """A mesh on which every kernel with metadata goes through a sharding constraint."""
     return jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
 
 
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder with learned positions and an embedding that is the output's too."""
+    """A decoder with learned positions and an embedding that is tied to the output layer."""
 
     vocabulary: int
     width: int
@@ -70,7 +70,7 @@ def partitioned_gpt(dtype: Any) -> Built:
 
 
 class ScannedGPT(nn.Module):
-    """Layers that are stacked by nn.scan and rematerialised."""
+    """Layers that are stacked by nn.scan and rematerialized."""
 
     @nn.compact
     def __call__(self, ids: Any) -> Any:
@@ -93,7 +93,7 @@ def scanned_gpt(dtype: Any) -> Built:
 
 
 def classifier(module: nn.Module, *shape: int, B: int = 8, **kwargs: Any) -> Built:
-    """A module with state that the loss leaves as it is."""
+    """A classifier from a module with state, which the loss does not update."""
     draw = Draw()
     batch = (draw.data(B, *shape), draw.ids(10, B))
     variables = dict(module.init(KEY, batch[0][:1], **kwargs))
@@ -165,7 +165,7 @@ def lstm(dtype: Any) -> Built:
 
 
 def brax_ppo(dtype: Any, B: int = 16) -> Built:
-    """The policy's and the value's part of PPO's loss for one step of experience."""
+    """The policy part and the value part of PPO's loss for one step of experience."""
     from brax.training.agents.ppo import networks as ppo
 
     networks = ppo.make_ppo_networks(

@@ -13,7 +13,7 @@ KEY = jax.random.key(0)
 
 
 def wave_function(module: Any, sites: int = 64, B: int = 16) -> Built:
-    """The real part of log psi, weighted by a number of each configuration, as in variational Monte Carlo."""
+    """The real part of log psi, weighted by one number for each configuration, as in variational Monte Carlo."""
     draw = Draw()
     spins = 2.0 * draw.ids(2, B, sites) - 1.0
 
@@ -34,13 +34,13 @@ def phase_machine(dtype: Any) -> Built:
 
 
 def autoregressive(dtype: Any) -> Built:
-    """nk.models.ARNNDense: masked matrices."""
+    """nk.models.ARNNDense, which has masked matrices."""
     space = nk.hilbert.Spin(0.5, 16)
     return wave_function(nk.models.ARNNDense(hilbert=space, layers=3, features=16, param_dtype=dtype), 16)
 
 
 def symmetric(dtype: Any) -> Built:
-    """nk.models.GCNN of the translations and reflections of a chain."""
+    """nk.models.GCNN with the translations and reflections of a chain."""
     graph = nk.graph.Chain(16)
     module = nk.models.GCNN(symmetries=graph, layers=3, features=16, param_dtype=dtype)
     return wave_function(module, 16)

@@ -58,13 +58,13 @@ def vision_transformer(dtype: Any) -> Built:
 
 
 def sharded_vision_transformer(dtype: Any) -> Built:
-    """On a mesh of one device: every kernel passes a sharding constraint."""
+    """The vision transformer on a mesh of one device: every kernel goes through a sharding constraint."""
     jax.set_mesh(jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,)))
     return classifier(VisionTransformer(nnx.Rngs(0), sharded=True), 16, 16, 3)
 
 
 class ConvNet(nnx.Module):
-    """Batch norm with the statistics as they are, depthwise convolutions, and LoRA on the head."""
+    """Batch norm with fixed statistics, depthwise convolutions, and LoRA on the head."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.stem = nnx.Conv(3, 64, (3, 3), rngs=rngs)
@@ -116,7 +116,7 @@ def mamba(dtype: Any, B: int = 8, T: int = 32) -> Built:
 
 
 def mamba_forecaster(dtype: Any, B: int = 8) -> Built:
-    """Mamba 2 that forecasts a series."""
+    """A Mamba 2 model that forecasts a series."""
     import mamba2_jax
 
     module = mamba2_jax.create_random_forecaster(

@@ -11,11 +11,11 @@ from numpyro.infer.util import log_density
 from benchmarks.models import Draw
 from benchmarks.third_party.built import Built
 
-N = 1000  # examples in the data, of which a batch is a part
+N = 1000  # number of examples in the data; a batch is a part of them
 
 
 def of_program(program: Any, sites: dict[str, jax.Array], *batch: Any) -> Built:
-    """The negative log density of one example scaled to all of them, its priors included."""
+    """The negative log density of one example scaled to all N, with the priors, divided by N."""
 
     def loss(sites: Any, *example: Any) -> jax.Array:
         return -log_density(program, tuple(a[None] for a in example), {}, sites)[0] / N
@@ -24,7 +24,7 @@ def of_program(program: Any, sites: dict[str, jax.Array], *batch: Any) -> Built:
 
 
 def bayesian_network(dtype: Any, B: int = 16, D: int = 128, H: int = 256) -> Built:
-    """numpyro's example of a Bayesian network: normal priors of all weights, a Gamma prior of the precision."""
+    """numpyro's example of a Bayesian network: normal priors on all weights and a Gamma prior on the precision."""
     draw = Draw()
 
     def program(x: Any, y: Any) -> None:
@@ -41,7 +41,7 @@ def bayesian_network(dtype: Any, B: int = 16, D: int = 128, H: int = 256) -> Bui
 
 
 def hierarchical_regression(dtype: Any, B: int = 16, groups: int = 200, D: int = 32) -> Built:
-    """Coefficients of each group, not centred, with a Cholesky factor of their correlations under an LKJ prior."""
+    """Non-centered coefficients of each group, with a Cholesky factor of their correlations under an LKJ prior."""
     draw = Draw()
 
     def program(x: Any, group: Any, y: Any) -> None:

@@ -1,6 +1,6 @@
-"""What runs in a model's process: python -m benchmarks.third_party.run FAMILY MODEL FOLDER SECONDS
+"""The program of a model's process: python -m benchmarks.third_party.run FAMILY MODEL FOLDER SECONDS
 
-Writes FOLDER/out.json: what was measured, or a word that says why nothing was.
+It writes FOLDER/out.json: the measurements, or a word that says why there are none.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from benchmarks.third_party.built import Built, of_dtype
 from benchmarks.timing import keep_memory
 from benchmarks.workload import Settings, Workload
 
-EXACT, ROUNDED = 1e-9, 1e-4  # how far results may lie apart in float64, relative to their size; if float32 is inside
+EXACT, ROUNDED = 1e-9, 1e-4  # allowed relative difference in float64; if float32 is used inside
 SINGLE = 1e-3  # the same in float32
 SHARES = ("factored", "formed", "vector", "unused", "direct")
 ROOT = Path(__file__).parents[2]
-SMALL = 0.01  # of the model's bytes: a direct parameter of fewer is not listed
+SMALL = 0.01  # fraction of the model's bytes below which a direct parameter is not listed
 
 
 def main(family: str, name: str, folder: Path, seconds: float) -> None:
@@ -41,19 +41,19 @@ def main(family: str, name: str, folder: Path, seconds: float) -> None:
 
 
 def reported(step: Callable[[], Any], word: str) -> dict[str, Any]:
-    """What a step returns if that is an outcome, or how it ended, under the word; empty if there is nothing to say."""
+    """The dict that a step returns, or its error under the key `word`; empty if it returns something else."""
     try:
         outcome = step()
         return outcome if isinstance(outcome, dict) else {}
     except ModuleNotFoundError as error:
         return {word: f"not installed: {error.name}", "trace": traceback.format_exc()}
-    except Exception as error:  # whatever it is, it is this model's answer
+    except Exception as error:  # any error is this model's result
         first = str(error).strip().split("\n")[0]
         return {word: f"{type(error).__name__}: {first}", "trace": traceback.format_exc()}
 
 
 def build(family: str, name: str, dtype: Any) -> Model:
-    """The model, with numbers of the dtype; away from where initial zeros and ones make gradients vanish."""
+    """The model in the dtype. Noise is added to its parameters: initial zeros and ones can make gradients vanish."""
     built: Built = getattr(importlib.import_module(f"benchmarks.third_party.{family}"), name)(dtype)
     leaves, tree = jax.tree.flatten(built.params)
     rng = np.random.default_rng(1)
@@ -64,7 +64,7 @@ def build(family: str, name: str, dtype: Any) -> Model:
 
 
 def measured(family: str, name: str, seconds: float) -> dict[str, Any]:
-    """Agreement in float64, then what is done with each parameter, then time and memory in float32."""
+    """Check agreement in float64, then explain each parameter, then measure time and memory in float32."""
     with jax.enable_x64(True):
         exact = build(family, name, jnp.float64)
         difference = furthest(exact)
@@ -94,12 +94,12 @@ def measured(family: str, name: str, seconds: float) -> dict[str, Any]:
 
 
 def nbytes(row: Any) -> int:
-    """Of a parameter, from its row in explain."""
+    """Bytes of a parameter, from its row in explain."""
     return math.prod(row.shape) * row.dtype.itemsize
 
 
 def labels(told: Any) -> dict[str, str]:
-    """How many parameters there are, and the shares of their bytes by what is done with them."""
+    """The number of parameters, and the shares of their bytes by how they are held."""
     size = sum(map(nbytes, told.rows))
     share = {how: sum(nbytes(r) for r in told.rows if r.how == how) / size for how in SHARES}
     return {
@@ -127,7 +127,7 @@ def listed(told: Any) -> list[dict[str, Any]]:
 
 
 def furthest(model: Model) -> float:
-    """How far norms, clipped sum and Gram matrix lie from those of gradients that vmap(jax.grad) writes out."""
+    """Largest relative difference of norms, clipped sum and Gram matrix from those that vmap(jax.grad) gives."""
     arguments = (model.params, *model.batch)
 
     def by_vmap(params: Any, *batch: Any) -> Any:
@@ -148,20 +148,20 @@ def furthest(model: Model) -> float:
 
 
 def apart(ours: Any, theirs: Any) -> float:
-    """The Euclidean distance of two trees, relative to the size of the second; inf beside inf counts as equal."""
+    """The Euclidean distance of two trees, relative to the norm of the second. Two infinities count as equal."""
     square = lambda leaves: math.sqrt(sum(float(jnp.sum(jnp.abs(a) ** 2)) for a in leaves))  # noqa: E731
     ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
     return square([jnp.where(a == b, 0, a - b) for a, b in zip(ours, theirs, strict=True)]) / square(theirs)
 
 
 def close(ours: Any, theirs: Any) -> None:
-    """Part by part: the mean loss, then the sum."""
+    """Compare part by part: the mean loss, then the sum."""
     for a, b in zip(ours, theirs, strict=True):
         assert apart(a, b) <= SINGLE, f"off by {apart(a, b):.1e}, more than {SINGLE}"
 
 
 def is_exact(model: Model) -> bool:
-    """Whether no number in the loss is of float32."""
+    """Whether the loss computes nothing in float32."""
     example = jax.tree.map(lambda a: a[0], model.batch)
     return "f32[" not in str(jax.make_jaxpr(model.loss)(model.params, *example))
 

@@ -1,4 +1,4 @@
-"""Third-party models: each in a process of its own, so that a package that cannot be loaded costs its own rows."""
+"""Third-party models: each in a process of its own, so that a package that cannot be loaded only loses its own rows."""
 
 import importlib.metadata
 import json
@@ -18,7 +18,7 @@ from benchmarks.workload import Row, Settings, Theme, Workload
 NAME = "third_party"
 MINUTES = 10.0  # for one model
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "HF_HUB_OFFLINE": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-MODELS = {  # a family, which is a file of this folder: its builders, with the package and what the model is
+MODELS = {  # a family is a file of this folder; each builder has its package and a description of the model
     "linen_models": {
         "gpt": ("flax", "linen: GPT, tied embedding"),
         "partitioned_gpt": ("flax", "linen: GPT, nn.with_partitioning"),
@@ -112,7 +112,7 @@ MODELS = {  # a family, which is a file of this folder: its builders, with the p
 
 
 def workloads(settings: Settings) -> Iterator[Workload]:
-    """A workload for each model that says where its builder is; what is measured is built in the model's process."""
+    """A workload for each model, which only names its builder; the model is built in its own process."""
     for family, builders in MODELS.items():
         for builder, (package, title) in builders.items():
             name = f"{package}, {title}"
@@ -121,7 +121,7 @@ def workloads(settings: Settings) -> Iterator[Workload]:
 
 
 def measured(workload: Workload, settings: Settings) -> list[Row]:
-    """The model's row, or one that says why there is none; a model on which jaxgrad fails is a failed row."""
+    """The model's row, or a row that says why it could not be measured. If jaxgrad fails, the row has failed."""
     outcome = run_model(workload.labels["family"], workload.labels["builder"], settings)
     row = Row(**outcome.get("row", {}) | {"name": workload.name})
     row.labels = {**row.labels, "version": installed(workload.labels["package"])}
@@ -141,7 +141,7 @@ def installed(package: str) -> str:
 
 
 def run_model(family: str, name: str, settings: Settings) -> dict[str, Any]:
-    """What the model's process reports."""
+    """Run the model's process and return its report."""
     root = str(Path(benchmarks.__file__).parents[1])
     paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
