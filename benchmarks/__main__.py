@@ -25,6 +25,7 @@ THEMES = {  # name of a theme: its module, which defines THEME
     "factors": "benchmarks.factors",
     "transform": "benchmarks.transform",
     "private": "benchmarks.private",
+    "deep": "benchmarks.deep",
     "curvature": "benchmarks.curvature",
     "peers": "benchmarks.peers.theme",
     "growth": "benchmarks.growth",

@@ -66,9 +66,9 @@ def weighted(model: Model) -> Function:
     return of
 
 
-def clipped(model: Model, bound: float) -> Function:
+def clipped(model: Model, bound: float, passes: int = 1) -> Function:
     """`jaxgrad.clipped_grad`, with a mask."""
-    gradient = jg.clipped_grad(model.loss, bound)
+    gradient = jg.clipped_grad(model.loss, bound, passes=passes)
 
     def of(params: Any, *batch: Any) -> Any:
         total, info = gradient(params, *batch, mask=jnp.ones(len(jax.tree.leaves(batch)[0]), bool))

@@ -190,3 +190,19 @@ def language_model(V: int = 4096, D: int = 256, T: int = 64, B: int = 16) -> Mod
         return cross_entropy(normalised(h, p["scale"]) @ p["E"].T, ids[1:]).mean()
 
     return Model(f"tied language model V={V} D={D} T={T}, B={B}", loss, params, (draw.ids(V, B, T + 1),), 1.1)
+
+
+def deep_language_model(L: int = 6, V: int = 4096, D: int = 256, T: int = 512, B: int = 4) -> Model:
+    """Layers stacked along an axis, scanned over, and recomputed in the backward pass."""
+    draw = Draw()
+    blocks = [block_params(draw, D) for _ in range(L)]
+    layers = jax.tree.map(lambda *a: jnp.stack(a), *blocks)
+    params = {"E": draw.weight(V, D), "out": draw.weight(D, V), "layers": layers, "scale": jnp.ones(D)}
+
+    def loss(p: Any, ids: jax.Array) -> jax.Array:
+        step = jax.checkpoint(lambda h, layer: (block(layer, h), None))
+        h, _ = lax.scan(step, p["E"][ids[:-1]] * math.sqrt(D), p["layers"])
+        return cross_entropy(normalised(h, p["scale"]) @ p["out"], ids[1:]).mean()
+
+    name = f"language model, scan over {L} layers with checkpoint, D={D} T={T}, B={B}"
+    return Model(name, loss, params, (draw.ids(V, B, T + 1),), 1.9)
