@@ -1,4 +1,4 @@
-"""Clipped sums of deep models whose layers are scanned over and checkpointed: one pass and two against a plain gradient."""
+"""Clipped sums of deep models with scanned, checkpointed layers: one pass and two against a plain gradient."""
 
 from collections.abc import Iterator
 
@@ -29,10 +29,10 @@ THEME = Theme(
     NAME,
     "Deep models: one pass or two",
     """
-Plain is `jit(value_and_grad(mean loss))` with `lax.scan` over the layers and `jax.checkpoint` in the loop, 1.00. One pass
-is `jaxgrad.clipped_grad`, which holds the factors of all layers at once; two passes is `clipped_grad(passes=2)`, which
-takes each layer's norm inside the loop and then computes an ordinary gradient of the weighted losses. float32. Memory is
-the compiled program's temporary memory.""",
+Plain is `jit(value_and_grad(mean loss))` with `lax.scan` over the layers and `jax.checkpoint` in the loop, 1.00. One
+pass is `jaxgrad.clipped_grad`, which holds the factors of all layers at once. Two passes is `clipped_grad(passes=2)`,
+which takes each layer's norm inside the loop and then computes an ordinary gradient of the weighted losses. float32.
+Memory is the compiled program's temporary memory.""",
     (
         report.milliseconds("plain"),
         report.ratio("one pass"),

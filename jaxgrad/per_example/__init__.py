@@ -1,23 +1,23 @@
-"""Per-example gradients kept as factors.
+"""Per-example gradients held as factors.
 
-What users meet:
+The user-facing modules are:
 
     transform     per_example_grad, per_example_value_and_grad
     jacobian      per_example_jacobian: the gradients of all outputs
     measure       per_example_norms: norms with a plain gradient's memory
     second_pass   the sum of weighted gradients as an ordinary gradient
-    explain       what is done with each parameter, and why
+    explain       how each parameter's gradient is held, and why
     gradients     PerExampleGrads: the algebra over a tree of parameters
-    checks        what comes into its methods: masks, indices, numbers, bounds
-    arguments     which arguments are parameters, which carry examples, which are shared
-    frameworks    what to do with a Flax, Equinox or Keras model that is given whole
-    serialized    how jax.export writes gradients down
+    checks        checks on the arguments of its methods: masks, indices, numbers, bounds
+    arguments     which arguments are parameters, which are batched, which are shared
+    frameworks    advice for a Flax or Equinox model that is passed whole
+    serialized    serialization by jax.export
 
-Two wings, and the module where they meet:
+The implementation has two halves, and a module that joins them:
 
-    algebra/      what a per-example gradient is, and what can be asked of it
-    interpreter/  how it is found in the program that jax.grad has written
-    lower         from what the interpreter found to factors, and the cost model: what is kept and what is written out
+    algebra/      the kinds of factors and the operations on them
+    interpreter/  evaluates the program that jax.grad has written, without its last products
+    lower         converts what the interpreter found to factors; its cost model decides what is materialized
 """
 
 from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Rows, Windows

@@ -1,4 +1,4 @@
-"""The arguments of a loss over a batch: parameters, what carries examples and along which axis, what all share."""
+"""The arguments of a loss over a batch: parameters, batched arguments with their example axes, shared arguments."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -17,18 +17,18 @@ from jaxgrad.per_example.frameworks import advice
 
 @dataclass(frozen=True)
 class Arguments:
-    """A call, taken apart.
+    """A call, split into parameters, batched arguments and shared arguments.
 
     Attributes:
         params: the leaves of the differentiated arguments.
         paths: their paths, as `jax.tree_util.keystr` writes them.
-        params_tree: the structure of the differentiated argument, or of the tuple of several, with a pair in the place
-            of every complex parameter.
-        batch: the leaves that carry examples.
+        params_tree: the structure of the differentiated argument, or of the tuple of them if there are several, with a
+            pair in place of every complex parameter.
+        batch: the leaves that have an example axis.
         axes: their example axes.
-        example: what one example of each looks like.
+        example: one example of each, as a shape and dtype or an array.
         batch_size: B.
-        shared: the leaves that all examples share, arrays or not.
+        shared: the leaves shared by all examples, arrays or not.
         rebuilt: (params, examples, shared) → (args, kwargs) of the loss of one example.
     """
 
@@ -48,7 +48,7 @@ class Arguments:
 
 
 def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any, in_axes: Any) -> Arguments:
-    """Takes a call apart. What a leaf is depends on its place in the call, not on its identity."""
+    """Split a call. The role of a leaf depends on its place in the call, not on its identity."""
     numbers, several = _numbers(argnums, len(args))
     args = tuple(complexes.parts(arg) if k in numbers else arg for k, arg in enumerate(args))
     entries = _entries(in_axes, numbers, len(args))
@@ -80,11 +80,11 @@ def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any, in
 
 
 def _sorted_out(trees: Sequence[Any], entries: Sequence[Any], start: dict[int, int]) -> tuple[Any, Any, Any]:
-    """(where each leaf of each argument is found, (name, array, axis) of what is batched, what is shared).
+    """(where each leaf of each argument is stored, (name, array, axis) of each batched leaf, the shared leaves).
 
     Args:
         trees: the positional arguments, then the keyword arguments.
-        start: of each differentiated argument, which of the parameters is its first.
+        start: for each differentiated argument, the index of its first parameter.
     """
     places: list[list[tuple[str, int]]] = []
     batch: list[tuple[str, Any, int]] = []
@@ -105,9 +105,9 @@ def _sorted_out(trees: Sequence[Any], entries: Sequence[Any], start: dict[int, i
                 name = f"{f'argument {k}' if positional else 'keyword arguments'}{jax.tree_util.keystr(path)}"
                 if any(path[: len(above)] == above for above in sparse):
                     raise TypeError(
-                        f"{called()}: expected dense arrays of examples, got a sparse one with its examples along an "
-                        f"axis in {name}. Pass its parts (data and indices of every example) as arguments and put them "
-                        f"together inside the loss, or pass x.todense()."
+                        f"{called()}: expected dense arrays of examples, got a sparse one with an example axis in "
+                        f"{name}. Pass its parts (data and indices of every example) as arguments and assemble them "
+                        f"inside the loss, or pass x.todense()."
                     )
                 array = _array(name, leaf, axis)
                 places[k].append(("batch", len(batch)))
@@ -116,18 +116,18 @@ def _sorted_out(trees: Sequence[Any], entries: Sequence[Any], start: dict[int, i
 
 
 def checked_batch(name: str, batch: Any) -> Any:
-    """A tuple or a list of a loss's arguments, as it is; TypeError for anything else, which * would take apart."""
+    """Return a tuple or list of a loss's arguments unchanged; raise TypeError for anything else that * would unpack."""
     if not isinstance(batch, tuple | list):
         shape = f" of shape {batch.shape}" if hasattr(batch, "shape") else ""
         raise TypeError(
-            f"{called()}: expected a tuple of the loss's arguments beside the parameters as {name}, got "
-            f"{type(batch).__name__}{shape}. For a loss of one, that is a tuple of one: (x,)."
+            f"{called()}: expected a tuple of the loss's arguments other than the parameters as {name}, got "
+            f"{type(batch).__name__}{shape}. If the loss has one such argument, pass a tuple of one: (x,)."
         )
     return batch
 
 
 def checked_scalar(value: Any) -> Any:
-    """The loss of one example, which is a real scalar."""
+    """Return the loss of one example; raise TypeError if it is not a real scalar."""
     shape: Any
     dtype: Any
     try:
@@ -138,7 +138,7 @@ def checked_scalar(value: Any) -> Any:
         got = dtype if shape is None else f"{dtype} of shape {shape}"
         raise TypeError(
             f"{called()}: expected a loss that returns a real scalar for one example, got {got}. "
-            f"A loss that is already a mean over a batch is to be given for one example; with auxiliary results set "
+            f"Pass the loss of a single example, not a batch mean; if the loss also returns auxiliary results, set "
             f"has_aux=True."
         )
     return value
@@ -171,7 +171,7 @@ def _parameter(path: str, leaf: Any, tree: Any) -> Any:
             f"{called()}: expected parameters of a floating dtype, got {what} at {path or 'the parameter'}. "
             + (
                 advice(tree)
-                or "Leave what is not trained out of the differentiated argument, and pass it as another, "
+                or "Move leaves that are not trained out of the differentiated argument and into another, "
                 "with None in in_axes."
             )
         )
@@ -179,7 +179,7 @@ def _parameter(path: str, leaf: Any, tree: Any) -> Any:
 
 
 def _entries(in_axes: Any, numbers: Sequence[int], count: int) -> list[Any]:
-    """What in_axes says of each positional argument, None of the differentiated ones."""
+    """The entry of in_axes for each positional argument, None for the differentiated ones."""
     if not isinstance(in_axes, tuple | list):
         _broadcast(in_axes, 0)
         return [None if k in numbers else in_axes for k in range(count)]
@@ -192,14 +192,14 @@ def _entries(in_axes: Any, numbers: Sequence[int], count: int) -> list[Any]:
     if len(in_axes) != count:
         raise ValueError(
             f"{called()}: expected in_axes as jax.vmap takes it, a number or a sequence with an entry for each of the "
-            f"{count} positional arguments, got {in_axes!r}. Write in_axes={written!r}, with None at the "
-            f"differentiated arguments and at what all examples share."
+            f"{count} positional arguments, got {in_axes!r}. Write in_axes={written!r}, with None for the "
+            f"differentiated arguments and for arguments shared by all examples."
         )
     for k in numbers:
         if jax.tree.leaves(in_axes[k]):
             raise ValueError(
-                f"{called()}: expected None in in_axes at the differentiated argument {k}, which all examples share, "
-                f"got {in_axes[k]!r}. Write in_axes={written!r}."
+                f"{called()}: expected None in in_axes at the differentiated argument {k}, which is shared by all "
+                f"examples, got {in_axes[k]!r}. Write in_axes={written!r}."
             )
     return list(in_axes)
 
@@ -233,20 +233,20 @@ def _keyword_axis(leaf: Any) -> int | None:
 def _batch_size(sizes: dict[str, int]) -> int:
     if not sizes:
         raise ValueError(
-            f"{called()}: expected at least one batched argument beside the parameters, got none. Pass the examples in "
-            f"another argument, with the number of their axis in in_axes; without in_axes it is 0."
+            f"{called()}: expected at least one batched argument besides the parameters, got none. Pass the examples "
+            f"in another argument, with their axis in in_axes; the default axis is 0."
         )
     if len(set(sizes.values())) != 1:
         shown = ", ".join(f"{n} in {name}" for name, n in sizes.items())
         raise ValueError(
-            f"{called()}: expected one batch size in all batched arguments, got {shown}. What all examples share is an "
-            f"argument by position, with None in in_axes; arrays in keyword arguments are batched."
+            f"{called()}: expected one batch size in all batched arguments, got {shown}. Pass arrays shared by all "
+            f"examples by position, with None in in_axes; arrays in keyword arguments are batched."
         )
     return next(iter(sizes.values()))
 
 
 def _array(name: str, leaf: Any, axis: Any) -> Any:
-    hint = "What all examples share has None in in_axes."
+    hint = "For arguments shared by all examples, put None in in_axes."
     try:
         if isinstance(leaf, np.ndarray):
             jnp.result_type(leaf)

@@ -1,4 +1,4 @@
-"""What comes into the methods of PerExampleGrads beside gradients: masks, indices, numbers, bounds."""
+"""Checks on what the methods of PerExampleGrads take besides gradients: masks, indices, numbers, bounds."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from jaxgrad.errors import called
 
 
 def checked_numbers(c: Any, count: int) -> Array:
-    """One floating number for each of so many examples; ValueError for anything else."""
+    """Return `c` as an array of one floating number per example; raise ValueError for anything else."""
     c = jnp.asarray(c)
     if c.shape != (count,) or not jnp.issubdtype(c.dtype, jnp.floating):
         raise ValueError(
@@ -20,7 +20,7 @@ def checked_numbers(c: Any, count: int) -> Array:
 
 
 def checked_mask(mask: Any, count: int) -> Array:
-    """True or False for each of so many examples; ValueError for anything else."""
+    """Return `mask` as an array of one boolean per example; raise ValueError for anything else."""
     mask = jnp.asarray(mask)
     if mask.dtype != bool or mask.shape != (count,):
         raise ValueError(
@@ -30,32 +30,32 @@ def checked_mask(mask: Any, count: int) -> Array:
 
 
 def checked_index(index: Any) -> Array:
-    """An array of integers or booleans that chooses examples; TypeError for anything else."""
+    """Return an array of integers or booleans that selects examples; raise TypeError for anything else."""
     try:
         chosen = jnp.asarray(index)
     except TypeError:
         chosen = None
-    if chosen is not None and chosen.shape == (0,):  # an empty draw; a list without entries has no dtype
+    if chosen is not None and chosen.shape == (0,):  # an empty selection; an empty list has no dtype of its own
         chosen = chosen.astype(int)
     if chosen is None or chosen.ndim != 1 or not (chosen.dtype == bool or jnp.issubdtype(chosen.dtype, jnp.integer)):
         raise TypeError(
             f"{called()}: expected a slice or a one-dimensional array of integers or booleans, got {index!r}. For one "
-            f"example take g[i : i + 1]; for one parameter g.factors or g.materialize()."
+            f"example take g[i : i + 1]; for one parameter take g.factors or g.materialize()."
         )
     return chosen
 
 
 def checked_bound(bound: Any) -> None:
-    """Raise ValueError for what is known not to be a positive number."""
+    """Raise ValueError if `bound` is known not to be a positive number."""
     try:
         real = any(jnp.issubdtype(jnp.result_type(bound), kind) for kind in (jnp.integer, jnp.floating))
         wrong = not real or jnp.ndim(bound) != 0 or not bound > 0
-    except jax.errors.TracerBoolConversionError:  # decided when it runs: what is not positive then gives NaN
+    except jax.errors.TracerBoolConversionError:  # known only at run time, where a bound that is not positive gives NaN
         wrong = False
     except TypeError:
         wrong = True
     if wrong:
         raise ValueError(
-            f"{called()}: expected positive numbers as bounds, got {bound!r}. One number is for all parameters "
-            f"together; for groups of them give a tree prefix of numbers."
+            f"{called()}: expected positive numbers as bounds, got {bound!r}. One number bounds all parameters "
+            f"together; to bound groups of them, pass a tree prefix of numbers."
         )

@@ -1,4 +1,4 @@
-"""explain: what per_example_grad does with each parameter, before anything is computed."""
+"""explain: how per_example_grad holds the gradient of each parameter, reported before anything is computed."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,22 +18,22 @@ from jaxgrad.per_example.transform import Route, Transformed
 
 @dataclass(frozen=True)
 class Row:
-    """What is done for one parameter.
+    """How one parameter's gradient is held, and why.
 
     Attributes:
-        path: as `jax.tree_util.keystr` writes it.
-        shape: the parameter's.
-        dtype: the parameter's.
-        how: "factored"; "formed", a product that is smaller than its operands; "vector", at most one axis,
-            written out as it is no larger than an activation; "unused"; "direct", written out as
-            vmap(jax.grad) would.
-        factors: the kinds and shapes of what is held, with the example axis.
-        norm: how the norm is computed, a part for each pair of factors.
+        path: the parameter's path, as `jax.tree_util.keystr` writes it.
+        shape: the parameter's shape.
+        dtype: the parameter's dtype.
+        how: "factored"; "formed", a product that is materialized because it is smaller than its operands; "vector",
+            a parameter with at most one axis, whose gradient is materialized because it is no larger than an
+            activation; "unused"; "direct", materialized as vmap(jax.grad) would.
+        factors: the kinds and shapes of the factors, with the example axis.
+        norm: how the norm is computed, one entry for each pair of factors.
         nbytes: bytes held.
-        materialized_nbytes: bytes of the gradients written out.
-        primitive: of a direct route, the primitive where the gradient ceases to be a product; empty otherwise.
-        source: its file and line in the loss.
-        why: the reason.
+        materialized_nbytes: bytes of the materialized gradients.
+        primitive: on the direct route, the primitive at which the gradient stops being a product; empty otherwise.
+        source: the primitive's file and line in the loss.
+        why: the reason for the direct route.
 
     Example:
         >>> row = explain(lambda W, x: jnp.tanh(W @ x).sum())(jnp.ones((30, 20)), jnp.ones((4, 20))).rows[0]
@@ -56,10 +56,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row for each parameter; printed, a table.
+    """One row for each parameter; it prints as a table.
 
     Attributes:
-        rows: in the order of the parameters' tree.
+        rows: the rows, in the order of the parameters' tree.
         batch_size: B.
 
     Example:
@@ -79,7 +79,7 @@ class Explanation:
 
     @property
     def materialized_nbytes(self) -> int:
-        """Bytes of all gradients written out."""
+        """Bytes of all gradients, materialized."""
         return sum(row.materialized_nbytes for row in self.rows)
 
     @property
@@ -110,17 +110,23 @@ class Explanation:
 def explain(
     fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, in_axes: Any = 0, has_aux: bool = False
 ) -> Callable[..., Explanation]:
-    """What `per_example_grad(fun)` does with each parameter: a function of its arguments, that computes nothing.
+    """Report how `per_example_grad(fun)` holds the gradient of each parameter, without computing anything.
 
-    How to read the table. `how`: "factored", kept as a product; "formed", a product that is smaller carried out than as
-    factors; "vector", at most one axis, written out as it is no larger than an activation; "unused"; "direct", written
-    out as `vmap(jax.grad)` would. `held as`, B examples, T positions, G groups: Outer(left [B, G, T, F], right
-    [B, G, T, K]) for Σ_t left ⊗ right; Rows(ids [B, T], values [B, T, K]) for rows of a table, values [B, 1, K] for a
-    mean of rows; Windows(cotangents, image) for a convolution; Mapped(the arrays of other factors, and those that all
-    examples share) for a weight that passes a map before it is used; Common(number, array) for a penalty; Dense for the
-    gradient itself. `norm`: from "sides", ‖left‖·‖right‖; "positions", inner products of T × T positions; "matrix", the
-    product carried out, a few examples at a time; "direction", a product with an array that all examples share; "map",
-    what is behind a map; or its "entries".
+    The table has these columns:
+
+    `how` is one of: "factored", held as factors; "formed", a product that is materialized because it is smaller than
+    its factors; "vector", at most one axis, materialized because it is no larger than an activation; "unused";
+    "direct", materialized as `vmap(jax.grad)` would.
+
+    `held as` names the kind of factor, with B examples, T positions and G groups: Outer(left [B, G, T, F], right
+    [B, G, T, K]) for Σ_t left ⊗ right; Rows(ids [B, T], values [B, T, K]) for rows of a table, with values [B, 1, K]
+    for a mean of rows; Windows(cotangents, image) for a convolution; Mapped(the arrays of other factors, and arrays
+    shared by all examples) for a weight that is transformed before it is used; Common(number, array) for a penalty;
+    Dense for the gradient itself.
+
+    `norm` says what the norm is computed from: "sides", ‖left‖·‖right‖; "positions", inner products of T × T
+    positions; "matrix", the product, materialized a few examples at a time; "direction", a product with an array
+    shared by all examples; "map", factors followed by a linear map; "entries", the gradient's entries.
 
     Args:
         fun, argnums, in_axes, has_aux: as in `per_example_grad`.
@@ -141,7 +147,7 @@ def explain(
 
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         arguments = transformed.arguments(args, kwargs)
-        # What all examples share stays as it is, for the loss may look at its values, unless it has none.
+        # Shared arguments are not traced, because the loss may look at their values, except those that have none.
         absent = [k for k, leaf in enumerate(arguments.shared) if isinstance(leaf, jax.ShapeDtypeStruct)]
 
         def run(params: list[Any], batch: list[Any], shapes: list[Any]) -> tuple[PerExampleGrads, list[Route]]:

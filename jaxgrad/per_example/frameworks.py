@@ -1,4 +1,4 @@
-"""What to do with other libraries' models: said in the errors of calls that cannot be taken apart or traced."""
+"""Advice for models of other libraries, added to the errors of calls that cannot be split or traced."""
 
 from typing import Any
 
@@ -13,25 +13,25 @@ WHOLE = {
     "respect to params, and call eqx.combine(params, static) inside the loss.",
 }
 STATE = (
-    "The loss changes a module's state (its counts of random numbers, its batch statistics). Let it change a copy, "
-    "nnx.merge(graph, params, rest, copy=True) inside the loss; for dropout pass a key for every example, and "
+    "The loss changes a module's state (its counts of random numbers, its batch statistics). Let it change a copy: "
+    "call nnx.merge(graph, params, rest, copy=True) inside the loss. For dropout, pass one key per example and "
     "nnx.reseed the copy with it. docs/frameworks.md shows both."
 )
 AXIS = (
     "The loss sees one example, so there is no axis of examples to take statistics over: with batch statistics no "
-    "example has a gradient of its own. Use the running statistics (inference mode), or a normalisation within the "
-    "example (layer, group or instance normalisation). docs/frameworks.md shows how."
+    "example has a gradient of its own. Use the running statistics (inference mode), or a normalization within the "
+    "example (layer, group or instance normalization). docs/frameworks.md shows how."
 )
 
 
 def advice(tree: Any) -> str:
-    """How to take a model in the tree apart into its parameters and the rest; empty where there is none."""
+    """How to split a model in the tree into its parameters and the rest; empty if the tree holds no model."""
     models = [_model(node) for node in jax.tree.leaves(tree, is_leaf=lambda node: bool(_model(node)))]
     return next((WHOLE[model] for model in models if model), "")
 
 
 def explained(error: Exception) -> None:
-    """Adds what to do to an error of the loss where it is known what that comes from."""
+    """Add advice to an error that the loss raised, if its cause is known."""
     if type(error).__name__ == "TraceContextError":
         error.add_note(f"{called()}: {STATE}")
     elif isinstance(error, NameError) and "unbound axis name" in str(error):
@@ -39,7 +39,7 @@ def explained(error: Exception) -> None:
 
 
 def _model(node: Any) -> str:
-    """Whose model it is: a class of the library's own class of that name."""
+    """The library whose Module class the node's class inherits from: "nnx", "equinox" or ""."""
     for base in type(node).__mro__:
         if base.__name__ == "Module" and base.__module__.startswith("flax.nnx"):
             return "nnx"

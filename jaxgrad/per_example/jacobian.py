@@ -1,4 +1,4 @@
-"""The gradients of every output of a model, for every example: what all outputs share is computed and held once."""
+"""The gradients of every output of a model, per example; arrays shared by all outputs are computed and held once."""
 
 import dataclasses
 import functools
@@ -20,15 +20,15 @@ from jaxgrad.per_example.lower import Lowered, is_settled, settled
 from jaxgrad.per_example.transform import Transformed
 
 OF_OUTPUTS, EVERY = 1, -1
-"""The axis of outputs in an array; in one that is the same for every output there is none."""
+"""The output axis of an array, and the mark of an array without one, which is the same for every output."""
 
 
 @jax.tree_util.register_pytree_with_keys_class
 class PerExampleJacobian:
-    """The Jacobians J_b [O, parameters] of B examples, kept as factors: what `per_example_jacobian` returns.
+    """The Jacobians J_b [O, parameters] of B examples, held as factors: what `per_example_jacobian` returns.
 
-    An activation is the same for all outputs and is held once, a cotangent for every output. It is a pytree of such
-    arrays, with the example axis first and the axis of outputs, where there is one, second.
+    An activation is the same for all outputs and is held once; a cotangent is held for every output. The class is a
+    pytree of such arrays, with the example axis first and the output axis, if there is one, second.
 
     Example:
         >>> model = lambda params, x: params["V"] @ jnp.tanh(params["W"] @ x)
@@ -42,12 +42,12 @@ class PerExampleJacobian:
         self._held, self._axes, self.outputs = held, axes, outputs
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, PerExampleGrads], ...], Any]:
-        """For JAX."""
+        """Flatten the pytree, for JAX."""
         return ((jax.tree_util.GetAttrKey("held"), self._held),), (self._axes, self.outputs)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Sequence[PerExampleGrads]) -> "PerExampleJacobian":
-        """For JAX: the inverse of flattening, unchecked."""
+        """Rebuild the pytree, for JAX, without checks."""
         return cls(children[0], *aux)
 
     @property
@@ -64,38 +64,38 @@ class PerExampleJacobian:
         return f"PerExampleJacobian({self.batch_size} examples, {self.outputs} outputs, {self.nbytes} bytes held)"
 
     def _of_each_output(self, function: Callable[[PerExampleGrads], Any], out_axes: int = 1) -> Any:
-        """function(the gradients of one output), for every output."""
+        """Apply the function to the gradients of each output."""
         held = self._held.with_chunk_bytes(max(1, self._held.chunk_bytes // max(1, self.outputs)))
         axes = jax.tree.unflatten(jax.tree.structure(held), map(_for_vmap, self._axes))
         return jax.vmap(function, (axes,), out_axes, axis_size=self.outputs)(held)
 
     def norms(self) -> Float[Array, "B O"]:
-        """[B, O]: the norm of every output's gradient, as `PerExampleGrads.norms`."""
+        """The norm of every output's gradient, [B, O], computed as in `PerExampleGrads.norms`."""
         return self._of_each_output(lambda g: g.norms())
 
     def dot(self, tree: PyTree) -> Float[Array, "B O"]:
-        """J_b v [B, O] for one direction v of the parameters' structure and shapes."""
+        """J_b v [B, O], for one direction v with the parameters' structure and shapes."""
         return self._of_each_output(lambda g: g.dot(tree))
 
     def gram(self, other: "PerExampleJacobian | None" = None) -> Float[Array, "B C O P"]:
-        """J_b J′_cᵀ [B, C, O, O′] for every pair of examples, with `other`'s or with each other.
+        """J_b J′_cᵀ [B, C, O, O′] for every pair of examples, where J′ is `other` or, without it, this Jacobian.
 
-        Cost of a weight that enters through one matrix product: the activations' products once for every pair of
-        examples, B·C·K operations, and the cotangents' for every pair of outputs, B·C·O·O′·F.
+        Cost, for a weight that enters through one matrix product: B·C·K operations for the inner products of
+        activations, once for every pair of examples, and B·C·O·O′·F for those of cotangents, for every pair of outputs.
 
         Args:
-            other: of the same parameters; of as many outputs or of others.
+            other: a Jacobian with respect to the same parameters; its outputs may differ in number.
         """
         second = self if other is None else other
 
         def with_all(g: PerExampleGrads) -> Array:
             return second._of_each_output(lambda h: g.gram(h), 2)
 
-        with pairs_of_outputs(min(self.outputs, second.outputs)):  # each output has its share of the bound already
+        with pairs_of_outputs(min(self.outputs, second.outputs)):  # chunk_bytes is already divided among the outputs
             return self._of_each_output(with_all, 2)
 
     def rows(self) -> PerExampleGrads:
-        """The same as B·O gradients, those of the first example first. What the outputs share is then copied."""
+        """The same Jacobians as B·O gradients, the first example's first; arrays shared by outputs are then copied."""
         O = self.outputs  # noqa: E741
 
         def spread(a: Array, axis: int) -> Array:
@@ -105,28 +105,28 @@ class PerExampleJacobian:
         return map_examples_of(spread, self._held, jax.tree.unflatten(jax.tree.structure(self._held), self._axes))
 
     def materialize(self) -> PyTree:
-        """The tree of [B, O, *shape], as `jax.vmap(jax.jacrev(fun))` returns for outputs that are a vector."""
+        """The tree of arrays [B, O, *shape] that `jax.vmap(jax.jacrev(fun))` returns if the outputs are a vector."""
         return self._of_each_output(lambda g: g.materialize())
 
 
 def per_example_jacobian(
     fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, in_axes: Any = 0, spmd_axis_name: Any = None
 ) -> Callable[..., PerExampleJacobian]:
-    """The gradients of all outputs of a model, of every example, as factors.
+    """Compute the gradients of all outputs of a model, for every example, as factors.
 
-    The forward pass is done once, and what does not depend on which output is differentiated, as activations do not, is
-    held once for all of them.
+    The forward pass runs once. Arrays that do not depend on which output is differentiated, such as activations, are
+    held once for all outputs.
 
     Args:
         fun: fun(params, x) → the outputs of one example: an array or a tree of arrays, of a real floating dtype. They
-            are numbered as `jax.flatten_util.ravel_pytree` lays them out.
+            are numbered in the order of `jax.flatten_util.ravel_pytree`.
         argnums, in_axes, spmd_axis_name: as in `per_example_grad`.
 
     Returns:
         A function of fun's arguments, with an example axis where `in_axes` says so, that returns `PerExampleJacobian`.
 
     Raises:
-        TypeError, ValueError: as `per_example_grad`; outputs that are not real floating arrays.
+        TypeError, ValueError: as in `per_example_grad`; the outputs are not real floating arrays (TypeError).
 
     Example:
         >>> J = per_example_jacobian(lambda W, x: jnp.tanh(W @ x))(jnp.ones((5, 3)), jnp.ones((4, 3)))
@@ -161,7 +161,7 @@ def per_example_jacobian(
 
 
 def _outputs(results: Any) -> Array:
-    """All outputs one after another."""
+    """All outputs, concatenated into one vector."""
     leaves = jax.tree.leaves(results)
     wrong = [a for a in leaves if not jnp.issubdtype(jnp.result_type(a), jnp.floating)]
     if not leaves or wrong:
@@ -174,7 +174,7 @@ def _outputs(results: Any) -> Array:
 
 
 def _numbered(arguments: Arguments) -> Arguments:
-    """With the number of the output as one more argument, which all examples share."""
+    """Add the number of the output as a last argument, shared by all examples."""
 
     def rebuilt(params: Sequence[Any], examples: Sequence[Any], shared: Sequence[Any]) -> Any:
         *examples, k = examples
@@ -222,13 +222,13 @@ def _evaluated(transformed: Transformed, arguments: Arguments, outputs: int) -> 
     for factors, axis_of, route in zip(put_back(parts, shared), where, routes, strict=True):
         settled_, axes_ = _settled(factors, axis_of, Lowered(factors, route.how, route.reason), outputs)
         held.append(settled_)
-        axes_held += [*axes_, EVERY]  # the last is that of the weights
+        axes_held += [*axes_, EVERY]  # the last entry is for the leaf's weights
     g = PerExampleGrads(jax.tree.unflatten(arguments.params_tree, held))
     return PerExampleJacobian(g, tuple(axes_held), outputs)
 
 
 def _settled(factors: Any, axis_of: Any, lowered: Lowered, outputs: int) -> tuple[Any, list[int]]:
-    """`settled` of every output, and the axis of outputs of each array."""
+    """Apply `settled` to every output; also return the output axis of each array."""
     if is_settled(factors, lowered):
         return factors, jax.tree.leaves(axis_of)
     in_axes = jax.tree.map(_for_vmap, axis_of)

@@ -1,7 +1,7 @@
-"""From undone products to factors: what is kept as a product, and what is carried out because it is smaller so.
+"""Convert unevaluated products to factors, and materialize those that are smaller as arrays.
 
-The cost model, on shapes alone: a parameter's gradient is kept as factors if those hold fewer numbers than it does,
-Σ T·(F + K) < F·K for one example, and is formed otherwise. So nothing that is kept is larger than what it stands for.
+The cost model uses shapes alone: a parameter's gradient is held as factors if they hold fewer numbers than it does,
+Σ T·(F + K) < F·K for one example, and is materialized otherwise. So no factors are larger than the gradient they hold.
 """
 
 import dataclasses
@@ -35,16 +35,16 @@ from jaxgrad.per_example.interpreter.values import (
 from jaxgrad.precision import added, joined
 from jaxgrad.sharding import automatic, merged, spread_over
 
-MERGED = 3  # more products of one layout than this become one, its positions one after another
+MERGED = 3  # more products of one layout than this are merged into one, with their positions concatenated
 
 
 class Lowered(NamedTuple):
-    """One parameter's gradient, of one example.
+    """One parameter's gradient, for one example.
 
     Attributes:
-        factors: without the example axis.
-        how: "factored", "formed" (a product, carried out because it is smaller so), "vector" (at most one axis),
-            "unused" or "direct" (as vmap(jax.grad) would).
+        factors: the factors, without the example axis.
+        how: "factored", "formed" (a product, materialized because the array is smaller), "vector" (at most one axis),
+            "unused" or "direct" (computed as vmap(jax.grad) would).
         reason: why it is direct, or what was added to the product.
     """
 
@@ -54,7 +54,7 @@ class Lowered(NamedTuple):
 
 
 def lower(value: Value, shape: tuple[int, ...], dtype: Any) -> Lowered:
-    """The factors that a gradient is, and why those."""
+    """The factors of a gradient, and the reason for that choice."""
     size, matrix = math.prod(shape), sum(n != 1 for n in shape) > 1
     if is_zero(value):
         return Lowered((_nothing(shape, dtype),), "unused", None)
@@ -66,7 +66,7 @@ def lower(value: Value, shape: tuple[int, ...], dtype: Any) -> Lowered:
         factors = _factors(value.terms, shape, dtype) + _behind_maps(value.maps, shape, dtype)
         direct = matrix and value.reason not in (None, FORMED)
         return Lowered(factors, "direct" if direct else "factored", value.reason if direct else None)
-    if isinstance(value, Undone) and value.has_windows:  # carried out for several examples at once: `settled`
+    if isinstance(value, Undone) and value.has_windows:  # `settled` materializes it, several examples at a time
         others = [term for term in value.terms if not term.windows]
         factors = tuple(_factor(term, shape, dtype) for term in value.terms if term.windows)
         factors += _behind_maps(value.maps, shape, dtype)
@@ -86,7 +86,7 @@ def factors_of(value: Value, shape: tuple[int, ...], dtype: Any) -> tuple[Factor
 
 
 def settled(factors: tuple[Factor, ...], lowered: Lowered) -> tuple[Factor, ...]:
-    """The factors of a batch: convolutions that are smaller so are carried out, a few examples at a time."""
+    """The factors of a batch; convolutions that are smaller as arrays are materialized, a few examples at a time."""
     if is_settled(factors, lowered):
         return factors
     return (Dense.of(_total(factors), factors[0].layout.dtype),)
@@ -98,7 +98,7 @@ def _total(factors: tuple[Factor, ...]) -> Array:
 
 
 def is_settled(factors: tuple[Factor, ...], lowered: Lowered) -> bool:
-    """Whether nothing is to be carried out."""
+    """Whether there is nothing left to materialize."""
     return lowered.how == "factored" or not any(_has_windows(f) for f in factors)
 
 
@@ -113,7 +113,7 @@ def _factors(terms: Sequence[Term], shape: tuple[int, ...], dtype: Any) -> tuple
 
 
 def _behind_maps(nodes: Sequence[Node], shape: tuple[int, ...], dtype: Any) -> tuple[Factor, ...]:
-    """A factor for each number that an array is multiplied with, and one for all maps of something larger."""
+    """One `Common` factor for each scalar input of the maps, and one `Mapped` factor for all their larger inputs."""
     numbers: dict[int, list[Node]] = {}
     larger: list[Node] = []
     for node in nodes:
@@ -140,13 +140,13 @@ def _behind_maps(nodes: Sequence[Node], shape: tuple[int, ...], dtype: Any) -> t
 
 
 def _real_parts(number: Any) -> list[tuple[Any, Any]]:
-    """[(a, one)] with number = Σ a · one: a map from complex numbers to real ones is linear in both parts, no more."""
+    """[(a, one)] with number = Σ a · one: a map from complex to real numbers is linear only over the real numbers."""
     one = jnp.ones_like(number)
     return [(number.real, one), (number.imag, 1j * one)] if jnp.iscomplexobj(number) else [(number, one)]
 
 
 def _dense(array: Any, shape: tuple[int, ...], dtype: Any) -> Dense:
-    """Of one example."""
+    """The gradient of one example as a `Dense` factor."""
     return Dense(jnp.asarray(array), _layout(shape, dtype))
 
 
@@ -155,7 +155,7 @@ def _layout(shape: tuple[int, ...], dtype: Any) -> Layout:
 
 
 def _nothing(shape: tuple[int, ...], dtype: Any) -> Factor:
-    """No product at all: a parameter that the loss does not use holds nothing."""
+    """An empty product (T = 0): a parameter that the loss does not use holds nothing."""
     F, K = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
     layout = Layout(shape, jnp.dtype(dtype), (0, 1), (1, F, K), (F, K))
     return Outer(jnp.zeros((1, 0, F), dtype), jnp.zeros((1, 0, K), dtype), layout)
@@ -166,7 +166,7 @@ def _factor(term: Term, shape: tuple[int, ...], dtype: Any) -> Factor:
         return _windows(term, shape, dtype)
     kinds = {label: _kind(term, label) for label in term.out}
     if next((kind for kind in kinds.values() if kind != "group"), "left") == "right" and term.row is None:
-        term = _turned(term)  # the first free axis of the parameter is left's, so that like lies like
+        term = _turned(term)  # left gets the parameter's first free axis, so that like terms have one layout
         kinds = {label: _kind(term, label) for label in term.out}
     runs: list[tuple[str, list[int]]] = []
     for label in term.out:
@@ -179,7 +179,7 @@ def _factor(term: Term, shape: tuple[int, ...], dtype: Any) -> Factor:
     G, F, K = ([label for label in term.out if kinds[label] == kind] for kind in ("group", "left", "right"))
     T = [label for label in term.left_labels if label in term.right_labels and label not in kinds]
     divided = {*_divided(term.left, term.left_labels), *_divided(term.right, term.right_labels)}
-    T.sort(key=lambda label: label not in divided)  # merged, they stay on their devices
+    T.sort(key=lambda label: label not in divided)  # sharded labels come first, so merging them moves no data
     count = tuple(math.prod(term.size_of(label) for label in labels) for labels in (G, F, K, T))
     layout = Layout(shape, jnp.dtype(dtype), axes, (count[0], count[1], count[2]), split, _box(term))
     if term.row is not None:
@@ -193,7 +193,7 @@ def _factor(term: Term, shape: tuple[int, ...], dtype: Any) -> Factor:
 
 
 def _windows(term: Term, shape: tuple[int, ...], dtype: Any) -> Windows:
-    """K runs over the places, then over what else only the image has."""
+    """A convolution term as a factor; K runs over the kernel's entries, then over the image's other free axes."""
     places = [w.place for w in term.windows]
     shared = [label for label in term.left_labels if label in term.right_labels]
     G, C = [label for label in shared if label in term.out], [label for label in shared if label not in term.out]
@@ -218,7 +218,7 @@ def _windows(term: Term, shape: tuple[int, ...], dtype: Any) -> Windows:
 
 
 def _box(term: Term) -> Box | None:
-    """(start, size, stride) in each axis of the parameter."""
+    """(start, size, stride) along each axis of the parameter; None if the term covers the whole parameter."""
     if term.box is None:
         return None
     return tuple((start, n, stride) for (start, stride, _), n in zip(term.box, term.sizes, strict=True))
@@ -247,7 +247,7 @@ def _divided(a: Array, labels: Sequence[int]) -> list[int]:
 
 
 def _ordered(a: Array, labels: Sequence[int], order: Sequence[int]) -> Array:
-    """Axes in this order; those that are not in it are summed."""
+    """The array with its axes in this order; axes whose labels are not in `order` are summed."""
     gone = [k for k, label in enumerate(labels) if label not in order]
     a = a.sum(gone, dtype=a.dtype) if gone else a
     kept = [label for label in labels if label in order]
@@ -255,12 +255,12 @@ def _ordered(a: Array, labels: Sequence[int], order: Sequence[int]) -> Array:
 
 
 def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
-    """Many uses of one weight as one factor with their positions one after another, as an unrolled loop has them."""
+    """Merge many uses of one weight, as in an unrolled loop, into one factor with their positions concatenated."""
     alike: dict[Any, list[Factor]] = {}
     found: list[Factor] = []
     for f in factors:
         if isinstance(f, Windows) or (isinstance(f, Rows) and f.values.shape[0] != f.ids.shape[0]):
-            found.append(f)  # joined, it would hold more
+            found.append(f)  # merged, it would hold more
         else:
             alike.setdefault((type(f), f.layout), []).append(f)
     for (kind, layout), same in alike.items():

@@ -1,4 +1,4 @@
-"""How `jax.export` writes down the types that hold gradients, and reads them again: as JSON, field by field."""
+"""Serialization by `jax.export` of the types that hold gradients: as JSON, field by field."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ N = TypeVar("N")
 
 
 def named_tuple(cls: type[N]) -> type[N]:
-    """A class decorator: functions that take or return such a NamedTuple can be serialised."""
+    """A class decorator for NamedTuples, so that functions that take or return them can be serialized."""
     export.register_namedtuple_serialization(cls, serialized_name=_name(cls))  # type: ignore[type-var]
     return cls
 
@@ -60,8 +60,9 @@ def _made(value: Any) -> Any:
 
 def _refused(_: Any) -> bytes:
     raise ValueError(
-        "jax.export: a gradient behind a map of the parameter (`Mapped`) cannot be serialised, since the map is a "
-        "program. Export a function that returns what is asked of the gradients: norms, sums, or g.materialize()."
+        "jax.export: expected gradients without `Mapped` factors, got one, whose linear map is a program that cannot "
+        "be serialized. Export a function that returns what you compute from the gradients: norms, sums, or "
+        "g.materialize()."
     )
 
 

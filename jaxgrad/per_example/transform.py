@@ -1,4 +1,4 @@
-"""per_example_grad: the gradients of a batch as factors, for any pure JAX loss of one example."""
+"""per_example_grad: the per-example gradients of a batch, held as factors, for any pure JAX loss of one example."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -32,37 +32,36 @@ def per_example_grad(
     spmd_axis_name: Any = None,
     strict: bool = False,
 ) -> Callable[..., Any]:
-    """The gradient of every example of a batch, kept as factors: `jax.vmap(jax.grad(fun))` without its memory.
+    """Compute the gradient of every example of a batch, held as factors: `jax.vmap(jax.grad(fun))` without its memory.
 
-    `fun` is differentiated by JAX, and whatever JAX says is its gradient is what comes out: custom rules, remat,
-    stop_gradient and control flow mean what they mean there. What differs is that the last product of each gradient is
-    not carried out. Where a parameter's gradient is no product, it is evaluated as `jax.vmap(jax.grad(fun))` would, the
-    direct route; `explain` names each such parameter, and `check_gradient(per_example_grad(fun), fun, params, *batch)`
-    holds the result against `jax.grad` on your own model: do that first. Jit what calls it, as with `jax.grad`: its
-    costs are those under `jax.jit`.
+    JAX differentiates `fun`, so custom rules, remat, stop_gradient and control flow behave as under `jax.grad`. The
+    only difference is that the last product of each gradient is not materialized. A parameter whose gradient is not a
+    product takes the direct route: its gradient is evaluated as `jax.vmap(jax.grad(fun))` would evaluate it. `explain`
+    names each such parameter. First run `check_gradient(per_example_grad(fun), fun, params, *batch)` on your own model:
+    it compares the result with `jax.grad`. Jit the code that calls this, as with `jax.grad`; the stated costs are those
+    under `jax.jit`.
 
     Args:
-        fun: a pure function of one example to a real scalar, or to (scalar, aux) with has_aux.
-        argnums: which arguments to differentiate with respect to, one or several, as in `jax.grad`; they are the same
-            for all examples.
-        in_axes: as in `jax.vmap(jax.grad(fun), in_axes)`: a number, for all arguments but the differentiated ones; or a
-            sequence with one entry for each positional argument: None for the differentiated ones and for what all
-            examples share, a number, or a tree prefix of both. Keyword arguments: arrays, leaf by leaf, are batched
-            along axis 0; scalars and what is no array are shared.
+        fun: a pure function of one example that returns a real scalar, or (scalar, aux) with has_aux.
+        argnums: the argument or arguments to differentiate with respect to, as in `jax.grad`; all examples share them.
+        in_axes: as in `jax.vmap(jax.grad(fun), in_axes)`: a number, for all arguments except the differentiated ones;
+            or a sequence with one entry for each positional argument: None for differentiated and shared arguments,
+            a number, or a tree prefix of both. In keyword arguments, every leaf that is an array is batched along
+            axis 0; scalars and leaves that are not arrays are shared.
         has_aux: whether fun returns (scalar, aux).
-        spmd_axis_name: as in `jax.vmap`: the mesh axis, or axes, that the examples are spread over, so that
-            `jax.lax.with_sharding_constraint` inside fun leaves them there.
-        strict: whether to raise an error where a parameter takes the direct route.
+        spmd_axis_name: as in `jax.vmap`: the mesh axis or axes over which the examples are sharded, so that
+            `jax.lax.with_sharding_constraint` inside fun leaves them sharded there.
+        strict: whether to raise an error if a parameter takes the direct route.
 
     Returns:
         A function of fun's arguments, the batched ones with an example axis, that returns `PerExampleGrads` over the
-        tree of the differentiated argument (a tuple of trees for several), with has_aux (PerExampleGrads, aux of every
-        example).
+        tree of the differentiated argument (a tuple of trees if there are several); with has_aux, it returns
+        (PerExampleGrads, aux of every example).
 
     Raises:
-        TypeError: a loss that is not a real scalar, or a parameter that is not of a floating dtype.
-        ValueError: no batched argument, batch sizes that differ, argnums or in_axes that do not fit the arguments; with
-            strict, a parameter whose gradient takes the direct route.
+        TypeError: the loss is not a real scalar, or a parameter does not have a floating dtype.
+        ValueError: no argument is batched, batch sizes differ, argnums or in_axes do not fit the arguments, or strict
+            is set and a parameter's gradient takes the direct route.
 
     Example:
         >>> loss = lambda params, x, y: (jnp.tanh(params["W"] @ x).sum() - y) ** 2
@@ -90,13 +89,14 @@ def per_example_value_and_grad(
     spmd_axis_name: Any = None,
     strict: bool = False,
 ) -> Callable[..., Any]:
-    """As `per_example_grad`, with the values too: a function that returns (values [B], PerExampleGrads).
+    """Like `per_example_grad`, but also return the losses: the result is (values [B], PerExampleGrads).
 
     Args:
         fun, argnums, in_axes, has_aux, spmd_axis_name, strict: as in `per_example_grad`.
 
     Returns:
-        (values, PerExampleGrads), with has_aux ((values, aux), PerExampleGrads), as `jax.value_and_grad`.
+        A function that returns (values, PerExampleGrads) or, with has_aux, ((values, aux), PerExampleGrads), like
+        `jax.value_and_grad`.
 
     Raises:
         TypeError, ValueError: as in `per_example_grad`.
@@ -120,11 +120,11 @@ def per_example_value_and_grad(
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Route:
-    """What was done for one parameter, as in `Lowered`. A tree without leaves, so that it leaves `vmap` as a result.
+    """The route one parameter's gradient took, as in `Lowered`; a pytree without leaves, so that `vmap` can return it.
 
     Attributes:
         how: the route.
-        reason: why it is the direct one.
+        reason: why the route is the direct one.
     """
 
     how: str
@@ -132,7 +132,7 @@ class Route:
 
 
 class Transformed:
-    """A loss, and how it is to be called."""
+    """A loss and the options it is called with."""
 
     def __init__(
         self,
@@ -154,12 +154,12 @@ class Transformed:
         return self.evaluated(self.arguments(args, kwargs))[:3]
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """The call taken apart."""
+        """Split a call into parameters, batched arguments and shared arguments."""
         with naming(self.call):
             return arguments_of(args, kwargs, self.argnums, self.in_axes)
 
     def evaluated(self, arguments: Arguments) -> tuple[Any, Any, PerExampleGrads, list[Route]]:
-        """(values, aux, gradients, what was done for each parameter)."""
+        """(values, aux, gradients, the route of each parameter)."""
         with naming(self.call):
             return self._evaluated(arguments)
 
@@ -205,14 +205,14 @@ class Transformed:
             return values, aux, measures
 
     def of_one_example(self, arguments: Arguments) -> tuple[Callable[[Sequence[Any]], Any], Any]:
-        """(one, the structure of (value, aux)).
+        """(one, the tree structure of (value, aux)).
 
-        one(the batch's leaves, of one example) → (value and aux, factors without what all examples share, what was done
-        for each parameter, what all share).
+        one(the batch's leaves for one example) → (leaves of value and aux, factors without their shared arrays, the
+        route of each parameter, the shared arrays).
         """
         program, out_tree, count = self._program(arguments)
         outvars = program.jaxpr.outvars
-        first = len(outvars) - count  # of the gradients
+        first = len(outvars) - count  # index of the first gradient
 
         def one(examples: Sequence[Any]) -> Any:
             leaves = [*map(Shared, arguments.params), *examples]
@@ -229,7 +229,7 @@ class Transformed:
         return one, out_tree
 
     def _program(self, arguments: Arguments) -> tuple[_jax.Program, Any, int]:
-        """The gradient's program for one example: results (value, aux …, gradients …)."""
+        """Trace the gradient's program for one example; its results are (value, aux …, gradients …)."""
 
         def scalar(params: Sequence[Any], examples: Sequence[Any]) -> Any:
             args, kwargs = arguments.put_back(params, examples)
@@ -240,7 +240,7 @@ class Transformed:
                 raise
             if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
                 raise TypeError(
-                    f"{called()}: expected a loss that returns (scalar, aux), as has_aux=True says, "
+                    f"{called()}: expected a loss that returns (scalar, aux), because has_aux=True, "
                     f"got {'one array' if hasattr(result, 'dtype') else type(result).__name__}."
                 )
             value, aux = result if self.has_aux else (result, None)
@@ -258,21 +258,21 @@ class Transformed:
             if f.how == "direct" and f.reason is not None:
                 at = f" at {f.reason.source}" if f.reason.source else ""
                 raise ValueError(
-                    f"{called()}: with strict=True expected a product for the gradient of every matrix, got the "
+                    f"{called()}: with strict=True expected the gradient of every matrix to be a product, got the "
                     f"direct route for {path or 'the parameter'}: {f.reason.primitive}{at}: {f.reason.why}. Write "
-                    f"the use of the parameter as a matrix product, convolution or lookup (and what is computed from "
-                    f"the parameters alone outside of loops), or drop strict=True: the result is the same."
+                    f"the use of the parameter as a matrix product, convolution or lookup (and move what depends on "
+                    f"the parameters alone out of loops), or drop strict=True: the result is the same."
                 )
 
 
 def _as_returned(value: Value, aval: Any) -> Array:
-    """A result that is no gradient, as the array that the program returns."""
-    if is_zero(value) and aval.weak_type:  # what is known to be zero does not remember how its dtype came about
+    """Convert a result that is not a gradient to the array that the program returns."""
+    if is_zero(value) and aval.weak_type:  # a value known to be zero does not record that its dtype is weak
         zeros = jnp.broadcast_to(jnp.asarray(aval.dtype.type(0).item()), aval.shape)
         if zeros.dtype == aval.dtype:
             return zeros
     array = array_of(value)
-    if isinstance(array, np.ndarray) and aval.weak_type and not array.ndim:  # a number of the program
+    if isinstance(array, np.ndarray) and aval.weak_type and not array.ndim:  # a literal number in the program
         number = jnp.asarray(array.item())
         array = number if number.dtype == aval.dtype else array
     return array if isinstance(array, jax.Array) else jnp.asarray(array, aval.dtype)
