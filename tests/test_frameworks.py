@@ -59,7 +59,7 @@ def agrees(loss, params, *batch, in_axes=0):
     assert {row.path: row.shape for row in explanation.rows} == {
         jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    assert not [row.path for row in explanation.rows if len(row.shape) > 1 and row.how == "direct"], explanation
+    assert not [row.path for row in explanation.rows if len(row.shape) > 1 and row.primitive], explanation
     return explanation
 
 

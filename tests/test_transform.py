@@ -243,12 +243,12 @@ def test_the_exercise_has_the_factors_of_its_closed_form():
 # --- What is done, and what is refused -------------------------------------------------------------------------------
 
 HELD = {
-    "['D']": ("direct", "Dense([6, 4, 3])"),
+    "['D']": ("materialized", "Dense([6, 4, 3])"),
     "['E']": ("factored", "Rows([6, 3], [6, 3, 8])"),
-    "['F']": ("formed", "Dense([6, 2, 2])"),
+    "['F']": ("materialized", "Dense([6, 2, 2])"),
     "['R']": ("factored", "Outer([6, 1, 3, 12], [6, 1, 3, 12])"),
     "['W']": ("factored", "Outer([6, 1, 1, 12], [6, 1, 1, 8]) + Outer([6, 1, 3, 12], [6, 1, 3, 8])"),
-    "['b']": ("vector", "Dense([6, 12])"),
+    "['b']": ("materialized", "Dense([6, 12])"),
     "['k']": ("factored", "Windows([6, 1, 1, 3, 10], [6, 1, 1, 3, 8])"),
 }
 
@@ -263,8 +263,9 @@ def test_explain():
     assert (e["['R']"].nbytes, e["['R']"].materialized_nbytes) == (8 * B * 3 * 24, 8 * B * 144)
     assert [(row.path, row.primitive, row.source) for row in e.direct] == [("['D']", "scan", DIRECT)]
     lines = str(e).splitlines()
-    assert re.fullmatch(r"\['b'\] +\[12\] +vector +Dense\(\[6, 12\]\) +entries +576 B +576 B", lines[8])
-    assert lines[-1].startswith(f"['D']: written out, for scan at {DIRECT}: ")
+    assert [e[path].why for path in ("['F']", "['b']", "['W']")] == ["smaller", "vector", ""]
+    assert re.fullmatch(r"\['b'\] +\[12\] +materialized +vector +Dense\(\[6, 12\]\) +entries +576 B +576 B", lines[8])
+    assert lines[-1].startswith(f"['D']: materialized because of scan at {DIRECT}: ")
     n = 10**12  # nothing is computed
     shapes = jax.eval_shape(lambda: p), jax.ShapeDtypeStruct((n, 3), jnp.int32), jax.ShapeDtypeStruct((n,), jnp.float64)
     assert explain(many)(*shapes).nbytes == e.nbytes // B * n

@@ -98,10 +98,17 @@ def nbytes(row: Any) -> int:
     return math.prod(row.shape) * row.dtype.itemsize
 
 
+def label(row: Any) -> str:
+    """The column of the table that a parameter counts in."""
+    if row.how != "materialized":
+        return str(row.how)
+    return "direct" if row.primitive else {"smaller": "formed"}.get(row.why, row.why)
+
+
 def labels(told: Any) -> dict[str, str]:
     """The number of parameters, and the shares of their bytes by how they are held."""
     size = sum(map(nbytes, told.rows))
-    share = {how: sum(nbytes(r) for r in told.rows if r.how == how) / size for how in SHARES}
+    share = {how: sum(nbytes(r) for r in told.rows if label(r) == how) / size for how in SHARES}
     return {
         "parameters": f"{sum(math.prod(r.shape) for r in told.rows):,}",
         **{how: f"{x:.1%}" for how, x in share.items()},

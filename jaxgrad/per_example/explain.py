@@ -24,16 +24,16 @@ class Row:
         path: the parameter's path, as `jax.tree_util.keystr` writes it.
         shape: the parameter's shape.
         dtype: the parameter's dtype.
-        how: "factored"; "formed", a product that is materialized because it is smaller than its operands; "vector",
-            a parameter with at most one axis, whose gradient is materialized because it is no larger than an
-            activation; "unused"; "direct", materialized as vmap(jax.grad) would.
+        how: "factored", "materialized" or "unused".
         factors: the kinds and shapes of the factors, with the example axis.
         norm: how the norm is computed, one entry for each pair of factors.
         nbytes: bytes held.
         materialized_nbytes: bytes of the materialized gradients.
-        primitive: on the direct route, the primitive at which the gradient stops being a product; empty otherwise.
+        why: the reason why it is materialized: "vector", the parameter has at most one axis and its gradient is no
+            larger than an activation; "smaller", the gradient is no larger than the arrays it is computed from; or what
+            stopped it from being a product, at `primitive`.
+        primitive: the primitive at which the gradient stops being a product; empty if that is not the reason.
         source: the primitive's file and line in the loss.
-        why: the reason for the direct route.
 
     Example:
         >>> row = explain(lambda W, x: jnp.tanh(W @ x).sum())(jnp.ones((30, 20)), jnp.ones((4, 20))).rows[0]
@@ -49,9 +49,9 @@ class Row:
     norm: tuple[str, ...]
     nbytes: int
     materialized_nbytes: int
+    why: str = ""
     primitive: str = ""
     source: str = ""
-    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Explanation:
     Example:
         >>> loss = lambda params, x: params["out"] @ jnp.tanh(params["in"] @ x)
         >>> told = explain(loss)({"in": jnp.ones((30, 20)), "out": jnp.ones(30)}, jnp.ones((4, 20)))
-        >>> told["['out']"].how, told.nbytes < told.materialized_nbytes
+        >>> told["['out']"].why, told.nbytes < told.materialized_nbytes
         ('vector', True)
     """
 
@@ -85,7 +85,7 @@ class Explanation:
     @property
     def direct(self) -> tuple[Row, ...]:
         """The parameters that take the direct route."""
-        return tuple(row for row in self.rows if row.how == "direct")
+        return tuple(row for row in self.rows if row.primitive)
 
     def __getitem__(self, path: str) -> Row:
         """The row of the parameter at `path`."""
@@ -95,15 +95,15 @@ class Explanation:
         raise KeyError(f"{path}: expected one of {', '.join(row.path for row in self.rows)}")
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "how", "held as", "norm", "held", "written out")
+        head = ("parameter", "shape", "how", "why", "held as", "norm", "held", "materialized")
         lines = [head, *(_cells(row) for row in self.rows)]
-        lines.append(("all", "", "", "", "", _bytes(self.nbytes), _bytes(self.materialized_nbytes)))
+        lines.append(("all", "", "", "", "", "", _bytes(self.nbytes), _bytes(self.materialized_nbytes)))
         widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         table.insert(1, "-" * max(len(line) for line in table))
         for row in self.direct:
             at = f" at {row.source}" if row.source else " in a function of JAX that the loss calls"
-            table.append(f"{row.path or 'parameter'}: written out, for {row.primitive}{at}: {row.why}")
+            table.append(f"{row.path or 'parameter'}: materialized because of {row.primitive}{at}: {row.why}")
         return "\n".join([f"{self.batch_size} examples", *table])
 
 
@@ -114,9 +114,10 @@ def explain(
 
     The table has these columns:
 
-    `how` is one of: "factored", held as factors; "formed", a product that is materialized because it is smaller than
-    its factors; "vector", at most one axis, materialized because it is no larger than an activation; "unused";
-    "direct", materialized as `vmap(jax.grad)` would.
+    `how` is "factored", "materialized" or "unused". `why` says why a gradient is materialized: "vector", the parameter
+    has at most one axis and its gradient is no larger than an activation; "smaller", the gradient is no larger than the
+    arrays it is computed from; "direct", it takes the direct route, as `vmap(jax.grad)` would compute it, for the
+    reason given below the table.
 
     `held as` names the kind of factor, with B examples, T positions and G groups: Outer(left [B, G, T, F], right
     [B, G, T, K]) for Σ_t left ⊗ right; Rows(ids [B, T], values [B, T, K]) for rows of a table, with values [B, 1, K]
@@ -173,19 +174,24 @@ def _row(path: str, factors: Sequence[Any], route: Route) -> Row:
     layout = factors[0].layout
     held = [a for f in factors for a in arrays(f)]
     B = of_examples(factors)[0].shape[0]
-    reason = route.reason
     norm = tuple(way(f, f_) for i, f in enumerate(factors) for f_ in factors[: i + 1])
     return Row(
         path=path,
         shape=layout.shape,
         dtype=layout.dtype,
-        how=route.how,
+        how=route.how if route.how in ("factored", "unused") else "materialized",
         factors=tuple(f"{type(f).__name__}({', '.join(str(list(a.shape)) for a in arrays(f))})" for f in factors),
         norm=norm,
         nbytes=sum(math.prod(a.shape) * a.dtype.itemsize for a in held),
         materialized_nbytes=B * layout.size * layout.dtype.itemsize,
-        **({} if reason is None else {"primitive": reason.primitive, "source": reason.source, "why": reason.why}),
+        **_why(route),
     )
+
+
+def _why(route: Route) -> dict[str, str]:
+    if route.how == "direct" and route.reason is not None:
+        return {"primitive": route.reason.primitive, "source": route.reason.source, "why": route.reason.why}
+    return {"why": {"vector": "vector", "formed": "smaller"}.get(route.how, "")}
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -195,6 +201,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.path or "parameter",
         str(list(row.shape)),
         row.how,
+        "direct" if row.primitive else row.why,
         kinds,
         norm,
         _bytes(row.nbytes),
