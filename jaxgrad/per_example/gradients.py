@@ -289,7 +289,8 @@ class PerExampleGrads:
     @_in_chunks
     @automatic(by_example=False)
     def second_moment(self) -> PyTree:
-        """mean_b g_b ⊙ g_b, a tree with the parameters' shapes, in float32 at least, as half precision cannot hold squares.
+        """mean_b g_b ⊙ g_b, a tree with the parameters' shapes, in float32 at least: half precision cannot hold the
+        squares.
 
         Formula: for an Outer with T = 1, (left²)ᵀ(right²)/B, one matrix product; otherwise examples are materialized, a
         few at a time.
