@@ -89,7 +89,7 @@ def _solved(K: Array, b: Array, ridge: Array) -> Array:
     def by_eigenvectors() -> Array:
         values, vectors = jnp.linalg.eigh(K)
         least = unknown * jnp.abs(values).max()
-        left_out = values <= least  # NaN is kept
+        left_out = values <= least  # False for NaN
         kept = jnp.where(left_out, jnp.ones_like(values), values + ridge)
         inverse = jnp.where(left_out, jnp.zeros_like(values), 1 / kept)
         parts = jnp.matmul(vectors.T, b, precision=EXACT)

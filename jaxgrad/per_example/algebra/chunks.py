@@ -62,7 +62,7 @@ def chunk_size(bytes_each: int, count: int, most: int = CHUNK_BYTES) -> int:
 
 
 def map_examples(function: Callable[..., Array], size: int, *trees: PyTree, spread: bool = True) -> Array:
-    """function(*trees), on `size` examples (axis 0) or somewhat fewer at a time; it must treat them independently.
+    """Compute function(*trees) on `size` or somewhat fewer examples (axis 0) at a time; they must be independent.
 
     Each block is sliced where it is used, so that no second copy of the examples is made. If the batch may be sharded
     over devices, a block takes examples at a fixed stride, with `size` rounded up to equally many from each device, so
@@ -84,7 +84,7 @@ def map_examples(function: Callable[..., Array], size: int, *trees: PyTree, spre
 
 
 def sum_examples(function: Callable[..., T], size: int, *trees: PyTree, spread: bool = True) -> T:
-    """function(*trees), a tree of arrays, on blocks as in `map_examples`; it must be a sum over examples (axis 0)."""
+    """Compute function(*trees), a tree of arrays, on blocks as in `map_examples`; it must be a sum over axis 0."""
     if not isinstance(_count(trees), int):
         return _sum_unknown(function, trees)
     cut = _Cut.of(trees, size, spread)

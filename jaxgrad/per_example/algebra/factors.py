@@ -3,8 +3,8 @@
 Index legend, here and in `pairs`: B example, G group (heads, stacked layers), T position within the example, F fan-out,
 K fan-in; a prime (or the letters C, S) marks the second operand.
 
-A factor stands for a [G, F, K] array per example, the *matrix layout*; its `Layout` says where each of these entries is
-in the parameter's own shape. A parameter's gradient is a sum of factors.
+A factor stands for a [G, F, K] array per example, called the *matrix layout*; its `Layout` says where each of these
+entries is in the parameter's own shape. A parameter's gradient is a sum of factors.
 
     Outer(left [B,G,T,F], right [B,G,T,K])   Σ_t left ⊗ right: any weight that enters through a matrix product
     Rows(ids [B,T], values [B,T,K])          values added to rows of an [F, K] table: an embedding

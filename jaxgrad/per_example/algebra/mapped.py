@@ -64,7 +64,7 @@ class Common:
 )
 @dataclass(frozen=True)
 class Mapped:
-    """A linear map, shared by all examples, of other gradients: those of a weight in the form in which it is used.
+    """A linear map, shared by all examples, of other gradients: those of a weight in the form that the loss uses.
 
     Attributes:
         inputs: for each input of the map, a tuple of factors that add up to it.
@@ -100,7 +100,7 @@ class Mapped:
         return self.map.transposed(self.avals(cotangent.dtype), self.shared.value, cotangent)
 
     def norm(self, dtype: Any) -> Array:
-        """Upper bound on the map's operator norm, exact or estimated.
+        """Upper bound on the map's operator norm; for some maps an estimate.
 
         For an elementwise map it is a true bound. For other maps it is `MARGIN` times the result of six steps of the
         power method from a random start; the probability that this is below the norm is negligible but not zero.

@@ -198,7 +198,7 @@ def shortened(norms: Array, limit: Array) -> Array:
 
 
 def nan_unless(fine: Array, value: Array) -> Array:
-    """The value where `fine`, otherwise NaN. Elsewhere no NaN is made, which `jax.debug_nans` would report."""
+    """The value where `fine`, otherwise NaN. Where `fine`, no NaN is made that `jax.debug_nans` would report."""
     return value * jnp.sqrt(jnp.where(fine, jnp.ones_like(value), -jnp.ones_like(value)))
 
 

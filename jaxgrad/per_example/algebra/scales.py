@@ -12,7 +12,7 @@ LONG_ROW = 512  # from this length, a reduction is as fast as a product with one
 
 
 def nearest_power(a: Array) -> Array:
-    """The largest power of two ≤ a, at most 2 ** (maxexp - 3), for a ≥ 0; 0 if a is 0 or subnormal. Not differentiated."""
+    """The largest power of two ≤ a ≥ 0, at most 2 ** (maxexp - 3); 0 if a is 0 or subnormal. Not differentiated."""
     bits = jnp.finfo(a.dtype)
     whole = np.dtype(f"int{bits.bits}")
     exponent = np.asarray(2 ** (bits.bits - 1) - 2**bits.nmant, whole)
@@ -22,7 +22,7 @@ def nearest_power(a: Array) -> Array:
 
 
 def power_of_two(a: Array) -> Array:
-    """`nearest_power`, but 1 where that is 0. Dividing by it loses no digits, and values that are not finite stay so."""
+    """`nearest_power`, but 1 where that is 0. Dividing by it loses no digits; values that are not finite stay so."""
     near = nearest_power(a)
     return jnp.where(near == 0, jnp.ones_like(near), near)
 

@@ -2,7 +2,7 @@
 
 A CPU adds one term after another, so the sum of n equal numbers is off by up to n/2 roundings, 1e-2 of the sum for two
 million. If blocks are summed first and then added, it is off by as many roundings as a block has terms. Accelerators,
-and devices between which the examples are sharded, sum in parallel; there the sum is left as it is.
+and devices across which the examples are sharded, sum in parallel; there the sum is left as it is.
 """
 
 import functools
@@ -53,7 +53,7 @@ def grouped_products(left: Float[Array, "B G T F"], right: Float[Array, "B G T K
 
 
 def table(ids: Integer[Array, " N"], values: Float[Array, "N K"], rows: int) -> Float[Array, "{rows} K"]:
-    """Add values_n to row ids_n of `rows`; if rows are few, neighbors share one of several tables, which are then summed."""
+    """Add values_n to row ids_n of `rows`; if these are few, runs of neighbors fill separate tables, then summed."""
     N, K = values.shape
     copies = 1 if _in_one(values) or not rows else min(N // rows, N // BLOCK)
     if copies <= 1:
