@@ -1,17 +1,18 @@
 """Which examples matter: scores, similarities and influence from per-example gradients.
 
-The files, and the names:
+The modules and their public names:
 
-    Of a batch of gradients
-        influence     self_influence, influence: on an example's own loss, and of training examples on test losses
-        scores        cosine_similarity of every pair of gradients; noise_scale, how much of a gradient is noise, and
-                      the batch size at which that is half
-        projection    random_projection: a few numbers an example that keep inner products
-    Of a loss or a model
+    Functions of a batch of gradients
+        influence     self_influence: influence on an example's own loss; influence: of training on test examples
+        scores        cosine_similarity of all pairs of gradients; noise_scale: how much of a mean gradient is noise,
+                      and the batch size at which noise and signal are equal
+        projection    random_projection: a few numbers per example that preserve inner products
+    Functions of a loss or a model
         checkpoints   grand, tracin: norms and inner products over several checkpoints
         kernel        ntk: the empirical neural tangent kernel, in blocks for large batches
 
-For more examples than fit into memory see `blocks`. B counts training examples, C test examples.
+For data sets whose gradients do not fit in memory see `blocks`. B is the number of training examples, C that of test
+examples.
 """
 
 from jaxgrad.attribution.checkpoints import grand, tracin

@@ -14,17 +14,17 @@ from jaxgrad.per_example.transform import per_example_grad
 
 
 def grand(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float[Array, " B"]]:
-    """GraNd: the norm of each example's gradient, averaged over several parameters (initialisations, checkpoints).
+    """GraNd: the norm of each example's gradient, averaged over several parameters (initializations, checkpoints).
 
     Args:
-        loss: of one example, as in `per_example_grad`.
+        loss: loss of one example, as in `per_example_grad`.
         in_axes: as in `per_example_grad`.
 
     Returns:
-        A function of (checkpoints, *batch), an iterable of parameters and the batch, that returns [B].
+        A function of (checkpoints, *batch) that returns [B]; checkpoints is an iterable of parameters.
 
     Raises:
-        TypeError: one tree of parameters in place of several.
+        TypeError: a single tree of parameters instead of several.
         ValueError: no checkpoints.
 
     Example:
@@ -44,7 +44,7 @@ def grand(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float[
 
 
 def _several(checkpoints: Any) -> Iterable[PyTree]:
-    """The checkpoints; TypeError for what can be told to be one of them, whose leaves or rows would pass for many."""
+    """Return the checkpoints; TypeError if they look like a single one, whose leaves or rows would count as several."""
     one = isinstance(checkpoints, Mapping) or hasattr(checkpoints, "shape") or hasattr(checkpoints, "_fields")
     if one or not isinstance(checkpoints, Iterable):
         raise TypeError(
@@ -55,7 +55,7 @@ def _several(checkpoints: Any) -> Iterable[PyTree]:
 
 
 def _summed(terms: Iterable[Array]) -> tuple[Array, int]:
-    """(the sum, of how many); one is there at a time."""
+    """(the sum of the terms, their number); only one term is in memory at a time."""
     total: Array | None = None
     count = 0
     for term in terms:
@@ -71,16 +71,16 @@ def tracin(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float
     Formula: Σ_k η_k test_c(w_k) · g_b(w_k), for plain gradient descent with learning rates η_k.
 
     Args:
-        loss: of one example, as in `per_example_grad`.
+        loss: loss of one example, as in `per_example_grad`.
         in_axes: as in `per_example_grad`.
 
     Returns:
-        A function of (checkpoints, rates, train, test): parameters w_k, as many learning rates η_k, and two batches,
-        tuples of the loss's other arguments; it returns [C, B], > 0 helpful.
+        A function of (checkpoints, rates, train, test) that returns [C, B]; > 0 means helpful. Its arguments are the
+        parameters w_k, as many learning rates η_k, and two batches, which are tuples of the loss's other arguments.
 
     Raises:
-        TypeError: one tree of parameters in place of several; a batch that is no tuple.
-        ValueError: no checkpoints, or not as many rates.
+        TypeError: a single tree of parameters instead of several; a batch that is not a tuple.
+        ValueError: no checkpoints, or a different number of rates.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2

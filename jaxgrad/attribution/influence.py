@@ -1,4 +1,4 @@
-"""How much training on one example changes the loss of another: through the inverse of a curvature matrix."""
+"""How much training on one example changes the loss of another, computed with the inverse of a curvature matrix."""
 
 from typing import Any
 
@@ -14,21 +14,21 @@ from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 @naming("self_influence")
 @in_full_precision
 def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Float[Array, " B"]:
-    """How much each example's own gradient helps its own loss: high where an example is unlike all others.
+    """How much each example's gradient helps its own loss; high for an example that is unlike all others.
 
-    Formula: ‖g_b‖², TracIn's at one checkpoint; with a damping μ, g_bᵀ(GᵀG/B + μI)⁻¹g_b, through the Gram matrix: B
-    times the leverage of the example, between 0 and B for gradients. Examples with wrong labels tend to be high in
-    both. Accuracy: as `natural_gradient`.
+    Formula: ‖g_b‖², which is TracIn's at one checkpoint; with a damping μ, g_bᵀ(GᵀG/B + μI)⁻¹g_b, computed from the
+    Gram matrix. The latter is B times the leverage of the example, between 0 and B for gradients. Examples with wrong
+    labels tend to be high in both. Accuracy: as in `natural_gradient`.
 
     Args:
-        g: gradients of B examples; or `gauss_newton`'s result, for the Gauss-Newton matrix instead of GᵀG/B.
-        damping: μ ≥ 0; None for ‖g_b‖², of gradients alone.
+        g: gradients of B examples; or the result of `gauss_newton`, for the Gauss-Newton matrix instead of GᵀG/B.
+        damping: μ ≥ 0; None for ‖g_b‖² (gradients only).
 
     Returns:
         [B].
 
     Raises:
-        ValueError: a damping that is not a number ≥ 0; none for a Gauss-Newton matrix.
+        ValueError: a damping that is not a number ≥ 0; no damping for a Gauss-Newton matrix.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[1.0, 0], [1.0, 0], [0, 3.0]]))
@@ -46,7 +46,7 @@ def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Flo
         return residuals.sum(1)
     scaled, ridge, _ = scaled_system(rows, damping)
     right = scaled.gram(scaled.scale(residuals.ravel()))
-    inner = damped_solve(scaled.gram(), right, ridge)  # by row, then by column times r
+    inner = damped_solve(scaled.gram(), right, ridge)  # indexed by (row, column); the column is weighted by r
     own = jnp.diagonal(inner.reshape(B, R, B, R), axis1=0, axis2=2)  # [R, R, B]
     return B / R * jnp.einsum("klb,bk->b", own, residuals)
 
@@ -54,15 +54,15 @@ def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Flo
 @naming("influence")
 @in_full_precision
 def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, damping: Any) -> Float[Array, "C B"]:
-    """How much each test loss rises, to first order, when a training example is left out: > 0 helpful, < 0 harmful.
+    """How much each test loss rises, to first order, if a training example is left out: > 0 helpful, < 0 harmful.
 
     Formula: test_cᵀ (GᵀG/n + μI)⁻¹ g_b / B, where GᵀG/n is the training gradients' empirical Fisher matrix, or the
-    Gauss-Newton matrix. Exact, in a form that does not cancel: (test Gᵀ)(GGᵀ + μn I)⁻¹. Accuracy: each number to the
-    order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), κ as in `natural_gradient`: inner products are rounded, and beside a far
-    larger test gradient that of a small one counts for more.
+    Gauss-Newton matrix. It is computed exactly, in a form that does not cancel: (test Gᵀ)(GGᵀ + μn I)⁻¹. Accuracy: the
+    error of each number is of the order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), κ as in `natural_gradient`. It comes from
+    rounding the inner products, and weighs more for a small g_b beside a far larger test gradient.
 
     Args:
-        train: gradients of B training examples, or `gauss_newton`'s result for them.
+        train: gradients of B training examples, or the result of `gauss_newton` for them.
         test: gradients of C test examples with respect to the same parameters.
         damping: μ ≥ 0.
 
@@ -70,7 +70,7 @@ def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, dampi
         [C, B].
 
     Raises:
-        ValueError: a damping that is not a number ≥ 0; gradients of other parameters.
+        ValueError: a damping that is not a number ≥ 0; gradients with respect to other parameters.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2

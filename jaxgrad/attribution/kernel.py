@@ -18,17 +18,17 @@ def ntk(fun: Callable[..., Any], *, block_size: int | None = None) -> Callable[.
 
     Args:
         fun: fun(params, x) → the outputs of one example: a real scalar, or an array of O numbers.
-        block_size: how many examples of each side to hold gradients of at once, to bound the memory; the second side's
-            are then computed once for every block of the first. None: all.
+        block_size: number of examples of each side whose gradients are held at once, to bound the memory; the gradients
+            of the second side are then computed once for every block of the first. None holds all.
 
     Returns:
-        A function of (params, x, x2=None), trees of arrays with an example axis, that returns [B, C] for a scalar fun,
-        otherwise [B, C, O, O′], where O′ is how many outputs there are on x2: J_b J_cᵀ (a matrix by
-        `transpose(0, 2, 1, 3).reshape(B * O, C * O′)`). x2 None: x itself. Jit it.
+        A function of (params, x, x2=None) that returns [B, C] for a scalar fun, otherwise J_b J_cᵀ [B, C, O, O′], where
+        O′ is the number of outputs on x2 (`transpose(0, 2, 1, 3).reshape(B * O, C * O′)` makes it a matrix). x and x2
+        are trees of arrays with an example axis; x2 = None stands for x. Jit the function.
 
     Raises:
-        TypeError, ValueError: as `per_example_grad`; a block size below 1; a number on one side and an array on the
-            other.
+        TypeError, ValueError: as in `per_example_grad`; a block size below 1; scalar outputs on one side and arrays on
+            the other.
 
     Example:
         >>> kernel = jax.jit(ntk(lambda w, x: jnp.tanh(w @ x)))
@@ -37,7 +37,7 @@ def ntk(fun: Callable[..., Any], *, block_size: int | None = None) -> Callable[.
         >>> kernel(jnp.zeros((4, 3)), jnp.eye(3), jnp.eye(3)[:2]).shape
         (3, 2, 4, 4)
 
-    Source: Jacot et al. 2018; in factors as Novak et al. 2022, "structured derivatives".
+    Source: Jacot et al. 2018; the factored form is from Novak et al. 2022, "structured derivatives".
     """
     if block_size is not None and operator.index(block_size) < 1:
         raise ValueError(f"ntk: expected a block size of at least 1 or None, got {block_size}.")

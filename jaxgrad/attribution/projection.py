@@ -1,4 +1,4 @@
-"""A few numbers an example that keep the inner products of gradients."""
+"""A few numbers per example that preserve the inner products of gradients."""
 
 import functools
 import operator
@@ -16,16 +16,16 @@ from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 
 @naming("random_projection")
 def random_projection(g: PerExampleGrads, key: Array, size: int) -> Float[Array, "B S"]:
-    """[B, size]: G P/√size with random signs P [parameters, size]: inner products of rows are those of G, in the mean.
+    """G P/√size [B, size], with random signs P [parameters, size]; it preserves the inner products of rows in the mean.
 
-    The same key and size give the same P, however the gradients are held: rows of different batches can be compared.
-    The relative standard error of ‖g_b‖² is at most √(2/size). P is drawn a few columns at a time and never there as a
-    whole; G is not written out. Cost: that of size/B Gram matrices, roughly: size products with a direction.
+    The same key and size give the same P, however the gradients are held, so that rows of different batches can be
+    compared. The relative standard error of ‖g_b‖² is at most √(2/size). P is drawn a few columns at a time and never
+    held as a whole; G is not materialized. Cost: size products with a direction, roughly that of size/B Gram matrices.
 
     Args:
         g: gradients of B examples.
-        key: of `jax.random`.
-        size: how many numbers for each example.
+        key: a key of `jax.random`.
+        size: how many numbers to return for each example.
 
     Returns:
         [B, size].
@@ -49,7 +49,7 @@ def random_projection(g: PerExampleGrads, key: Array, size: int) -> Float[Array,
     return _projected(g, key, operator.index(size))
 
 
-@functools.partial(jax.jit, static_argnums=2)  # or a loop that is not in a jit would be compiled at every call
+@functools.partial(jax.jit, static_argnums=2)  # a loop outside jit would be compiled at every call
 def _projected(g: PerExampleGrads, key: Array, size: int) -> Array:
     treedef: Any
     leaves, treedef = jax.tree.flatten(jax.eval_shape(g.sum))

@@ -15,17 +15,17 @@ from jaxgrad.precision import added
 
 @naming("cosine_similarity")
 def cosine_similarity(g: PerExampleGrads, other: PerExampleGrads | None = None) -> Float[Array, "B C"]:
-    """The cosine of the angle between every pair of gradients, with `other`'s or with each other.
+    """The cosine of the angle between all pairs of gradients, of g with `other` or with itself.
 
     Args:
         g: gradients of B examples.
-        other: gradients of C examples with respect to the same parameters; None for g.
+        other: gradients of C examples with respect to the same parameters; None for g itself.
 
     Returns:
-        [B, C], in [-1, 1]; 0 for a gradient of zero.
+        [B, C], in [-1, 1]; 0 for a zero gradient.
 
     Raises:
-        ValueError: gradients of other parameters.
+        ValueError: gradients with respect to other parameters.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[2.0, 0], [0, 0], [3.0, 3.0]]))
@@ -39,7 +39,7 @@ def cosine_similarity(g: PerExampleGrads, other: PerExampleGrads | None = None) 
 
 
 def _near_one(g: PerExampleGrads) -> tuple[PerExampleGrads, Array]:
-    """(the gradients, each divided by a power of two near its norm; the inverse norms of these, 0 of 0)."""
+    """(the gradients, each divided by a power of two near its norm; the inverses of their norms now, 0 for norm 0)."""
     norms = g.norms()
     unit = power_of_two(norms)
     left = norms / unit
@@ -48,12 +48,12 @@ def _near_one(g: PerExampleGrads) -> tuple[PerExampleGrads, Array]:
 
 @named_tuple
 class NoiseScale(NamedTuple):
-    """Of a batch of gradients; average noise and signal over several batches before dividing them.
+    """Noise scale of a batch of gradients; average noise and signal over several batches before dividing them.
 
     Attributes:
-        noise: tr Σ, the variance of one example's gradient, all parameters together.
-        signal: ‖mean gradient‖² of all data; an estimate without bias, which may be negative.
-        scale: noise / signal in examples, the batch size at which noise and signal are alike; inf where signal ≤ 0.
+        noise: tr Σ, the variance of one example's gradient, over all parameters together.
+        signal: ‖mean gradient‖² over all data; an unbiased estimate, which may be negative.
+        scale: noise / signal in examples, the batch size at which noise and signal are equal; inf where signal ≤ 0.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[3.0, 1], [3.0, -1]]))
@@ -68,17 +68,18 @@ class NoiseScale(NamedTuple):
 
 @naming("noise_scale")
 def noise_scale(g: PerExampleGrads) -> NoiseScale:
-    """The simple noise scale tr Σ / ‖ḡ‖²: about how many examples a batch should have before more stop paying.
+    """The simple noise scale tr Σ / ‖ḡ‖²: about the batch size beyond which more examples stop paying off.
 
-    Formula: tr Σ = (Σ‖g_b‖² - B‖ḡ‖²)/(B - 1), ‖ḡ‖² - tr Σ/B, both without bias. Accuracy: tr Σ to a few eps times the
-    mean ‖g_b‖², absolute; where it is smaller than that (all gradients equal) it is 0 and not below.
+    Formula: noise tr Σ = (Σ‖g_b‖² - B‖ḡ‖²)/(B - 1) and signal ‖ḡ‖² - tr Σ/B, both unbiased. Accuracy: the absolute
+    error of tr Σ is a few eps times the mean ‖g_b‖²; where tr Σ is smaller than that (all gradients equal), the result
+    may be 0 but is never negative.
 
     Args:
-        g: gradients of B ≥ 2 examples, drawn at random from many more; NaN for fewer. If they are all there are, the
-            signal is too low by noise/B.
+        g: gradients of B ≥ 2 examples, drawn at random from many more; fewer than 2 give NaN. If these are all the
+            examples there are, the signal is too low by noise/B.
 
     Returns:
-        `NoiseScale`, of scalars.
+        `NoiseScale` of scalars.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[3.0, 1], [3.0, -1]]))
@@ -97,6 +98,6 @@ def noise_scale(g: PerExampleGrads) -> NoiseScale:
     spread = (((norms / unit) ** 2).sum() - B * mean) / (B - 1)
     noise = jnp.maximum(spread, jnp.zeros_like(spread))
     signal = mean - noise / B
-    hidden = signal <= 0  # the scale is infinite, and nothing infinite is made where it is not
+    hidden = signal <= 0  # the scale is infinite here; elsewhere nothing is divided by 0
     scale = jnp.where(hidden, jnp.ones_like(noise), noise) / jnp.where(hidden, jnp.zeros_like(signal), signal)
     return NoiseScale(noise * unit * unit, signal * unit * unit, scale)

@@ -1,14 +1,14 @@
-"""Curvature from per-example gradients: matrices of [parameters, parameters] as G, and steps by one B × B solve.
+"""Curvature from per-example gradients: [parameters, parameters] matrices held as G, and steps by one B × B solve.
 
-G [n, parameters] is a `PerExampleGrads`, and GᵀG/n, which is never formed, the empirical Fisher matrix; with the rows
-of `gauss_newton` it is the Gauss-Newton matrix. Its diagonal is `G.second_moment()`.
+G [n, parameters] is a `PerExampleGrads`, and GᵀG/n is the empirical Fisher matrix; if the rows of G are those of
+`gauss_newton`, it is the Gauss-Newton matrix. GᵀG/n is never materialized; its diagonal is `G.second_moment()`.
 
-The files:
+The modules:
 
-    fisher         products and solves with it; natural_gradient, and scale_by_natural_gradient for optax
-    gauss_newton   rows G for a model and a loss of its outputs; products for large outputs
-    kronecker      the Kronecker factors of every matrix
-    solve          the B × B solve by itself
+    fisher         products and solves with GᵀG/n; natural_gradient, and scale_by_natural_gradient for optax
+    gauss_newton   the rows G for a model and a loss of its outputs; products for many outputs
+    kronecker      the Kronecker factors for every weight matrix
+    solve          the B × B solve on its own
 """
 
 from jaxgrad.curvature.fisher import (

@@ -1,4 +1,4 @@
-"""Products and solves with GᵀG/n, exact for any number of parameters: they cost a Gram matrix."""
+"""Products and solves with GᵀG/n, exact for any number of parameters; a solve costs a Gram matrix."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,17 +18,17 @@ from jaxgrad.per_example.serialized import named_tuple
 def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree) -> PyTree:
     """GᵀG v / n: the empirical Fisher matrix times a direction.
 
-    Cost: two matrix products a factor.
+    Cost: two matrix products per factor.
 
     Args:
-        g: n gradients; or `gauss_newton`'s result, for the Gauss-Newton matrix.
-        v: a direction, of the parameters' structure and shapes.
+        g: n gradients; or the result of `gauss_newton`, for the Gauss-Newton matrix.
+        v: a direction with the parameters' structure and shapes.
 
     Returns:
-        A tree of the parameters' shapes and dtypes.
+        A tree with the parameters' shapes and dtypes.
 
     Raises:
-        ValueError: a direction of another tree or of other shapes.
+        ValueError: a direction whose tree or shapes are not the parameters'.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(3), jnp.eye(3))
@@ -46,21 +46,21 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
 
     Formula: Gᵀ(GGᵀ + μn I)⁻¹ r, a weighted sum of the gradients. Cost: the Gram matrix, an n × n solve and the sum.
 
-    Accuracy: of the order of n·eps·κ relative, κ the condition of GGᵀ + μn I with its rows and columns scaled to a
-    diagonal of ones. Where that is beyond the dtype (float32, μ → 0, dependent examples), eigenvectors of GGᵀ with
-    eigenvalues below n·eps times the largest are left out: with μ = 0 the result is the shortest least-squares solution
-    of Gd = r, of the rank that is seen so. Gradients are scaled by a power of two on the way: no square of a norm
-    overflows or underflows.
+    Accuracy: the relative error is of the order of n·eps·κ, where κ is the condition number of GGᵀ + μn I with its rows
+    and columns scaled to a unit diagonal. If that exceeds what the dtype can resolve (float32, μ → 0, dependent
+    examples), eigenvectors of GGᵀ with eigenvalues below n·eps times the largest are left out. With μ = 0 the result is
+    then the shortest least-squares solution of Gd = r at that numerical rank. Gradients are scaled by a power of two
+    first, so that no square of a norm overflows or underflows.
 
-    Edge cases: a gradient of zero counts in n and changes nothing else; all zero give zero; n = 0, or a gradient that
-    is not finite, gives NaN.
+    Edge cases: a gradient of zero counts in n and changes nothing else; if all are zero, the result is zero; if n = 0
+    or a gradient is not finite, it is NaN.
 
     Args:
-        g: n gradients, for the empirical Fisher matrix; or `gauss_newton`'s result, for the Gauss-Newton matrix.
+        g: n gradients, for the empirical Fisher matrix; or the result of `gauss_newton`, for the Gauss-Newton matrix.
         damping: μ ≥ 0.
 
     Returns:
-        A tree of the parameters' shapes and dtypes, to be subtracted from them.
+        A tree with the parameters' shapes and dtypes, to be subtracted from the parameters.
 
     Raises:
         ValueError: a damping that is not a number ≥ 0.
@@ -70,7 +70,7 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
         >>> natural_gradient(g, 1 / 3).round(4).tolist()            # (I/3 + I/3)⁻¹ (1/3, 1/3, 1/3)
         [0.5, 0.5, 0.5]
 
-    Source: Amari 1998; through the Gram matrix as in Ren and Goldfarb 2019.
+    Source: Amari 1998; the form with the Gram matrix is from Ren and Goldfarb 2019.
     """
     checked_damping(damping)
     rows, residuals = rows_and_residuals(g)
@@ -87,20 +87,20 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
 def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> PyTree:
     """(GᵀG/n + μI)⁻¹ v for any direction v and μ > 0, exactly.
 
-    Formula: (v - Gᵀ(GGᵀ + μn I)⁻¹Gv)/μ (Woodbury), and one step of refinement, since that cancels where μ is far below
-    λ, the largest eigenvalue of GᵀG/n; the relative error is of the order of eps·λ/μ. For v = ḡ take
-    `natural_gradient`, where nothing cancels.
+    Formula: (v - Gᵀ(GGᵀ + μn I)⁻¹Gv)/μ (Woodbury), followed by one step of iterative refinement, because the difference
+    cancels if μ is far below λ, the largest eigenvalue of GᵀG/n. The relative error is of the order of eps·λ/μ. For
+    v = ḡ use `natural_gradient`, in which nothing cancels.
 
     Args:
-        g: n gradients, or `gauss_newton`'s result.
-        v: a direction, of the parameters' structure and shapes.
+        g: n gradients, or the result of `gauss_newton`.
+        v: a direction with the parameters' structure and shapes.
         damping: μ > 0.
 
     Returns:
-        A tree of the parameters' shapes and dtypes.
+        A tree with the parameters' shapes and dtypes.
 
     Raises:
-        ValueError: a damping that is not a number > 0; a direction of another tree or of other shapes.
+        ValueError: a damping that is not a number > 0; a direction whose tree or shapes are not the parameters'.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(3), jnp.eye(3)[:1])
@@ -136,21 +136,21 @@ class NaturalGradientState(NamedTuple):
     """The state of `scale_by_natural_gradient`.
 
     Attributes:
-        count: how many updates there were, for a schedule of the damping.
+        count: number of updates so far, the argument of a damping schedule.
 
     Example:
         >>> scale_by_natural_gradient(0.1).init(jnp.zeros(3)).count.item()
         0
     """
 
-    count: Array  # type: ignore[assignment]  # as optax calls it; tuple.count is not used
+    count: Array  # type: ignore[assignment]  # the name that optax uses; tuple.count is not used
 
 
 def scale_by_natural_gradient(damping: float | Callable[[Array], Any]) -> Any:
     """`natural_gradient` as an optax transformation, whose updates are `PerExampleGrads` or `GaussNewton`.
 
-    It comes first in a chain: `update(g, state, params)` takes the per-example gradients where other transformations
-    take their mean, and hands on a tree like the parameters.
+    Put it first in a chain: `update(g, state, params)` takes the per-example gradients where other transformations take
+    their mean, and returns a tree like the parameters.
 
     Args:
         damping: μ, or a schedule: update count → μ.
@@ -160,7 +160,7 @@ def scale_by_natural_gradient(damping: float | Callable[[Array], Any]) -> Any:
 
     Raises:
         ImportError: optax is not installed.
-        TypeError: an update with something else than PerExampleGrads or GaussNewton.
+        TypeError: an update with anything other than PerExampleGrads or GaussNewton.
 
     Example:
         >>> import optax

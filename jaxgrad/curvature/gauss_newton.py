@@ -1,6 +1,7 @@
-"""The Gauss-Newton matrix mean_b JᵀHJ of a model J and a convex loss of its outputs, H: as rows, and as products.
+"""The Gauss-Newton matrix mean_b JᵀHJ of a model and a convex loss of its outputs, as rows and as products.
 
-O is the number of a model's outputs for one example; H = SSᵀ is the loss's Hessian in them, S [O, R] a root of it.
+J is the model's Jacobian, and O is the number of its outputs for one example. H = SSᵀ is the loss's Hessian with
+respect to the outputs, and S [O, R] is a root of it.
 """
 
 from collections.abc import Callable
@@ -20,12 +21,12 @@ from jaxgrad.precision import working_dtype
 
 
 class OutputLoss(NamedTuple):
-    """A convex loss of one example's outputs, with what Gauss-Newton needs of it in closed form.
+    """A convex loss of one example's outputs, with the products and the root of its Hessian in closed form.
 
     Attributes:
         value: (outputs, target) → scalar.
-        product: (outputs, target, u) → H u, of the outputs' shape.
-        root: (outputs, target) → (S [O, R], r [R]) with H = SSᵀ and Sr = the gradient, both of the raveled outputs.
+        product: (outputs, target, u) → H u, with the outputs' shape.
+        root: (outputs, target) → (S [O, R], r [R]), where H = SSᵀ and Sr is the gradient, both for the raveled outputs.
 
     Example:
         >>> S, r = softmax.root(jnp.zeros(2), 0)
@@ -57,7 +58,7 @@ def _squared_root(outputs: Array, target: Any) -> tuple[Array, Array]:
 squared = OutputLoss(
     lambda outputs, target: (_difference(outputs, target) ** 2).sum() / 2, _squared_product, _squared_root
 )
-"""½ ‖outputs - target‖²: H = I."""
+"""½ ‖outputs - target‖², with H = I."""
 
 
 def _checked_logits(logits: Array, label: Any) -> None:
@@ -69,7 +70,7 @@ def _checked_logits(logits: Array, label: Any) -> None:
 
 
 def _at_label(logits: Array, label: Any, value: Array) -> Array:
-    """[O]: the value at the label, 0 elsewhere; NaN for a label that is none."""
+    """[O]: the value at the label and 0 elsewhere; all NaN if the label is out of range."""
     places = jnp.arange(logits.size)
     label = jnp.asarray(label, places.dtype)
     known = (label >= 0) & (label < logits.size)
@@ -89,23 +90,23 @@ def _softmax_product(logits: Array, label: Any, u: Array) -> Array:
 
 
 def _softmax_root(logits: Array, label: Any) -> tuple[Array, Array]:
-    """S = diag(√p) - p √pᵀ and r = -e/√p at the label. 1 - p is the sum of the other p: it does not cancel."""
+    """S = diag(√p) - p √pᵀ, and r = -e/√p at the label. 1 - p is the sum of the other p, so nothing cancels."""
     _checked_logits(logits, label)
     logp = jax.nn.log_softmax(logits)
     p, root, own = jnp.exp(logp), jnp.exp(logp / 2), jnp.eye(logits.size, dtype=bool)
-    # Selected, not multiplied by 0 and 1: jaxlib 0.10.2 may drop from a sum a factor that all examples share.
+    # A select, not a product with 0 and 1: jaxlib 0.10.2 may drop a factor shared by all examples from a sum.
     others = jnp.where(own, jnp.zeros_like(p)[None, :], p[None, :]).sum(1)
     S = jnp.where(own, (root * others)[:, None], -p[:, None] * root[None, :])
     return S, _at_label(logits, label, -jnp.exp(-logp / 2))
 
 
 softmax = OutputLoss(_softmax_value, _softmax_product, _softmax_root)
-"""-log softmax(logits [O])[label]: H = diag(p) - ppᵀ. A label that is none gives NaN, as does, in a root, one whose
-logit is more than about 170 below the largest in float32 (1,400 in float64)."""
+"""-log softmax(logits [O])[label], with H = diag(p) - ppᵀ. A label out of range gives NaN; so does, in a root, a label
+whose logit is more than about 170 below the largest in float32 (1,400 in float64)."""
 
 
 def _sign(margin: Array, y: Any) -> Array:
-    """y = ±1, from booleans too; NaN for anything else."""
+    """Return y = ±1, also from booleans; NaN for anything else."""
     y = jnp.asarray(y)
     sign = jnp.where(y, 1.0, -1.0).astype(margin.dtype) if y.dtype == bool else y.astype(margin.dtype)
     return jnp.where(jnp.abs(sign) == 1, sign, jnp.full_like(sign, jnp.nan))
@@ -121,18 +122,18 @@ def _logistic_root(margin: Array, y: Any) -> tuple[Array, Array]:
 
 
 def _log_slope(margin: Array) -> Array:
-    """log π(1 - π), π = logistic(margin): what neither overflows nor loses digits."""
+    """log π(1 - π) with π = logistic(margin), in a form that neither overflows nor loses digits."""
     return jax.nn.log_sigmoid(margin) + jax.nn.log_sigmoid(-margin)
 
 
 logistic = OutputLoss(
     lambda margin, y: jax.nn.softplus(-_sign(margin, y) * margin).sum(), _logistic_product, _logistic_root
 )
-"""log(1 + exp(-y·margin)), the exercise's: H = π(1 - π), one output. y is ±1 or boolean; anything else gives NaN."""
+"""log(1 + exp(-y·margin)), the exercise's loss: H = π(1 - π), one output. y is ±1 or boolean; others give NaN."""
 
 
 def from_function(loss: Callable[[Array, Any], Array]) -> OutputLoss:
-    """Any convex loss: products by differentiation, the root by eigenvectors; NaN where it is not convex."""
+    """The `OutputLoss` of any convex loss: H u by differentiation, the root by eigenvectors; NaN where not convex."""
 
     def product(outputs: Array, target: Any, u: Array) -> Array:
         return jax.jvp(lambda f: jax.grad(loss)(f, target), (outputs,), (u,))[1]
@@ -153,10 +154,10 @@ def from_function(loss: Callable[[Array, Any], Array]) -> OutputLoss:
 
 
 def _curvature_near_zero(loss: Callable[[Array], Array], f: Array) -> Array:
-    """The largest entry of the Hessian at outputs brought below 1.
+    """The largest entry of the Hessian at the outputs scaled to below 1.
 
-    Where a loss saturates its Hessian is a difference of terms as large as its curvature elsewhere, and so is their
-    rounding: a softmax that is sure has p - p², with p near 1.
+    Where a loss saturates, its Hessian is a difference of terms as large as its curvature elsewhere, and their rounding
+    errors are as large too: a saturated softmax has p - p² with p near 1.
     """
     f = jnp.where(jnp.isfinite(f), f, jnp.zeros_like(f))
     largest = jnp.abs(jax.hessian(loss)(f / (1 + jnp.abs(f).max()))).max()
@@ -170,7 +171,7 @@ class GaussNewton(NamedTuple):
     """The Gauss-Newton matrix as GᵀG/n, and the mean gradient as Gᵀr/n.
 
     Attributes:
-        rows: G, n = B·R rows: R for each example, one after the other.
+        rows: G, with n = B·R rows; the R rows of an example are consecutive.
         residuals: r [B, R].
 
     Example:
@@ -184,7 +185,7 @@ class GaussNewton(NamedTuple):
 
 
 def rows_and_residuals(g: PerExampleGrads | GaussNewton) -> tuple[PerExampleGrads, Float[Array, "B R"]]:
-    """(G, r in the accumulator's dtype), of gradients themselves r = 1: the mean gradient is Gᵀr/n."""
+    """(G, r in the accumulator's dtype), where the mean gradient is Gᵀr/n; for PerExampleGrads r = 1."""
     if isinstance(g, GaussNewton):
         rows, residuals = g
     else:
@@ -196,26 +197,26 @@ def rows_and_residuals(g: PerExampleGrads | GaussNewton) -> tuple[PerExampleGrad
 def gauss_newton(
     model: Callable[..., Any], loss: OutputLoss | Callable[[Array, Any], Array]
 ) -> Callable[..., GaussNewton]:
-    """The rows G of the Gauss-Newton matrix: everything that takes `PerExampleGrads` then works with it.
+    """The rows G of the Gauss-Newton matrix, as `PerExampleGrads`: all functions of these work on them.
 
-    Formula: row (b, k) is √R · S_b[:, k]ᵀJ_b, the gradient of one number, kept as factors. So GᵀG/n = mean_b
-    J_bᵀH_bJ_b, and Gᵀr/n is the gradient of the mean loss. Cost: R plain gradients; R is 1 for a scalar model, and O as
-    a rule. With many outputs take `gauss_newton_vector_product`.
+    Formula: row (b, k) is √R · S_b[:, k]ᵀJ_b, the gradient of one number, held as factors. So GᵀG/n = mean_b
+    J_bᵀH_bJ_b, and Gᵀr/n is the gradient of the mean loss. Cost: R plain gradients; R is 1 for a scalar model, and
+    usually O otherwise. For many outputs use `gauss_newton_vector_product`.
 
     The mean gradient is Gᵀr/n only if the loss's gradient lies in the range of its Hessian, as it does for `squared`,
-    `softmax` and `logistic`; what does not is left out of r.
+    `softmax` and `logistic`; any component outside the range is left out of r.
 
     Args:
         model: model(params, x) → outputs of one example, an array of any shape.
-        loss: `squared`, `softmax`, `logistic`, another `OutputLoss`; or a convex function (outputs, target) → scalar,
-            whose H is decomposed by eigenvectors. NaN where that is not convex: an eigenvalue that is negative within
-            the rounding of H, which is that of the loss's curvature at outputs near 0 too, counts as 0.
+        loss: `squared`, `softmax`, `logistic` or another `OutputLoss`; or a convex function (outputs, target) → scalar,
+            whose H is decomposed into eigenvectors. The result is NaN where that is not convex. A negative eigenvalue
+            within the rounding error of H counts as 0; that error includes the loss's curvature at outputs near 0.
 
     Returns:
-        A function of (params, x, y), x and y trees of arrays with an example axis, that returns `GaussNewton`.
+        A function of (params, x, y) that returns `GaussNewton`; x and y are trees of arrays with an example axis.
 
     Raises:
-        TypeError, ValueError: as `per_example_grad`.
+        TypeError, ValueError: as in `per_example_grad`.
 
     Example:
         >>> model = lambda w, x: w @ x                                        # w [2, 3]
@@ -249,20 +250,20 @@ def gauss_newton(
 def gauss_newton_vector_product(
     model: Callable[..., Any], loss: OutputLoss | Callable[[Array, Any], Array]
 ) -> Callable[..., PyTree]:
-    """mean_b J_bᵀH_bJ_b v: forwards, through the loss's Hessian, and back.
+    """mean_b J_bᵀH_bJ_b v, by forward mode, the loss's Hessian and reverse mode.
 
-    Cost: about two plain gradients, whatever the number of outputs; nothing is decomposed.
+    Cost: about two plain gradients, for any number of outputs; nothing is decomposed.
 
     Args:
         model: model(params, x) → outputs of one example, an array of any shape.
         loss: an `OutputLoss`, or a function (outputs, target) → scalar.
 
     Returns:
-        A function of (params, v, x, y) that returns a tree of the parameters' shapes and dtypes; v is a direction of
-        the parameters' structure, shapes and dtypes.
+        A function of (params, v, x, y) that returns a tree with the parameters' shapes and dtypes; v is a direction
+        with the parameters' structure, shapes and dtypes.
 
     Raises:
-        ValueError: batch sizes that differ, or none.
+        ValueError: batch sizes that differ, or x and y without a batch axis.
 
     Example:
         >>> product = gauss_newton_vector_product(lambda w, x: w @ x, squared)
@@ -283,7 +284,7 @@ def gauss_newton_vector_product(
 
 
 def _examples(x: Any, y: Any) -> tuple[int, tuple[Any, Any]]:
-    """(B, what one example looks like)."""
+    """(B, the shapes and dtypes of one example)."""
     sizes = {jnp.shape(a)[:1] for a in jax.tree.leaves((x, y))}
     if len(sizes) != 1 or sizes == {()}:
         raise ValueError(

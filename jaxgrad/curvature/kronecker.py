@@ -1,4 +1,4 @@
-"""Kronecker factors of the Fisher matrix, one pair for every matrix of the parameters."""
+"""Kronecker factors of the Fisher matrix, one pair for every weight matrix in the parameters."""
 
 import functools
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from jaxgrad.sharding import replicated
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("left", "right"), meta_fields=("layout",))
 @dataclass(frozen=True)
 class KroneckerFactors:
-    """left ⊗ right ≈ the block of GᵀG/n of one matrix, with its entries in the order [G, F, K].
+    """left ⊗ right ≈ the block of GᵀG/n for one weight matrix, with the matrix's entries in the order [G, F, K].
 
     Attributes:
-        left: [G, F, F], mean_b Σ_t left left ᵀ, as a rule E[δδᵀ] of the cotangents.
-        right: [G, K, K], mean_b mean_t right rightᵀ, as a rule E[aaᵀ] of the activations.
-        layout: where [G, F, K] lies in the parameter.
+        left: [G, F, F], mean_b Σ_t left leftᵀ, usually E[δδᵀ] of the cotangents.
+        right: [G, K, K], mean_b mean_t right rightᵀ, usually E[aaᵀ] of the activations.
+        layout: the position of the entries of [G, F, K] in the parameter.
 
     Example:
         >>> factors = kfac_factors(jg.per_example_grad(lambda W, x: (W @ x).sum())(jnp.ones((16, 9)), jnp.ones((4, 9))))
@@ -31,29 +31,30 @@ class KroneckerFactors:
         ((1, 16, 16), (1, 9, 9), (0, 1))
     """
 
-    left: Any  # an Array, or what jax.eval_shape makes of one
+    left: Any  # an Array, or its jax.ShapeDtypeStruct
     right: Any
     layout: Layout
 
 
 def kfac_factors(g: PerExampleGrads) -> PyTree:
-    """The Kronecker factors of every parameter whose gradient is held as one product: read off its two sides.
+    """The Kronecker factors of every parameter whose gradient is held as one product, computed from its two sides.
 
-    Formula: for Σ_t left ⊗ right, (Σ_bt left leftᵀ/B, Σ_bt right rightᵀ/(BT)). Positions t (of a sequence, of a
-    convolution) count as examples, as in KFC and KFAC-expand. Cost: a matrix product a side in place of the
-    gradient's own, for square matrices 4/3 of a plain gradient's operations.
+    Formula: for Σ_t left ⊗ right, (Σ_bt left leftᵀ/B, Σ_bt right rightᵀ/(BT)). Positions t (in a sequence or a
+    convolution) count as examples, as in KFC and KFAC-expand. Cost: one matrix product per side in place of the
+    gradient's own; for square matrices, 4/3 of the operations of a plain gradient.
 
-    The gradients of the loss on the data make this the empirical Fisher's; with labels drawn from the model it is the
-    Fisher's. A constant that scales a product is on either side, and the Kronecker product does not depend on it; a
-    number that differs from example to example belongs in the loss, and not in `scale` or `clip`.
+    If the gradients are those of the loss on the data, the factors are the empirical Fisher matrix's; if the labels are
+    drawn from the model, they are the Fisher matrix's. A constant that scales a product may be on either side, because
+    the Kronecker product does not depend on that. Put a number that differs between examples into the loss, not into
+    `scale` or `clip`.
 
     Args:
         g: gradients of B examples.
 
     Returns:
-        The parameters' tree with `KroneckerFactors` at every leaf; None where it is no single `Outer` or `Windows`:
-        biases, embeddings, matrices used in several ways, and those whose product over many positions was the smaller
-        thing and is carried out (`explain` says "formed").
+        The parameters' tree with `KroneckerFactors` at every leaf. It has None where the gradient is not a single
+        `Outer` or `Windows`: for biases, embeddings, matrices used in several ways, and matrices whose gradient was
+        materialized because it is smaller than the sides of its product over many positions (`explain` says "formed").
 
     Example:
         >>> loss = lambda p, x: jnp.tanh(p["W"] @ x + p["b"]).sum()
@@ -81,7 +82,7 @@ def _of(leaf: tuple[Factor, ...]) -> KroneckerFactors | None:
             return None
     left, right = sums
     B = f.left.shape[0]
-    return KroneckerFactors(left / B, right / B / T, f.layout)  # B·T may not be an int32
+    return KroneckerFactors(left / B, right / B / T, f.layout)  # not / (B * T), which may overflow int32
 
 
 def _sums(f: Outer) -> tuple[Float[Array, "G F F"], Float[Array, "G K K"]]:

@@ -1,4 +1,4 @@
-"""Solving with a Gram matrix, of any rank."""
+"""Linear solves with a Gram matrix of any rank."""
 
 import functools
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.sharding import gathered
 
-EXACT = lax.Precision.HIGHEST  # accelerators round more unless told
+EXACT = lax.Precision.HIGHEST  # by default, accelerators round more
 P = ParamSpec("P")
 R = TypeVar("R")
-MARGIN = 10.0  # how far above what rounding leaves of them the pivots of a Cholesky decomposition have to be
+MARGIN = 10.0  # pivots of a Cholesky decomposition must exceed their rounding error by this factor
 
 
 def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """A decorator: inside it products are as exact as JAX makes them, for what is solved with needs all its digits."""
+    """Decorate a function to use JAX's highest matmul precision, because solves need all digits of their inputs."""
 
     @functools.wraps(function)
     def exact(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -36,23 +36,23 @@ def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
 def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[Array, ""] | float) -> Array:
     """(K + ridge·I)⁻¹ b for a Gram matrix K = GGᵀ: symmetric, without negative eigenvalues, of any rank.
 
-    With rows and columns scaled to a diagonal of ones, so that it is no matter how the norms in G differ, a Cholesky
-    decomposition is taken if its pivots are well above n·eps. Otherwise K is singular as far as rounding lets one see:
-    eigenvectors with eigenvalues up to n·eps times the largest are left out, as a pseudo-inverse does, since what
-    rounding left in them would come back magnified. Derivatives are those of the solution, by the same solve.
-    On a CPU, JAX decomposes by OpenBLAS, whose threads may stall beside XLA's (256 × 256 then takes 165 ms, not 0.3):
-    `OPENBLAS_NUM_THREADS=1` in the environment, before NumPy is imported, prevents that.
+    Rows and columns are scaled to a unit diagonal, so that differences between the norms in G do not matter. A Cholesky
+    decomposition is used if its pivots are well above n·eps. Otherwise K is numerically singular: eigenvectors with
+    eigenvalues up to n·eps times the largest are left out, as in a pseudo-inverse, because the solve would magnify
+    their rounding errors. Derivatives are those of the solution, computed by the same solve.
+    On a CPU, JAX decomposes with OpenBLAS, whose threads may stall beside XLA's (256 × 256 then takes 165 ms, not 0.3).
+    Setting `OPENBLAS_NUM_THREADS=1` in the environment before NumPy is imported prevents that.
 
     Args:
         K: [n, n], float32 or float64.
-        b: [n], or [n, m] for several at once, of K's dtype.
+        b: [n], or [n, m] for several at once, with K's dtype.
         ridge: a number ≥ 0.
 
     Returns:
-        Of b's shape; NaN where K or b is not finite.
+        An array of b's shape; NaN where K or b is not finite.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
 
     Example:
         >>> damped_solve(jnp.array([[1.0, 1.0], [1.0, 1.0]]), jnp.ones(2), 0.0).round(4).tolist()
@@ -74,9 +74,9 @@ def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[
     return lax.custom_linear_solve(matvec, b, solve, symmetric=True)
 
 
-@jax.jit  # of functions made at every call JAX compiles, and keeps, the branches at every call
+@jax.jit  # without it, each call makes new branch functions, which JAX would compile and cache at each call
 def _solved(K: Array, b: Array, ridge: Array) -> Array:
-    unknown = jnp.asarray(K.shape[0], K.dtype) * jnp.finfo(K.dtype).eps  # of the largest eigenvalue
+    unknown = jnp.asarray(K.shape[0], K.dtype) * jnp.finfo(K.dtype).eps  # relative to the largest eigenvalue
     eye = jnp.eye(K.shape[0], dtype=K.dtype)
     diagonal = jnp.diagonal(K) + ridge
     inverse_root = jax.lax.rsqrt(jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal))
@@ -89,7 +89,7 @@ def _solved(K: Array, b: Array, ridge: Array) -> Array:
     def by_eigenvectors() -> Array:
         values, vectors = jnp.linalg.eigh(K)
         least = unknown * jnp.abs(values).max()
-        left_out = values <= least  # NaN is not left out
+        left_out = values <= least  # False for NaN
         kept = jnp.where(left_out, jnp.ones_like(values), values + ridge)
         inverse = jnp.where(left_out, jnp.zeros_like(values), 1 / kept)
         parts = jnp.matmul(vectors.T, b, precision=EXACT)
@@ -99,11 +99,11 @@ def _solved(K: Array, b: Array, ridge: Array) -> Array:
 
 
 def checked_damping(damping: Any, positive: bool = False) -> None:
-    """Raise ValueError for what is known not to be a number ≥ 0, or > 0."""
+    """Raise ValueError if the damping is known not to be a number ≥ 0 (with `positive`, > 0)."""
     try:
         wrong = np.ndim(damping) != 0 or not (damping > 0 if positive else damping >= 0)
     except jax.errors.TracerBoolConversionError:
-        wrong = False  # known only when it runs
+        wrong = False  # a traced damping is unknown here
     except TypeError:
         wrong = True
     if wrong:

@@ -1,4 +1,4 @@
-"""PerExampleGrads: the B × parameters matrix G of per-example gradients, an algebra on factors."""
+"""PerExampleGrads: the B × parameters matrix G of per-example gradients, held as factors, and operations on it."""
 
 import functools
 import operator
@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 
 def _in_chunks(method: Callable[P, R]) -> Callable[P, R]:
-    """A method that may write something out, in no more than the gradients' `chunk_bytes` at once."""
+    """Decorate a method that may materialize gradients, so that it materializes at most `chunk_bytes` at once."""
 
     @functools.wraps(method)
     def bounded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -36,31 +36,32 @@ def _in_chunks(method: Callable[P, R]) -> Callable[P, R]:
 
 @jax.tree_util.register_pytree_with_keys_class
 class PerExampleGrads:
-    """The gradients of B examples with respect to a tree of parameters, each parameter's a sum of factors.
+    """The gradients of B examples with respect to a tree of parameters; each parameter's gradient is a sum of factors.
 
-    Think of it as the matrix G [B, parameters] that `jax.vmap(jax.grad(loss))` would return, spread over the tree;
-    every method is an operation on that matrix, and only `materialize` writes it out.
+    It stands for the matrix G [B, parameters] that `jax.vmap(jax.grad(loss))` would return, split over the tree. Every
+    method is an operation on that matrix, and only `materialize` returns the matrix itself.
 
-    Its arrays are the factors of products, not gradients. It is a pytree of them, all with the example axis first, and
-    goes through `jit`, `vmap`, `grad`, `lax.scan`, `device_put` with shardings and `jax.export`; but `jax.tree.map` and
-    optax's transformations, which work on every array by itself, give wrong numbers. In place of them:
+    Its arrays are the factors of products, not gradients. It is a pytree of these arrays, all with the example axis
+    first, and passes through `jit`, `vmap`, `grad`, `lax.scan`, `device_put` with shardings and `jax.export`. But
+    `jax.tree.map` and optax's transformations work on every array separately and therefore give wrong numbers. Use
+    these in their place:
 
-        optax.scale, jax.tree.map(lambda g: c * g, …)       `c * g`, with a number or one for every example
+        optax.scale, jax.tree.map(lambda g: c * g, …)       `c * g`, with one number, or one for every example
         optax.tree.add, subtracting, averaging              `g + h`, `g - h`, `(g + h) / 2`
         optax.clip_by_global_norm, per example              `g.clip(max_norm)`, or `jg.clipped_grad`
-        optax's dpsgd, what wants an axis of examples       `g.materialize()`
+        optax's dpsgd, which needs an example axis          `g.materialize()`
         an optimizer's update                               `optimizer.update(g.mean(), state, params)`
 
-    Accuracy: sums are accumulated in float32 at least (float64 if a factor or a parameter is), and rounded once to
-    the parameter's dtype where the result is a gradient. Squares of gradients, [B] and [B, B] results stay in the
-    accumulator's.
+    Accuracy: sums are accumulated in float32 at least (float64 if a factor or a parameter is float64). A result that is
+    a gradient is rounded once, to the parameter's dtype; squares of gradients and [B] and [B, B] results keep the
+    accumulator's dtype.
 
-    A complex parameter has the gradient that `jax.grad` defines, ∂/∂Re - i ∂/∂Im, held as those of its two real parts;
-    norms and moments are of |·|², inner products the real part of Σ conj(g) v.
+    A complex parameter has the gradient that `jax.grad` defines, ∂/∂Re - i ∂/∂Im, held as the gradients with respect to
+    its two real parts. Norms and moments use |·|², and inner products are the real part of Σ conj(g) v.
 
     Args:
         tree: the parameters' tree with each leaf replaced by a tuple of factors (`Outer`, `Rows`, `Dense`).
-        chunk_bytes: how much its methods may write out at once where the cheapest way writes something out.
+        chunk_bytes: how many bytes a method may materialize at once, where its cheapest way materializes something.
 
     Example:
         >>> delta, x = jnp.ones((4, 3)), jnp.ones((4, 2))         # four examples of a [3, 2] matrix
@@ -94,12 +95,12 @@ class PerExampleGrads:
     # --- as a pytree
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, PyTree], ...], int]:
-        """For JAX: the parameters' tree with a sum of factors, and their weight, at each leaf."""
+        """Flatten for JAX: the parameters' tree with a sum of factors and its weight at each leaf."""
         return ((jax.tree_util.GetAttrKey("factors"), self._held),), self.chunk_bytes
 
     @classmethod
     def tree_unflatten(cls, chunk_bytes: int, children: Sequence[PyTree]) -> "PerExampleGrads":
-        """For JAX: the inverse of flattening, unchecked."""
+        """Unflatten for JAX: the inverse of flattening, without checks."""
         g = object.__new__(cls)
         (g._held,), g.chunk_bytes = children, chunk_bytes
         return g
@@ -110,9 +111,9 @@ class PerExampleGrads:
         weight: Any = getattr(held[0], "weight", None)
         if getattr(weight, "ndim", 1) != 1:
             raise ValueError(
-                f"PerExampleGrads: expected one example axis, got axes {jnp.shape(weight)} in front. What came out of "
-                f"jax.vmap, over models for instance, is a stack of them: call its methods inside the vmap. What came "
-                f"out of jax.tree.map is nothing: the function was given the factors' sides and not the gradients."
+                f"PerExampleGrads: expected one example axis, got leading axes {jnp.shape(weight)}. The result "
+                f"of jax.vmap, over models for instance, is a stack of them: call its methods inside the vmap. The "
+                f"result of jax.tree.map is meaningless: the function was applied to arrays of factors, not gradients."
             )
         return held
 
@@ -129,11 +130,11 @@ class PerExampleGrads:
     def _each(self, function: Callable[[Leaf], Any]) -> PyTree:
         return self._tree([function(leaf) for leaf in self._leaves])
 
-    # --- what is held
+    # --- attributes
 
     @property
     def paths(self) -> list[str]:
-        """The path of every parameter, as `jax.tree_util.keystr` writes it."""
+        """The path of every parameter, in the form of `jax.tree_util.keystr`."""
         leaves = jax.tree_util.tree_leaves_with_path(self._treedef.unflatten(range(self._treedef.num_leaves)))
         return [jax.tree_util.keystr(path) for path, _ in leaves]
 
@@ -149,13 +150,13 @@ class PerExampleGrads:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in the factors; an array that two factors share is counted twice."""
+        """Number of bytes held in the factors; an array that two factors share is counted twice."""
         held = [a for leaf in self._leaves for f in leaf.factors for a in factors.arrays(f)]
         return sum(a.size * a.dtype.itemsize for a in held)
 
     @property
     def materialized_nbytes(self) -> int:
-        """Bytes that `materialize` would write."""
+        """Number of bytes that `materialize` would return."""
         return sum(self.batch_size * leaf.layout.size * leaf.layout.dtype.itemsize for leaf in self._leaves)
 
     def __len__(self) -> int:
@@ -168,15 +169,15 @@ class PerExampleGrads:
                 for path, leaf in zip(self.paths, self._leaves, strict=True)
             ]
             held = f"{self.batch_size} examples, {self.nbytes} bytes held, {self.materialized_nbytes} if materialized"
-        except (AttributeError, IndexError, TypeError, ValueError):  # a tree of something else, as JAX makes them
+        except (AttributeError, IndexError, TypeError, ValueError):  # JAX makes trees of other objects too
             return f"PerExampleGrads({self._held})"
         return "\n".join([f"PerExampleGrads({held})", *lines])
 
     def with_chunk_bytes(self, chunk_bytes: int) -> "PerExampleGrads":
-        """The same gradients, whose methods write out no more than so many bytes at once.
+        """Return the same gradients, whose methods materialize at most `chunk_bytes` at once.
 
-        Where the cheapest way to norms, moments or a Gram matrix writes something out, it does so for a few examples at
-        a time; one example may need more.
+        If the cheapest way to compute norms, moments or a Gram matrix materializes gradients, it does so for a few
+        examples at a time; a single example may need more than `chunk_bytes`.
 
         Raises:
             ValueError: a number below 1.
@@ -190,13 +191,13 @@ class PerExampleGrads:
     @_in_chunks
     @automatic(by_example=True)
     def squared_norms(self) -> Float[Array, " B"]:
-        """‖g_b‖² [B]. Overflows and underflows where the square does; `norms` does not."""
+        """‖g_b‖² [B]. It overflows or underflows where the square does; `norms` does not."""
         return added([leaf.squared_norm() for leaf in self._leaves])
 
     @_in_chunks
     @automatic(by_example=True)
     def leaf_norms(self) -> PyTree:
-        """The norm of each parameter's gradient by itself: the tree with a [B] at every leaf. As `norms`."""
+        """The norm of each parameter's gradient, computed as in `norms`: the tree with a [B] at every leaf."""
         each = self._each(lambda leaf: leaf.length().norm)
         return complexes.joined(each, lambda *parts: norms.root_sum_of_squares(parts))
 
@@ -205,19 +206,19 @@ class PerExampleGrads:
     def norms(self) -> Float[Array, " B"]:
         """‖g_b‖ [B], over all parameters together.
 
-        Formula: √Σ_leaves ‖·‖²; of an Outer with T = 1, ‖left_b‖·‖right_b‖. Cost: see `pairs`.
-        Every example and position is scaled by powers of two on the way, so that nothing overflows or underflows unless
-        the norm itself does; where every position's product is below the smallest normal number their sum may be 0.
-        Differentiable; the derivative at a zero gradient is 0.
+        Formula: √Σ_leaves ‖·‖²; the norm of an Outer with T = 1 is ‖left_b‖·‖right_b‖. Cost: see `pairs`.
+        Every example and position is scaled by powers of two first, so that nothing overflows or underflows unless the
+        norm itself does; if the product at every position is below the smallest normal number, their sum may be 0.
+        The norms are differentiable; the derivative at a zero gradient is 0.
         """
         return norms.together([leaf.length() for leaf in self._leaves])
 
     @automatic(by_example=True)
     def magnitudes(self) -> Float[Array, " B"] | None:
-        """[B]: how large the numbers are that may cancel in each gradient; None where nothing does.
+        """Magnitude of the terms that may cancel, per example [B]; None if no gradient is a sum.
 
-        No less than √Σ_leaves (Σ_t ‖left_t‖ ‖right_t‖)², over the leaves that are a sum of products. Sums of rounded
-        products are off by about eps times this, be the gradient ever so small.
+        It is at least √Σ_leaves (Σ_t ‖left_t‖ ‖right_t‖)², over the leaves that are a sum of products. The error of a
+        sum of rounded products is about eps times this magnitude, however small the gradient is.
         """
         found = [size for leaf in self._leaves if (size := leaf.magnitude()) is not None]
         return norms.root_sum_of_squares(found) if found else None
@@ -227,28 +228,28 @@ class PerExampleGrads:
     @naming("PerExampleGrads.dot")
     @automatic(by_example=True)
     def dot(self, tree: PyTree) -> Float[Array, " B"]:
-        """G v [B]: the inner product of every example's gradient with one direction.
+        """G v [B]: the inner product of every example's gradient with a direction v.
 
         Args:
-            tree: a direction, of the parameters' structure and shapes; complex where they are, and then such as
-                a gradient is: along a change dp of the parameters the direction is conj(dp).
+            tree: a direction with the parameters' structure and shapes, complex where they are. It follows the
+                convention of gradients: for a change dp of the parameters, pass conj(dp).
         """
         leaves = self._direction(tree)
         return added([leaf.dot(v) for leaf, v in zip(self._leaves, leaves, strict=True)])
 
     @naming("PerExampleGrads.weighted_sum")
     def weighted_sum(self, c: Float[Array, " B"]) -> PyTree:
-        """Gᵀ c: Σ_b c_b g_b, a tree of the parameters' shapes and dtypes. One matrix product a factor."""
+        """Gᵀ c: Σ_b c_b g_b, a tree with the parameters' shapes and dtypes. It costs one matrix product per factor."""
         c = checked_numbers(c, self.batch_size)
         return self._summed(c)
 
     def sum(self, rounded: bool = True) -> PyTree:
-        """Σ_b g_b, a tree of the parameters' shapes and dtypes; with `rounded` False in the accumulator's dtype."""
+        """Σ_b g_b, a tree with the parameters' shapes and dtypes; if `rounded` is False, in the accumulator's dtype."""
         return self._summed(None, rounded)
 
     @automatic(by_example=False)
     def mean(self) -> PyTree:
-        """Σ_b g_b / B, a tree of the parameters' shapes and dtypes; NaN for an empty batch, as jnp.mean."""
+        """Σ_b g_b / B, a tree with the parameters' shapes and dtypes; NaN for an empty batch, as in jnp.mean."""
 
         def mean(leaf: Leaf) -> Array:
             total = leaf.sum(None)
@@ -272,12 +273,12 @@ class PerExampleGrads:
     @_in_chunks
     @automatic(by_example=False)
     def gram(self, other: "PerExampleGrads | None" = None) -> Float[Array, "B C"]:
-        """G G′ᵀ [B, C]: the inner product of every pair of examples, with `other`'s or with each other.
+        """G G′ᵀ [B, C]: the inner products of all pairs of examples, of this batch with `other` or with itself.
 
-        Cost of an Outer with T = 1: two matrix products, B·C·(F + K) operations; never B × parameters.
+        Cost for an Outer with T = 1: two matrix products, B·C·(F + K) operations; never B × parameters.
 
         Raises:
-            ValueError: `other` is of another tree, or of parameters of other shapes or dtypes.
+            ValueError: the parameters of `other` have another tree, or other shapes or dtypes.
         """
         if other is not None:
             self._same_parameters(other)
@@ -288,10 +289,11 @@ class PerExampleGrads:
     @_in_chunks
     @automatic(by_example=False)
     def second_moment(self) -> PyTree:
-        """mean_b g_b ⊙ g_b, a tree of the parameters' shapes, in float32 at least: half precision has no room.
+        """mean_b g_b ⊙ g_b, a tree with the parameters' shapes, in float32 at least: half precision cannot hold the
+        squares.
 
-        Formula: of an Outer with T = 1, (left²)ᵀ(right²)/B, one matrix product; otherwise examples are written out,
-        a few at a time.
+        Formula: for an Outer with T = 1, (left²)ᵀ(right²)/B, one matrix product; otherwise examples are materialized, a
+        few at a time.
         """
         each = self._each(lambda leaf: leaf.second_moment())
         return complexes.joined(each, operator.add)
@@ -299,19 +301,19 @@ class PerExampleGrads:
     @_in_chunks
     @automatic(by_example=False)
     def variance(self) -> PyTree:
-        """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree of the parameters' shapes, in float32 at least.
+        """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree with the parameters' shapes, in float32 at least.
 
-        Formula: not second_moment - mean², which cancels: of an Outer with T = 1 the sides are centred first
-        (`moments.variance`); otherwise examples are written out, a few at a time, with the mean subtracted.
+        Formula: not second_moment - mean², which cancels. For an Outer with T = 1 the sides are centered first
+        (`moments.variance`); otherwise examples are materialized, a few at a time, and the mean is subtracted.
         """
         return complexes.joined(self._each(lambda leaf: leaf.variance()), operator.add)
 
     # --- new batches
 
-    __array_ufunc__ = None  # a NumPy number times this asks this
+    __array_ufunc__ = None  # NumPy then leaves `number * g` to __rmul__
 
     def __mul__(self, c: Any) -> "PerExampleGrads":
-        """c · g_b for a number c, c_b · g_b for a [B]: `scale`."""
+        """c · g_b for a number c, c_b · g_b for an array c [B], as in `scale`."""
         c = jnp.asarray(c)
         if c.ndim == 0 and not jnp.issubdtype(c.dtype, jnp.complexfloating):
             c = jnp.full(self.batch_size, c.astype(working_dtype(*(leaf.weight.dtype for leaf in self._leaves))))
@@ -320,7 +322,7 @@ class PerExampleGrads:
     __rmul__ = __mul__
 
     def __truediv__(self, c: Any) -> "PerExampleGrads":
-        """g_b / c for a number c, g_b / c_b for a [B]."""
+        """g_b / c for a number c, g_b / c_b for an array c [B]."""
         return self * (1 / jnp.asarray(c))
 
     def __neg__(self) -> "PerExampleGrads":
@@ -329,10 +331,10 @@ class PerExampleGrads:
 
     @naming("PerExampleGrads.__add__")
     def __add__(self, other: "PerExampleGrads") -> "PerExampleGrads":
-        """g_b + h_b, the gradients of a sum of two losses: both keep their factors. As many examples in each.
+        """g_b + h_b, the gradients of a sum of two losses, with the factors of both. The batch sizes must be equal.
 
         Raises:
-            ValueError: `other` is of another number of examples, or of other parameters.
+            ValueError: `other` has another number of examples or other parameters.
         """
         if not isinstance(other, PerExampleGrads):
             return NotImplemented
@@ -340,29 +342,29 @@ class PerExampleGrads:
         if self.batch_size != other.batch_size:
             raise ValueError(
                 f"{called()}: expected as many examples in both, got {self.batch_size} and "
-                f"{other.batch_size}. For one batch after the other take PerExampleGrads.concatenate."
+                f"{other.batch_size}. To join two batches, use PerExampleGrads.concatenate."
             )
         pairs = zip(self._leaves, other._leaves, strict=True)
         return self._with([Leaf.of(leaf.weighted() + leaf_.weighted()) for leaf, leaf_ in pairs])
 
     def __sub__(self, other: "PerExampleGrads") -> "PerExampleGrads":
-        """g_b - h_b. As `+`."""
+        """g_b - h_b, with the same requirements as `+`."""
         return self + -other if isinstance(other, PerExampleGrads) else NotImplemented
 
     @naming("PerExampleGrads.scale")
     def scale(self, c: Float[Array, " B"]) -> "PerExampleGrads":
-        """c_b g_b, in float32 at least: what is multiplied keeps the digits that the parameter's dtype would drop."""
+        """c_b g_b, in float32 at least: the result keeps digits that rounding to the parameter's dtype would drop."""
         c = checked_numbers(c, self.batch_size)
         return self._with([Leaf(leaf.factors, leaf.weight * c.astype(leaf.weight.dtype)) for leaf in self._leaves])
 
     @naming("PerExampleGrads.clip")
     def clip(self, max_norm: PyTree) -> "PerExampleGrads":
-        """g_b · max_norm / max(max_norm, ‖g_b‖): a zero gradient, and one exactly on the bound, stay as they are.
+        """g_b · max_norm / max(max_norm, ‖g_b‖): a gradient that is zero or exactly on the bound is unchanged.
 
         Args:
-            max_norm: a number, for the norm over all parameters; or a tree prefix of the parameters with a number for
-                every leaf or group of leaves, for the norm of each group by itself. Numbers > 0; inf clips nothing, and
-                one that is found to be ≤ 0 only when it runs gives NaN.
+            max_norm: one number bounds the norm over all parameters; a tree prefix of the parameters, with a number for
+                every leaf or group of leaves, bounds the norm of each group separately. The numbers must be > 0; inf
+                clips nothing, and a traced number that turns out to be ≤ 0 gives NaN.
 
         Raises:
             ValueError: a bound that is not positive, or a tree that is not a prefix of the parameters.
@@ -377,7 +379,7 @@ class PerExampleGrads:
 
     @naming("PerExampleGrads.where")
     def where(self, mask: Array) -> "PerExampleGrads":
-        """The same, with the gradient of every example whose mask is False exactly zero, NaN or not.
+        """Return the gradients with those whose mask is False set to exactly zero, even if they are NaN.
 
         Args:
             mask: [B], boolean.
@@ -388,8 +390,8 @@ class PerExampleGrads:
     @naming("PerExampleGrads[...]")
     @automatic(by_example=False)
     def __getitem__(self, index: Any) -> "PerExampleGrads":
-        """A subset of the examples: a slice, or an integer or boolean array. On an explicit mesh each device has it."""
-        _ = self._leaves  # raises where there is more than one example axis
+        """A subset of the examples, by a slice or an integer or boolean array; replicated on an explicit mesh."""
+        _ = self._leaves  # raises if there is more than one example axis
         if isinstance(index, slice):
             return map_examples_of(lambda a: a[index], self)
         chosen = checked_index(index)
@@ -398,10 +400,10 @@ class PerExampleGrads:
     @staticmethod
     @naming("PerExampleGrads.concatenate")
     def concatenate(parts: Sequence["PerExampleGrads"]) -> "PerExampleGrads":
-        """One batch from several: the same parameters, and the same kinds of factors; T may differ.
+        """Join several batches into one. Their parameters and kinds of factors must be the same; T may differ.
 
         Raises:
-            ValueError: no parts, other parameters, or other factors.
+            ValueError: no parts, or parts that differ in their parameters or factors.
         """
         if not parts:
             raise ValueError("PerExampleGrads.concatenate: expected at least one batch, got none.")
@@ -416,10 +418,10 @@ class PerExampleGrads:
 
     @automatic(by_example=True)
     def materialize(self) -> PyTree:
-        """G written out: the tree of [B, *shape] that `jax.vmap(jax.grad(loss))` returns. B × parameters numbers."""
+        """Materialize G: the tree of [B, *shape] that `jax.vmap(jax.grad(loss))` returns, B × parameters numbers."""
         return complexes.joined(self._each(Leaf.materialize), complexes.gradient)
 
-    # --- what comes in
+    # --- checks of arguments
 
     def _direction(self, tree: PyTree) -> list[Array]:
         structure: Any = jax.tree.structure(self._held, is_leaf=_is_parameter)
@@ -453,10 +455,10 @@ class PerExampleGrads:
 
     @naming("PerExampleGrads.groups", unless_inside=True)
     def groups(self, prefix: PyTree) -> tuple[list[Any], list["PerExampleGrads"]]:
-        """The positive numbers in a tree prefix of the parameters, and for each the gradients below it.
+        """Return the positive numbers in a tree prefix of the parameters, and for each the gradients it applies to.
 
         Args:
-            prefix: a number for all parameters, or a tree prefix with a number for every leaf or group of leaves.
+            prefix: one number for all parameters, or a tree prefix with a number for every leaf or group of leaves.
 
         Raises:
             ValueError: a number that is not positive, or a tree that is not a prefix of the parameters.

@@ -1,4 +1,4 @@
-"""One factor in place of many that lie side by side in a parameter, as a loop over experts or stacked layers leaves."""
+"""One factor in place of many adjacent ones in a parameter, which a loop over experts or stacked layers produces."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jaxgrad.per_example.algebra.factors import Factor, Outer
 from jaxgrad.per_example.algebra.layout import Layout
 
-FEW = 3  # so many remain as they are: a group is a copy of its members' sides
+FEW = 3  # up to this many factors are not grouped, because a group copies its members' sides
 
 
 def grouped(factors: Sequence[Factor]) -> tuple[Factor, ...]:
-    """Outers of one example that are alike but for where their boxes start, as one with a group for each of them.
+    """Join Outers of one example that differ only in where their boxes start into one, with a group for each of them.
 
-    Cost: in their number, linear; what is asked of n factors would take n terms, and n² pairs.
+    Cost: linear in their number; without it, operations on n factors would take n terms, or n² pairs.
     """
     found = list(factors)
     for axis in range(len(found[0].layout.shape) if found else 0):
@@ -33,7 +33,7 @@ def _along(factors: Sequence[Factor], axis: int) -> list[Factor]:
             result.append(f)
             continue
         key = (_without_start(f.layout, axis), f.positions_first, *((a.shape, a.dtype) for a in (f.left, f.right)))
-        again = (key, f.layout.box)  # a second one at the same place belongs to a second group
+        again = (key, f.layout.box)  # a second factor with the same box belongs to a second group
         seen[again] = seen.get(again, -1) + 1
         alike.setdefault((key, seen[again]), []).append(f)
     for same in alike.values():
@@ -49,7 +49,7 @@ def _group(run: Sequence[Outer], layout: Layout) -> Outer:
 
 
 def _runs(factors: Sequence[Outer], axis: int) -> Iterator[list[Outer]]:
-    """Neighbours at one distance."""
+    """Runs of neighbors at equal distances."""
     starts = [_box(f)[axis][0] for f in factors]
     run: list[Outer] = []
     for k, f in enumerate(factors):
@@ -61,20 +61,20 @@ def _runs(factors: Sequence[Outer], axis: int) -> Iterator[list[Outer]]:
 
 
 def _together(layouts: Sequence[Layout], axis: int) -> Layout | None:
-    """The layout of a group of boxes whose starts are at one distance along an axis; None if they are not one box."""
+    """The layout of a group of boxes whose starts are equally spaced along an axis; None if they form no box."""
     first, n = layouts[0], len(layouts)
     box = _box_of(first)
     start, size, stride = box[axis]
     distance = _box_of(layouts[1])[axis][0] - start
     if size == 1:
         whole, inner = (start, n, distance), 1
-    elif stride == 1 and distance == size:  # one after another
+    elif stride == 1 and distance == size:  # consecutive boxes
         whole, inner = (start, n * size, 1), 1
-    elif stride == n and distance == 1:  # between one another
+    elif stride == n and distance == 1:  # interleaved boxes
         whole, inner = (start, n * size, 1), size
     else:
         return None
-    before = inner  # how many entries of the box one of the group's axis is made of, in front of it
+    before = inner  # product of the box's sizes in front of the group's axis
     for _, count, _ in box[:axis]:
         before *= count
     split = first.split or ()
@@ -82,7 +82,7 @@ def _together(layouts: Sequence[Layout], axis: int) -> Layout | None:
     while seen < before and place < len(split):
         seen, place = seen * split[place], place + 1
     if seen != before:
-        return None  # an axis of the matrix goes across
+        return None  # an axis of split straddles this place
     G, F, K = first.matrix
     return dataclasses.replace(
         first,

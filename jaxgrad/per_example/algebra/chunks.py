@@ -1,4 +1,4 @@
-"""Loops that write out no more at once than a stated number of bytes."""
+"""Loops that materialize at most a stated number of bytes at once."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,15 +16,15 @@ from jaxgrad.sharding import devices
 T = TypeVar("T")
 
 CHUNK_BYTES = 64 * 2**20
-"""How much may be written out at once, unless the gradients say otherwise: `PerExampleGrads.chunk_bytes`."""
+"""Default of `PerExampleGrads.chunk_bytes`: how many bytes may be materialized at once."""
 
 
 EXPECTED = 64
-"""What is reckoned with where `jax.export` leaves the number of examples open."""
+"""Number of examples assumed in cost estimates if `jax.export` leaves it symbolic."""
 
 
 def expected(count: Any) -> int:
-    """The number itself, or `EXPECTED` for one that is symbolic: for decisions that change cost and no result."""
+    """The number itself, or `EXPECTED` if it is symbolic; for decisions that change the cost but not the result."""
     return count if isinstance(count, int) else EXPECTED
 
 
@@ -42,33 +42,34 @@ def _set(variable: ContextVar[int], value: int) -> Iterator[None]:
 
 
 def at_most(nbytes: int) -> AbstractContextManager[None]:
-    """Inside it no more than so many bytes are written out at once, unless a single example needs more."""
+    """A context in which at most `nbytes` are materialized at once, unless a single example needs more."""
     return _set(_bound, nbytes)
 
 
 def pairs_of_outputs(count: int) -> AbstractContextManager[None]:
-    """Inside it what is done for a pair of examples is done for so many pairs of their outputs, by `jax.vmap`."""
+    """A context in which each pair of examples stands for `count` pairs of their outputs, by `jax.vmap`."""
     return _set(_pairs, count)
 
 
 def pairs_at_once(pair_bytes: int, count: int) -> int:
-    """How many of `count` examples to pair with one other at once, where a pair takes so many bytes."""
+    """How many of `count` examples to pair with another example at once, if a pair takes `pair_bytes`."""
     return chunk_size(pair_bytes * _pairs.get(), count)
 
 
 def chunk_size(bytes_each: int, count: int, most: int = CHUNK_BYTES) -> int:
-    """How many of `count` things of `bytes_each` to hold at once, in no more bytes than `most`: at least one."""
+    """How many of `count` things of `bytes_each` to hold at once in at most `most` bytes; at least one."""
     return max(1, min(expected(count), min(_bound.get(), most) // max(bytes_each, 1)))
 
 
 def map_examples(function: Callable[..., Array], size: int, *trees: PyTree, spread: bool = True) -> Array:
-    """function(*trees) where it treats examples (axis 0) independently, on `size` examples at a time or somewhat fewer.
+    """Compute function(*trees) on `size` or somewhat fewer examples (axis 0) at a time; they must be independent.
 
-    The blocks are cut out where they are used: no second copy of the examples is made. Of a batch that may be spread
-    over devices a block has every so-manyth example, `size` rounded up to some of each device's: none has to travel.
+    Each block is sliced where it is used, so that no second copy of the examples is made. If the batch may be sharded
+    over devices, a block takes examples at a fixed stride, with `size` rounded up to equally many from each device, so
+    that no example is communicated.
 
     Args:
-        spread: whether axis 0 may be spread over devices.
+        spread: True if axis 0 may be sharded over devices.
     """
     if not isinstance(_count(trees), int):
         return _map_unknown(function, size, trees)
@@ -83,7 +84,7 @@ def map_examples(function: Callable[..., Array], size: int, *trees: PyTree, spre
 
 
 def sum_examples(function: Callable[..., T], size: int, *trees: PyTree, spread: bool = True) -> T:
-    """function(*trees), a tree of arrays, where it sums over examples (axis 0), on blocks as in `map_examples`."""
+    """Compute function(*trees), a tree of arrays, on blocks as in `map_examples`; it must be a sum over axis 0."""
     if not isinstance(_count(trees), int):
         return _sum_unknown(function, trees)
     cut = _Cut.of(trees, size, spread)
@@ -102,11 +103,11 @@ def _added(a: T, b: T) -> T:
     return jax.tree.map(jnp.add, a, b)
 
 
-# --- Of as many examples as are only known later, under `jax.export`: no block is smaller than another --------------
+# --- A symbolic number of examples, under `jax.export`: all blocks have the same size -------------------------------
 
 
 def _map_unknown(function: Callable[..., Array], size: int, trees: PyTree) -> Array:
-    """Blocks of `size`, the last one filled up with zeros."""
+    """Map over blocks of `size`; the last block is padded with zeros."""
     count = _count(trees)
     blocks = 1 + (count - 1) // size
     without, shared = taken_out(trees)
@@ -120,7 +121,7 @@ def _map_unknown(function: Callable[..., Array], size: int, trees: PyTree) -> Ar
 
 
 def _sum_unknown(function: Callable[..., T], trees: PyTree) -> T:
-    """An example at a time."""
+    """Sum one example at a time."""
     without, shared = taken_out(trees)
 
     def one(example: PyTree) -> T:
@@ -132,16 +133,16 @@ def _sum_unknown(function: Callable[..., T], trees: PyTree) -> T:
     return total
 
 
-# --- Of a known number -----------------------------------------------------------------------------------------------
+# --- A known number of examples --------------------------------------------------------------------------------------
 
 
 class _Cut(NamedTuple):
-    """How examples fall into blocks.
+    """How examples are divided into blocks.
 
     Attributes:
-        size: of a block.
-        blocks: how many.
-        spread: whether a block has every so-manyth example, and not neighbours.
+        size: number of examples in a block.
+        blocks: number of blocks.
+        spread: True if a block takes examples at a stride of `blocks`, False if it takes consecutive ones.
     """
 
     size: int
@@ -154,23 +155,23 @@ class _Cut(NamedTuple):
         if size >= count:
             return _Cut(count, 1, False)
         size = -(-size // over) * over
-        even = (n for n in range(size, size // 2, -over) if count % n == 0)  # leaves nothing over
+        even = (n for n in range(size, size // 2, -over) if count % n == 0)  # leaves no remainder
         size = min(next(even, size), count)
         return _Cut(size, count // size, over > 1)
 
     def whole(self, a: Array) -> Array:
-        """[blocks, size, …] without what is left over; [size, blocks, …] where a block has every so-manyth."""
+        """[blocks, size, …] without the remainder; [size, blocks, …] if `spread`."""
         shape = (self.size, self.blocks) if self.spread else (self.blocks, self.size)
         return a[: self.blocks * self.size].reshape(*shape, *a.shape[1:])
 
     def block(self, trees: PyTree, k: Array) -> PyTree:
-        """Block k."""
+        """The examples of block k."""
         if not self.spread:
             return map_examples_of(lambda a: lax.dynamic_slice_in_dim(a, k * self.size, self.size), trees)
         return map_examples_of(lambda a: lax.dynamic_index_in_dim(self.whole(a), k, 1, keepdims=False), trees)
 
     def rest(self, trees: PyTree) -> PyTree:
-        """What is left over."""
+        """The remainder, which fills no block."""
         return map_examples_of(lambda a: a[self.blocks * self.size :], trees)
 
 

@@ -1,8 +1,8 @@
-"""Complex parameters, as two real ones each.
+"""Complex parameters, each as two real ones.
 
-By JAX's convention the gradient with respect to p is ∂/∂Re p - i ∂/∂Im p: what is held are the two real gradients. The
-tree that stands for a vector of real numbers (a gradient, a direction) has the first as its real part and the second,
-with its sign changed, as its imaginary part; inner products are those of the real vectors, Re Σ conj(g) v.
+By JAX's convention the gradient with respect to p is ∂/∂Re p - i ∂/∂Im p; it is held as its two real gradients. A
+complex tree that stands for a real vector (a gradient, a direction) has the first as its real part and the second, with
+its sign changed, as its imaginary part. Inner products are those of the real vectors, Re Σ conj(g) v.
 """
 
 import functools
@@ -19,11 +19,11 @@ from jaxtyping import Array, PyTree
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("real", "imag"), meta_fields=())
 @dataclass(frozen=True)
 class Complex:
-    """In the place of a complex parameter: what there is for its real and for its imaginary part.
+    """A pair that replaces a complex parameter: the values for its real part and its imaginary part.
 
     Attributes:
-        real: of the real part.
-        imag: of the imaginary part.
+        real: the value for the real part.
+        imag: the value for the imaginary part.
 
     Example:
         >>> loss = lambda W, x: jnp.abs(W @ x).sum()
@@ -37,12 +37,12 @@ class Complex:
 
 
 def is_complex(node: Any) -> bool:
-    """For JAX's `is_leaf`."""
+    """Test for `Complex`, for JAX's `is_leaf`."""
     return isinstance(node, Complex)
 
 
 def parts(tree: PyTree, sign: int = 1) -> PyTree:
-    """The tree with a pair of real arrays in the place of every complex one; the imaginary part times `sign`."""
+    """Replace every complex array in the tree by a pair of real ones, with the imaginary part times `sign`."""
 
     def one(a: Any) -> Any:
         try:
@@ -61,7 +61,7 @@ def parts(tree: PyTree, sign: int = 1) -> PyTree:
 
 
 def joined(tree: PyTree, function: Callable[[Any, Any], Any]) -> PyTree:
-    """The tree with function(real, imag) in the place of every pair."""
+    """Replace every pair in the tree by function(real, imag)."""
     return jax.tree.map(lambda a: function(a.real, a.imag) if is_complex(a) else a, tree, is_leaf=is_complex)
 
 
@@ -71,5 +71,5 @@ def number(real: Array, imag: Array) -> Array:
 
 
 def gradient(real: Array, imag: Array) -> Array:
-    """real - i imag: of the gradients with respect to the two parts, the gradient."""
+    """real - i imag: the complex gradient from the gradients with respect to the two parts."""
     return lax.complex(real, -imag)

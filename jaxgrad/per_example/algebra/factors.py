@@ -1,17 +1,17 @@
-"""What the gradients of one parameter are made of: B × parameter numbers, kept as a product that is not carried out.
+"""The kinds of factors that stand for the gradients of one parameter: B × parameter numbers, held as products.
 
 Index legend, here and in `pairs`: B example, G group (heads, stacked layers), T position within the example, F fan-out,
-K fan-in; a prime (or the letters C, S) is the second operand's.
+K fan-in; a prime (or the letters C, S) marks the second operand.
 
-A factor stands for a matrix of examples by [G, F, K] entries, the *matrix layout*; its `Layout` says where in the
-parameter's own shape each of them lies. A parameter's gradient is a sum of factors.
+A factor stands for a [G, F, K] array per example, called the *matrix layout*; its `Layout` says where each of these
+entries is in the parameter's own shape. A parameter's gradient is a sum of factors.
 
     Outer(left [B,G,T,F], right [B,G,T,K])   Σ_t left ⊗ right: any weight that enters through a matrix product
     Rows(ids [B,T], values [B,T,K])          values added to rows of an [F, K] table: an embedding
-    Windows(left, image)                     an Outer whose right side lies in the windows of an image: a convolution
-    Dense(value [B, *shape])                 written out: biases, scales, whatever is small
-    Mapped(inputs, shared)                   a map that all examples share, of other factors (`mapped`)
-    Common(number [B], array)                an array that all examples share, times one number of each (`mapped`)
+    Windows(left, image)                     an Outer whose right side is the windows of an image: a convolution
+    Dense(value [B, *shape])                 materialized gradients: biases, scales, anything small
+    Mapped(inputs, shared)                   a linear map, shared by all examples, of other factors (`mapped`)
+    Common(number [B], array)                one array shared by all examples, times one number per example (`mapped`)
 """
 
 import dataclasses
@@ -49,9 +49,9 @@ class Outer:
     Attributes:
         left: [B, G, T, F], floating.
         right: [B, G, T, K], floating.
-        layout: where [G, F, K] lies in the parameter.
-        positions_first: whether sums over examples and positions run over the positions first, which is how both sides
-            lie in memory if a loop gave them step by step. The sums are the same.
+        layout: where the entries of [G, F, K] are in the parameter.
+        positions_first: True if sums over examples and positions run over the positions first, which is the order of
+            both sides in memory if a loop produced them step by step. The sums are the same.
 
     Example:
         >>> f = Outer.of_matrix(jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.float32)
@@ -59,14 +59,14 @@ class Outer:
         ((4, 1, 1, 3), (4, 1, 1, 2), (3, 2))
     """
 
-    left: Any  # an Array, or what jax.eval_shape makes of one
+    left: Any  # an Array, or its jax.ShapeDtypeStruct
     right: Any
     layout: Layout
     positions_first: bool = False
 
     @staticmethod
     def of_matrix(left: Array, right: Array, dtype: jax.typing.DTypeLike) -> "Outer":
-        """left [B, F], right [B, K]: one product an example, for a parameter that is an [F, K] matrix of `dtype`."""
+        """From left [B, F] and right [B, K]: one product per example, for an [F, K] parameter of `dtype`."""
         layout = Layout.of_matrix(left.shape[1], right.shape[1], dtype)
         return Outer(left[:, None, None], right[:, None, None], layout)
 
@@ -78,8 +78,8 @@ class Rows:
 
     Attributes:
         ids: [B, T], integer; an id outside 0 ≤ id < F (a padding id) contributes nothing.
-        values: [B, T, K], floating; or [B, 1, K] where they are the same at all positions (a mean of embeddings).
-        layout: where [1, F, K] lies in the parameter; F is the number of rows.
+        values: [B, T, K], floating; or [B, 1, K] if they are the same at all positions (a mean of embeddings).
+        layout: where the entries of [1, F, K] are in the parameter; F is the number of rows.
 
     Example:
         >>> f = Rows.of_table(jnp.array([[0, 2], [2, 2]]), jnp.ones((2, 2, 3)), rows=5, dtype=jnp.float32)
@@ -93,7 +93,7 @@ class Rows:
 
     @staticmethod
     def of_table(ids: Array, values: Array, rows: int, dtype: jax.typing.DTypeLike) -> "Rows":
-        """For a parameter that is a [rows, K] table of `dtype`."""
+        """Make the Rows of a parameter that is a [rows, K] table of `dtype`."""
         return Rows(ids, values, Layout.of_matrix(rows, values.shape[2], dtype))
 
     @property
@@ -103,21 +103,21 @@ class Rows:
 
     @property
     def repeated(self) -> bool:
-        """Whether the values are held once for several positions."""
+        """True if the values are held once for several positions."""
         return self.values.shape[1] != self.ids.shape[1]
 
     @property
     def inside(self) -> Array:
-        """[B, T]: which ids are rows of the table."""
+        """[B, T]: True where the id is a row of the table."""
         return (self.ids >= 0) & (self.ids < self.rows)
 
     def valid(self) -> tuple[Array, Array]:
-        """(ids, values [B, T, K]) with every id in range: those that were not are 0 with values 0."""
+        """(ids, values [B, T, K]) with every id in range: ids out of range become 0, with values 0."""
         values = jnp.where(self.inside[..., None], self.values, jnp.zeros_like(self.values))
         return jnp.where(self.inside, self.ids, jnp.zeros_like(self.ids)), values
 
     def at_each_position(self) -> "Rows":
-        """The same with values [B, T, K]."""
+        """The same gradients with values [B, T, K]."""
         if not self.repeated:
             return self
         return Rows(self.ids, jnp.broadcast_to(self.values, (*self.ids.shape, self.values.shape[2])), self.layout)
@@ -131,8 +131,8 @@ class Windows:
     Attributes:
         left: [B, …], floating: the cotangents.
         image: [B, …], floating.
-        unfolding: how the two become an Outer's sides.
-        layout: where [G, F, K] lies in the parameter.
+        unfolding: how these two become the sides of an Outer.
+        layout: where the entries of [G, F, K] are in the parameter.
 
     Example:
         >>> loss = lambda kernel, x: jnp.sin(jax.lax.conv(x[None], kernel, (1, 1), "VALID")).sum()
@@ -147,19 +147,19 @@ class Windows:
     layout: Layout
 
     def unfolded(self) -> Outer:
-        """The Outer that it is, larger than the image by the number of places in a window."""
+        """The Outer it stands for, whose right side is larger than the image by the number of places in a window."""
         return Outer(*self.unfolding.sides(self.left, self.image), self.layout)
 
     @property
     def at_once(self) -> int:
-        """How many examples are unfolded at once."""
+        """Number of examples that are unfolded at once."""
         return self.unfolding.at_once(self.left.shape[0], self.left, self.image)
 
 
 @_factor("value")
 @dataclass(frozen=True)
 class Dense:
-    """The gradients written out.
+    """The materialized gradients.
 
     Attributes:
         value: [B, *shape], floating.
@@ -175,13 +175,13 @@ class Dense:
 
     @staticmethod
     def of(value: Array, dtype: jax.typing.DTypeLike) -> "Dense":
-        """value [B, *shape] for a parameter of that shape and of `dtype`."""
+        """From value [B, *shape], for a parameter of that shape and of `dtype`."""
         shape = tuple(value.shape[1:])
         return Dense(value, Layout(shape, jnp.dtype(dtype), tuple(range(len(shape))), (1, 1, math.prod(shape))))
 
 
 Factor = Outer | Rows | Windows | Dense | Mapped | Common
-"""Any of them."""
+"""Any kind of factor."""
 
 
 def arrays(f: Factor) -> list[Any]:
@@ -190,18 +190,18 @@ def arrays(f: Factor) -> list[Any]:
 
 
 def is_nothing(f: Factor) -> bool:
-    """Whether it is a product without positions, as a parameter has that is not used: zero."""
+    """True for a product without positions, which is zero: the gradient of an unused parameter."""
     return isinstance(f, Outer) and f.left.shape[2] == 0
 
 
 def accumulator(*factors: Factor) -> jnp.dtype:
-    """float64 if anything in the factors is, otherwise float32."""
+    """float64 if any dtype in the factors is float64, otherwise float32."""
     floating = (a.dtype for f in factors for a in arrays(f) if jnp.issubdtype(a.dtype, jnp.floating))
     return working_dtype(*floating, *(f.layout.dtype for f in factors))
 
 
 def wide(f: Factor, dtype: jnp.dtype) -> Factor:
-    """The factor with its floating arrays in `dtype`, complex ones in the complex dtype that it is half of."""
+    """The factor with its floating arrays in `dtype`, and its complex arrays in the complex dtype of that precision."""
 
     def one(a: Array) -> Array:
         if jnp.issubdtype(a.dtype, jnp.complexfloating):
@@ -212,7 +212,7 @@ def wide(f: Factor, dtype: jnp.dtype) -> Factor:
 
 
 def scale(f: Factor, c: Any) -> Factor:
-    """c_b times example b, in float32 at least. The smaller of two arrays is multiplied."""
+    """c_b times example b, in float32 at least. Of two arrays, the smaller one is multiplied."""
     c = c.astype(accumulator(f))
     f = wide(f, c.dtype)
     match f:
@@ -235,7 +235,7 @@ def scale(f: Factor, c: Any) -> Factor:
 
 
 def where(f: Factor, mask: Float[Array, " B"] | Array) -> Factor:
-    """Zero in every array of the examples where the mask is False, whatever was there."""
+    """The factor with all arrays of the examples whose mask is False set to exactly zero, even if they hold NaN."""
     return map_examples_of(lambda a: kept(mask, a), f)
 
 
@@ -274,7 +274,7 @@ def written_out(f: Factor) -> Array:
 def dot(f: Factor, V: Array) -> Float[Array, " B"]:
     """⟨gradient of example b, V⟩ for a V of the parameter's shape, in the accumulator's dtype.
 
-    Cost: Outer B·G·T·F·K operations, and no array larger than a factor's.
+    Cost: an Outer takes B·G·T·F·K operations, and no array larger than a factor's.
     """
     acc = accumulator(f)
     f = wide(f, acc)
@@ -299,10 +299,10 @@ def dot(f: Factor, V: Array) -> Float[Array, " B"]:
 
 
 def weighted_sum(f: Factor, c: Float[Array, " B"] | None) -> Array:
-    """Σ_b c_b · gradient of example b (c None: their sum), of the parameter's shape, in the accumulator's dtype.
+    """Σ_b c_b · gradient of example b (c None: their sum), with the parameter's shape, in the accumulator's dtype.
 
-    Cost: Outer one matrix product of B·G·T·F·K operations, Windows one convolution; nothing of B × parameter size is
-    formed.
+    Cost: an Outer takes one matrix product of B·G·T·F·K operations, Windows one convolution; no array of B × parameter
+    size is made.
     """
     acc = accumulator(f)
     if isinstance(f, Dense) and c is not None:  # no weighted copy
@@ -339,9 +339,10 @@ def weighted_sum(f: Factor, c: Float[Array, " B"] | None) -> Array:
 
 
 def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
-    """(f / unit, unit): every example brought near 1, so that no square overflows or underflows; unit 0 where f is 0.
+    """(f / unit, unit): every example is scaled to near 1, so that no square overflows or underflows; unit is 0
+    where f is 0.
 
-    Of an Outer every position has units of its own: where one side is huge and the other tiny, their product counts.
+    In an Outer every position and side has its own unit; if one side is huge and the other tiny, their product counts.
     """
     f = wide(f, accumulator(f))
 
@@ -354,17 +355,17 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
             a, b = (nearest_power(m) for m in most)  # [B, G, T]
             products = a * b
             total = products.max((1, 2), initial=0)
-            unit = jnp.where(jnp.isinf(total), total, nearest_power(total))  # too large a norm is infinite
+            unit = jnp.where(jnp.isinf(total), total, nearest_power(total))  # a norm that is too large is infinite
             each = _examples(jnp.where(unit == 0, jnp.ones_like(unit), unit), products)
             share = jnp.where(jnp.isinf(products), jnp.ones_like(products), products / each)
             left, right = left / power_of_two(a)[..., None], right / power_of_two(b)[..., None]
             return dataclasses.replace(f, left=left * share[..., None], right=right), unit
-        case Rows(ids, values, layout):  # what a padding id holds does not count
+        case Rows(ids, values, layout):  # values at padding ids do not count
             used = f.inside.any(1, keepdims=True) if f.repeated else f.inside
             values = jnp.where(used[..., None], values, jnp.zeros_like(values))
             values, unit = scaled(values, largest(values))
             return Rows(ids, values, layout), unit
-        case Windows(left, image, _, _):  # the maxima themselves: their product is no larger than the norm can be
+        case Windows(left, image, _, _):  # exact maxima: their product is no larger than the norm can be
             sides = [jnp.abs(lax.stop_gradient(a)).max(tuple(range(1, a.ndim)), initial=0) for a in (left, image)]
             (left, a), (image, b) = scaled(left, sides[0]), scaled(image, sides[1])
             return dataclasses.replace(f, left=left, image=image), a * b

@@ -1,4 +1,4 @@
-"""Where the entries of a factor's matrices lie in the parameter they belong to."""
+"""Where the entries of a factor's matrices are in their parameter."""
 
 import math
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from jaxtyping import Array
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the entries of [G, F, K] lie: parameter[box].reshape(split).transpose(axes).reshape(G, F, K).
+    """Where the entries of [G, F, K] are: parameter[box].reshape(split).transpose(axes).reshape(G, F, K).
 
-    Outside its box the factor's gradient is zero: only a part of the parameter was used.
+    Outside the box the factor's gradient is zero, because only a part of the parameter was used.
 
     Attributes:
         shape: the parameter's own shape.
-        dtype: the parameter's dtype; what is summed or written out comes in it.
+        dtype: the parameter's dtype, in which sums and materialized gradients are returned.
         axes: the permutation of split's axes that brings them into matrix order.
         matrix: (G, F, K).
-        split: the box's shape, axes merged or divided; None for the box's own.
-        box: (start, size, stride) in each axis of the parameter; None for all of it.
+        split: the box's shape with axes merged or divided; None for the box's shape itself.
+        box: (start, size, stride) in each axis of the parameter; None for the whole parameter.
 
     Example:
         >>> transposed = Layout((5, 3), jnp.dtype(jnp.float32), axes=(1, 0), matrix=(1, 3, 5))
@@ -50,33 +50,33 @@ class Layout:
             or not math.prod(inside) == math.prod(split) == math.prod(self.matrix)
         ):
             raise ValueError(
-                f"Layout: expected axes that permute shape {split} and as many entries in matrix (G, F, K) and in the "
-                f"box of the parameter, got axes {self.axes}, matrix {self.matrix}, box {self.box} of {self.shape}."
+                f"Layout: expected axes that permute shape {split} and equally many entries in matrix (G, F, K) and "
+                f"the box of the parameter, got axes {self.axes}, matrix {self.matrix}, box {self.box} of {self.shape}."
             )
 
     @staticmethod
     def of_matrix(F: int, K: int, dtype: jax.typing.DTypeLike) -> "Layout":
-        """A parameter that is an [F, K] matrix itself."""
+        """The layout of a parameter that is itself an [F, K] matrix."""
         return Layout((F, K), jnp.dtype(dtype), (0, 1), (1, F, K))
 
     @staticmethod
     def of_rows(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> "Layout":
-        """A parameter whose first axis is F; all others are K."""
+        """The layout of a parameter whose first axis is F and whose other axes together are K."""
         F, K = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
         split = (F, K) if len(shape) > 1 else None
         return Layout(shape, jnp.dtype(dtype), (0, 1) if split else tuple(range(len(shape))), (1, F, K), split)
 
     @property
     def size(self) -> int:
-        """Number of entries of the parameter."""
+        """Number of entries in the parameter."""
         return math.prod(self.shape)
 
     def same_place(self, other: "Layout") -> bool:
-        """Whether the same entry of [G, F, K] lies at the same place of the parameter."""
+        """True if each entry of [G, F, K] is at the same place in the parameter."""
         return (self.axes, self.matrix, self.split, self.box) == (other.axes, other.matrix, other.split, other.box)
 
     def disjoint(self, other: "Layout") -> bool:
-        """Whether the two boxes are known to have no entry in common."""
+        """True if the two boxes are known to have no entry in common."""
         pairs = zip(self.box or (), other.box or (), strict=False)
         return any(_apart(a, b) or _apart(b, a) for a, b in pairs)
 
@@ -112,6 +112,6 @@ class Layout:
 
 
 def _apart(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
-    """Whether a ends before b starts, or both have one stride and other remainders."""
+    """True if a ends before b starts, or if their strides are equal and their remainders differ."""
     (i, n, s), (j, m, t) = a, b
     return n == 0 or m == 0 or i + (n - 1) * s < j or (s == t and (i - j) % s != 0)

@@ -1,4 +1,4 @@
-"""The gradients of one parameter: a sum of factors, times one number an example."""
+"""The gradients of one parameter: a sum of factors, times one number per example."""
 
 import dataclasses
 import functools
@@ -21,24 +21,24 @@ from jaxgrad.sharding import kept
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("factors", "weight"), meta_fields=())
 @dataclass(frozen=True)
 class Leaf:
-    """weight_b Σ_i factors_i,b. The weight is what `scale` and `clip` change; no factor is written again for it.
+    """weight_b Σ_i factors_i,b. `scale` and `clip` change only the weight, so that they copy no factor.
 
     Attributes:
-        factors: of one layout shape and dtype.
+        factors: factors whose layouts have the same shape and dtype.
         weight: [B], in the accumulator's dtype.
     """
 
     factors: tuple[Factor, ...]
-    weight: Any  # an Array, or what jax.eval_shape makes of one
+    weight: Any  # an Array, or its jax.ShapeDtypeStruct
 
     @staticmethod
     def of(parts: tuple[Factor, ...]) -> "Leaf":
-        """With weight 1."""
+        """The sum of these factors, with weight 1."""
         return Leaf(parts, jnp.ones(of_examples(parts[0])[0].shape[0], factors.accumulator(*parts)))
 
     @property
     def layout(self) -> Layout:
-        """The first factor's: the parameter's shape and dtype are the same in all."""
+        """The first factor's layout; the parameter's shape and dtype are the same in all of them."""
         return self.factors[0].layout
 
     def weighted(self) -> tuple[Factor, ...]:
@@ -46,7 +46,7 @@ class Leaf:
         return tuple(factors.scale(f, self.weight) for f in self.factors)
 
     def map(self, function: Callable[[Factor], Factor], weight: Array) -> "Leaf":
-        """Every factor through `function`, under another weight."""
+        """Apply `function` to every factor, and replace the weight."""
         return Leaf(tuple(function(f) for f in self.factors), weight)
 
     def squared_norm(self) -> Float[Array, " B"]:
@@ -54,12 +54,12 @@ class Leaf:
         return norms.squared(self.weighted())
 
     def length(self) -> norms.Length:
-        """Its norms, as they are before anything overflows."""
+        """The norms, in a form that does not overflow."""
         found = norms.length(self.factors)
         return norms.Length(found.squares, jnp.abs(self.weight) * found.unit)
 
     def magnitude(self) -> Float[Array, " B"] | None:
-        """[B]: of the products that are added up in it; None where there is one."""
+        """[B]: magnitude of the products that are added up (`norms.magnitude`); None if there is only one."""
         found = norms.magnitude(self.factors)
         return None if found is None else jnp.abs(self.weight) * found
 
@@ -73,7 +73,7 @@ class Leaf:
         return added([factors.weighted_sum(f, c) for f in self.factors])
 
     def gram(self, other: "Leaf") -> Float[Array, "B C"]:
-        """[B, C]: every pair of examples."""
+        """[B, C]: the inner products of all pairs of examples."""
         others = other.weighted()
         both = [(f, f_) for f in self.weighted() for f_ in others if not f.layout.disjoint(f_.layout)]
         if not both:
@@ -89,7 +89,7 @@ class Leaf:
         return moments.variance(self.weighted())
 
     def where(self, mask: Array) -> "Leaf":
-        """Exactly zero where the mask is False, whatever was there."""
+        """The gradients with those whose mask is False set to exactly zero, even if they are NaN."""
         return self.map(lambda f: factors.where(f, mask), kept(mask, self.weight))
 
     def materialize(self) -> Array:
@@ -101,7 +101,7 @@ class Leaf:
 
 
 def concatenated(parts: Sequence[Leaf]) -> Leaf:
-    """Along the example axis, for leaves of the same kinds of factors."""
+    """Concatenate along the example axis; the leaves must have the same kinds of factors."""
     same = zip(*(part.factors for part in parts), strict=True)
     dtype = working_dtype(*(part.weight.dtype for part in parts))
     weight = jnp.concatenate([part.weight.astype(dtype) for part in parts])
@@ -109,7 +109,7 @@ def concatenated(parts: Sequence[Leaf]) -> Leaf:
 
 
 def _concatenated(same: tuple[Factor, ...]) -> Factor:
-    """The position axis T is padded with zeros where it differs."""
+    """Concatenate factors of one kind; the position axis T is padded with zeros if it differs."""
     commons = [f for f in same if isinstance(f, Common)]
     if commons:
         _check_shared([f.array for f in commons])
@@ -138,8 +138,8 @@ def _check_shared(parts: Sequence[Same]) -> None:
         if not all(map(_known_to_be_equal, first, arrays)):
             raise ValueError(
                 "PerExampleGrads.concatenate: a weight that passes a map, or a penalty, has gradients that depend on "
-                "the parameters too, and these are not known to be the same in all parts. Compute the gradients in "
-                "one batch, or concatenate what materialize() returns"
+                "the parameters too, and the parameters are not known to be the same in all parts. Compute the "
+                "gradients in one batch, or concatenate the results of materialize()."
             )
 
 
@@ -151,7 +151,7 @@ def _known_to_be_equal(a: Array, b: Array) -> bool:
 
 
 def _alike(f: Factor) -> Factor:
-    """In the form that all of its kind can take."""
+    """Convert to the form that every factor of this kind can take."""
     if isinstance(f, Outer):
         return dataclasses.replace(f, positions_first=False)
     return f.at_each_position() if isinstance(f, Rows) else f

@@ -1,6 +1,6 @@
-"""Gradients that are a map, which all examples share, of something smaller: the kinds `Mapped` and `Common`.
+"""Gradients that are a linear map of smaller ones, where all examples share the map: the kinds `Mapped` and `Common`.
 
-Arrays that all examples share have no example axis. They lie inside `Same`, which what cuts examples out passes by.
+Arrays shared by all examples have no example axis. They are wrapped in `Same`, so that slicing of examples skips them.
 """
 
 import functools
@@ -16,13 +16,13 @@ from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.maps import Map
 
 MARGIN = 4.0
-"""The power method is short by a factor near n^(1/13) after six steps from an unlucky start, 2.9 for n = 10⁶."""
+"""After six steps from an unlucky start, the power method is too low by a factor near n^(1/13), 2.9 for n = 10⁶."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=())
 @dataclass(frozen=True)
 class Same:
-    """An array, or a tuple of arrays, that all examples share.
+    """An array, or a tuple of arrays, shared by all examples.
 
     Attributes:
         value: the array or arrays, without an example axis.
@@ -40,11 +40,11 @@ class Same:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("number", "array"), meta_fields=("layout",))
 @dataclass(frozen=True)
 class Common:
-    """number_b times one array: the gradient of a penalty of the parameters.
+    """number_b times one array: the gradient of a penalty on the parameters.
 
     Attributes:
         number: [B], floating.
-        array: a `Same` of the parameter's shape.
+        array: a `Same` with the parameter's shape.
         layout: the parameter's shape and dtype.
 
     Example:
@@ -64,13 +64,13 @@ class Common:
 )
 @dataclass(frozen=True)
 class Mapped:
-    """A linear map, the same for all examples, of gradients of something else: of a weight as it is used.
+    """A linear map, shared by all examples, of other gradients: those of a weight in the form that the loss uses.
 
     Attributes:
-        inputs: for each input of the map a tuple of factors that add up to it.
-        shared: a `Same` of the arrays that the map depends on.
+        inputs: for each input of the map, a tuple of factors that add up to it.
+        shared: a `Same` with the arrays that the map depends on.
         map: the map.
-        shapes: of the inputs, as (shape, dtype).
+        shapes: (shape, dtype) of each input.
         layout: the parameter's shape and dtype.
 
     Example:
@@ -88,23 +88,22 @@ class Mapped:
     layout: Layout
 
     def avals(self, dtype: Any) -> list[jax.ShapeDtypeStruct]:
-        """What one example of each input looks like, in `dtype`."""
+        """Shape of one example of each input, in `dtype`."""
         return [jax.ShapeDtypeStruct(shape, dtype) for shape, _ in self.shapes]
 
     def apply(self, inputs: Sequence[Array]) -> Array:
-        """The map of one array for each input."""
+        """Apply the map to one array for each input."""
         return self.map(inputs, self.shared.value)
 
     def back(self, cotangent: Array) -> Any:
-        """The map's transpose of an array of the parameter's shape."""
+        """Apply the map's transpose to an array of the parameter's shape."""
         return self.map.transposed(self.avals(cotangent.dtype), self.shared.value, cotangent)
 
     def norm(self, dtype: Any) -> Array:
-        """No less than the largest factor by which the map lengthens anything.
+        """Upper bound on the map's operator norm; for some maps an estimate.
 
-        Of a map that does one thing to each entry it is a bound. Of others it is `MARGIN` times what six steps of the
-        power method find from a random start, which is less than the norm by more than that with a chance that is
-        negligible and not zero.
+        For an elementwise map it is a true bound. For other maps it is `MARGIN` times the result of six steps of the
+        power method from a random start; the probability that this is below the norm is negligible but not zero.
         """
         if self.map.entrywise() == () and [shape for shape, _ in self.shapes] == [self.layout.shape]:
             return jnp.abs(self.apply([jnp.ones(self.shapes[0][0], dtype)])).max(initial=0)
@@ -112,12 +111,12 @@ class Mapped:
 
 
 def is_same(node: Any) -> bool:
-    """For JAX's `is_leaf`."""
+    """Test for `Same`, for JAX's `is_leaf`."""
     return isinstance(node, Same)
 
 
 def map_examples_of(function: Callable[..., Any], *trees: Any) -> Any:
-    """`jax.tree.map` over arrays with an example axis; what all examples share is the first tree's."""
+    """`jax.tree.map` over arrays with an example axis; arrays shared by all examples are taken from the first tree."""
     return jax.tree.map(lambda *a: a[0] if is_same(a[0]) else function(*a), *trees, is_leaf=is_same)
 
 
@@ -127,7 +126,7 @@ def of_examples(tree: Any) -> list[Any]:
 
 
 def taken_out(tree: Any) -> tuple[Any, list[Any]]:
-    """(the tree without what all examples share, what they share)."""
+    """(the tree without the arrays shared by all examples, these arrays)."""
     treedef: Any
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_same)
     shared = [a.value for a in leaves if is_same(a)]

@@ -1,8 +1,8 @@
-"""Linear maps that no example changes, recorded while a program is walked and applied when their result is asked for.
+"""Linear maps shared by all examples, recorded while a jaxpr is interpreted and applied when their result is needed.
 
-A weight that is normalised, masked, or otherwise computed from the parameters before it meets an example has a gradient
-that is one such map, behind a product. `Node`s are the record: a graph of calls, from what differs between examples
-(`Input`) and from arrays that all examples share. `Map` is the same graph without its arrays, to be kept with factors.
+If a weight is normalized, masked or otherwise computed from the parameters before it is used, its gradient is a product
+followed by such a map. `Node`s record the map: a graph of calls, from values that differ between examples (`Input`) and
+arrays shared by all examples. `Map` is the same graph without its arrays, to be stored with factors.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jaxgrad import _jax
 from jaxgrad.per_example.algebra.scales import power_of_two
 
-# What does one thing to each entry.
+# Elementwise primitives, and the keys of elementwise calls.
 ENTRYWISE = frozenset(
     {lax.mul_p, lax.div_p, lax.neg_p, lax.add_p, _jax.add_any_p, lax.sub_p, lax.select_n_p, lax.copy_p}
     | {lax.convert_element_type_p, "sum"}
@@ -29,7 +29,7 @@ Function = Callable[[Sequence[Any]], Sequence[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Input:
-    """What a map is applied to: an undone product, or an array of one example."""
+    """An input of a map: an unevaluated product, or an array of one example."""
 
     value: Any
 
@@ -39,9 +39,9 @@ class Call:
     """A function that is linear in those of its operands that are nodes.
 
     Attributes:
-        function: list of arrays → list of arrays, in whatever floating dtype they come.
-        key: what makes two functions the same.
-        operands: nodes, and arrays that all examples share.
+        function: list of arrays → list of arrays, for any floating dtype.
+        key: equal for two calls whose functions are the same.
+        operands: nodes, and arrays shared by all examples.
     """
 
     function: Function
@@ -61,7 +61,7 @@ Node = Input | Result
 
 
 def call_of(eqn: _jax.Equation, operands: Sequence[Any]) -> Call:
-    """The equation as a call."""
+    """Convert the equation to a call."""
     key = (eqn.primitive, tuple(sorted(eqn.params.items())))
     return Call(lambda arrays: _jax.bind_wide(eqn, arrays), _hashable(key, eqn), tuple(operands))
 
@@ -75,7 +75,7 @@ def _hashable(key: Any, otherwise: Any) -> Any:
 
 
 def inputs_of(nodes: Sequence[Node]) -> list[Input]:
-    """What the nodes are made of, each once."""
+    """The inputs that the nodes depend on, each once."""
     found: dict[int, Input] = {}
     seen: set[int] = set()
     stack = list(nodes)
@@ -100,11 +100,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Map:
-    """A linear map of several arrays to one, that depends on arrays which all examples share.
+    """A linear map of several arrays to one; it depends on arrays shared by all examples.
 
     Attributes:
-        steps: in an order in which they can run.
-        results: which operands, as in `Step`, are added up.
+        steps: the calls, in an order in which they can run.
+        results: the operands, in the form of `Step`, that are added up.
     """
 
     steps: tuple[Step, ...]
@@ -112,7 +112,7 @@ class Map:
 
     @staticmethod
     def of(nodes: Sequence[Node]) -> tuple["Map", list[Input], list[Any]]:
-        """(the map, its inputs, the shared arrays) of the sum of these nodes."""
+        """(the map, its inputs, the shared arrays) for the sum of these nodes."""
         steps: list[Step] = []
         inputs: dict[int, tuple[int, Input]] = {}
         shared: dict[int, tuple[int, Any]] = {}
@@ -133,7 +133,7 @@ class Map:
         return Map(tuple(steps), results), [x for _, x in inputs.values()], [x for _, x in shared.values()]
 
     def nodes(self, inputs: Sequence[Input], shared: Sequence[Any]) -> list[Node]:
-        """The record of the same map, of other inputs: the inverse of `of`."""
+        """Record the same map for other inputs: the inverse of `of`."""
         done: list[Call] = []
 
         def read(operand: tuple[Any, ...]) -> Any:
@@ -147,11 +147,11 @@ class Map:
         return [read(result) for result in self.results]
 
     def nodes_of_each(self, inputs: Sequence[Input], fixed: Sequence[Any], differing: Sequence[Any]) -> list[Node]:
-        """The record of this map in each step of a loop, its inputs and its result stacked.
+        """Record this map for every step of a loop, with its inputs and its result stacked.
 
         Args:
-            fixed: the shared arrays that are the same in every step, None for the others.
-            differing: the others, stacked.
+            fixed: the shared arrays that are the same in every step, with None for the others.
+            differing: these others, stacked.
         """
         stacked = [a is None for a in fixed]
         rest = iter(differing)
@@ -166,13 +166,13 @@ class Map:
                 return self(step[0], [next(mine) if each else a for a, each in zip(shared, stacked, strict=True)])
 
             steps = (xs, [a for a, each in zip(shared, stacked, strict=True) if each])
-            # Step by step, a branch stays a branch; one thing done to each entry is one kernel.
+            # lax.map keeps a branch a branch; under vmap an elementwise map is one kernel.
             return [jax.vmap(one)(steps) if is_entrywise else lax.map(one, steps)]
 
         return [Result(Call(function, ("each", self, tuple(stacked)), (*inputs, *shared)), 0)]
 
     def __call__(self, inputs: Sequence[Array], shared: Sequence[Array]) -> Array:
-        """The map of these inputs."""
+        """Apply the map to these inputs."""
         done: list[Sequence[Array]] = []
 
         def read(operand: tuple[Any, ...]) -> Array:
@@ -188,11 +188,11 @@ class Map:
         return total
 
     def parts(self) -> list["Map"]:
-        """The maps that are added up in it."""
+        """The maps whose sum this map is."""
         return [Map(self.steps, (result,)) for result in self.results]
 
     def entrywise(self) -> tuple[int, ...] | None:
-        """The axes of the result along which the one input varies, in its order; () for all of them.
+        """The axes of the result along which the single input varies, in the input's order; () for all of them.
 
         None unless each entry of the result is one entry of the input times a number.
         """
@@ -208,11 +208,11 @@ class Map:
         return dims.pop() if len(dims) == 1 else None
 
     def transposed(self, inputs: Sequence[jax.ShapeDtypeStruct], shared: Sequence[Array], cotangent: Array) -> Any:
-        """The map's transpose of a cotangent: one array for each input."""
+        """Apply the map's transpose to a cotangent; returns one array for each input."""
         return jax.linear_transpose(lambda *xs: self(xs, shared), *inputs)(cotangent)
 
     def norm(self, inputs: Sequence[jax.ShapeDtypeStruct], shared: Sequence[Array], steps: int = 6) -> Array:
-        """About the largest factor by which the map lengthens anything, from below, by the power method."""
+        """Estimate the map's operator norm from below, by the power method."""
         start = jax.random.normal(jax.random.key(0), (sum(x.size for x in inputs),), inputs[0].dtype)
         ends = [sum(x.size for x in inputs[:k]) for k in range(1, len(inputs))]
         vs = [part.reshape(x.shape) for part, x in zip(jnp.split(start, ends), inputs, strict=True)]
@@ -226,6 +226,6 @@ class Map:
 
 
 def _length(arrays: Sequence[Array]) -> Array:
-    """Of all together, scaled by a power of two: neither huge nor tiny entries are lost."""
+    """The norm of all arrays together, scaled by a power of two so that neither huge nor tiny entries are lost."""
     unit = power_of_two(functools.reduce(jnp.maximum, [jnp.abs(a).max(initial=0) for a in arrays]))
     return unit * jnp.sqrt(sum(((a / unit) ** 2).sum() for a in arrays))

@@ -1,4 +1,4 @@
-"""Second moments of one parameter's gradients, element by element."""
+"""Elementwise second moment and variance of one parameter's gradients."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ Factors = tuple[Factor, ...]
 
 
 def second_moment(leaf: Factors) -> Array:
-    """mean_b g_b ⊙ g_b of one parameter, in the accumulator's dtype: half precision has no room for squares."""
+    """mean_b g_b ⊙ g_b of one parameter, in the accumulator's dtype, because half precision cannot hold the squares."""
     B, acc = _count(leaf), accumulator(*leaf)
     match tuple(wide(f, acc) for f in leaf):
         case (Outer(left, right, _) as f,) if left.shape[2] == 1:
@@ -39,9 +39,9 @@ def second_moment(leaf: Factors) -> Array:
 def variance(leaf: Factors) -> Array:
     """mean_b (g_b - ḡ) ⊙ (g_b - ḡ) of one parameter, in the accumulator's dtype.
 
-    Formula, of an Outer with T = 1: with left = l̄ + l, right = r̄ + r (l̄, r̄ their means over the examples),
-    g_b - ḡ = l̄ r + l r̄ + (l r - E[l r]), and the mean square of that is four matrix products of the centred sides. The
-    terms are as small as the deviations: examples that agree give 0, and not the difference of two large squares.
+    Formula for an Outer with T = 1: with left = l̄ + l, right = r̄ + r (l̄, r̄ their means over the examples),
+    g_b - ḡ = l̄ r + l r̄ + (l r - E[l r]), and the mean square of that takes four matrix products of the centered
+    sides. The terms are as small as the deviations: equal examples give 0, not the difference of two large squares.
     """
     B, acc, layout = _count(leaf), accumulator(*leaf), leaf[0].layout
     leaf = tuple(wide(f, acc) for f in leaf)
@@ -75,7 +75,7 @@ def _outer_variance(left: Array, right: Array) -> Array:
 
 
 def _centred(a: Array) -> tuple[Array, Array]:
-    """(a - mean, mean) over the examples; centred twice, since the mean itself is rounded."""
+    """(a - mean, mean) over the examples; centered twice, because the mean itself is rounded."""
     mean = a.mean(0)
     deviation = a - mean[None]
     rest = deviation.mean(0)
@@ -83,7 +83,7 @@ def _centred(a: Array) -> tuple[Array, Array]:
 
 
 def _sum_of_squares(leaf: Factors, mean: Array | None) -> Array:
-    """Σ_b (g_b - mean)², examples written out a block at a time; what the mean's rounding left in is taken out."""
+    """Σ_b (g_b - mean)², with one block of examples materialized at a time; corrected for rounding of the mean."""
     layout, B = leaf[0].layout, _count(leaf)
 
     def block(leaf: Factors) -> Array:

@@ -32,11 +32,11 @@ from jaxgrad.precision import added, working_dtype
 Factors = tuple[Factor, ...]
 
 MAPPED_BYTES = 16 * 2**20
-"""How much is written out at once of gradients behind a map."""
+"""How many bytes are materialized at once for gradients that are followed by a linear map."""
 
 
 class Length(NamedTuple):
-    """‖·‖ of every example as unit · √squares: the roots of several parameters are taken together.
+    """‖·‖ of every example as unit · √squares: the roots of several parameters are taken in one call.
 
     Attributes:
         squares: [B].
@@ -64,7 +64,7 @@ def squared(leaf: Factors) -> Array:
 
 
 def length(leaf: Factors) -> Length:
-    """Of Σ_i f_i of one parameter's factors, each example scaled by powers of two on the way."""
+    """‖Σ_i f_i‖ of one parameter's factors, with each example scaled by powers of two."""
     match leaf:
         case (f,) if is_nothing(f):
             nothing = jnp.zeros_like(arrays(f)[0][:, 0].sum((1, 2)), accumulator(f))
@@ -84,7 +84,7 @@ def length(leaf: Factors) -> Length:
 
 
 def _of_scaled(products: Sequence[scaled.Scaled]) -> Length:
-    """Of products scaled by what all examples share, each by powers of two as well."""
+    """Length of a sum of products scaled by arrays shared by all examples, each also scaled by powers of two."""
     parts = [scaled.scaled_by_powers_of_two(product) for product in products]
     unit = functools.reduce(jnp.maximum, [unit for _, unit in parts])
     divisor = jnp.where(unit == 0, jnp.ones_like(unit), unit)
@@ -98,7 +98,7 @@ def _of_scaled(products: Sequence[scaled.Scaled]) -> Length:
 
 
 def _of_written_out(leaf: Factors) -> Length:
-    """By what is written out, a few examples at a time."""
+    """Length of materialized gradients, a few examples at a time."""
     acc = accumulator(*leaf)
 
     def norm(*leaf: Factor) -> Array:
@@ -110,7 +110,7 @@ def _of_written_out(leaf: Factors) -> Length:
 
 
 def _of_sum(leaf: Factors) -> Length:
-    """By the pairs of factors, each scaled by powers of two."""
+    """Length from the inner products of all pairs of factors, each scaled by powers of two."""
     scaled = [scaled_by_power_of_two(f) for f in leaf]
     units = [unit for _, unit in scaled]
     unit = units[0]
@@ -124,13 +124,13 @@ def _of_sum(leaf: Factors) -> Length:
 
 
 def magnitude(leaf: Factors) -> Array | None:
-    """[B]: no less than the sum of the norms of the products that one parameter's gradient is a sum of.
+    """Upper bound [B] on the sum of the norms of the products that add up to one parameter's gradient.
 
-    Where that is far more than the gradient's norm, the products cancel, and the norm is what rounding leaves of them.
-    None where there is one product, or what is written out: nothing cancels.
+    If it is far larger than the gradient's norm, the products cancel, and the computed norm is mostly rounding error.
+    None if the gradient is one product or materialized, because then nothing cancels.
 
-    Formula: of an Outer Σ_t ‖left_t‖ ‖right_t‖; elsewhere ‖left‖ ‖right‖ of all positions together, which is no less by
-    Cauchy-Schwarz.
+    Formula: for an Outer, Σ_t ‖left_t‖ ‖right_t‖; for other kinds, ‖left‖ ‖right‖ over all positions together, which is
+    no less by Cauchy-Schwarz.
     """
     match leaf:
         case (f,) if is_nothing(f) or isinstance(f, Dense):
@@ -164,21 +164,21 @@ def _magnitude(f: Factor, dtype: jnp.dtype) -> Array:
 
 
 def _of_vectors(a: Array, dtype: jax.typing.DTypeLike) -> Length:
-    """Of a [B, …] as one vector an example."""
+    """Length of a [B, …], with one vector per example."""
     a = compact(a).astype(dtype)
     unit = power_of_two(largest(a))
     return Length(row_sums((a / unit.reshape(-1, *[1] * (a.ndim - 1))) ** 2), unit)
 
 
 def _of_positions(a: Array, dtype: jax.typing.DTypeLike) -> Array:
-    """‖a_bgt‖ of a [B, G, T, …] as one vector a position."""
+    """‖a_bgt‖ of a [B, G, T, …], with one vector per position."""
     a = a.astype(dtype)
     unit = power_of_two(jnp.abs(lax.stop_gradient(a)).max(3, initial=0))
     return unit * _safe_sqrt(((a / unit[..., None]) ** 2).sum(3))
 
 
 def _product(a: Array, b: Array) -> Array:
-    """a · b of norms: 0 beside one that is too large is 0."""
+    """a · b for norms, where 0 times infinity is 0."""
     zero = (a == 0) | (b == 0)
     return jnp.where(zero, jnp.zeros_like(a), jnp.where(zero, jnp.ones_like(a), a) * b)
 
@@ -190,7 +190,7 @@ def _safe_sqrt(a: Array) -> Array:
 
 
 def shortened(norms: Array, limit: Array) -> Array:
-    """min(1, limit/‖g‖): 1 for an infinite limit, NaN for one that is not positive."""
+    """min(1, limit/‖g‖); 1 for an infinite limit, NaN for a limit that is not positive."""
     endless = jnp.isinf(limit)
     finite = jnp.where(endless, jnp.ones_like(limit), limit)
     factor = jnp.where(endless, jnp.ones_like(norms), finite / jnp.maximum(finite, norms))
@@ -198,12 +198,12 @@ def shortened(norms: Array, limit: Array) -> Array:
 
 
 def nan_unless(fine: Array, value: Array) -> Array:
-    """The value; NaN where it is not fine. No NaN is made elsewhere, which `jax.debug_nans` would find."""
+    """The value where `fine`, otherwise NaN. Where `fine`, no NaN is made that `jax.debug_nans` would report."""
     return value * jnp.sqrt(jnp.where(fine, jnp.ones_like(value), -jnp.ones_like(value)))
 
 
 def together(each: Sequence[Length]) -> Array:
-    """√Σ ‖·‖² of lengths that may be huge or tiny."""
+    """√Σ ‖·‖² for lengths that may be huge or tiny."""
     if len(each) == 1:
         return each[0].norm
     dtype = working_dtype(*(length.unit.dtype for length in each))
@@ -213,5 +213,5 @@ def together(each: Sequence[Length]) -> Array:
 
 
 def root_sum_of_squares(each: Sequence[Array]) -> Array:
-    """√Σ n² of norms that may be huge or tiny."""
+    """√Σ n² for norms that may be huge or tiny."""
     return together([Length(jnp.ones_like(n), n) for n in each])

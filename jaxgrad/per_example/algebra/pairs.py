@@ -1,18 +1,17 @@
 """Inner products of two factors of one parameter, for every pair of kinds.
 
-inner(f, f′) → [B] pairs example b with example b; gram(f, f′) → [B, C] pairs every b with every c. Both are exact; what
-differs is the order of summation, and so the cost. For two Outer factors of the same layout there are two ways:
+inner(f, f′) → [B] pairs example b with example b; gram(f, f′) → [B, C] pairs every b with every c. Both are exact. The
+order of summation, and so the cost, depends on the kinds and shapes. For two Outer factors of the same layout there are
+two ways:
 
-    through positions   Σ_g Σ_ts (left_gt · left′_gs)(right_gt · right′_gs)    T·S·(F + K) operations a pair
-    through the matrix  ⟨Σ_t left ⊗ right, Σ_s left′ ⊗ right′⟩                (T + S)·F·K + F·K operations a pair
+    through positions   Σ_g Σ_ts (left_gt · left′_gs)(right_gt · right′_gs)    T·S·(F + K) operations per pair
+    through the matrix  ⟨Σ_t left ⊗ right, Σ_s left′ ⊗ right′⟩                (T + S)·F·K + F·K operations per pair
 
-and `inner` and `gram` take the one with fewer operations (for `gram`, the matrices of all examples are formed once, not
-once a pair). That is decided from shapes, when the call is traced. Rows with Rows, and Rows with Outer (an embedding
-tied to an output layer) go through positions as well; where there are many, equal ids are brought together (`rows`).
-Windows are unfolded to an Outer, a few examples at a time. Whatever else meets is written out. What has to be written
-out is written a few examples at a time (`chunks`); if a single example (for a Gram matrix: one of each side) needs
-more, that is
-held.
+`inner` and `gram` take the one with fewer operations (for `gram`, the matrix of each example is materialized once, not
+once per pair). This is decided from shapes, when the call is traced. Rows with Rows, and Rows with Outer (an embedding
+tied to an output layer) go through positions as well; if there are many positions, equal ids are combined (`rows`).
+Windows are unfolded to an Outer, a few examples at a time. All other pairs are materialized, a few examples at a time
+(`chunks`); if a single example (for a Gram matrix, one from each side) exceeds the limit, it is materialized anyway.
 """
 
 import dataclasses
@@ -48,11 +47,11 @@ class Plan(NamedTuple):
     """How the inner products of two factors are computed.
 
     Attributes:
-        way: what `explain` calls it: "sides" (T = 1), "positions", "matrix", "entries" (one is written out already),
-            "map", "direction" (one is an array that all examples share) or "apart" (they lie in other entries).
-        f, f_: the factors, in the order and the form in which it takes them.
-        each: example b with example b; None where both are written out for it.
-        pair: how many products of positions one pair of examples has; 0 where it goes another way.
+        way: its name in `explain`: "sides" (T = 1), "positions", "matrix", "entries" (one is already materialized),
+            "map", "direction" (one is an array shared by all examples) or "apart" (their entries are disjoint).
+        f, f_: the factors, in the order and the form that the plan needs.
+        each: function for pairs of example b with example b; None if both factors are materialized for it.
+        pair: number of products of positions for one pair of examples; 0 if the way is not through positions.
     """
 
     way: str
@@ -63,10 +62,10 @@ class Plan(NamedTuple):
 
 
 def plan(f: Factor, f_: Factor, of_all_pairs: bool = False) -> Plan:
-    """Which way is taken, from shapes alone: `inner`, `gram` and `explain` ask here.
+    """Choose the way to compute inner products, from shapes alone, for `inner`, `gram` and `explain`.
 
     Args:
-        of_all_pairs: whether every example meets every other, as in a Gram matrix.
+        of_all_pairs: True if every example is paired with every other, as in a Gram matrix.
     """
     f, f_ = _ordered(f, f_)
     if f.layout.disjoint(f_.layout):
@@ -126,7 +125,7 @@ def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
         return jnp.zeros((_count(f), _count(f_)), acc)
     if isinstance(f_, Common):
         return dot(f, f_.array.value)[:, None] * every_example(f_.number)[None, :]
-    f_ = every_example(f_)  # the factors travel, never what they stand for
+    f_ = every_example(f_)  # only factors are communicated between devices, never materialized gradients
     match f, f_:
         case Outer(), Outer() if way == "sides" and f.left.shape[1] == 1:  # two matrix products
             return _product(f.left, f_.left) * _product(f.right, f_.right)
@@ -136,14 +135,14 @@ def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
             return rows.gram(f, f_)
         case Dense(), Dense():
             mine, theirs = (o.value.reshape(_count(o), o.layout.size) for o in (f, f_))
-            return jnp.matmul(mine, theirs.T)  # they are there already
+            return jnp.matmul(mine, theirs.T)  # both are materialized already
     if pair and each is not None:
         return _by_blocks(_rows_rows if each is rows.inner else each, f, f_, 2 * pair * acc.itemsize)
     return _written_out_blocks(f, f_)
 
 
 def way(f: Factor, f_: Factor) -> str:
-    """How `inner` goes about two factors, by the name in `Plan`; convolutions as they are unfolded."""
+    """The `Plan.way` by which `inner` computes; convolutions are treated as unfolded."""
     f, f_ = (jax.eval_shape(Windows.unfolded, w) if isinstance(w, Windows) else w for w in (f, f_))
     return plan(f, f_).way
 
@@ -156,7 +155,7 @@ def _count(f: Factor) -> int:
 
 
 def _ordered(f: Factor, f_: Factor) -> tuple[Factor, Factor]:
-    """Mapped before Dense before Rows before Outer before Windows before Common: each pair of kinds has one place."""
+    """Order as Mapped, Dense, Rows, Outer, Windows, Common, so that each pair of kinds is handled in one place."""
     rank = {Mapped: 0, Dense: 1, Rows: 2, Outer: 3, Windows: 4, Common: 5}
     return (f, f_) if rank[type(f)] <= rank[type(f_)] else (f_, f)
 
@@ -166,7 +165,7 @@ def _unfolded(f: Factor) -> Factor:
 
 
 def _smaller_unfolded(f: Windows) -> bool:
-    """Whether the Outer holds less than what it stands for."""
+    """True if the unfolded Outer holds fewer numbers than the gradient it stands for."""
     left, image = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (f.left, f.image))
     outer = jax.eval_shape(f.unfolding.sides, left, image)
     return sum(math.prod(side.shape[1:]) for side in outer) < f.layout.size
@@ -177,7 +176,7 @@ def _same_matrix(f: Outer, f_: Outer) -> bool:
 
 
 def _in_matrix_order(f: Factor, f_: Factor) -> tuple[Factor, Factor]:
-    """Two factors that lie alike, as factors of a parameter that is [G, F, K] itself: nothing is moved or padded."""
+    """Turn two factors with one layout into factors of a [G, F, K] parameter, so that nothing is moved or padded."""
     if isinstance(f, Dense | Mapped) or isinstance(f_, Dense | Mapped) or not f.layout.same_place(f_.layout):
         return f, f_
     layout = Layout(f.layout.matrix, f.layout.dtype, (0, 1, 2), f.layout.matrix)
@@ -201,7 +200,7 @@ def _tables_are_cheaper(f: Rows, f_: Rows) -> bool:
 
 
 def _turned_to_table(table: Rows, outer: Outer) -> Outer | None:
-    """The Outer with its sides so that `left` runs over the table's rows; None if its layout is another one."""
+    """The Outer with its sides ordered so that `left` runs over the table's rows; None if the layouts do not match."""
     if table.layout.same_place(outer.layout):
         return outer
     G, F, K = outer.layout.matrix
@@ -211,7 +210,7 @@ def _turned_to_table(table: Rows, outer: Outer) -> Outer | None:
     return None
 
 
-# --- Through positions: each treats one pair of examples, or b with b -----------------------------------------------
+# --- Through positions: each function takes paired examples -------------------------------------------------------
 
 
 def _outer_outer(f: Outer, f_: Outer) -> Array:
@@ -264,7 +263,7 @@ def _rows_outer(f: Rows, f_: Outer) -> Array:
 
 
 def _dense_outer(f: Dense, f_: Outer) -> Array:
-    """Σ_t left_tᵀ D right_t, without writing the Outer out; D is there already."""
+    """Σ_t left_tᵀ D right_t, without materializing the Outer; D is materialized already."""
     layout = f_.layout
     if layout.matrix[1] > layout.matrix[2]:  # contract with the longer side first
         f_, order = dataclasses.replace(f_, left=f_.right, right=f_.left), "bgkf"
@@ -287,7 +286,7 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _by_blocks(pair, f, f_, pair_bytes):  # type: ignore[no-untyped-def]
-    """gram from a function of paired examples: a block of rows against a block of columns, as one vmap of the other."""
+    """gram from a function of paired examples: a block of rows with a block of columns, by two nested vmaps."""
     across = pairs_at_once(pair_bytes, _count(f_))
     down = pairs_at_once(pair_bytes * across, _count(f))
 
@@ -302,7 +301,7 @@ def _by_blocks(pair, f, f_, pair_bytes):  # type: ignore[no-untyped-def]
 
 
 def _through_matrix(f: Outer, f_: Outer) -> Array:
-    """gram through the matrices, of which a slice of G, F or K (the longest) is written out at a time."""
+    """gram through the matrices; one slice of G, F or K (the longest) is materialized at a time."""
     axis = max(range(3), key=f.layout.matrix.__getitem__)
     if axis == 2:
         f, f_ = (dataclasses.replace(o, left=o.right, right=o.left) for o in (f, f_))
@@ -327,7 +326,7 @@ def _through_matrix(f: Outer, f_: Outer) -> Array:
 
 
 def _written_out_blocks(f: Factor, f_: Factor) -> Array:
-    """gram of what is written out, a block of examples of each side at a time."""
+    """gram of materialized gradients, a block of examples of each side at a time."""
     size = chunk_size(2 * f.layout.size * accumulator(f, f_).itemsize, max(expected(_count(f)), expected(_count(f_))))
 
     def matrix(f: Factor) -> Array:

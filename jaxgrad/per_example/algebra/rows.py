@@ -1,4 +1,4 @@
-"""Equal ids of a Rows factor brought together: no table is written out to find which values meet in one row."""
+"""Equal ids of a Rows factor combined, without a table to find which values belong to one row."""
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,15 @@ from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.scales import row_sums
 from jaxgrad.precision import index_dtype, joined
 
-PAIRS = 64 * 64  # up to so many pairs of positions comparing each is as fast as sorting
+PAIRS = 64 * 64  # up to this many pairs of positions, comparing each pair is as fast as sorting
 
 
 TABLE_BYTES = 2 * 2**20
-"""How much of tables is written out at once: what the processor's cache holds."""
+"""How many bytes of tables are materialized at once: about the size of the processor's cache."""
 
 
 def inner(f: Rows, f_: Rows) -> Float[Array, " B"]:
-    """⟨f_b, f′_b⟩: the ids of each example are sorted, equal ones' values summed. Cost: (T + S)(K + log(T + S))."""
+    """⟨f_b, f′_b⟩: sort the ids of each example and sum the values of equal ids. Cost: (T + S)(K + log(T + S))."""
     if f.ids is f_.ids:
         place = place_ = _places(f.ids)
     else:
@@ -29,10 +29,9 @@ def inner(f: Rows, f_: Rows) -> Float[Array, " B"]:
 
 
 def gram(f: Rows, f_: Rows) -> Float[Array, "B C"]:
-    """⟨f_b, f′_c⟩: each example's table on the right is read at the ids of all on the left. Cost: C(U + B·T)K.
+    """⟨f_b, f′_c⟩: read the table of each example c at the ids of all examples b. Cost: C(U + B·T)K.
 
-    U is the number of rows, or that of positions if there are fewer of those. A few tables are
-    written out at a time.
+    U is the number of rows, or the number of positions if that is smaller. A few tables are materialized at a time.
     """
     positions = sum(expected(o.ids.shape[0]) * o.ids.shape[1] for o in (f, f_))
     if isinstance(f.ids.shape[0], int) and positions < f.rows:
@@ -49,7 +48,7 @@ def gram(f: Rows, f_: Rows) -> Float[Array, "B C"]:
 
 
 def merged(f: Rows) -> Rows:
-    """The same, with every id of an example once: what is left over of the positions is row 0 with values 0."""
+    """The same gradients with every id of an example once; positions that are left over get row 0 with values 0."""
     ids, _ = f.valid()
     place, T = _places(f.ids), f.ids.shape[1]
     unique = jax.vmap(lambda place, ids: jnp.zeros_like(ids).at[place].max(ids))(place, ids)
@@ -57,7 +56,7 @@ def merged(f: Rows) -> Rows:
 
 
 def _compact(f: Rows, f_: Rows) -> tuple[Rows, Rows]:
-    """Both with as many rows as there are positions in place of the table's: an id is its rank among all of them."""
+    """Replace the table's rows by as many rows as there are positions; each id becomes its rank among all ids."""
     sizes = [o.ids.shape for o in (f, f_)]
     ids = [jnp.where(o.inside, o.ids, -jnp.ones_like(o.ids)).ravel() for o in (f, f_)]
     ranks = _places(joined(ids)[None])[0]
@@ -72,7 +71,7 @@ def _compact(f: Rows, f_: Rows) -> tuple[Rows, Rows]:
 
 
 def _places(ids: Integer[Array, "B T"]) -> Integer[Array, "B T"]:
-    """0 ≤ place < T of every id: equal ones of an example, and only they, have the same."""
+    """A place 0 ≤ place < T for every id; within an example, ids have the same place exactly if they are equal."""
     order = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     ids, order = lax.sort((ids, order), num_keys=1)
     rank = jnp.cumsum(jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0))), 1, dtype=jnp.int32)[:, : ids.shape[1]]
@@ -80,7 +79,7 @@ def _places(ids: Integer[Array, "B T"]) -> Integer[Array, "B T"]:
 
 
 def _summed(f: Rows, place: Integer[Array, "B T"], count: int) -> Float[Array, "B {count} K"]:
-    """The values that share a place."""
+    """Sum the values at each place."""
     if f.repeated:
         times = jax.vmap(lambda place, inside: jnp.zeros(count, f.values.dtype).at[place].add(inside))(
             place, f.inside.astype(f.values.dtype)
@@ -92,6 +91,6 @@ def _summed(f: Rows, place: Integer[Array, "B T"], count: int) -> Float[Array, "
 
 
 def of_one_dtype(*ids: Array) -> list[Array]:
-    """Ids in one dtype, so that they can be compared."""
+    """Convert ids to one dtype, so that they can be compared."""
     dtype = index_dtype(*(a.dtype for a in ids))
     return [a.astype(dtype) for a in ids]

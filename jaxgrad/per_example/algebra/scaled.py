@@ -1,8 +1,8 @@
-"""Norms of gradients that are one product an example, scaled entry by entry by arrays that all examples share.
+"""Norms of gradients that are one product per example, scaled elementwise by arrays shared by all examples.
 
-A weight under a mask, softplus(W), a normalised weight, a penalty: Σ_i left_i[b, f] right_i[b, k] C_i[f, k], where C is
-the same for all examples. The inner product of two of these is (left left′)ᵀ (C C′) (right right′), one matrix product
-for the batch; nothing of B × parameters is written out, and of C C′ a block of rows at a time.
+A masked weight, softplus(W), a normalized weight or a penalty has a gradient Σ_i left_i[b, f] right_i[b, k] C_i[f, k],
+where C is the same for all examples. The inner product of two such terms is (left left′)ᵀ (C C′) (right right′), one
+matrix product for the batch. No B × parameters array is materialized, and C C′ is computed a block of rows at a time.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from jaxgrad.per_example.algebra.mapped import Common, Mapped
 from jaxgrad.per_example.algebra.scales import nearest_power, power_of_two, row_sums
 
 BLOCK_BYTES = 2**20
-"""How much of C C′ is there at once."""
+"""How many bytes of C C′ are held at once."""
 
 
 class Scaled(NamedTuple):
-    """left [B, F] · right [B, K] · array [F, K] / unit; None for what is 1. The unit is a power of two."""
+    """left [B, F] · right [B, K] · array [F, K] / unit, where None stands for 1. The unit is a power of two."""
 
     left: Array | None
     right: Array | None
@@ -34,7 +34,7 @@ class Scaled(NamedTuple):
 
 
 def scaled_products(leaf: Sequence[Factor]) -> list[Scaled] | None:
-    """One parameter's factors in this form; None if they have more positions, or lie otherwise in the parameter."""
+    """Convert one parameter's factors to this form; None if they have more positions or another layout."""
     acc = accumulator(*leaf)
     found = [_scaled(wide(f, acc)) for f in leaf]
     return None if any(products is None for products in found) else [p for products in found for p in products or ()]
@@ -70,7 +70,7 @@ def _rows(a: Array) -> Array:
 
 
 def scaled_by_powers_of_two(product: Scaled) -> tuple[Scaled, Array]:
-    """(the product with each of its arrays near 1, unit [B]); the shared array is scaled where it is read."""
+    """(the product with each of its arrays scaled to near 1, unit [B]); the shared array is scaled when it is read."""
 
     def one(a: Array | None) -> tuple[Array | None, list[Array]]:
         if a is None:
@@ -88,7 +88,7 @@ def scaled_by_powers_of_two(product: Scaled) -> tuple[Scaled, Array]:
 
 
 def times(product: Scaled, c: Array) -> Scaled:
-    """c_b times example b."""
+    """Multiply example b by c_b."""
     if product.left is not None:
         return product._replace(left=product.left * c[:, None])
     assert product.right is not None
@@ -96,7 +96,7 @@ def times(product: Scaled, c: Array) -> Scaled:
 
 
 def inner(p: Scaled, q: Scaled) -> Array:
-    """[B]: the inner product of each example's two."""
+    """[B]: the inner product of p and q for each example."""
     left, right = _both(p.left, q.left), _both(p.right, q.right)
     shared = [x for x in (p, q) if x.array is not None]
     if not shared:

@@ -1,4 +1,4 @@
-"""Powers of two near the size of things, to divide by before squaring; and sums along rows."""
+"""Powers of two near the magnitude of numbers, to divide by before squaring; and sums along rows."""
 
 import math
 
@@ -7,12 +7,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-LONG_AXIS = 32  # from here on the last axis is reduced first, which on CPU is faster than all axes at once
-LONG_ROW = 512  # from here on a reduction is as fast as a product with ones, and nothing is written for it
+LONG_AXIS = 32  # from this length, the last axis is reduced first, which on CPU is faster than all axes at once
+LONG_ROW = 512  # from this length, a reduction is as fast as a product with ones, and allocates nothing
 
 
 def nearest_power(a: Array) -> Array:
-    """The power of two below a ≥ 0, at most 2 ** (maxexp - 3); 0 where a is 0 or subnormal. Not differentiated."""
+    """The largest power of two ≤ a ≥ 0, at most 2 ** (maxexp - 3); 0 if a is 0 or subnormal. Not differentiated."""
     bits = jnp.finfo(a.dtype)
     whole = np.dtype(f"int{bits.bits}")
     exponent = np.asarray(2 ** (bits.bits - 1) - 2**bits.nmant, whole)
@@ -22,22 +22,22 @@ def nearest_power(a: Array) -> Array:
 
 
 def power_of_two(a: Array) -> Array:
-    """As `nearest_power`, and 1 where that is 0: to divide by it loses nothing, and what is not finite stays so."""
+    """`nearest_power`, but 1 where that is 0. Dividing by it loses no digits; values that are not finite stay so."""
     near = nearest_power(a)
     return jnp.where(near == 0, jnp.ones_like(near), near)
 
 
 def largest(a: Array) -> Float[Array, " B"]:
-    """[B, …] → [B]: a number near each example's largest entry; not differentiated."""
+    """[B, …] → [B]: a number near each example's largest magnitude; not differentiated."""
     a = jnp.abs(lax.stop_gradient(compact(a)))
-    if a.ndim > 2 and a.shape[-1] >= LONG_AXIS:  # powers of two between, or XLA makes one reduction of the two
+    if a.ndim > 2 and a.shape[-1] >= LONG_AXIS:  # powers of two keep XLA from fusing both reductions into one
         a = nearest_power(a.max(-1))
     flat = _flat(a)
     return flat.max(1) if flat.shape[1] >= LONG_ROW else row_sums(flat)
 
 
 def row_sums(a: Array) -> Float[Array, " B"]:
-    """[B, …] → [B]: each example's entries summed; short rows as a product with ones, which is faster on CPU."""
+    """[B, …] → [B]: sum each example's entries; short rows by a product with ones, which is faster on CPU."""
     flat = _flat(a)
     if flat.shape[1] >= LONG_ROW:
         return flat.sum(1)
@@ -45,7 +45,7 @@ def row_sums(a: Array) -> Float[Array, " B"]:
 
 
 def compact(a: Array) -> Array:
-    """[B, …] without axes of size 1: what two parameters share is then the same array, and computed once."""
+    """[B, …] without axes of size 1, so that arrays shared by two parameters are identical and computed once."""
     return a.reshape(a.shape[0], *(n for n in a.shape[1:] if n != 1))
 
 

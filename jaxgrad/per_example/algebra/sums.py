@@ -1,8 +1,8 @@
-"""Sums over very many examples and positions that keep their digits.
+"""Accurate sums over very many examples and positions.
 
-A processor adds one term after another: the sum of n equal numbers is off by up to n/2 roundings, 1e-2 of it for two
-million. Summed in blocks, and then the blocks, it is off by as many roundings as a block has terms. Accelerators sum
-in parallel, and so do devices that share the examples: there nothing is changed.
+A CPU adds one term after another, so the sum of n equal numbers is off by up to n/2 roundings, 1e-2 of the sum for two
+million. If blocks are summed first and then added, it is off by as many roundings as a block has terms. Accelerators,
+and devices across which the examples are sharded, sum in parallel; there the sum is left as it is.
 """
 
 import functools
@@ -15,13 +15,13 @@ from jaxtyping import Array, Float, Integer
 
 from jaxgrad.sharding import devices
 
-MANY = 1024  # up to so many terms the sum is one product
-BLOCK = 32  # terms of a block
-VECTOR = 64  # rows that are shorter are summed side by side, so many of them
-BESIDE = 1024  # entries
-FUSED = 256  # up to rows of this length the compiler's own reduction is as fast as a product
-SMALL = 8  # entries of a product of sides that is no matrix product to the processor
-MANY_PRODUCTS = 2**17  # up to so many terms a matrix product is as exact as one of a few thousand
+MANY = 1024  # up to this many terms, the sum is one product
+BLOCK = 32  # terms per block
+VECTOR = 64  # rows shorter than this are summed side by side, up to BESIDE entries wide
+BESIDE = 1024  # entries in rows that are summed side by side
+FUSED = 256  # up to this row length, the compiler's own reduction is as fast as a product
+SMALL = 8  # up to this many entries F·K, a CPU does not treat the product of sides as a matrix product
+MANY_PRODUCTS = 2**17  # up to this many terms, a matrix product is as exact as one of a few thousand
 
 
 def weighted_rows(c: Float[Array, " N"], v: Float[Array, "N D"]) -> Float[Array, " D"]:
@@ -53,7 +53,7 @@ def grouped_products(left: Float[Array, "B G T F"], right: Float[Array, "B G T K
 
 
 def table(ids: Integer[Array, " N"], values: Float[Array, "N K"], rows: int) -> Float[Array, "{rows} K"]:
-    """values_n added to row ids_n of so many; if these are few, neighbours have tables of their own, summed after."""
+    """Add values_n to row ids_n of `rows`; if these are few, runs of neighbors fill separate tables, then summed."""
     N, K = values.shape
     copies = 1 if _in_one(values) or not rows else min(N // rows, N // BLOCK)
     if copies <= 1:
@@ -64,7 +64,7 @@ def table(ids: Integer[Array, " N"], values: Float[Array, "N K"], rows: int) -> 
 
 
 def _in_one(a: Array) -> bool:
-    """Whether one product sums it: few terms, or as many as are only known later, or on several devices."""
+    """True if one product sums the array: it has few terms or a symbolic number, or is on several devices."""
     return not _known(a.shape[0]) or a.shape[0] <= MANY or devices(a) > 1
 
 
@@ -74,7 +74,7 @@ def _known(count: Any) -> bool:
 
 @functools.lru_cache
 def _by_platform(processor: Any, accelerator: Any, *options: Any) -> Any:
-    """One function of the arrays, compiled once."""
+    """A function of the arrays that chooses the implementation by platform, compiled once."""
     ways = {"cpu": processor, "default": accelerator}
     return jax.jit(
         lambda *arrays: lax.platform_dependent(
@@ -83,7 +83,7 @@ def _by_platform(processor: Any, accelerator: Any, *options: Any) -> Any:
     )
 
 
-# --- On one processor. What is differentiated is the product itself -------------------------------------------------
+# --- On one CPU; derivatives are those of the plain product -----------------------------------------------------------
 
 
 @jax.custom_jvp
@@ -102,7 +102,7 @@ def _rows_in_one(c: Array, v: Array) -> Array:
 
 
 def _rows_in_blocks(c: Array | None, v: Array) -> Array:
-    """Blocks of BLOCK rows, or of BLOCK short rows side by side; then the same of the blocks' sums."""
+    """Sum blocks of BLOCK rows, or of BLOCK runs of short rows side by side; then sum the results in the same way."""
     N, D = v.shape
     if N <= 2 * BLOCK:
         return v.sum(0) if c is None else _rows_in_one(c, v)
@@ -119,7 +119,7 @@ def _rows_in_blocks(c: Array | None, v: Array) -> Array:
 
 
 def _blocks_of_rows(c: Array | None, v: Array, count: int, beside: int) -> Array:
-    """[count · beside, D]: each the sum of BLOCK rows that lie `beside` rows apart."""
+    """[count · beside, D]: each row is the sum of BLOCK rows that are `beside` rows apart."""
     size, ones = BLOCK * beside, jnp.ones(BLOCK, v.dtype)
 
     def block(k: Array) -> Array:

@@ -1,8 +1,8 @@
-"""What a convolution's kernel meets of an image: a window at every position, and a place in the window for each entry.
+"""The windows of an image that a convolution's kernel sees: one at every position, with a place for each kernel entry.
 
 Along one spatial axis, place p of the window at position t is entry p · stride + t · dilation of the padded image. The
-gradient of the kernel at place p is the product over all positions of the cotangents with what lies there. An image is
-held as it is; unfolded, it is larger by the number of places.
+gradient of the kernel at place p is the product, summed over all positions, of the cotangents with the entries at p.
+The image is held as it is; unfolded, it would be larger by the number of places.
 """
 
 import functools
@@ -19,18 +19,18 @@ from jaxtyping import Array
 from jaxgrad.per_example.algebra.chunks import chunk_size
 
 UNFOLDED_BYTES = 2 * 2**20
-"""How much of an image is unfolded at once: what the processor's cache holds."""
+"""How many bytes are unfolded at once: about the size of the processor's cache."""
 
 
 class Window(NamedTuple):
-    """One spatial axis.
+    """The windows along one spatial axis.
 
     Attributes:
-        places: in the window.
-        positions: of the window.
-        stride: between places.
-        dilation: between positions.
-        padding: (before, after, between) the image's entries; negative edges cut.
+        places: number of places in the window.
+        positions: number of positions of the window.
+        stride: distance between places.
+        dilation: distance between positions.
+        padding: (before, after, between) the image's entries; negative edges crop.
     """
 
     places: int
@@ -41,7 +41,7 @@ class Window(NamedTuple):
 
 
 def unfold(image: Array, windows: Sequence[Window]) -> Array:
-    """[*others, *spatial, N] → [*others, *positions, places · N], an axis at a time, the last one first."""
+    """[*others, *spatial, N] → [*others, *positions, places · N], one axis at a time, starting with the last."""
     others = image.ndim - 1 - len(windows)
     edges = [(0, 0, 0)] * others + [w.padding for w in windows] + [(0, 0, 0)]
     image = lax.pad(image, jnp.zeros((), image.dtype), edges)
@@ -56,9 +56,9 @@ class Unfolding(NamedTuple):
     """How the two operands of a convolution become the sides of a product, for one example or a batch of them.
 
     Attributes:
-        left: the cotangents' axes in the order (group, others, positions, fan-out), and how many each of the four has.
-        image: the image's axes in the order (group, others, spatial, channels), and how many each of the four has.
-        windows: for each spatial axis.
+        left: the cotangents' axes in the order (group, others, positions, fan-out), and the number of axes in each.
+        image: the image's axes in the order (group, others, spatial, channels), and the number of axes in each.
+        windows: one `Window` for each spatial axis.
     """
 
     left: tuple[tuple[int, ...], tuple[int, ...]]
@@ -74,7 +74,7 @@ class Unfolding(NamedTuple):
         return left.reshape(B, G, T, F), right.reshape(B, G, T, right.shape[-1])
 
     def summed(self, left: Array, image: Array) -> Array:
-        """Σ_b Σ_t left ⊗ right [G, F, K], as one convolution that sums over the examples as over positions."""
+        """Σ_b Σ_t left ⊗ right [G, F, K], by one convolution that sums over examples and positions."""
         left, image = self._ordered(left, image)
         B, G, C, F = *left.shape[:3], left.shape[-1]
         image = jnp.moveaxis(image, 1, 0).reshape(G * B * C, *image.shape[3:])
@@ -96,7 +96,7 @@ class Unfolding(NamedTuple):
         return total.transpose(1, 2, 0)
 
     def at_once(self, count: int, left: Array, image: Array) -> int:
-        """How many of so many examples to unfold at once."""
+        """How many of `count` examples to unfold at once."""
         shapes = jax.eval_shape(self.sides, *(jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype) for a in (left, image)))
         return chunk_size(shapes[1].size * shapes[1].dtype.itemsize, count, UNFOLDED_BYTES)
 
@@ -105,7 +105,7 @@ class Unfolding(NamedTuple):
 
 
 def _merged(a: Array, order: tuple[int, ...], counts: tuple[int, ...]) -> Array:
-    """[B, …] with the other axes in this order; the first, second and last run of them each as one axis."""
+    """[B, …] with the other axes in this order; the first, second and last of the four runs become one axis each."""
     a = a.transpose(0, *(1 + k for k in order))
     first, second, spatial, _ = itertools.accumulate(counts)
     sizes = a.shape[1:]
