@@ -164,8 +164,8 @@ def clipped_grad(
 
     Two passes: the second pass computes the gradients again, with a plain gradient's rounding, so ε also covers how far
     the two computations of one gradient may differ: η = 2⁻¹⁰ in float32, 2⁻²⁹ in float64, 2⁻⁷ in float16 and 2⁻⁴ in
-    bfloat16 (assumed and not proved); in these narrow dtypes it also covers rounding the sum to the parameters' dtype,
-    at most 2·B·u. Keep the parameters of a private model in float32.
+    bfloat16 (assumed and not proved); in these narrow dtypes √κ is 2⁻⁴ and not 2⁻¹⁰, and ε also covers rounding the sum
+    to the parameters' dtype, at most 2·B·u. Keep the parameters of a private model in float32.
 
     Returns:
         A function of fun's arguments, the batched ones with an example axis, and of `mask`, booleans [B] that are False

@@ -80,7 +80,7 @@ def lower(value: Value, shape: tuple[int, ...], dtype: Any) -> Lowered:
 def factors_of(value: Value, shape: tuple[int, ...], dtype: Any) -> tuple[Factor, ...]:
     """The factors that a gradient is, be they larger than it: for what is asked of them once and not held."""
     matrix = sum(n != 1 for n in shape) > 1
-    if isinstance(value, Undone) and not is_zero(value) and matrix:
+    if isinstance(value, Undone) and not is_zero(value) and (matrix or not value.maps):
         return _factors(value.terms, shape, dtype) + _behind_maps(value.maps, shape, dtype)
     return lower(value, shape, dtype).factors
 

@@ -10,12 +10,15 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
 from jaxgrad.per_example.algebra import complexes, norms
-from jaxgrad.per_example.algebra.factors import Factor, accumulator
+from jaxgrad.per_example.algebra.factors import Factor, accumulator, arrays
 from jaxgrad.per_example.algebra.mapped import map_examples_of, put_back, taken_out
 from jaxgrad.per_example.interpreter.measuring import How, Measure, measure_of
 from jaxgrad.per_example.interpreter.values import Value
 from jaxgrad.per_example.lower import factors_of
 from jaxgrad.per_example.transform import Transformed
+
+NARROW = 2.0**6
+"""How much larger magnitudes count where a plain gradient would sum in float16 or bfloat16, which loses more."""
 
 
 def per_example_norms(
@@ -83,7 +86,10 @@ def _one(value: Value, shape: tuple[int, ...], dtype: Any) -> Measure:
 def _of_batch(factors: tuple[Factor, ...]) -> Measure:
     norm, magnitude = norms.length(factors).norm, norms.magnitude(factors)
     dtype = accumulator(*factors)
-    return Measure(norm.astype(dtype), jnp.zeros_like(norm, dtype) if magnitude is None else magnitude.astype(dtype))
+    if magnitude is None:
+        return Measure(norm.astype(dtype), jnp.zeros_like(norm, dtype))
+    narrow = any(jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize < 4 for f in factors for a in arrays(f))
+    return Measure(norm.astype(dtype), magnitude.astype(dtype) * (NARROW if narrow else 1.0))
 
 
 _BOTH: Any = Measure(True, True)  # type: ignore[arg-type]  # what a vmap measures has the axis

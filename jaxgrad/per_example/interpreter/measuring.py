@@ -61,9 +61,9 @@ def how_to_measure() -> How | None:
     return _HOW.get()
 
 
-def stays_factored(shape: Sequence[int]) -> bool:
-    """Whether a gradient of this shape is held as factors even where these are larger than it: a matrix, measured."""
-    return _HOW.get() is not None and sum(n != 1 for n in shape) > 1
+def stays_factored() -> bool:
+    """Whether gradients are held as factors even where these are larger: measured, they show what cancels in them."""
+    return _HOW.get() is not None
 
 
 def measure_of(value: Value) -> Measure | None:

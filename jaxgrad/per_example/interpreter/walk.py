@@ -238,7 +238,7 @@ def _smaller(value: Value, as_written: Callable[[], Array]) -> Value:
     if not isinstance(value, Undone):
         return value
     value = dataclasses.replace(value, as_written=as_written)
-    if not is_zero(value) and not value.has_windows and value.held >= value.size and not stays_factored(value.shape):
+    if not is_zero(value) and not value.has_windows and value.held >= value.size and not stays_factored():
         return Plain(array_of(value), value.reason or FORMED)
     return value
 

@@ -41,6 +41,6 @@ def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | Plai
     term = make(eqn, values)
     if term is None:
         return None
-    if term.windows or term.held < out.size or stays_factored(out.shape):
+    if term.windows or term.held < out.size or stays_factored():
         return Undone(nonempty([term]), tuple(out.shape), out.dtype)
     return Plain(_jax.bind(eqn, [array_of(value) for value in values])[0], FORMED)
