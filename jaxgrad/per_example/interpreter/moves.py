@@ -37,7 +37,8 @@ def reshape(term: Term, shape: Sequence[int]) -> Term | None:
             dims += groups
             box += [(0, 1, n) for n in target]
             continue
-        # The product covers part of the first axis, and the other axes whole. They merge into one axis, beside ones.
+        # The product covers a part of the first axis, and the other axes as a whole. All of them merge into one axis
+        # of the new shape; its other axes have size 1.
         first, *rest = wide
         start, stride, full = term.place(first)
         several = [n for n in target if n != 1][1:]
