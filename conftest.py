@@ -24,7 +24,7 @@ settings.load_profile("default")
 
 
 def type_checked(function):
-    """The type checker for jaxtyping: beartype, except for nested functions, which it would check anew at every call."""
+    """The type checker for jaxtyping: beartype, except for nested functions, which are new at every call."""
     return function if "<locals>" in function.__qualname__ else beartype(function)
 
 

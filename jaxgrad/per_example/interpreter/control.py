@@ -52,7 +52,7 @@ class _Loop:
     """A scan equation while its products are moved out of it.
 
     Attributes:
-        kept: for each result, whether a step emits its products.
+        kept: for each result, whether it is kept factored, so that a step emits its products.
         behind: for a result, the maps in what a step emits, with their shared arrays.
         fixed: for a result, these shared arrays, computed once; None for one that changes from step to step.
         reasons: for a result, why what a step emits is not a product, if it is not.
@@ -82,7 +82,7 @@ class _Loop:
         return _accumulates(jaxpr, jaxpr.invars[self.consts + k], jaxpr.outvars[k])
 
     def _carried(self, values: Sequence[Value]) -> list[Any]:
-        """The arrays passed to the next step: the carries that are not kept."""
+        """The arrays passed to the next step: the carries that are not kept factored."""
         arrays = [jnp.asarray(array_of(v)) for v, keep in zip(values, self.kept, strict=False) if not keep]
         return [_jax.made_varying(a, self.differs) for a in arrays]
 
@@ -122,10 +122,10 @@ class _Loop:
         return [dataclasses.replace(result, maps=(), as_written=None), inner, others if k >= self.carry else []]
 
     def step_that_keeps_products(self) -> Any:
-        """A step as a function of (carry, xs), or None if nothing is kept.
+        """A step as a function of (carry, xs), or None if no result is kept factored.
 
-        One step is traced to see what it emits. If fewer results are then kept, it is traced again, because that may
-        turn other products into arrays.
+        One step is traced to see what it emits. If fewer results are then kept factored, it is traced again, because
+        that may turn other products into arrays.
         """
         while any(self.kept) and self.length > 0:
             before = self.kept
@@ -199,7 +199,7 @@ def _function(program: Any, shape: Any) -> Callable[..., Any]:
 
 
 def _reason(value: Value, eqn: _jax.Equation) -> undone.Reason:
-    """Why a result of a loop's step is not kept, in case it is not, judged from the value alone."""
+    """The reason to give if this result of a loop's step is not kept factored, from the value alone."""
     if isinstance(value, Plain):
         return value.reason
     if isinstance(value, Undone) and value.maps:
@@ -223,7 +223,7 @@ def _of_every_step(step: Any, behind: dict[int, tuple[Map, list[Any]]], carry: A
 
     program, shape = jax.make_jaxpr(shared, return_shape=True)(carry, x)
     depending = [True] * len(program.out_avals) if program.effects else _jax.depending(program)
-    # The arrays that are kept do not depend on the operands of a step, so zeros are passed; the others are discarded.
+    # The arrays returned here do not depend on the operands of a step, so zeros are passed; the others are discarded.
     nothing = [jnp.zeros(a.shape, a.dtype) for a in jax.tree.leaves((carry, x))]
     values = _jax.function_of(program)(*nothing) if not all(depending) else [None] * len(depending)
     known = [None if depends else a for a, depends in zip(values, depending, strict=True)]

@@ -256,7 +256,7 @@ def _refused(eqn: _jax.Equation, value: Undone) -> undone.Reason:
 
 
 def _inherited(eqn: _jax.Equation, values: Sequence[Value], taken: Sequence[int]) -> undone.Reason:
-    """Why a result in the tail is not a product: an operand was none, a product could not be kept, or there was none.
+    """Why a result in the tail is not a product: an operand was not one, its product was lost here, or there was none.
 
     A result that is no larger than some other array of the same example, such as an activation, needs no product.
     """
