@@ -1,9 +1,9 @@
-"""float64 on, and JAX as strict as it gets: no implicit promotion of dtypes or ranks."""
+"""Test configuration: float64 is enabled, and implicit promotion of dtypes and ranks is an error."""
 
 import os
 import zlib
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of JAX's Cholesky on CPU; beside other tests its threads stall
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for JAX's Cholesky on CPU, whose threads stall beside other tests
 
 import jax
 import pytest
@@ -15,7 +15,7 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The same seeded examples in every run; JAXGRAD_FUZZ=30 in the environment runs thirty times as many.
+# Every run draws the same seeded examples; JAXGRAD_FUZZ=30 in the environment runs thirty times as many.
 FUZZ = int(os.environ.get("JAXGRAD_FUZZ", "1"))
 settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=6 * FUZZ, suppress_health_check=[HealthCheck.too_slow]
@@ -24,18 +24,18 @@ settings.load_profile("default")
 
 
 def type_checked(function):
-    """For jaxtyping: as beartype; functions inside functions, which would be made anew at every call, as they are."""
+    """The type checker for jaxtyping: beartype, except for nested functions, which are new at every call."""
     return function if "<locals>" in function.__qualname__ else beartype(function)
 
 
-# What is marked slow runs where it is asked for: `pytest -m slow`, and `.ci/run`. Of a test marked every(k) each k-th
-# case runs always and the others are slow; JAXGRAD_SLICE=3 leaves of these a third, JAXGRAD_SEED says which.
+# Tests marked slow run only with `pytest -m slow` and in `.ci/run`. In a test marked every(k), each k-th case always
+# runs and the others are slow; JAXGRAD_SLICE=3 keeps a third of these others, and JAXGRAD_SEED selects which third.
 SLICE, SEED = int(os.environ.get("JAXGRAD_SLICE", "1")), os.environ.get("JAXGRAD_SEED", "0")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sort the cases of the tests that are marked every(k)."""
+    """Mark cases of tests marked every(k) as slow, and deselect those outside the slice."""
     seen: dict[str, int] = {}
     kept, left_out = [], []
     for item in items:
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _as_a_reader_runs_it(request: pytest.FixtureRequest, doctest_namespace: dict):
-    """Examples in docstrings and in README.md have the usual names, and JAX's own rules of promotion."""
+    """Give examples in docstrings and in README.md the usual names, and JAX's default promotion rules."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -70,7 +70,7 @@ def _as_a_reader_runs_it(request: pytest.FixtureRequest, doctest_namespace: dict
 
 @pytest.fixture
 def plain_types():
-    """Switch the run-time type checks off, so that what is raised is the library's own message."""
+    """Switch the run-time type checks off, so that the library's own error is raised."""
     import jaxtyping
 
     before = jaxtyping.config.jaxtyping_disable

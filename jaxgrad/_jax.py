@@ -1,6 +1,6 @@
-"""What jaxgrad takes from `jax.extend`, and every reading of a primitive's parameters: the only file of that kind.
+"""The only file that uses `jax.extend` or reads a primitive's parameters.
 
-tests/test_jax.py pins each layout that is read here. When JAX changes one, that file fails.
+tests/test_jax.py pins each layout that is read here, so a change in JAX fails there.
 """
 
 import functools
@@ -29,8 +29,8 @@ scan_p, cond_p = lax.scan_p, lax.cond_p
 IDENTITIES = (
     *(lax.copy_p, lax.reduce_precision_p, lax.optimization_barrier_p),
     *(primitives.sharding_constraint_p, primitives.device_put_p),
-)  # what a value may pass without being changed, each operand by itself
-unstack_p: Any = getattr(lax, "unstack_p", None)  # these two since JAX 0.10.1
+)  # primitives that return each operand unchanged
+unstack_p: Any = getattr(lax, "unstack_p", None)  # JAX has these two since 0.10.1
 stack_p: Any = getattr(lax, "stack_p", None)
 
 _JAX = os.path.dirname(os.path.abspath(jax.__file__))
@@ -45,7 +45,7 @@ class Program(NamedTuple):
 
 
 def program_of(closed: Any) -> Program:
-    """Of a ClosedJaxpr, of an open one without constants, and of the one kind there is since JAX 0.11."""
+    """The program of a ClosedJaxpr, of an open jaxpr without constants, or of the single jaxpr type since JAX 0.11."""
     return Program(getattr(closed, "jaxpr", closed), tuple(getattr(closed, "consts", ())))
 
 
@@ -67,8 +67,9 @@ _WITHOUT_PUBLIC_NAMES = ("shard_map", "psum_invariant", "pvary")
 
 
 def kind(eqn: Equation) -> Primitive | str:
-    """The equation's primitive, or what it is called where JAX has no public name for it. `reshard` counts as a
-    sharding constraint if it stays on one mesh, with the same kinds of axes."""
+    """The equation's primitive, or the primitive's name if JAX does not export it.
+
+    `reshard` counts as a sharding constraint if it stays on one mesh with the same axis types."""
     if eqn.primitive.name in _WITHOUT_PUBLIC_NAMES:
         return eqn.primitive.name
     if eqn.primitive.name != "reshard":
@@ -88,7 +89,7 @@ def branches(eqn: Equation) -> list[Program]:
 
 
 class ScanParts(NamedTuple):
-    """How many of a scan's operands and results are what: operands consts + carry + xs, results carry + ys."""
+    """The layout of a scan: its operands are consts, carry and xs, its results carry and ys."""
 
     consts: int
     carry: int
@@ -98,7 +99,7 @@ class ScanParts(NamedTuple):
 
 
 def scan_parts(eqn: Equation) -> ScanParts:
-    """Read from ranks and not from the params, whose names changed in JAX 0.11: a step sees one axis less."""
+    """The layout of a scan, read from ranks: a step sees one axis less of xs and ys. JAX 0.11 renamed the params."""
     jaxpr = body(eqn).jaxpr
     xs = sum(_rank(v) > _rank(w) for v, w in zip(eqn.invars, jaxpr.invars, strict=True))
     ys = sum(_rank(v) > _rank(w) for v, w in zip(eqn.outvars, jaxpr.outvars, strict=True))
@@ -108,7 +109,7 @@ def scan_parts(eqn: Equation) -> ScanParts:
 
 
 class ShardMapParts(NamedTuple):
-    """How a shard_map divides its operands and results."""
+    """How a shard_map shards its operands and results."""
 
     mesh: Any
     in_specs: tuple[PartitionSpec, ...]
@@ -117,7 +118,7 @@ class ShardMapParts(NamedTuple):
 
 
 def shard_map_parts(eqn: Equation) -> ShardMapParts | None:
-    """None where JAX does not keep account of the mesh axes along which an array differs."""
+    """The parts of a shard_map; None if JAX does not track along which mesh axes an array varies (`check_vma`)."""
     p = eqn.params
     if not p["check_vma"]:
         return None
@@ -126,17 +127,17 @@ def shard_map_parts(eqn: Equation) -> ShardMapParts | None:
 
 
 def padding(eqn: Equation) -> list[tuple[int, int, int]]:
-    """Of a pad, for each axis: zeros before, after, and between entries."""
+    """The padding of a pad equation, for each axis: (before, after, between entries)."""
     return [(int(lo), int(hi), int(step)) for lo, hi, step in eqn.params["padding_config"]]
 
 
 def scatter_axes(eqn: Equation) -> tuple[int, ...]:
-    """The axes of the operand that the indices of a scatter-add are along."""
+    """The axes of the operand that the indices of a scatter-add index."""
     return tuple(int(k) for k in eqn.params["dimension_numbers"].scatter_dims_to_operand_dims)
 
 
 def scatter_window(eqn: Equation) -> list[int | None] | None:
-    """For each axis of the operand the axis of the updates, None for one that is put in; None if there is a batch."""
+    """For each axis of the operand, the axis of the updates or None if it is inserted; None if there are batch axes."""
     numbers = eqn.params["dimension_numbers"]
     if numbers.operand_batching_dims or numbers.scatter_indices_batching_dims:
         return None
@@ -146,12 +147,12 @@ def scatter_window(eqn: Equation) -> list[int | None] | None:
 
 
 def scatter_clips(eqn: Equation) -> bool:
-    """Whether an index out of range is brought into it; otherwise it adds nothing, promised to be in range or not."""
+    """Whether an index out of range is clipped; in all other modes, also "promise_in_bounds", it adds nothing."""
     return eqn.params["mode"] == lax.GatherScatterMode.CLIP
 
 
 def gather_fills(eqn: Equation) -> bool:
-    """Whether an index out of range gives a number that is not zero: then it is not linear."""
+    """Whether a gather returns a number other than zero for an index out of range; it is then not linear."""
     return eqn.primitive is lax.gather_p and bool(eqn.params["fill_value"])
 
 
@@ -160,15 +161,15 @@ def _rank(v: Any) -> int:
 
 
 def context(eqn: Equation) -> AbstractContextManager[None]:
-    """What an equation is evaluated in, as JAX does: the kinds of the mesh's axes, where to compute, how keys split."""
+    """The context in which JAX evaluates an equation: the mesh's axis types, where to compute, how keys split."""
     return eqn.ctx.manager
 
 
 def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """The equation's results. One that holds programs of its own is bound whole, as a program of one equation.
+    """Evaluate the equation. One that contains programs is bound whole, as a program of one equation.
 
-    Operands lie on an explicit mesh as the program says, also those that were evaluated in another way. Inside
-    shard_map they differ along the same mesh axes, as JAX's own functions see to before they bind.
+    On an explicit mesh, each operand is first resharded as the program states, even if it was computed in another way.
+    Inside shard_map, operands are made to vary along the same mesh axes, as JAX's own functions do before they bind.
     """
     values = placed(values, eqn.invars)
     if any(map(varying, values)):
@@ -184,7 +185,7 @@ def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
 
 
 def placed(values: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-    """The values, each lying on an explicit mesh as the program says of its variable."""
+    """The values, each sharded on an explicit mesh as the program states for its variable."""
 
     def one(x: Any, v: Any) -> Any:
         lies = getattr(v.aval, "sharding", None)
@@ -196,14 +197,14 @@ def placed(values: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
 
 
 def _only_varies(eqn: Equation) -> bool:
-    """Whether all that it does is to say that its operand may differ along more mesh axes, which it may do already."""
+    """Whether the equation only declares that its operand varies along more mesh axes; the value may do so already."""
     if len(eqn.invars) != 1 or len(eqn.outvars) != 1 or any(_is_program(p) for p in eqn.params.values()):
         return False
     return _varying(eqn.outvars[0].aval) > _varying(eqn.invars[0].aval)
 
 
 def _alike(eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """Each operand differs along the axes that the program says, and along those that it does not know of."""
+    """The operands, varying along the mesh axes that the program states and along those that it does not know of."""
     said = [frozenset() if isinstance(v, Literal) else _varying(v.aval) for v in eqn.invars]
     more = frozenset().union(*map(varying, values)) - frozenset().union(*said)
     return [made_varying(x, axes | more) for x, axes in zip(values, said, strict=True)]
@@ -217,7 +218,7 @@ def _is_program(p: Any) -> bool:
 
 @functools.lru_cache(256)
 def _template(operands: int, results: int) -> Any:
-    """A program with so many operands and results: its debug information is what one of our own needs."""
+    """A program with so many operands and results; programs built here take its debug information."""
     return jax.make_jaxpr(lambda *operands: (0.0,) * results)(*[0.0] * operands)
 
 
@@ -230,8 +231,8 @@ def _alone(eqn: Equation, variables: tuple[Any, ...]) -> Any:
 
 
 def one_example(a: Any, axis: int) -> Any:
-    """What an example of a batch looks like, on an explicit mesh with where its own axes lie; inside shard_map one of
-    them, which differs along the same mesh axes."""
+    """The shape and dtype of one example of a batch, on an explicit mesh with the sharding of its axes. Inside
+    shard_map it is the first example itself, which varies along the same mesh axes as the batch."""
     if varying(a) and a.shape[axis]:
         return lax.index_in_dim(a, 0, axis, keepdims=False)
     aval = a if isinstance(a, jax.ShapeDtypeStruct) else jax.typeof(a)
@@ -244,7 +245,7 @@ def one_example(a: Any, axis: int) -> Any:
 
 
 def varying(a: Any) -> frozenset[str]:
-    """The mesh axes along which an array differs inside shard_map."""
+    """The mesh axes along which an array varies inside shard_map."""
     if isinstance(a, jax.ShapeDtypeStruct):
         return frozenset()
     return _varying(jax.typeof(a))
@@ -255,13 +256,13 @@ def _varying(aval: Any) -> frozenset[str]:
 
 
 def made_varying(a: Any, axes: frozenset[str]) -> Any:
-    """An array that may differ along these mesh axes, so that its gradients are not summed over them."""
+    """The array, marked as varying along these mesh axes, so that its gradients are not summed over them."""
     missing = axes - varying(a)
     return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
 
 
 def depending(program: Any, operands: Sequence[int] | None = None) -> list[bool]:
-    """Which results of a program may depend on these operands, None for any: no fewer than those that do."""
+    """Which results of a program may depend on these operands, or on any for None: a superset of those that do."""
     jaxpr = program_of(program).jaxpr
     return list(_depending(jaxpr, tuple(range(len(jaxpr.invars)) if operands is None else operands)))
 
@@ -276,10 +277,10 @@ def _depending(jaxpr: Jaxpr, operands: tuple[int, ...]) -> tuple[bool, ...]:
 
 
 def results_depending(eqn: Equation, operands: Sequence[int]) -> list[bool]:
-    """Which results of an equation may depend on these operands: as `depending`, and as JAX's own vmap finds it."""
+    """Which results of an equation may depend on these operands, as in `depending` and as JAX's own vmap decides it."""
     if not operands:
         return [False] * len(eqn.outvars)
-    if eqn.primitive is lax.optimization_barrier_p:  # it keeps each operand by itself
+    if eqn.primitive is lax.optimization_barrier_p:  # each result depends on its own operand only
         return [k in operands for k in range(len(eqn.outvars))]
     if eqn.primitive in (jit_p, remat_p):
         return depending(eqn.params["jaxpr"], operands)
@@ -288,7 +289,7 @@ def results_depending(eqn: Equation, operands: Sequence[int]) -> list[bool]:
         return [any(results) for results in zip(*inner, strict=True)]
     if eqn.primitive is scan_p:
         parts, found, before = scan_parts(eqn), set(operands), None
-        while found != before:  # what is carried is an operand of the next step
+        while found != before:  # a carry is an operand of the next step
             before = set(found)
             results = depending(eqn.params["jaxpr"], sorted(found))
             found |= {parts.consts + k for k in range(parts.carry) if results[k]}
@@ -298,12 +299,12 @@ def results_depending(eqn: Equation, operands: Sequence[int]) -> list[bool]:
 
 
 def function_of(program: Any) -> Any:
-    """The function of arrays that a ClosedJaxpr is; it returns a list."""
+    """A ClosedJaxpr as a function of arrays that returns a list."""
     return jex.jaxpr_as_fun(program)
 
 
 def source_line(eqn: Equation) -> str:
-    """file:line of the innermost frame that is neither JAX's nor ours; empty if JAX kept none."""
+    """file:line of the innermost frame outside JAX and jaxgrad; empty if JAX kept none."""
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback is not None else ():
         inside = os.path.abspath(frame.file_name)
@@ -313,10 +314,10 @@ def source_line(eqn: Equation) -> str:
 
 
 def bind_wide(eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """As `bind`, for values that may be wider than the equation's own: nothing is rounded to something narrower."""
+    """Like `bind`, for values whose dtypes may be wider than the equation's; they are not rounded to narrower ones."""
     (first, *_), to = values, eqn.outvars[0].aval.dtype
     if eqn.primitive is lax.convert_element_type_p and jnp.issubdtype(to, jnp.floating):
-        first = first.real  # as JAX converts complex numbers
+        first = first.real  # JAX converts complex numbers this way
         return [first if _bits(first) > _bits(eqn.outvars[0].aval) else first.astype(to)]
     inexact = [k for k, x in enumerate(values) if jnp.issubdtype(x.dtype, jnp.inexact)]
     if all(values[k].dtype == eqn.invars[k].aval.dtype for k in inexact):
@@ -335,7 +336,7 @@ def bind_wide(eqn: Equation, values: Sequence[Any]) -> list[Any]:
 
 
 def _bits(x: Any) -> int:
-    """Of the real numbers in an array."""
+    """The width in bits of the real numbers in an array."""
     return int(jnp.finfo(x.dtype).bits)
 
 

@@ -45,7 +45,7 @@ class Lowered(NamedTuple):
         factors: the factors, without the example axis.
         how: "factored", "formed" (a product, materialized because the array is smaller), "vector" (at most one axis),
             "unused" or "direct" (computed as vmap(jax.grad) would).
-        reason: why it is direct, or what was added to the product.
+        reason: why the route is direct, or why part of the product was materialized.
     """
 
     factors: tuple[Factor, ...]

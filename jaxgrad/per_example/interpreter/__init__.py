@@ -1,13 +1,15 @@
-"""How per-example gradients are found: the program that jax.grad has written, evaluated with its last products undone.
+"""Evaluate the program that jax.grad has written, leaving its last products unevaluated.
 
-    walk         evaluate a program, equation by equation
+    walk         evaluates a program, equation by equation
     control      its loops and branches
-    rules/       one record for each primitive, by family: what it makes a product of, and what it does to one
-    through      what no rule can do to operands, as a map that all examples share
-    moves        an undone product transposed, reshaped, sliced, put into something larger
-    linear       one scaled, masked, summed, multiplied by a matrix
-    undone       an undone product: two operands and which of their axes lie where
+    as_map       a loop or branch as one linear map shared by all examples
+    shards       shard_map
+    rules/       one record for each primitive, by family: which products it makes, and how it acts on one
+    through      linear operations that no rule can apply to the operands, as a linear map shared by all examples
+    moves        transposes, reshapes, slices and pads an unevaluated product
+    linear       scales, masks and sums one, or multiplies it by a matrix
+    undone       an unevaluated product: two operands, and how their axes form those of the result
     values       what a variable may stand for during the walk
 
-Of the algebra it knows the words for a convolution (`windows`) and for a map (`maps`), and nothing else.
+From the algebra, the interpreter uses only the types for a convolution (`windows`) and for a linear map (`maps`).
 """

@@ -1,7 +1,7 @@
-"""A loop or a branch as one linear map that all examples share, where it is linear in the products that it meets.
+"""Treat a loop or branch as one linear map shared by all examples, if it is linear in the products among its operands.
 
-All examples take the same branch, or do the same in every step: what a matrix exponential, repeated squaring or an
-unrolled normalisation of a weight has in its backward pass.
+All examples take the same branch, or do the same in every step. Such loops and branches occur in the backward pass of
+a matrix exponential, of repeated squaring, or of an iterative normalization of a weight.
 """
 
 import dataclasses
@@ -28,17 +28,17 @@ Evaluate = Callable[[_jax.Program, Sequence[Value], Sequence[bool], Sequence[boo
 
 
 def scan(evaluate: Evaluate, eqn: _jax.Equation, values: Sequence[Value], used: Sequence[bool]) -> list[Value] | None:
-    """The loop as one map; None if it is none that all examples share."""
+    """The results of the loop as one linear map; None if it is not a linear map shared by all examples."""
     products = _products(values)
     if products is None:
         return None
     parts, program = _jax.scan_parts(eqn), _jax.body(eqn)
     inputs, end = program.jaxpr.invars, parts.consts + parts.carry
-    used = [use or k < parts.carry for k, use in enumerate(used)]  # the next step uses what is carried
+    used = [use or k < parts.carry for k, use in enumerate(used)]  # the next step uses every carry
     zeros = [is_zero(v) for v in values]
     kinds: list[str] = []
     before: Any = None
-    while (products, zeros) != before:  # what is carried is an operand of the next step
+    while (products, zeros) != before:  # a carry is an operand of the next step
         before = products, zeros
 
         def look(*step: Any, products: Sequence[bool] = products, zeros: Sequence[bool] = zeros) -> list[Value]:
@@ -52,7 +52,7 @@ def scan(evaluate: Evaluate, eqn: _jax.Equation, values: Sequence[Value], used: 
         among = range(parts.consts, end)
         products = [p or (k in among and kinds[k - parts.consts] == "map") for k, p in enumerate(products)]
         zeros = [z and (k not in among or kinds[k - parts.consts] == "zero") for k, z in enumerate(zeros)]
-    # A carry that starts as a product is one at the end, if there is no step.
+    # A carry that starts as a product also ends as one if the loop runs no step.
     carried = [
         _of_both("map", kind) if products[parts.consts + k] else kind for k, kind in enumerate(kinds[: parts.carry])
     ]
@@ -61,7 +61,7 @@ def scan(evaluate: Evaluate, eqn: _jax.Equation, values: Sequence[Value], used: 
 
 
 def cond(evaluate: Evaluate, eqn: _jax.Equation, values: Sequence[Value], used: Sequence[bool]) -> list[Value] | None:
-    """The branch as one map, where all examples take the same; None if it is none that all examples share."""
+    """The results of a branch that all examples take, as one linear map; None if they share no such map."""
     products = _products(values)
     if products is None or products[0]:
         return None
@@ -76,14 +76,15 @@ def cond(evaluate: Evaluate, eqn: _jax.Equation, values: Sequence[Value], used: 
 
 
 def _of_both(kind: str, other: str) -> str:
-    """Of a result that is either: what all examples share beside a map of products would be counted as one of them."""
+    """The kind of a result that may be of either kind: "other" for a shared array in one case and a map in the other,
+    because the shared array would be taken for the result of a map."""
     if "zero" in (kind, other) or kind == other:
         return other if kind == "zero" else kind
     return "other"
 
 
 def _products(values: Sequence[Value]) -> list[bool] | None:
-    """Which operands are products; None if none is, or another one differs between examples."""
+    """Which operands are products; None if none is, or if an operand that is not a product differs between examples."""
     products = [isinstance(v, Undone) and not is_zero(v) for v in values]
     others = [v for v, product in zip(values, products, strict=True) if not product]
     floating = all(jnp.issubdtype(v.dtype, jnp.inexact) for v in values if isinstance(v, Undone))
@@ -97,7 +98,7 @@ def _looked(
     products: Sequence[bool],
     used: Sequence[bool],
 ) -> list[Value]:
-    """The program's results for maps that hold nothing in the place of the products."""
+    """The program's results when empty maps are passed in place of the products."""
     inside = list(values)
     for k, (v, product) in enumerate(zip(program.jaxpr.invars, products, strict=True)):
         if product:
@@ -107,7 +108,7 @@ def _looked(
 
 
 def _kinds_of(look: Callable[..., list[Value]], operands: Sequence[jax.ShapeDtypeStruct] = ()) -> list[str]:
-    """What each result is: a map of products, the same for all examples, zero or unused, or something else."""
+    """The kind of each result: a map of products, shared by all examples, zero or unused, or something else."""
     kinds: list[str] = []
 
     def kind(value: Value) -> str:
@@ -132,14 +133,14 @@ def _results(
     for v, product in zip(values, products, strict=True):
         if isinstance(v, Undone) and not is_zero(v):
             sides.append(through.node_of(v))
-        elif product and not is_zero(v):  # what is carried is a product after the first step
+        elif product and not is_zero(v):  # this carry becomes a product in a later step
             array = jnp.asarray(array_of(v))
             sides.append(through.node_of(times_shared(jnp.ones((), array.dtype), array)))
         else:
             sides.append(jnp.asarray(array_of(v)))
     results: list[Value] = list(through.results_of(eqn, sides))
     fixed: list[Any] = [None] * len(results)
-    if "shared" in kinds:  # these depend on no product: any numbers will do in their places
+    if "shared" in kinds:  # these results depend on no product, so zeros are passed in place of the products
         operands = zip(eqn.invars, values, products, strict=True)
         fixed = _jax.bind(eqn, [jnp.zeros(v.aval.shape, v.aval.dtype) if p else array_of(x) for v, x, p in operands])
     for k, (kind, v) in enumerate(zip(kinds, eqn.outvars, strict=True)):

@@ -1,6 +1,6 @@
-"""Loops and branches in a gradient's program: their products leave them as products.
+"""Loops and branches in a gradient's program; their products leave them unevaluated.
 
-`walk` evaluates what is inside, and hands its `evaluate` down to here.
+`walk` evaluates the inner programs: it passes its `evaluate` to the functions here.
 """
 
 import dataclasses
@@ -39,9 +39,10 @@ from jaxgrad.per_example.interpreter.values import (
 def scan(
     evaluate: Evaluate, eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]
 ) -> Sequence[Value]:
-    """A carry that is only added to is an accumulated gradient: its products are emitted at every step, and T grows
-    by the scan's axis. A stacked result (weights scanned over) gains a group axis. Unless what is emitted would be more
-    than the gradient."""
+    """Evaluate a scan, keeping its products factored unless those emitted by all steps would exceed the gradient.
+
+    A carry that is only added to is an accumulated gradient: its products are emitted at every step, and T grows by the
+    scan's axis. A stacked result (weights scanned over) gains a group axis."""
     loop = _Loop(evaluate, eqn, values, wanted, used)
     step = loop.step_that_keeps_products()
     results = _jax.bind(eqn, [array_of(value) for value in values]) if step is None else loop.run(step)
@@ -49,14 +50,14 @@ def scan(
 
 
 class _Loop:
-    """A scan equation while its products are carried out of it.
+    """A scan equation while its products are moved out of it.
 
     Attributes:
-        kept: the results whose products a step emits.
-        behind: of a result, the maps in what a step emits.
-        fixed: the arrays that these depend on, computed once; None for one that is another in every step.
+        kept: for each result, whether it is kept factored, so that a step emits its products.
+        behind: for a result, the maps in what a step emits, with their shared arrays.
+        fixed: for a result, these shared arrays, computed once; None for one that changes from step to step.
         measured: the stacked results that are measured in every step.
-        reasons: why what a step gives of a result is no product, if it is none.
+        reasons: for a result, why what a step emits is not a product, if it is not.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class _Loop:
         self.init, self.xs = values[self.consts : end], [array_of(v) for v in values[end:]]
         self.same = [is_shared(v) for v in values[end:]]
         self.differs = _varying(values)
-        self.used = [use or k < self.carry for k, use in enumerate(used)]  # the next step uses what is carried
+        self.used = [use or k < self.carry for k, use in enumerate(used)]  # the next step uses every carry
         self.kept = [want and (k >= self.carry or self._accumulates(k)) for k, want in enumerate(wanted)]
-        self.undone_inside = list(self.kept)  # what a step does not emit can be made of what it emits
+        # This is not reduced with `kept`: a result that is not emitted may be computed from one that is.
+        self.undone_inside = list(self.kept)
         self.behind: dict[int, tuple[Map, list[Any]]] = {}
         self.fixed: dict[int, list[Any]] = {}
         self.reasons: dict[int, undone.Reason] = {}
@@ -84,12 +86,12 @@ class _Loop:
         return _accumulates(jaxpr, jaxpr.invars[self.consts + k], jaxpr.outvars[k])
 
     def _carried(self, values: Sequence[Value]) -> list[Any]:
-        """What goes on to the next step: the carries that are not kept."""
+        """The arrays passed to the next step: the carries that are not kept factored."""
         arrays = [jnp.asarray(array_of(v)) for v, keep in zip(values, self.kept, strict=False) if not keep]
         return [_jax.made_varying(a, self.differs) for a in arrays]
 
     def step(self, carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], tuple[list[Any], list[Any], list[Any]]]:
-        """(what is carried, (what is emitted of the kept carries, of the stacked results, measures of these))."""
+        """(the carry, (what the step emits for kept carries, for stacked results, and the measures of these))."""
         others = iter(carry)
         full = [
             zero(v.aval.shape, v.aval.dtype) if self.kept[k] else next(others)
@@ -114,8 +116,8 @@ class _Loop:
         return self.how.one(result, tuple(aval.shape), aval.dtype)
 
     def _emitted(self, k: int, result: Value) -> Any:
-        """An undone product as it leaves a step: beside it the inputs of its maps, which are applied after the loop,
-        and of a stacked result the arrays that these depend on and that are others in every step."""
+        """An unevaluated product as it leaves a step. If it has maps, which are applied after the loop, it leaves with
+        their inputs and, for a stacked result, with those of their shared arrays that change from step to step."""
         if not isinstance(result, Undone):
             return array_of(result)
         if not result.maps:
@@ -130,9 +132,10 @@ class _Loop:
         return [dataclasses.replace(result, maps=(), as_written=None), inner, others if k >= self.carry else []]
 
     def step_that_keeps_products(self) -> Any:
-        """A step as a function of (carry, xs), or None if nothing is kept.
+        """A step as a function of (carry, xs), or None if no result is kept factored.
 
-        What comes out of a step is known when one has been traced; if then less is kept, other products may be arrays.
+        One step is traced to see what it emits. If fewer results are then kept factored, it is traced again, because
+        that may turn other products into arrays.
         """
         while any(self.kept) and self.length > 0:
             before = self.kept
@@ -144,7 +147,7 @@ class _Loop:
             if self.kept != before:
                 continue
             if not any(self.kept[k] for k in self.behind):
-                # Inside shard_map it was traced for operands that do not differ between devices.
+                # Inside shard_map the traced program does not fit: its operands did not vary between devices.
                 return self.step if self.differs or self.measured else _function(program, shape)
             self.fixed |= _of_every_step(self.step, self.behind, *operands)
             same = [k for k in range(self.carry) if all(a is not None for a in self.fixed.get(k, [None]))]
@@ -177,7 +180,7 @@ class _Loop:
         return results
 
     def _of_all_steps(self, k: int, value: Any) -> Value:
-        """What was emitted of one result, all steps together."""
+        """The value of one result, from what all steps emitted for it."""
         S, stacked = self.length, k >= self.carry
         if not isinstance(value, list):
             return _along(value, S, stacked) if isinstance(value, Undone) else value
@@ -188,7 +191,7 @@ class _Loop:
         return dataclasses.replace(_along(terms, S, stacked), maps=tuple(nodes))
 
     def explained(self, results: Sequence[Value]) -> list[Value]:
-        """The results, with the reason why one that leads to a gradient is an array."""
+        """The results, where each array that leads to a gradient has the reason why it is not a product."""
         S = self.length
         sizes = [numbers(v) for v in self.outside if not is_shared(v)]
         sizes += [x.size // S for x, shared in zip(self.xs, self.same, strict=True) if not shared and S]
@@ -204,28 +207,28 @@ class _Loop:
 
 
 def _function(program: Any, shape: Any) -> Callable[..., Any]:
-    """A program as the function that it was made of."""
+    """A program as the function that it was traced from."""
     flat, treedef = _jax.function_of(program), jax.tree.structure(shape)
     return lambda *args: jax.tree.unflatten(treedef, flat(*jax.tree.leaves(args)))
 
 
 def _reason(value: Value, eqn: _jax.Equation) -> undone.Reason:
-    """Why what a step of a loop gives is not kept, if it is not: what it is by itself."""
+    """The reason to give if this result of a loop's step is not kept factored, from the value alone."""
     if isinstance(value, Plain):
         return value.reason
     if isinstance(value, Undone) and value.maps:
-        return reason_at(eqn, "a map that all examples share is applied to it in every step of a loop")
+        return reason_at(eqn, "a linear map shared by all examples is applied to it in every step of a loop")
     return value.reason or FORMED if isinstance(value, Undone) else FORMED
 
 
 def _varying(values: Sequence[Value]) -> frozenset[str]:
-    """The mesh axes along which some of it differs inside shard_map; what a loop carries or branches give does too."""
+    """The mesh axes along which any value varies inside shard_map; carries and branch results vary along them too."""
     parts = [v.source if isinstance(v, Broadcast) else v.array if isinstance(v, Plain | Shared) else v for v in values]
     return frozenset(name for a in jax.tree.leaves(parts) for name in _jax.varying(a))
 
 
 def _of_every_step(step: Any, behind: dict[int, tuple[Map, list[Any]]], carry: Any, x: Any) -> dict[int, list[Any]]:
-    """The arrays that maps in a step depend on, computed outside the loop; None for one that changes in it."""
+    """The shared arrays of a step's maps, computed outside the loop; None for one that changes from step to step."""
 
     def shared(carry: Any, x: Any) -> dict[int, list[Any]]:
         behind.clear()
@@ -234,7 +237,7 @@ def _of_every_step(step: Any, behind: dict[int, tuple[Map, list[Any]]], carry: A
 
     program, shape = jax.make_jaxpr(shared, return_shape=True)(carry, x)
     depending = [True] * len(program.out_avals) if program.effects else _jax.depending(program)
-    # What is kept depends on nothing that a step is given: any numbers will do, and the rest is left out.
+    # The arrays returned here do not depend on the operands of a step, so zeros are passed; the others are discarded.
     nothing = [jnp.zeros(a.shape, a.dtype) for a in jax.tree.leaves((carry, x))]
     values = _jax.function_of(program)(*nothing) if not all(depending) else [None] * len(depending)
     known = [None if depends else a for a, depends in zip(values, depending, strict=True)]
@@ -242,7 +245,7 @@ def _of_every_step(step: Any, behind: dict[int, tuple[Map, list[Any]]], carry: A
 
 
 def _worth_emitting(value: Value, steps: int, stacked: bool) -> bool:
-    """Whether what a step gives, a product or what is behind its maps, is less in all steps than the gradient."""
+    """Whether what all steps emit, products and the inputs of their maps, is smaller than the gradient."""
     if isinstance(value, list):
         direct, inputs, _ = value
         parts = [x for x in (direct, *inputs) if isinstance(x, Undone)]
@@ -267,7 +270,7 @@ def _first(a: Any) -> Any:
 
 
 def _along(value: Undone, S: int, group: bool) -> Undone:
-    """Stacked products: the new first axis is a position, or a group and an axis of the result."""
+    """Products stacked by a loop: the new first axis is a position, or else a group and an axis of the result."""
 
     def one(term: Term) -> Term:
         label = term.fresh()
@@ -286,7 +289,7 @@ def _along(value: Undone, S: int, group: bool) -> Undone:
 
 
 def _accumulates(jaxpr: _jax.Jaxpr, into: Any, out: Any) -> bool:
-    """Whether a carry is added to, and nothing else: add_any after add_any from `into` to `out`."""
+    """Whether a carry is only added to: `into` leads to `out` through a chain of add_any and has no other use."""
     v = into
     while v is not out:
         uses = [eqn for eqn in jaxpr.eqns if any(w is v for w in eqn.invars)]
@@ -302,7 +305,7 @@ def _accumulates(jaxpr: _jax.Jaxpr, into: Any, out: Any) -> bool:
 def cond(
     evaluate: Evaluate, eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]
 ) -> Sequence[Value]:
-    """Each branch gives its own products, and zeros in the place of the other branches'."""
+    """Evaluate a cond; each branch returns its own products, and zeros in place of the products of other branches."""
     programs, (index, *rest), differs = _jax.branches(eqn), values, _varying(values)
     rest = [forgotten(v) for v in rest]
 
@@ -324,12 +327,12 @@ def cond(
         return run
 
     kept, before = list(wanted), [False]
-    while kept != before:  # as in a scan
+    while kept != before:  # as for a scan: keeping fewer results may turn other products into arrays
         before, traced = kept, [jax.eval_shape(branch(program, kept)) for program in programs]
         kept = [keep and _all_products([results[k] for results in traced]) for k, keep in enumerate(kept)]
     if not any(kept):
         arrays = _jax.bind(eqn, [array_of(value) for value in values])
-        reason = reason_at(eqn, "not every branch gives a product that is smaller than the gradient")
+        reason = reason_at(eqn, "not every branch returns a product that is smaller than the gradient")
         return [Plain(a, reason) if want else a for a, want in zip(arrays, wanted, strict=True)]
 
     def padded(i: int) -> Any:
@@ -352,7 +355,7 @@ def cond(
 
 
 def _all_products(values: Sequence[Value]) -> bool:
-    """Whether every branch gives products, and those of all branches are less than the gradient."""
+    """Whether every branch returns products, and those of all branches together are smaller than the gradient."""
     if not all(isinstance(v, Undone) and not any(t.carried for t in v.terms) for v in values):
         return False
     return sum(v.held for v in values) < values[0].size

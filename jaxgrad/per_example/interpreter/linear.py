@@ -1,6 +1,6 @@
-"""An undone product scaled, masked, summed over an axis, multiplied by a matrix, or put at an index that is data.
+"""Scale, mask or sum an unevaluated product, multiply it by a matrix, or put it at an index that is data.
 
-A function here that cannot say its result as an undone product returns None.
+A function here returns None if its result is not an unevaluated product.
 """
 
 import dataclasses
@@ -16,18 +16,18 @@ from jaxgrad.precision import working_dtype
 
 
 def on_smaller(term: Term, function: Callable[[Any], Any]) -> Term:
-    """A linear function of the entries, one by one, applied to the smaller operand."""
+    """Apply a linear elementwise function to the smaller operand."""
     if term.row is None and term.left.size < term.right.size:
         return replace(term, left=function(term.left))
     return replace(term, right=function(term.right))
 
 
 def aligned(term: Term, value: Array, dims: Sequence[int]) -> tuple[str, Array] | None:
-    """`value`, with an axis for each of these axes of the result, brought to the axes of one operand.
+    """Align `value`, which has one axis for each axis of the result in `dims`, with the axes of one operand.
 
     Returns:
-        ("left" or "right", the value with an axis of size n or 1 for each of that operand's), None if it varies along
-        axes of both.
+        ("left" or "right", the value with an axis of full size or size 1 for each axis of that operand); None if it
+        varies along axes of both operands.
     """
     labels = [label for k in dims for label in term.dims[k]]
     side = "right" if all(label in term.right_labels for label in labels) else "left"
@@ -45,7 +45,7 @@ def aligned(term: Term, value: Array, dims: Sequence[int]) -> tuple[str, Array] 
 
 
 def sums(term: Term, dims: Sequence[int]) -> Term | None:
-    """Summed over axes of the result."""
+    """Sum the product over axes of the result."""
     gone = {label for k in dims for label in term.dims[k]}
     if term.row is not None and term.row[0] in gone:
         return None
@@ -81,7 +81,7 @@ def contract(
     undone_first: bool,
     precision: object,
 ) -> Term | None:
-    """dot_general of the product with an array: (δ aᵀ) C = δ (Cᵀ a)ᵀ, the array moves onto one operand.
+    """dot_general of the product with an array C, applied to one operand: (δ aᵀ) C = δ (Cᵀ a)ᵀ.
 
     Args:
         contracted, batch: (axis of the product, axis of C).
@@ -106,7 +106,7 @@ def contract(
     other = term.right_labels if side == "left" else term.left_labels
     free = [axis for axis in range(C.ndim) if axis not in {b for _, b in (*contracted, *batch)}]
     new = {axis: term.fresh() + i for i, axis in enumerate(free)}
-    # C's axes, divided as the product's are
+    # Split C's axes as the product's are split.
     at = {axis: term.dims[k] for k, axis in (*contracted, *batch)}
     C_labels = tuple(label for axis in range(C.ndim) for label in at.get(axis, (new[axis],) if axis in new else ()))
     sizes = [[term.size_of(label) for label in at[k]] if k in at else [C.shape[k]] for k in range(C.ndim)]
@@ -129,14 +129,18 @@ def contract(
 
 
 def embedded(term: Term, dim: int, start: Array, full: int, mode: str) -> Term | None:
-    """Put along one axis at an index that is only known when it runs; mode "clip" or "drop" for one out of range."""
+    """Put the product into zeros along one axis, at an index known only at run time.
+
+    Args:
+        mode: "clip" or "drop", for an index out of range.
+    """
     if not term.whole(dim) or term.row is not None:
         return None
     n = term.sizes[dim]
     place = [term.place(k) for k in range(len(term.dims))]
-    if mode == "clip":  # a negative start is no place counted from the end
+    if mode == "clip":  # a negative start does not count from the end
         start = jnp.clip(start, 0, full - n)
-    if n == 1:  # a one-hot vector beside the smaller operand
+    if n == 1:  # multiply the smaller operand by a one-hot vector
         hot = jnp.arange(full, dtype=start.dtype) == start
         new, side = term.fresh(), "left" if term.left.size <= term.right.size else "right"
         a, labels = getattr(term, side), getattr(term, f"{side}_labels")
@@ -158,7 +162,7 @@ def embedded(term: Term, dim: int, start: Array, full: int, mode: str) -> Term |
 
 
 def contracted_with(term: Term, C: Array, dims: Sequence[int]) -> Array:
-    """Σ over axes of the result of the product times C, entry by entry; of a product that is the whole."""
+    """Σ over axes of the result of (product ⊙ C); the product must cover the whole result."""
     work = working_dtype(term.left.dtype, term.right.dtype, C.dtype)
     sides = [term.left, term.left_labels, term.right, term.right_labels]
     sides += [C.reshape([term.size_of(label) for label in term.out]), term.out]
@@ -182,7 +186,7 @@ def imag(term: Term) -> tuple[Term, ...]:
 
 
 def _parts(term: Term) -> list[tuple[Array, Array | None]]:
-    """(real, imaginary) of both operands, None for one that is real."""
+    """(real part, imaginary part) of both operands; the imaginary part of a real operand is None."""
     complex_ = [jnp.issubdtype(a.dtype, jnp.complexfloating) for a in (term.left, term.right)]
     return [(a.real, a.imag) if c else (a, None) for a, c in zip((term.left, term.right), complex_, strict=True)]
 
@@ -192,5 +196,5 @@ def _minus(a: Array | None) -> Array | None:
 
 
 def conjugate(term: Term) -> Term:
-    """Both operands conjugated."""
+    """The product with both operands conjugated."""
     return replace(term, left=term.left if term.row is not None else jnp.conj(term.left), right=jnp.conj(term.right))

@@ -1,6 +1,6 @@
-"""An undone product transposed, reshaped, sliced, reversed, or put into something larger.
+"""Transpose, reshape, slice, reverse or pad an unevaluated product.
 
-A function here that cannot say its result as an undone product returns None.
+A function here returns None if its result is not an unevaluated product.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from jaxgrad.per_example.interpreter.undone import Labels, Term, replace
 
 
 def transpose(term: Term, permutation: Sequence[int]) -> Term:
-    """Axes permuted."""
+    """The product with its axes permuted."""
     box = None if term.box is None else tuple(term.box[k] for k in permutation)
     return replace(term, dims=tuple(term.dims[k] for k in permutation), box=box)
 
 
 def reshape(term: Term, shape: Sequence[int]) -> Term | None:
-    """Axes merged and divided, as far as the operands' own axes can be divided alike."""
+    """Merge and split axes of the result, if the operands' own axes can be split in the same way."""
     if 0 in term.shape or 0 in shape:
         return None
     dims: list[Labels] = []
@@ -37,11 +37,12 @@ def reshape(term: Term, shape: Sequence[int]) -> Term | None:
             dims += groups
             box += [(0, 1, n) for n in target]
             continue
-        # The first axis is a part of something larger, the others are whole; they become one axis, beside ones.
+        # The product covers a part of the first axis, and the other axes as a whole. All of them merge into one axis
+        # of the new shape; its other axes have size 1.
         first, *rest = wide
         start, stride, full = term.place(first)
         several = [n for n in target if n != 1][1:]
-        if several and not rest:  # it is divided, along the edges of the part
+        if several and not rest:  # one axis is split, at the edges of the part
             inner, n = math.prod(several), term.sizes[first]
             if stride != 1 or start % inner or n % inner:
                 return None
@@ -65,7 +66,7 @@ def reshape(term: Term, shape: Sequence[int]) -> Term | None:
 
 
 def _blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Runs of axes of two shapes with equal products, as short as can be."""
+    """Group the axes of two shapes into runs with equal products, as short as possible."""
     blocks: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -85,7 +86,7 @@ def _blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int],
 
 
 def _divided(term: Term, labels: list[int], sizes: list[int]) -> tuple[Term, list[Labels]] | None:
-    """The labels, in order, as axes of these sizes; where one is too large it is divided in two."""
+    """Group the labels, in order, into axes of these sizes; a label whose axis is too large is split in two."""
     groups: list[Labels] = []
     rest = [label for label in labels if term.size_of(label) != 1]
     for need in sizes:
@@ -109,7 +110,7 @@ def _divided(term: Term, labels: list[int], sizes: list[int]) -> tuple[Term, lis
 
 
 def _split_label(term: Term, label: int, outer: int, size: int) -> Term:
-    """An axis as two, `outer` of this size and `label` of the rest."""
+    """Split an axis in two: `outer` of the given size, and `label` of the remaining size."""
 
     def side(a: Array, labels: Labels) -> tuple[Array, Labels]:
         if label not in labels:
@@ -127,7 +128,7 @@ def _split_label(term: Term, label: int, outer: int, size: int) -> Term:
 
 
 def pad(term: Term, config: Sequence[tuple[int, int, int]]) -> Term | None:
-    """Zeros around it and between its entries; negative edges cut."""
+    """Put zeros around the product and between its entries; negative edges cut."""
     cut = [
         (max(-lo, 0), n - max(-hi, 0)) if step == 0 else (0, n)
         for (lo, hi, step), n in zip(config, term.shape, strict=True)
@@ -149,7 +150,7 @@ def pad(term: Term, config: Sequence[tuple[int, int, int]]) -> Term | None:
 def cut_out(
     term: Term, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int]
 ) -> tuple[Term, ...] | None:
-    """A slice: no term where it is empty of entries."""
+    """A slice of the product; no term if the slice contains none of its entries."""
     for k, (a, b, step) in enumerate(zip(starts, limits, strides, strict=True)):
         if (a, b, step) == (0, term.shape[k], 1):
             continue
@@ -181,7 +182,7 @@ def cut_out(
 
 
 def _take(term: Term, dim: int, start: int, limit: int, stride: int) -> Term | None:
-    """Entries of one axis that is whole, or of the part that is there."""
+    """A slice of the product itself along one axis, without the zeros around it."""
     n = term.sizes[dim]
     if (start, limit, stride) == (0, n, 1):
         return dataclasses.replace(term, box=None)
@@ -208,13 +209,13 @@ def _take(term: Term, dim: int, start: int, limit: int, stride: int) -> Term | N
 
 
 def _within(term: Term, start: int, limit: int) -> Array:
-    """Row numbers counted from `start`; what lies outside is the number of rows, which adds nothing."""
+    """Row numbers counted from `start`; one outside the slice becomes the number of rows, which adds nothing."""
     inside = (term.left >= start) & (term.left < limit)
     return jnp.where(inside, term.left - start, jnp.full_like(term.left, limit - start))
 
 
 def reverse(term: Term, dims: Sequence[int]) -> Term | None:
-    """Axes reversed."""
+    """The product with axes reversed."""
     flipped = {label for k in dims for label in term.dims[k]}
     if term.row is not None and term.row[0] in flipped:
         return None

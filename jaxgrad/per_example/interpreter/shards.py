@@ -1,4 +1,4 @@
-"""A shard_map in a gradient's program: its products leave it as products, each side where its devices have it."""
+"""A shard_map in a gradient's program: its products leave it unevaluated, with each operand sharded as inside."""
 
 import math
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ class Leaving(NamedTuple):
     """How one term leaves a shard_map.
 
     Attributes:
-        added: labels of new axes, of size one on a device, that both sides get in front.
-        dims: as a term's, with the new labels.
-        names: of each label the mesh axes that divide it.
+        added: labels of new leading axes of both operands; each has size 1 on a device.
+        dims: the term's dims, with the new labels.
+        names: for each label, the mesh axes over which it is sharded.
     """
 
     added: Labels
@@ -42,7 +42,7 @@ class Leaving(NamedTuple):
     names: dict[int, Names]
 
     def specs(self, term: Term) -> tuple[PartitionSpec, PartitionSpec]:
-        """Of the two sides."""
+        """The partition specs of the two operands."""
         left, right = (
             PartitionSpec(*(self.names.get(label) or None for label in (*self.added, *labels)))
             for labels in (term.left_labels, term.right_labels)
@@ -50,18 +50,18 @@ class Leaving(NamedTuple):
         return left, right
 
     def held(self, term: Term, mesh: Any) -> int:
-        """How many numbers the two sides are on all devices."""
+        """The number of entries of the two operands on all devices."""
         pairs = ((term.left, term.left_labels), (term.right, term.right_labels))
         names = [[n for label in (*self.added, *labels) for n in self.names.get(label, ())] for _, labels in pairs]
         return sum(a.size * math.prod(mesh.shape[n] for n in of) for (a, _), of in zip(pairs, names, strict=True))
 
     def sides(self, term: Term) -> tuple[Array, Array]:
-        """As they leave."""
+        """The two operands as they leave, with the new axes."""
         ones = [1] * len(self.added)
         return term.left.reshape([*ones, *term.left.shape]), term.right.reshape([*ones, *term.right.shape])
 
     def outside(self, term: Term, left: Any, right: Any, shape: Sequence[int]) -> Term:
-        """The term of what is outside."""
+        """The term outside the shard_map, from its operands there."""
         box = (
             None
             if term.box is None
@@ -76,7 +76,7 @@ class Leaving(NamedTuple):
 
 
 def leaving(term: Term, spec: PartitionSpec) -> Leaving | None:
-    """How a term leaves whose result is divided so; None where no product says that."""
+    """How a term leaves whose result is sharded by `spec`; None if no product can represent that."""
     if term.windows:
         return None
     differs = [_jax.varying(term.left), _jax.varying(term.right)]
@@ -101,7 +101,7 @@ def leaving(term: Term, spec: PartitionSpec) -> Leaving | None:
             names[labels[0]] = axes
         elif term.row is not None:
             return None
-        else:  # both sides are others on each device: a group
+        else:  # both operands differ between devices: a group
             dims[k] = (new(), *labels)
             names[added[-1]] = axes
     if term.over:
@@ -120,7 +120,7 @@ def _names(entry: Any) -> Names:
 def shard_map(
     evaluate: Evaluate, eqn: _jax.Equation, values: Sequence[Value], wanted: Sequence[bool], used: Sequence[bool]
 ) -> list[Value] | None:
-    """The equation with its products kept; None if there is none to keep."""
+    """Evaluate the equation and keep its products factored; None if there is none to keep."""
     parts = _jax.shard_map_parts(eqn)
     if parts is None or eqn.effects:
         return None
@@ -139,7 +139,7 @@ def shard_map(
         axes = parts.axis_names
         return jax.shard_map(function, mesh=parts.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes)
 
-    # How products leave is known when it has been traced once.
+    # The body is traced once to find how its products leave.
     found: list[Value] = []
     plans: list[list[Leaving] | None] = []
 

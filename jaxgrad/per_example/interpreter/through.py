@@ -1,7 +1,7 @@
-"""What no rule can do to a product's operands, but what is linear and the same for all examples: a map behind it.
+"""Record equations as linear maps shared by all examples, where no rule can apply them to a product's operands.
 
-Also an array that all examples share times a few numbers of each: a penalty's gradient, what normalising a weight
-adds. Nothing here looks at values: an equation is linear in the operands that its primitive's record says.
+This also covers a shared array times a few numbers per example, such as a penalty's gradient or a term that normalizing
+a weight adds. Nothing here looks at values: a primitive's record says in which operands it is linear.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ from jaxgrad.per_example.interpreter.values import (
 
 
 def behind(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
-    """The equation done to the undone products among its operands: by rule, or as a map that all examples share.
+    """Apply the equation to the unevaluated products among its operands, by rule or as a map shared by all examples.
 
-    It is linear in them, so that products and maps in a sum are treated one after the other.
+    The equation is linear in them, so the products and the maps in a sum are treated separately.
     """
     record = record_of(eqn)
     if record.identity:
@@ -46,7 +46,7 @@ def behind(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | Non
         return through(eqn, values) if results is None else results
     if eqn.primitive in (lax.add_p, _jax.add_any_p):
         return [added(*values)]
-    # What is added to the products and is the same for all examples goes with the maps, and counts once.
+    # A shared array that is added to the products goes with the maps, so that it is counted once.
     slots = () if record.bilinear else record.linear_in(eqn)
     products = [
         dataclasses.replace(v, maps=(), as_written=None)
@@ -65,7 +65,7 @@ def behind(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | Non
 
 
 def through(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
-    """The equation's results as maps of the products among its operands; None if it is none that examples share."""
+    """The equation's results as maps of the products among its operands; None if the map is not shared by examples."""
     record = record_of(eqn)
     taken: Sequence[int] = [k for k in record.linear_in(eqn) if not is_zero(values[k])]
     if record.bilinear:
@@ -93,7 +93,7 @@ def through(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
 
 
 def scaled(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
-    """A product, entry by entry, of a few numbers of each example and a larger array that all share."""
+    """A product of a few numbers per example with a larger array shared by all examples, as a map of these numbers."""
     if eqn.primitive not in (lax.mul_p, lax.dot_general_p, lax.div_p, lax.select_n_p, lax.scatter_add_p):
         return None
     taken = record_of(eqn).linear_in(eqn)
@@ -114,14 +114,14 @@ def _spread(value: Broadcast) -> Undone:
 
 
 def results_of(eqn: _jax.Equation, sides: Sequence[Any]) -> list[Value]:
-    """The equation's results as maps, of nodes and arrays that all examples share."""
+    """The equation's results as maps; `sides` holds its operands as nodes or as arrays shared by all examples."""
     call = call_of(eqn, sides)
     avals = [v.aval for v in eqn.outvars]
     return [Undone((), tuple(a.shape), a.dtype, (Result(call, k),)) for k, a in enumerate(avals)]
 
 
 def node_of(value: Undone) -> Node:
-    """The value as one node; complex numbers as their real and imaginary parts."""
+    """The value as one node; complex inputs are split into real and imaginary parts."""
     nodes = list(value.maps)
     if value.terms:
         nodes.append(input_of(value if not value.maps else Undone(value.terms, value.shape, value.dtype)))
@@ -131,7 +131,7 @@ def node_of(value: Undone) -> Node:
 
 
 def input_of(value: Any) -> Node:
-    """What a map is applied to, as a node: a product, or an array of one example."""
+    """The input of a map, as a node: a product, or an array of one example."""
     if not jnp.issubdtype(value.dtype, jnp.complexfloating):
         return Input(value)
     dtype = jnp.finfo(value.dtype).dtype
@@ -145,14 +145,14 @@ def input_of(value: Any) -> Node:
 
 
 def _contracted(eqn: _jax.Equation, node: Node) -> Array | None:
-    """Σ over some axes of what products times shared arrays are, entry by entry: nothing is written out."""
+    """Σ over some axes of products times shared arrays, elementwise, without materializing the products."""
     aval = eqn.invars[0].aval
     found = _against(node, jnp.ones((), aval.dtype), tuple(aval.shape), [int(k) for k in eqn.params["axes"]])
     return None if found is None else found.reshape(eqn.outvars[0].aval.shape)
 
 
 def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[int]) -> Array | None:
-    """Σ over axes of the node, of this shape, times `scale`, entry by entry; None where that takes writing it out."""
+    """Σ over axes of (node ⊙ scale), for a node of this shape; None if that requires materializing the node."""
     scale = scale if scale.ndim == 0 else jnp.broadcast_to(scale, shape)
     if isinstance(node, Input):
         if not isinstance(node.value, Undone) or tuple(node.value.shape) != shape:
@@ -183,7 +183,7 @@ def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[in
 
 
 def _against_transposed(node: Node, scale: Array) -> Array | None:
-    """⟨M(p), scale⟩ = ⟨p, Mᵀ(scale)⟩: the map's transpose is taken of what all examples share, once."""
+    """⟨M(p), scale⟩ = ⟨p, Mᵀ(scale)⟩: the transpose is applied once, to an array shared by all examples."""
     if jnp.iscomplexobj(scale):  # JAX's transpose pairs complex numbers by their real part
         return None
     function, inputs, shared = Map.of([node])

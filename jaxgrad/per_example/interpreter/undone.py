@@ -1,8 +1,8 @@
-"""A product that one example's gradient is, not carried out: its two operands, and which of their axes lie where.
+"""An unevaluated product in one example's gradient: its two operands, and how their axes form those of the result.
 
-Every axis has a label. A label in `left` and `right` and in `dims` is a group (G), in both and not in `dims` a position
-that is summed over (T), in one of them and in `dims` a free axis (F or K). What becomes of the product afterwards is
-done to labels and operands: `moves` and `linear`.
+Every axis has a label. A label in both operands and in `dims` is a group (G); a label in both operands and not in
+`dims` is a position (T), which is summed over; a label in one operand and in `dims` is a free axis (F or K). Operations
+that the program applies to the product are applied to the labels and operands instead: see `moves` and `linear`.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ from jaxgrad.per_example.algebra.windows import Window, unfold
 from jaxgrad.precision import working_dtype
 
 Labels = tuple[int, ...]
-Box = tuple[tuple[int, int, int], ...]  # of each axis (start, stride, full size)
+Box = tuple[tuple[int, int, int], ...]  # (start, stride, full size) for each axis
 
 
 class Unfolded(NamedTuple):
-    """An axis of `right` that stands for two: with the window it lies in, it is (place, position).
+    """A spatial axis of the image `right`, which unfolds to two axes: the place in the window, and its position.
 
     Attributes:
-        axis: its label.
-        place, position: theirs.
-        window: how place and position lie in it.
+        axis: the label of the axis.
+        place, position: the labels of the two axes.
+        window: how place and position index the axis.
     """
 
     axis: int
@@ -40,7 +40,7 @@ class Unfolded(NamedTuple):
 
 
 class Reason(NamedTuple):
-    """Why a gradient is evaluated as `vmap(jax.grad)` would: at which primitive, and where that is in the source."""
+    """Why a gradient is evaluated as `vmap(jax.grad)` would: the primitive, its line in the source, and the cause."""
 
     primitive: str
     source: str
@@ -57,21 +57,24 @@ class Reason(NamedTuple):
 )
 @dataclass(frozen=True)
 class Term:
-    """Σ over the labels not in `dims` of left · right; with a row, right added to the rows that left names; with
-    windows, a convolution of the two, in which `right` is the image.
+    """An unevaluated product: Σ left · right over the labels not in `dims`.
+
+    With a row, it is instead a lookup's gradient: `right`, added to the rows that `left` names. With windows, it is a
+    convolution of the two operands, in which `right` is the image.
 
     Attributes:
-        left, right: arrays; in a lookup `left` holds the row numbers (one out of range adds nothing), and `right` may
-            have size 1 along positions at which it is the same.
+        left, right: the operands; in a lookup `left` holds the row numbers (one out of range adds nothing), and `right`
+            may have size 1 along positions at which it is the same.
         left_labels, right_labels: a label for each of their axes.
-        dims: for each axis of the result the labels it is made of, the slowest first; none for an axis of size 1.
-        box: where the result lies in something larger; None if it is the whole.
-        row: (label, number of rows) of a lookup, None of a product.
-        windows: the axes of `right` that are not unfolded yet; the labels in `dims` and `left` are the unfolded ones.
-        precision: of the product, as in `jax.lax.dot_general`.
-        stepped: whether a loop gave the operands, step by step.
-        reason: why this term was carried out after all; None if it is a product.
-        over: mesh axes over which the devices' products are added up, inside shard_map.
+        dims: for each axis of the result, the labels that are merged into it, slowest first; none for an axis of
+            size 1.
+        box: where the result is placed in a larger array of zeros; None if it is the whole array.
+        row: (label, number of rows) for a lookup; None for a product.
+        windows: the axes of `right` that are not unfolded yet; `dims` and `left` use the labels of the unfolded axes.
+        precision: the precision of the product, as in `jax.lax.dot_general`.
+        stepped: whether a loop computed the operands, step by step.
+        reason: why this term was materialized; None if it is a product.
+        over: mesh axes over which the devices' products are summed, inside shard_map.
     """
 
     left: Any
@@ -88,7 +91,7 @@ class Term:
     over: tuple[str, ...] = ()
 
     def size_of(self, label: int) -> int:
-        """Size of the axis with this label."""
+        """The size of the axis with this label."""
         if self.row is not None and label == self.row[0]:
             return self.row[1]
         for unfolded in self.windows:
@@ -100,7 +103,7 @@ class Term:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The result's shape, without what lies around its box."""
+        """The shape of the product itself, without the zeros around it."""
         return tuple(math.prod(self.size_of(label) for label in labels) for labels in self.dims)
 
     @property
@@ -115,19 +118,19 @@ class Term:
 
     @property
     def held(self) -> int:
-        """How many numbers the two operands are."""
+        """The number of entries in the two operands."""
         return self.left.size + self.right.size
 
     @property
     def held_at_each_position(self) -> int:
-        """How many they are if what a lookup adds is written at every position."""
+        """The same, if a lookup's `right` is repeated at every position."""
         if self.row is None:
             return self.held
         return self.left.size * (1 + math.prod(self.size_of(x) for x in self.right_labels if x not in self.left_labels))
 
     @property
     def carried(self) -> bool:
-        """Whether it is an array times 1."""
+        """Whether the term is a materialized array times 1."""
         return self.right.size == 1 and not self.right_labels
 
     def fresh(self) -> int:
@@ -136,16 +139,16 @@ class Term:
         return max((*self.left_labels, *self.right_labels, *self.out, *hidden), default=-1) + 1
 
     def place(self, dim: int) -> tuple[int, int, int]:
-        """(start, stride, full size) of one axis."""
+        """The (start, stride, full size) of one axis."""
         return (0, 1, self.sizes[dim]) if self.box is None else self.box[dim]
 
     def whole(self, dim: int) -> bool:
-        """Whether the axis is all there."""
+        """Whether the product covers this axis of the result."""
         return self.place(dim) == (0, 1, self.sizes[dim])
 
 
 def replace(term: Term, **changes: object) -> Term:
-    """The term with some fields changed; a box that is the whole becomes None."""
+    """The term with some fields changed; a box that covers the whole result becomes None."""
     term = dataclasses.replace(term, **changes)  # type: ignore[arg-type]
     if term.box is not None and all(b == (0, 1, n) for b, n in zip(term.box, term.sizes, strict=True)):
         term = dataclasses.replace(term, box=None)
@@ -165,7 +168,7 @@ def product(
     batch: Sequence[tuple[int, int]],
     precision: Any = None,
 ) -> Term:
-    """dot_general of two arrays: (axis of left, axis of right) for what is summed, and for what they share."""
+    """dot_general of two arrays; `contracted` and `batch` are pairs (axis of left, axis of right)."""
     left_labels = tuple(range(left.ndim))
     shared = {r: k for k, r in (*contracted, *batch)}
     right_labels = tuple(shared.get(k, left.ndim + k) for k in range(right.ndim))
@@ -177,13 +180,13 @@ def product(
 
 
 def lookup(ids: Array, values: Array, positions: Sequence[int], dims: Sequence[int | None], rows: int) -> Term:
-    """values added to rows of a table.
+    """`values`, added to rows of a table of zeros.
 
     Args:
-        ids: whole numbers, an axis for each position; one out of range adds nothing.
+        ids: integers, with an axis for each axis of positions; one out of range adds nothing.
         positions: the axes of values that are positions, in the order of ids' axes.
-        dims: for each axis of the table the axis of values that it is, None for the rows.
-        rows: how many rows the table has.
+        dims: for each axis of the table, the corresponding axis of values; None for the rows.
+        rows: the number of rows of the table.
     """
     labels = tuple(range(values.ndim))
     out = tuple((values.ndim,) if k is None else (k,) for k in dims)
@@ -203,11 +206,11 @@ def unfolded(term: Term) -> Term:
     return dataclasses.replace(term, right=right, right_labels=tuple(labels), windows=())
 
 
-# --- Carrying it out ---------------------------------------------------------------------------------------------
+# --- Materializing -----------------------------------------------------------------------------------------------
 
 
 def form(term: Term, dtype: jax.typing.DTypeLike) -> Array:
-    """The product, accumulated in float32 at least, in `dtype`."""
+    """Materialize the product in `dtype`, accumulated in float32 at least."""
     work, term = working_dtype(dtype), unfolded(term)
     if term.row is None:
         value = einsum(term.left, term.left_labels, term.right, term.right_labels, term.out, work, term.precision)
@@ -221,7 +224,7 @@ def form(term: Term, dtype: jax.typing.DTypeLike) -> Array:
     ids = jnp.where((term.left < 0) | (term.left >= rows), rows, term.left).ravel()
     table = jnp.zeros((rows, *values.shape[1:]), work).at[ids].add(values, mode="drop")
     labels = (row, *others)
-    table = table.sum([k for k, label in enumerate(labels) if label not in term.out])  # of size 1
+    table = table.sum([k for k, label in enumerate(labels) if label not in term.out])  # these axes have size 1
     labels = tuple(label for label in labels if label in term.out)
     table = table.transpose([labels.index(label) for label in term.out])
     return _placed(table.astype(dtype).reshape(term.sizes), term)
@@ -248,7 +251,7 @@ def einsum(
     work: jax.typing.DTypeLike,
     precision: Any = None,
 ) -> Array:
-    """Two operands contracted over what is not in `out`, as one dot_general."""
+    """Contract two operands over the labels that are not in `out`, as one dot_general."""
     if a.dtype != b.dtype:
         a, b = a.astype(work), b.astype(work)
     operands = (a, list(a_labels), b, list(b_labels), list(out))

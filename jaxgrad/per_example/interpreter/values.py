@@ -26,15 +26,16 @@ from jaxgrad.per_example.interpreter.undone import Reason, Term, carried_out, fo
 )
 @dataclass(frozen=True)
 class Undone:
-    """A sum of products that are not carried out; zero if there is none.
+    """A sum of unevaluated products; zero if there are none.
 
     Attributes:
         terms: the products, each of this shape.
-        shape, dtype: of the variable.
-        maps: what else is in the sum: linear maps, that no example changes, of products or small arrays. They are
-            carried out before a value leaves a loop or a branch.
-        as_written: the sum as the program has it, equation by equation; None where that is not at hand.
-        measure: its norm, where a loop has taken it (`measuring`).
+        shape, dtype: those of the variable.
+        maps: further summands: linear maps, shared by all examples, of products or small arrays. They are applied
+            before a value leaves a loop or a branch.
+        as_written: a function that evaluates the sum as the program computes it, equation by equation; None if that is
+            not available.
+        measure: its norm, if a loop has taken it (`measuring`).
     """
 
     terms: tuple[Term, ...]
@@ -46,42 +47,42 @@ class Undone:
 
     @property
     def inputs(self) -> list[Any]:
-        """What the maps are applied to."""
+        """The inputs of the maps."""
         return [x.value for x in inputs_of(self.maps)]
 
     @property
     def held(self) -> int:
-        """How many numbers the operands are."""
+        """The number of entries in the operands."""
         behind = sum(x.held if isinstance(x, Undone) else x.size for x in self.inputs)
         return sum(term.held for term in self.terms) + behind
 
     @property
     def size(self) -> int:
-        """How many numbers the sum is."""
+        """The number of entries in the sum."""
         return math.prod(self.shape)
 
     @property
     def has_windows(self) -> bool:
-        """Whether there is a convolution among them: whether that is smaller carried out is decided at the end."""
+        """Whether there is a convolution among them; whether to materialize it is decided at the end."""
         return any(term.windows for term in self.terms) or any(
             isinstance(x, Undone) and x.has_windows for x in self.inputs
         )
 
     @property
     def reason(self) -> Reason | None:
-        """Why some of it was carried out, if it was."""
+        """Why part of it was materialized; None if nothing was."""
         return next((term.reason for term in self.terms if term.reason is not None), None)
 
 
 @dataclass(frozen=True)
 class Broadcast:
-    """lax.broadcast_in_dim(source, shape, dims), remembered: what is the same along an axis is no operand there.
+    """An unevaluated lax.broadcast_in_dim(source, shape, dims): a product needs no operand along a repeated axis.
 
     Attributes:
         source: the array that is repeated.
-        dims: the axis of the result that each axis of source is.
-        shape: of the result.
-        zero: whether the program writes a zero there.
+        dims: for each axis of source, the axis of the result that it becomes.
+        shape: the result's shape.
+        zero: whether the program states that it is zero.
         shared: whether it is the same for all examples.
     """
 
@@ -93,18 +94,18 @@ class Broadcast:
 
     @property
     def varies(self) -> tuple[int, ...]:
-        """The axes of the result along which it is not repeated."""
+        """The axes of the result along which source is not repeated."""
         return tuple(d for d, n in zip(self.dims, self.source.shape, strict=True) if n != 1)
 
     @property
     def compact(self) -> Any:
-        """The source with the axes `varies` only."""
+        """The source, with only the axes in `varies`."""
         return self.source.reshape([n for n in self.source.shape if n != 1])
 
 
 @dataclass(frozen=True)
 class Plain:
-    """An array on the way to a gradient that is not a product, and why; its norm, where a loop has taken it."""
+    """An array that leads to a gradient and is not a product, and the reason."""
 
     array: Array
     reason: Reason
@@ -113,19 +114,19 @@ class Plain:
 
 @dataclass(frozen=True)
 class Shared:
-    """An array that all examples share: it was computed from the parameters and from what they share."""
+    """An array shared by all examples: it was computed from the parameters and from shared arguments."""
 
     array: Any
 
 
 FORMED = Reason("", "", "the product is smaller than its operands")
-"""The reason of a product that was carried out because it is smaller so: no direct route."""
+"""The reason for a product that was materialized because the array is smaller; this is not the direct route."""
 
 Value = Any  # an Array, Undone, Broadcast or Plain
 
 
 def array_of(value: Value) -> Any:
-    """The array, whatever it takes; a number that the program writes as it stands there."""
+    """Materialize the value; a literal number is returned as it is."""
     match value:
         case Undone(as_written=function) if function is not None:
             return function()
@@ -145,8 +146,8 @@ def array_of(value: Value) -> Any:
 
 
 def forgotten(value: Value) -> Value:
-    """The value for a program that is traced by itself, as a branch or a step of a loop is: evaluated there, what it is
-    as written would be kept for the program around it. Also of what is behind its maps."""
+    """Drop `as_written`, also from the inputs of the maps, for use in a program that is traced by itself, such as a
+    branch or a step of a loop: results evaluated there would be cached and leak into the program around it."""
     if not isinstance(value, Undone):
         return value
     value = dataclasses.replace(value, as_written=None)
@@ -158,42 +159,42 @@ def forgotten(value: Value) -> Value:
 
 
 def is_shared(value: Value) -> bool:
-    """Whether it is the same for all examples. Numbers and constants in the program are."""
+    """Whether the value is the same for all examples, as numbers and constants in the program are."""
     if isinstance(value, Broadcast):
         return value.zero or value.shared
     return isinstance(value, Shared | np.ndarray | np.generic)
 
 
 def numbers(value: Value) -> int:
-    """How many numbers there are of it; of what is repeated, once."""
+    """The number of entries of the value; repeated entries count once."""
     return int(np.size(value.source if isinstance(value, Broadcast) else array_of(value)))
 
 
 def settled(value: Value) -> Value:
-    """What may leave a loop or a branch: products as they are, maps carried out."""
+    """Convert a value to one that may leave a loop or a branch: products stay, values with maps are materialized."""
     return array_of(value) if isinstance(value, Undone) and value.maps else value
 
 
 def is_zero(value: Value) -> bool:
-    """Whether the program says that it is zero everywhere."""
+    """Whether the value is known from the program to be zero everywhere."""
     if isinstance(value, Broadcast):
         return value.zero
     return isinstance(value, Undone) and not value.terms and not value.maps
 
 
 def zero(shape: Sequence[int], dtype: Any) -> Broadcast:
-    """Zeros that are known to be."""
+    """Zeros, as a value that is known to be zero."""
     return Broadcast(jnp.zeros((), dtype), (), tuple(shape), True)
 
 
 def literal(value: Any, dtype: Any) -> Value:
-    """A number written in the program: a Python, NumPy or typed scalar becomes an array of the variable's dtype."""
+    """A literal of the program: a Python, NumPy or typed scalar becomes an array of the variable's dtype."""
     array = np.asarray(value, dtype)
     return Broadcast(array, (), (), True) if array.ndim == 0 and not array else array
 
 
 def as_broadcast(value: Value) -> Broadcast | None:
-    """The value as something repeated along the axes in which it does not vary; None for an undone product."""
+    """The value as a Broadcast; None for an unevaluated product."""
     if isinstance(value, Broadcast):
         return value
     if isinstance(value, Undone):
@@ -203,7 +204,7 @@ def as_broadcast(value: Value) -> Broadcast | None:
 
 
 def spread(value: Broadcast, dtype: Any) -> Undone | None:
-    """Something repeated as a product with ones; None where that is not the smaller thing."""
+    """A repeated array as a product with ones; None if that is not smaller than the array."""
     there = value.varies or tuple(k for k, n in enumerate(value.shape) if n != 1)[:1]
     left = value.compact.astype(dtype) * jnp.ones([value.shape[k] for k in there], dtype)
     ones = [k for k, n in enumerate(value.shape) if n != 1 and k not in there]
@@ -215,7 +216,7 @@ def spread(value: Broadcast, dtype: Any) -> Undone | None:
 
 
 def added(value: Value, other: Value) -> Value:
-    """The sum, undone as far as one of them is."""
+    """The sum of two values; unevaluated products in it stay unevaluated."""
     if is_zero(value):
         return other
     if is_zero(other):
@@ -233,13 +234,13 @@ def _as_undone(value: Value) -> Undone:
         return times_shared(jnp.ones((), value.array.dtype), value.array)
     array = array_of(value)
     reason = (
-        value.reason if isinstance(value, Plain) else Reason("add_any", "", "added to something that is no product")
+        value.reason if isinstance(value, Plain) else Reason("add_any", "", "added to something that is not a product")
     )
     return Undone((carried_out(array, reason),), tuple(array.shape), array.dtype)
 
 
 def times_shared(number: Array, array: Array) -> Undone:
-    """A number of each example times an array that all share."""
+    """A per-example number times an array shared by all examples."""
     ones = [1] * array.ndim
     call = Call(lambda arrays: [arrays[0].reshape(ones) * arrays[1]], ("times", array.ndim), (Input(number), array))
     return Undone((), tuple(array.shape), array.dtype, (Result(call, 0),))
@@ -248,10 +249,10 @@ def times_shared(number: Array, array: Array) -> Undone:
 def mapped(
     value: Undone, shape: Sequence[int], dtype: Any, function: Callable[[Term], Any], on_windows: bool = False
 ) -> Undone | None:
-    """Every term through a function that gives a term, several, or None if it cannot.
+    """Apply to every term a function that returns a term, several terms, or None if it cannot; then return None.
 
     Args:
-        on_windows: whether the function can be given windows that are not unfolded.
+        on_windows: whether the function accepts terms whose windows are not unfolded.
     """
     terms: list[Term] = []
     for term in value.terms:
@@ -263,7 +264,7 @@ def mapped(
 
 
 def nonempty(terms: Iterable[Term]) -> tuple[Term, ...]:
-    """The terms that have entries: a part of size zero, put into zeros, is zero."""
+    """The terms that have entries; a block of size zero that is put into zeros is zero."""
     return tuple(term for term in terms if 0 not in term.sizes)
 
 

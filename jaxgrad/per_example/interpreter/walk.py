@@ -1,8 +1,9 @@
-"""Evaluate a gradient's program for one example, leaving its last products undone.
+"""Evaluate a gradient's program for one example, leaving its last products unevaluated.
 
-`tail` finds, backwards from the gradients, the variables that only bookkeeping stands between them and the results.
-`evaluate` goes forwards: a product in the tail is kept as its operands, bookkeeping on it is done by rule, and
-whatever has no rule is evaluated as it stands. Programs within the program (jit, remat, scan, cond) are walked too.
+`tail` walks backwards from the gradients and finds the variables that reach a gradient only through transposes,
+reshapes, scalings and the like. `evaluate` walks forwards: a product in the tail is held as its operands, the
+operations that follow are applied to it by rule, and an equation without a rule is evaluated as it stands. Programs
+within the program (jit, remat, scan, cond) are walked too.
 """
 
 import dataclasses
@@ -39,28 +40,34 @@ from jaxgrad.per_example.interpreter.values import (
 
 
 class Tail(NamedTuple):
-    """Of a program: which variables have no use but bookkeeping that leads to a gradient, and which equations count."""
+    """The tail of a program: its last variables, which rules may leave unevaluated.
+
+    Attributes:
+        variables: the variables that are used only to reach a gradient, through operations that have a rule.
+        live: for each equation, whether it is evaluated at all.
+        used: the variables that are used at all.
+    """
 
     variables: frozenset[Any]
     live: tuple[bool, ...]
     used: frozenset[Any]
 
     def of(self, eqn: _jax.Equation) -> list[bool]:
-        """Which results are in the tail."""
+        """Whether each result of the equation is in the tail."""
         return [v in self.variables for v in eqn.outvars]
 
 
 def tail(jaxpr: _jax.Jaxpr, wanted: Sequence[bool], used: Sequence[bool]) -> Tail:
-    """Backwards through a program.
+    """Find the tail of a program, walking backwards.
 
     Args:
-        wanted: which results are gradients, or lead to one through bookkeeping alone.
-        used: which results are used at all.
+        wanted: for each result, whether it is a gradient, or leads to one only through operations that have a rule.
+        used: for each result, whether it is used at all.
     """
     return _tail(jaxpr, tuple(wanted), tuple(used))
 
 
-@functools.lru_cache(512)  # a program within programs is looked at once, not once for each that it is in
+@functools.lru_cache(512)  # a nested program is analyzed once, not once for each program that contains it
 def _tail(jaxpr: _jax.Jaxpr, wanted: tuple[bool, ...], used: tuple[bool, ...]) -> Tail:
     good: dict[Any, bool] = {}
 
@@ -89,7 +96,7 @@ def _tail(jaxpr: _jax.Jaxpr, wanted: tuple[bool, ...], used: tuple[bool, ...]) -
                 use(eqn.invars[0], False)
             continue
         if any(outs) and _jax.kind(eqn) in (_jax.scan_p, "shard_map"):
-            # What is carried leads on to the next step, whether or not it is used in the end.
+            # A carry is used by the next step, whether or not its final value is used.
             inner = tail(_jax.body(eqn).jaxpr, [good.get(v, True) for v in eqn.outvars], [True] * len(outs))
             for v, w in zip(eqn.invars, _jax.body(eqn).jaxpr.invars, strict=True):
                 use(v, w in inner.variables)
@@ -103,12 +110,15 @@ def _tail(jaxpr: _jax.Jaxpr, wanted: tuple[bool, ...], used: tuple[bool, ...]) -
 def evaluate(
     program: _jax.Program, values: Sequence[Value], wanted: Sequence[bool], used: Sequence[bool]
 ) -> list[Value]:
-    """The program's results; those in `wanted` may be undone products.
+    """Evaluate the program; the results in `wanted` may be unevaluated products.
 
     Args:
-        program: of one example.
-        values: of its operands.
+        program: the program for one example.
+        values: the values of its operands.
         wanted, used: as in `tail`.
+
+    Returns:
+        The program's results; None for those that are not used.
     """
     jaxpr = program.jaxpr
     found = tail(jaxpr, wanted, used)
@@ -116,7 +126,7 @@ def evaluate(
     known |= dict(zip(jaxpr.invars, values, strict=True))
 
     def read(v: Any) -> Value:
-        # What is not known is an operand of an inner program that has no use for it.
+        # A variable without a value is an operand that an inner program does not use.
         return literal(v.val, v.aval.dtype) if isinstance(v, _jax.Literal) else known.get(v)
 
     for eqn, live in zip(jaxpr.eqns, found.live, strict=True):
@@ -147,7 +157,7 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
             whole = shards.shard_map(evaluate, eqn, values, wanted, used)
             if whole is not None:
                 return _kept(whole, Written(eqn, values))
-    if not eqn.outvars:  # it has an effect, and no result
+    if not eqn.outvars:  # it has an effect but no result
         _jax.bind(eqn, [array_of(value) for value in values])
         return []
     record = record_of(eqn)
@@ -181,7 +191,7 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
 
 
 def _marked_shared(eqn: _jax.Equation, values: Sequence[Value], results: Sequence[Value]) -> list[Value]:
-    """Of an equation with programs of its own, the arrays that depend on no example are marked as what all share."""
+    """For an equation with inner programs, mark the result arrays that depend on no example as shared."""
     if eqn.effects or eqn.primitive not in (_jax.jit_p, _jax.remat_p, _jax.scan_p, _jax.cond_p):
         return list(results)
     differing = [k for k, v in enumerate(values) if not is_shared(v)]
@@ -193,14 +203,14 @@ def _marked_shared(eqn: _jax.Equation, values: Sequence[Value], results: Sequenc
 
 
 class Written:
-    """An equation's results as the program has them, evaluated when they are first asked for."""
+    """An equation's results as the program computes them, evaluated when they are first needed."""
 
     def __init__(self, eqn: _jax.Equation, values: Sequence[Value]):
         self.eqn, self.values = eqn, values
         self.results: list[Any] | None = None
 
     def evaluated(self) -> list[Any]:
-        """The results. What they are made of is evaluated first, and not one inside the other: it may be long."""
+        """The results. Their operands are evaluated first, in a loop and not by recursion, as the chain may be long."""
         waiting = [self]
         while waiting:
             written = waiting[-1]
@@ -234,7 +244,7 @@ def _kept(results: Sequence[Value], as_written: Written) -> list[Value]:
 
 
 def _smaller(value: Value, as_written: Callable[[], Array]) -> Value:
-    """A sum that holds more than it stands for is evaluated as the program has it; a convolution's at the end."""
+    """Materialize a sum that is smaller than its operands, as the program computes it; `lower` decides convolutions."""
     if not isinstance(value, Undone):
         return value
     value = dataclasses.replace(value, as_written=as_written)
@@ -244,13 +254,13 @@ def _smaller(value: Value, as_written: Callable[[], Array]) -> Value:
 
 
 def _refused(eqn: _jax.Equation, value: Undone) -> undone.Reason:
-    return value.reason or reason_at(eqn, "what it does here cannot be done to the product's operands")
+    return value.reason or reason_at(eqn, "this operation cannot be applied to the product's operands")
 
 
 def _inherited(eqn: _jax.Equation, values: Sequence[Value], taken: Sequence[int]) -> undone.Reason:
-    """Why a result in the tail is no product: one was none before, cannot be one here, or there is none.
+    """Why a result in the tail is not a product: an operand was not one, its product was lost here, or there was none.
 
-    What is no larger than something else of the same example, such as an activation, needs no product.
+    A result that is no larger than some other array of the same example, such as an activation, needs no product.
     """
     size = max(v.aval.size for v in eqn.outvars)
     for value in (values[k] for k in taken):
@@ -259,14 +269,14 @@ def _inherited(eqn: _jax.Equation, values: Sequence[Value], taken: Sequence[int]
         if isinstance(value, Undone):
             return _refused(eqn, value)
     if eqn.primitive is lax.while_p:
-        return reason_at(eqn, "it is computed in a loop whose number of steps is not known: give the loop a fixed one")
+        return reason_at(eqn, "it is computed in a loop with an unknown number of steps: give the loop a fixed number")
     if any(numbers(value) >= size for value in values if not is_shared(value)):
         return FORMED
     return reason_at(eqn, "its result is not a product of two smaller arrays")
 
 
 def _repeated(eqn: _jax.Equation, values: Sequence[Value]) -> Broadcast | None:
-    """Something repeated along an axis is remembered as that, through what is done entry by entry with one number."""
+    """Leave a broadcast unevaluated, also through neg, dtype conversion and multiplication by one number."""
     out = eqn.outvars[0].aval
     if eqn.primitive is lax.broadcast_in_dim_p and len(values) == 1:
         dims, value = [int(d) for d in eqn.params["broadcast_dimensions"]], values[0]
@@ -276,7 +286,7 @@ def _repeated(eqn: _jax.Equation, values: Sequence[Value]) -> Broadcast | None:
         return Broadcast(array_of(value), tuple(dims), tuple(out.shape), is_zero(value), is_shared(value))
     if eqn.primitive in (lax.neg_p, lax.convert_element_type_p) and isinstance(values[0], Broadcast):
         value = values[0]
-        # Not the equation as written: on an explicit mesh it says how the whole array lies, and this is a part of it.
+        # Do not bind the equation itself: on an explicit mesh it states the sharding of the whole array, not of source.
         source = (
             lax.neg(value.source) if eqn.primitive is lax.neg_p else lax.convert_element_type(value.source, out.dtype)
         )
@@ -294,7 +304,7 @@ def _repeated(eqn: _jax.Equation, values: Sequence[Value]) -> Broadcast | None:
 
 
 def _behind_barrier(eqn: _jax.Equation, values: list[Value]) -> list[Value]:
-    """What is computed a second time to save memory is not to be merged with the first."""
+    """Put a barrier before values that remat recomputes, so that the compiler does not merge the two computations."""
     if not eqn.params.get("prevent_cse", True):
         return values
     at = [k for k, v in enumerate(values) if not (v is None or is_zero(v) or isinstance(v, Undone))]

@@ -1,6 +1,6 @@
-"""One record for each primitive that the interpreter knows, by family, as JAX's own `lax` is divided.
+"""One record for each primitive that the interpreter knows, in families like those of JAX's own `lax`.
 
-    record        what a record says
+    record        the contents of a record
     shape         transpose, reshape, slice, pad, concatenate, …
     arithmetic    add, mul, select, convert, …, and identities
     contraction   dot_general, solves
@@ -8,8 +8,8 @@
     convolution   conv_general_dilated
     devices       sums over mesh axes inside shard_map
 
-To add a primitive, write its record in its family. `tests/test_through.py` finds out whether it is right: what a rule
-returns, written out, is what the equation gives for the product written out.
+To add a primitive, write its record in its family. `tests/test_through.py` checks that it is right: the rule's result,
+materialized, must equal the equation's result for the materialized product.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ UNKNOWN = Record(operands=lambda eqn: (), keeps_zero=False)
 
 
 def record_of(eqn: _jax.Equation) -> Record:
-    """What is known of the equation's primitive."""
+    """The record of the equation's primitive; `UNKNOWN` if it has none."""
     return RECORDS.get(_jax.kind(eqn), UNKNOWN)
 
 
 def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | Plain | None:
-    """The equation's result as a product, or formed if that is the smaller thing; None if it is neither."""
+    """The equation's result as a product, materialized if that is smaller; None if the equation makes no product."""
     make, out = record_of(eqn).makes, eqn.outvars[0].aval
     if make is None or out.size == 0 or not jnp.issubdtype(out.dtype, jnp.inexact):
         return None

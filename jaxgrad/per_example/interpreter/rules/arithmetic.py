@@ -1,4 +1,4 @@
-"""What is done entry by entry: sums, scaling, masks, and what changes nothing."""
+"""Elementwise primitives: sums, scaling, masks, and identities."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +26,7 @@ from jaxgrad.precision import working_dtype
 
 
 def _cast(eqn: _jax.Equation, term: Term) -> Term | None:
-    """Nothing is rounded: the operands keep their digits."""
+    """Convert the dtype without rounding: the operands keep their own dtypes."""
     before, after = (jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (eqn.invars[0], eqn.outvars[0]))
     return term if before == after and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact) else None
 
@@ -46,7 +46,7 @@ def _sub(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
 
 
 def _scaled(term: Term, other: Broadcast, operation: Callable[[Any, Any], Any]) -> Term | None:
-    """operation(term, other), entry by entry, where other varies along axes of one operand only."""
+    """operation(term, other), elementwise; None if other varies along axes of both operands."""
 
     def apply(a: Any, b: Any) -> Any:
         if a.dtype != b.dtype:
@@ -133,7 +133,7 @@ def _select(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
 
 
 def _masked(term: Term, keep: Any, varies: tuple[int, ...]) -> Term | None:
-    if not varies:  # both operands, so that nothing of what is dropped is left, NaN or not
+    if not varies:  # mask both operands, so that a dropped product is zero even if an operand holds NaN
         left = term.left if term.row else jnp.where(keep, term.left, jnp.zeros_like(term.left))
         return undone.replace(term, left=left, right=jnp.where(keep, term.right, jnp.zeros_like(term.right)))
     side = linear.aligned(term, keep, varies)

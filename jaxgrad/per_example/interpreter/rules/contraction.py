@@ -1,4 +1,4 @@
-"""Products with matrices, and solves."""
+"""Products with matrices, and linear solves."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from jaxgrad.per_example.interpreter.values import (
 
 
 def _keeps_dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
-    """A product with a matrix: it moves onto one operand."""
+    """Multiply an unevaluated product by a matrix, which is applied to one operand."""
     (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
     first = isinstance(values[0], Undone)
     value, other = values if first else values[::-1]
@@ -39,7 +39,7 @@ def _makes_dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Term | No
 
 
 def _right_sides(eqn: _jax.Equation) -> range:
-    """Of a linear solve: they come last."""
+    """The right-hand sides of a linear solve; they are the last operands."""
     return range(len(eqn.invars) - len(eqn.outvars), len(eqn.invars))
 
 

@@ -18,7 +18,7 @@ from jaxgrad.per_example.interpreter.values import (
 
 
 def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
-    """The gradient of a kernel: the cotangents slide over the image, and each place of the kernel is a product.
+    """The gradient of a kernel: the cotangents slide over the image, and each entry of the kernel is a product.
 
     Under vmap a convolution of two batched operands would become one with a group for each example.
     """
@@ -31,7 +31,7 @@ def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
     if 0 in (image.size, cotangent.size) or not places or (groups > 1 and batch_groups > 1):
         return None
     if N == 1 and cotangent.shape[i] > 1 and math.prod(places) > math.prod(positions):
-        return None  # the gradient of an image
+        return None  # it is the gradient of an image
     G, C, free, F = range(4)
     S = range(len(places))
     at, place, axis = (range(4 + k * len(S), 4 + (k + 1) * len(S)) for k in range(3))  # labels
@@ -57,7 +57,7 @@ def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
 
 
 def _divided(a: Array, parts: dict[int, tuple[int, int, int]]) -> tuple[Array, tuple[int, ...]]:
-    """Axes by (number of groups, label of the group, label of the rest), in their order; an axis for more than one."""
+    """Split each axis by its (number of groups, group label, rest label); one group gets no axis of its own."""
     shape: list[int] = []
     labels: list[int] = []
     for k, n in enumerate(a.shape):

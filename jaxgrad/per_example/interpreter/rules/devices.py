@@ -1,4 +1,4 @@
-"""What is done along mesh axes inside shard_map."""
+"""Primitives that act along mesh axes inside shard_map."""
 
 from jaxgrad import _jax
 from jaxgrad.per_example.interpreter import undone
@@ -7,12 +7,12 @@ from jaxgrad.per_example.interpreter.undone import Term
 
 
 def _summed(eqn: _jax.Equation, term: Term) -> Term:
-    """The devices' products are added up where the product is formed, or by one axis of positions outside shard_map."""
+    """Sum over devices: by psum if the product is materialized, or over an axis of positions outside shard_map."""
     return undone.replace(term, over=(*term.over, *eqn.params["axes"]))
 
 
 def _varying(eqn: _jax.Equation, term: Term) -> Term | None:
-    """A sum over devices is the same on all of them, its parts are not: what differs next is not done to these."""
+    """A sum over devices is the same on all of them but its parts are not, so nothing device-dependent may follow."""
     return None if set(term.over) & set(eqn.params["axes"]) else term
 
 

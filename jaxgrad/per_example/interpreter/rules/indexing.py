@@ -1,4 +1,4 @@
-"""Parts taken out and put in at indices that are only known when it runs."""
+"""Slices, gathers and scatters at indices that are known only at run time."""
 
 import math
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def _keeps_update(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value
 
 
 def _makes_update(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
-    """One row put into a table of zeros, along any one axis."""
+    """Put one row into a table of zeros, along any one axis."""
     operand, update, *starts = values
     shape, part = eqn.outvars[0].aval.shape, eqn.invars[1].aval.shape
     axes = [k for k, (n, m) in enumerate(zip(shape, part, strict=True)) if n != m]
@@ -57,7 +57,7 @@ def _makes_update(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
 
 
 def _keeps_scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
-    """One block put at one index: the transpose of taking a part at an index that depends on the example."""
+    """Put one block at one index: the transpose of a slice at an index that depends on the example."""
     operand, indices, update = values
     index, window = jnp.asarray(array_of(indices)), _jax.scatter_window(eqn)
     if not is_zero(operand) or not isinstance(update, Undone) or window is None:
@@ -87,8 +87,8 @@ def _keeps_scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[
 def _put_at_each_position(
     eqn: _jax.Equation, index: Array, update: Undone, window: Sequence[int | None]
 ) -> Sequence[Value] | None:
-    """A product at every position, each put at an index of its own, as an expert for every token is: with one-hot
-    vectors beside the smaller operand. Only where that is less than the products carried out."""
+    """Put a product of every position at an index of its own, as when every token selects an expert: the smaller
+    operand is multiplied by one-hot vectors. None unless that is smaller than the materialized products."""
     axes, shape = _jax.scatter_axes(eqn), eqn.outvars[0].aval.shape
     if len(axes) != 1 or window[axes[0]] is not None:
         return None
@@ -110,7 +110,7 @@ def _put_at_each_position(
 
 
 def _makes_scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
-    """Rows added to a table of zeros at one index each, along any one axis."""
+    """Add rows to a table of zeros, at one index each, along any one axis."""
     operand, indices, updates = values
     shape, window, axes = eqn.outvars[0].aval.shape, _jax.scatter_window(eqn), _jax.scatter_axes(eqn)
     if not is_zero(operand) or window is None:
@@ -127,23 +127,23 @@ def _makes_scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Term | No
     ids = index[..., axes.index(axis)]
     if clipped:
         ids = jnp.clip(ids, 0, shape[axis] - 1)
-    elif len(axes) > 1:  # an axis that is there as a whole has room for index 0 alone
+    elif len(axes) > 1:  # along an axis that the update covers, only index 0 is in range
         others = jnp.stack([index[..., k] == 0 for k in range(len(axes)) if axes[k] != axis]).all(0)
         ids = jnp.where(others, ids, jnp.full_like(ids, shape[axis]))
     positions = [k for k in range(added.ndim) if k not in window]
     dims = [None if k == axis else window[k] for k in range(len(shape))]
     spare = window[axis]
-    if spare is not None:  # an axis of size 1 for the row that is added
+    if spare is not None:  # the updates have an axis of size 1 for the row
         added = added.reshape([n for k, n in enumerate(added.shape) if k != spare])
         shift = lambda k: k if k is None or k < spare else k - 1  # noqa: E731
         positions, dims = [shift(k) for k in positions], [shift(k) for k in dims]
-    if any(k is None for j, k in enumerate(dims) if j != axis):  # an axis of size 1 that the updates do not have
+    if any(k is None for j, k in enumerate(dims) if j != axis):  # the updates lack an axis of size 1
         return None
     return undone.lookup(ids, added, positions, dims, shape[axis])
 
 
 def _once_for_all_positions(updates: Value, window: Sequence[int]) -> Array:
-    """The updates, with size 1 along the positions if they are the same at all of them (a mean of embeddings)."""
+    """The updates, with size 1 along the positions if they do not vary over them (as in a mean of embeddings)."""
     if not isinstance(updates, Broadcast) or not set(updates.varies) <= set(window):
         return jnp.asarray(array_of(updates))
     sizes = [n if k in window else 1 for k, n in enumerate(updates.shape)]

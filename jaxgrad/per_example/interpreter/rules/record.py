@@ -1,4 +1,4 @@
-"""What is known of one primitive, and what the records are written with."""
+"""The record of one primitive, and helpers to write records."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,16 +23,18 @@ def every(eqn: _jax.Equation) -> Sequence[int]:
 
 
 class Record(NamedTuple):
-    """One primitive. Whatever is not said is evaluated, never guessed.
+    """The rules for one primitive. A case without a rule is evaluated, never guessed.
 
     Attributes:
-        keeps: what it does to undone products among its operands, as values; None, or a result None, if it cannot say.
-        makes: the undone product that it makes of arrays; None, or a result None, if it makes none.
-        operands: which operands may be undone products, or maps that all examples share.
-        keeps_zero: whether zeros in all of these give zeros.
-        linear: the operands in which it is linear, all together, with the others fixed; None for `operands`.
-        bilinear: whether it is linear in one of `operands` with the others fixed, and not in all together.
-        identity: whether each result is its operand.
+        keeps: a function from operands, some of them unevaluated products, to the results; the function is None, or
+            returns None, if the primitive has no such rule.
+        makes: a function from arrays to the unevaluated product that the primitive makes of them; the function is
+            None, or returns None, if it makes none.
+        operands: which operands may be unevaluated products, or maps shared by all examples.
+        keeps_zero: whether the results are zero if all of these operands are.
+        linear: the operands in which the primitive is jointly linear, with the others fixed; None for `operands`.
+        bilinear: whether it is linear in each of `operands` with the others fixed, but not jointly.
+        identity: whether each result equals its operand.
     """
 
     keeps: Keeps | None = None
@@ -44,20 +46,20 @@ class Record(NamedTuple):
     identity: bool = False
 
     def linear_in(self, eqn: _jax.Equation) -> Sequence[int]:
-        """The operands in which it is linear."""
+        """The operands in which the primitive is linear."""
         return (self.linear or self.operands)(eqn)
 
 
 def each(
     eqn: _jax.Equation, value: Undone, function: Callable[[Term], Any], out: int = 0, on_windows: bool = False
 ) -> Undone | None:
-    """Every term of a value through a function, as the equation's result number `out`."""
+    """Apply a function to every term of a value; the result stands for the equation's result number `out`."""
     aval = eqn.outvars[out].aval
     return mapped(value, aval.shape, aval.dtype, function, on_windows)
 
 
 def on_first(function: Callable[[_jax.Equation, Term], Any], on_windows: bool = False) -> Keeps:
-    """Of a primitive with one result, that moves about its first operand."""
+    """Lift a function on products to a rule for a primitive with one result that rearranges its first operand."""
 
     def keeps(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
         if not isinstance(values[0], Undone):
@@ -69,5 +71,5 @@ def on_first(function: Callable[[_jax.Equation, Term], Any], on_windows: bool = 
 
 
 def axes_of(eqn: _jax.Equation, name: str) -> list[int]:
-    """Axes in the params; NumPy's integers are allowed there."""
+    """The axes in a param, as Python integers; JAX allows NumPy's there."""
     return [int(k) for k in eqn.params[name]]

@@ -1,4 +1,4 @@
-"""What moves entries about: axes in another order, divided, cut out, put side by side."""
+"""Primitives that rearrange entries: transpose, reshape, slice, pad, concatenate and the like."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,14 +26,14 @@ from jaxgrad.per_example.interpreter.values import (
 
 
 def _reshape(eqn: _jax.Equation, term: Term) -> Term | None:
-    # The order in which the axes are read; a squeeze's are those of size 1.
+    # A reshape's `dimensions` is the order in which the axes are read; a squeeze's lists axes of size 1.
     if eqn.primitive is lax.reshape_p and eqn.params["dimensions"] is not None:
         term = moves.transpose(term, axes_of(eqn, "dimensions"))
     return moves.reshape(term, eqn.outvars[0].aval.shape)
 
 
 def _broadcast(eqn: _jax.Equation, term: Term) -> Term | None:
-    """Only where axes of size 1 are added."""
+    """Broadcast a product; None unless only axes of size 1 are added."""
     out = eqn.outvars[0].aval
     return moves.reshape(term, out.shape) if out.size == np.prod(term.shape) else None
 
@@ -47,7 +47,7 @@ def _keeps_pad(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] |
 
 
 def _makes_pad(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
-    """What is put into zeros is held without them."""
+    """A padded array as a term that holds the array without the zeros."""
     value, padding = values
     if not is_zero(padding):
         return None
@@ -95,7 +95,7 @@ def _unstack(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | N
 
 
 def _stack(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
-    """Each is put at its place along a new axis of zeros."""
+    """Put each operand at its index along a new axis of zeros."""
     axis, out = int(eqn.params["axis"]), eqn.outvars[0].aval
     total: Value = zero(out.shape, out.dtype)
     for k, value in enumerate(values):
