@@ -189,7 +189,8 @@ ON_EXPLICIT = {
 @pytest.mark.every(3)
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", ON_EXPLICIT)
-def test_a_clipped_sum_on_an_explicit_mesh_is_that_of_one_device(name, jit):
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_clipped_sum_on_an_explicit_mesh_is_that_of_one_device(passes, name, jit):
     loss, params, batch = ON_EXPLICIT[name]
     on, mask = mesh(AxisType.Explicit), jnp.arange(B) % 3 != 0
     with jax.set_mesh(mesh()):
@@ -201,7 +202,9 @@ def test_a_clipped_sum_on_an_explicit_mesh_is_that_of_one_device(name, jit):
         spread = jax.device_put(mask, NamedSharding(on, EACH))
         ways = [(mask, None)] if jit is not jax.jit else [(None, None), (mask, None), (spread, 16), (None, 5)]
         for given, size in ways:
-            total, info = jit(jg.clipped_grad(loss, bound, microbatch_size=size))(params, *batch, mask=given)
+            total, info = jit(jg.clipped_grad(loss, bound, microbatch_size=size, passes=passes))(
+                params, *batch, mask=given
+            )
             kept = np.ones(B) if given is None else np.asarray(mask, float)
             c = kept * np.minimum(1, bound / norms)
             expected = jax.tree.map(lambda a, c=c: np.tensordot(c, a, 1), written_out)

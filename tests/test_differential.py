@@ -131,11 +131,14 @@ def values(data):
     return Claim(lambda *a: jg.per_example_value_and_grad(loss)(*a)[0], expected, value_magnitude(data))
 
 
-def clipped(data, weights, moved, **options):
-    """weights of norms, and by how much they move, relatively, for a relative change of the norms."""
+def clipped(data, weights, moved, rounded=1, **options):
+    """weights of norms, and by how much they move, relatively, for a relative change of the norms.
+
+    rounded: how often the gradients themselves are rounded; in the second of two passes once more, with their weights.
+    """
     G, M, n = data.G, data.M, lengths(data.G)
     mask, bound = np.arange(len(G)) % 4 > 0, float(np.float32(np.median(n)))
-    w, each = weights(n, bound) * mask, (M + np.abs(G) * (moved * lengths(M) / n)[:, None])
+    w, each = weights(n, bound) * mask, (rounded * M + np.abs(G) * (moved * lengths(M) / n)[:, None])
     gradient = clipping.clipped_grad(loss, bound, **options)
 
     def function(params, x, y):
@@ -155,6 +158,16 @@ def clipped_grad(data):
 @claims()
 def clipped_grad_in_microbatches(data):
     return clipped(data, lambda n, bound: np.minimum(1, bound / n), 1, microbatch_size=60)
+
+
+@claims()
+def clipped_grad_in_two_passes(data):
+    return clipped(data, lambda n, bound: np.minimum(1, bound / n), 1, passes=2)
+
+
+@claims()
+def norms_alone(data):
+    return Claim(lambda *a: jg.per_example_norms(loss)(*a)[1], lengths(data.G), lengths(data.M))
 
 
 @claims()

@@ -15,7 +15,17 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.interpreter.values import FORMED, Plain, Undone, Value
+from jaxgrad.per_example.interpreter.undone import product
+from jaxgrad.per_example.interpreter.values import (
+    FORMED,
+    Broadcast,
+    Plain,
+    Undone,
+    Value,
+    array_of,
+    is_shared,
+    nonempty,
+)
 
 
 class Measure(NamedTuple):
@@ -64,6 +74,31 @@ def how_to_measure() -> How | None:
 def stays_factored() -> bool:
     """Whether gradients are held as factors even where these are larger: measured, they show what cancels in them."""
     return _HOW.get() is not None
+
+
+def total_over_positions(eqn: _jax.Equation, values: Sequence[Value], jaxpr: _jax.Jaxpr) -> list[Value] | None:
+    """A gradient that is a sum over positions, as a bias's is: a product with ones, which shows what cancels in it."""
+    if not stays_factored() or eqn.primitive is not lax.reduce_sum_p:
+        return None
+    (value,), (result,) = values, eqn.outvars
+    if isinstance(value, Undone | Broadcast) or is_shared(value) or not _is_result(result, jaxpr):
+        return None
+    if not jnp.issubdtype(result.aval.dtype, jnp.floating):
+        return None
+    a, axes = jnp.asarray(array_of(value)), [int(axis) for axis in eqn.params["axes"]]
+    ones = jnp.ones([a.shape[axis] for axis in axes], a.dtype)
+    term = product(a, ones, list(zip(axes, range(len(axes)), strict=True)), [])
+    return [Undone(nonempty([term]), tuple(result.aval.shape), result.aval.dtype)]
+
+
+def _is_result(v: Any, jaxpr: _jax.Jaxpr) -> bool:
+    """Whether a variable is a result of the program, or one that only has its axes moved or its dtype changed."""
+    while not any(v is result for result in jaxpr.outvars):
+        uses = [eqn for eqn in jaxpr.eqns if any(v is operand for operand in eqn.invars)]
+        if len(uses) != 1 or uses[0].primitive not in (lax.convert_element_type_p, *_PRESERVING):
+            return False
+        v = uses[0].outvars[0]
+    return True
 
 
 def measure_of(value: Value) -> Measure | None:

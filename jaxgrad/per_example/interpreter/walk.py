@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example.interpreter import as_map, control, shards, through, undone
-from jaxgrad.per_example.interpreter.measuring import remeasured, stays_factored
+from jaxgrad.per_example.interpreter.measuring import remeasured, stays_factored, total_over_positions
 from jaxgrad.per_example.interpreter.rules import record_of, undone_product
 from jaxgrad.per_example.interpreter.values import (
     FORMED,
@@ -134,7 +134,9 @@ def evaluate(
             here = [v in found.used for v in eqn.outvars]
             with _jax.context(eqn):
                 operands = [read(v) for v in eqn.invars]
-                results = remeasured(eqn, operands, _step(eqn, operands, found.of(eqn), here))
+                wants = found.of(eqn)
+                total = total_over_positions(eqn, operands, jaxpr) if all(wants) else None
+                results = total or remeasured(eqn, operands, _step(eqn, operands, wants, here))
             known |= dict(zip(eqn.outvars, results, strict=True))
     return [read(v) if use else None for v, use in zip(jaxpr.outvars, used, strict=True)]
 

@@ -21,7 +21,7 @@ from jaxgrad import _jax
 from jaxgrad.per_example.interpreter.measuring import stays_factored
 from jaxgrad.per_example.interpreter.rules import arithmetic, contraction, convolution, devices, indexing, shape
 from jaxgrad.per_example.interpreter.rules.record import Record
-from jaxgrad.per_example.interpreter.values import FORMED, Plain, Undone, Value, array_of, nonempty
+from jaxgrad.per_example.interpreter.values import FORMED, Plain, Undone, Value, array_of, is_shared, nonempty
 
 _FAMILIES = (shape, arithmetic, contraction, indexing, convolution, devices)
 RECORDS: dict[Any, Record] = {p: record for family in _FAMILIES for p, record in family.RECORDS.items()}
@@ -41,6 +41,7 @@ def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | Plai
     term = make(eqn, values)
     if term is None:
         return None
-    if term.windows or term.held < out.size or stays_factored():
+    of_examples = not any(is_shared(value) for value in values)
+    if term.windows or term.held < out.size or (of_examples and stays_factored()):
         return Undone(nonempty([term]), tuple(out.shape), out.dtype)
     return Plain(_jax.bind(eqn, [array_of(value) for value in values])[0], FORMED)

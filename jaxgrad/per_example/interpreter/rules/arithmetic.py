@@ -9,7 +9,6 @@ from jax import lax
 
 from jaxgrad import _jax
 from jaxgrad.per_example.interpreter import linear, undone
-from jaxgrad.per_example.interpreter.measuring import stays_factored
 from jaxgrad.per_example.interpreter.rules.record import Record, axes_of, each, every, first, on_first
 from jaxgrad.per_example.interpreter.undone import Term
 from jaxgrad.per_example.interpreter.values import (
@@ -17,7 +16,6 @@ from jaxgrad.per_example.interpreter.values import (
     Undone,
     Value,
     added,
-    array_of,
     as_broadcast,
     is_zero,
     zero,
@@ -93,16 +91,6 @@ def _outer(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
     return undone.replace(term, dims=tuple(dims.get(k, ()) for k in range(len(shape))))
 
 
-def _total(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
-    """A sum over positions, as a bias's gradient is: a product with ones, while gradients are measured."""
-    axes = axes_of(eqn, "axes")
-    if not stays_factored() or isinstance(values[0], Broadcast):
-        return None
-    a = jnp.asarray(array_of(values[0]))
-    ones = jnp.ones([a.shape[axis] for axis in axes], a.dtype)
-    return undone.product(a, ones, list(zip(axes, range(len(axes)), strict=True)), [])
-
-
 def _div(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     value, scale = values[0], as_broadcast(values[1])
     if not isinstance(value, Undone) or scale is None or value.shape != eqn.outvars[0].aval.shape:
@@ -151,7 +139,7 @@ RECORDS = {
     lax.imag_p: Record(on_first(lambda eqn, term: linear.imag(term), True)),
     lax.conj_p: Record(on_first(lambda eqn, term: linear.conjugate(term), True)),
     lax.neg_p: Record(on_first(lambda eqn, term: linear.on_smaller(term, lax.neg), True)),
-    lax.reduce_sum_p: Record(on_first(lambda eqn, term: linear.sums(term, axes_of(eqn, "axes"))), makes=_total),
+    lax.reduce_sum_p: Record(on_first(lambda eqn, term: linear.sums(term, axes_of(eqn, "axes")))),
     _jax.add_any_p: Record(_add, operands=every),
     lax.add_p: Record(_add, operands=every),
     lax.sub_p: Record(_sub, operands=every),
