@@ -92,10 +92,10 @@ def total_over_positions(eqn: _jax.Equation, values: Sequence[Value], jaxpr: _ja
 
 
 def _is_result(v: Any, jaxpr: _jax.Jaxpr) -> bool:
-    """Whether a variable is a result of the program, or one that only has its axes moved or its dtype changed."""
+    """Whether a variable is a result of the program, or becomes one by moves of its axes, casts and further sums."""
     while not any(v is result for result in jaxpr.outvars):
         uses = [eqn for eqn in jaxpr.eqns if any(v is operand for operand in eqn.invars)]
-        if len(uses) != 1 or uses[0].primitive not in (lax.convert_element_type_p, *_PRESERVING):
+        if len(uses) != 1 or uses[0].primitive not in (lax.convert_element_type_p, lax.reduce_sum_p, *_PRESERVING):
             return False
         v = uses[0].outvars[0]
     return True
