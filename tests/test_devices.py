@@ -186,7 +186,7 @@ ON_EXPLICIT = {
 }
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", ON_EXPLICIT)
 @pytest.mark.parametrize("passes", [1, 2])

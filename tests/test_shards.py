@@ -141,6 +141,7 @@ def test_a_sum_over_devices_that_each_goes_on_with_is_formed(mesh):
         np.testing.assert_allclose(jg.per_example_grad(loss)(V, X).materialize(), G, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8)])
 @pytest.mark.parametrize("name", ["rows and positions divided", "normalised before", "in a loop", "five times"])
 def test_the_digits_are_those_of_the_dtype_at_real_sizes(name, dtype, rounding, mesh):
@@ -172,7 +173,7 @@ def lying(a, axis, examples):
     return jax.device_put(a, jax.NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-@pytest.mark.every(16)
+@pytest.mark.every(40)
 @pytest.mark.parametrize("many", [1, 2])
 @pytest.mark.parametrize("examples", [None, "data"])
 @pytest.mark.parametrize("axis", range(5))
