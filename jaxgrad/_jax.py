@@ -50,17 +50,37 @@ def program_of(closed: Any) -> Program:
 
 
 def uses_custom_vjp(jaxpr: Jaxpr) -> bool:
-    """Whether a backward pass written by hand is somewhere in a program that has not been differentiated."""
+    """Whether a program, not differentiated yet, contains a backward pass that is written by hand."""
+    return any(
+        eqn.primitive.name.startswith("custom_vjp") or any(map(uses_custom_vjp, programs_in(eqn))) for eqn in jaxpr.eqns
+    )
 
-    def programs(p: Any) -> list[Any]:
+
+def programs_in(eqn: Equation) -> list[Jaxpr]:
+    """The jaxprs among an equation's parameters."""
+
+    def found(p: Any) -> list[Any]:
         if isinstance(p, tuple | list):
-            return [q for part in p for q in programs(part)]
+            return [q for part in p for q in found(part)]
         return [program_of(p).jaxpr] if _is_program(p) else []
 
-    return any(
-        eqn.primitive.name.startswith("custom_vjp") or any(map(uses_custom_vjp, programs(list(eqn.params.values()))))
-        for eqn in jaxpr.eqns
-    )
+    return found(list(eqn.params.values()))
+
+
+class While(NamedTuple):
+    """A while_loop's two jaxprs, and how many of its operands are constants of each; the carry comes after them."""
+
+    cond: Jaxpr
+    body: Jaxpr
+    cond_consts: int
+    body_consts: int
+
+
+def while_parts(eqn: Equation) -> While:
+    """The parts of a while_loop's equation."""
+    p = eqn.params
+    cond, body = (program_of(p[name]).jaxpr for name in ("cond_jaxpr", "body_jaxpr"))
+    return While(cond, body, p["cond_nconsts"], p["body_nconsts"])
 
 
 _WITHOUT_PUBLIC_NAMES = ("shard_map", "psum_invariant", "pvary")

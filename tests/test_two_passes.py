@@ -31,6 +31,48 @@ def test_backward_passes_that_are_not_linear_are_refused(entry):
         gradient(entry.params, *entry.batch)
 
 
+def until(h, start, step):
+    """step applied until a counter reaches the sum of h."""
+    return jax.lax.while_loop(lambda c: c[0] < h.sum(), lambda c: (c[0] + 1, step(c[1])), (0.0, start))[1]
+
+
+BACKWARD = {  # of activations h and a cotangent d
+    "relu": (False, lambda h, d: jax.nn.relu(d)),
+    "clip": (False, lambda h, d: jnp.clip(d, -1, 1)),
+    "normalize": (False, lambda h, d: d / jnp.maximum(1, jnp.linalg.norm(d))),
+    "squares in a loop": (False, lambda h, d: until(h, d, lambda d: d * d)),
+    "a loop until it is small": (False, lambda h, d: jax.lax.while_loop(lambda d: d.sum() > 1, lambda d: d / 2, d)),
+    "softmax": (False, lambda h, d: jax.nn.softmax(d)),
+    "nothing of the cotangent": (False, lambda h, d: jnp.ones_like(d)),
+    "plus the activations": (False, lambda h, d: d + h),
+    "scaled": (True, lambda h, d: 2 * d * jnp.tanh(h)),
+    "masked": (True, lambda h, d: jnp.where(h > 0, d, 0)),
+    "halved in a loop": (True, lambda h, d: until(h, d, lambda d: d / 2)),
+    "permuted": (True, lambda h, d: d[jnp.argsort(h)]),
+    "a Fourier transform": (True, lambda h, d: jnp.fft.ifft(jnp.fft.fft(d)).real),
+    "a solve": (True, lambda h, d: jnp.linalg.solve(jnp.eye(d.size) + jnp.outer(h, h), d)),
+    "cast": (True, lambda h, d: d.astype(jnp.bfloat16).astype(d.dtype)),
+    "nothing": (True, lambda h, d: jnp.zeros_like(d)),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_which_backward_passes_are_linear(name):
+    linear, backward = BACKWARD[name]
+
+    @jax.custom_vjp
+    def layer(h):
+        return h * 1.0
+
+    layer.defvjp(lambda h: (h * 1.0, h), lambda h, d: (backward(h, d),))
+    gradient = jg.clipped_grad(lambda W, x: jnp.tanh(layer(W @ x)).sum(), 1.0, passes=2)
+    if linear:
+        gradient(jnp.ones((5, 4)), jnp.ones((3, 4)))
+    else:
+        with pytest.raises(ValueError, match="expected backward passes that are linear"):
+            gradient(jnp.ones((5, 4)), jnp.ones((3, 4)))
+
+
 @pytest.mark.every(40)
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.name not in REFUSED], ids=lambda entry: entry.name)
 def test_the_zoo_has_the_norms_and_sums_of_vmap(entry):

@@ -82,6 +82,12 @@ def _results(eqn: _jax.Equation, states: list[State]) -> list[State]:
         return [_sum(eqn, results, v) for *results, v in zip(*each, eqn.outvars, strict=True)]
     if eqn.primitive is _jax.scan_p:
         return _of_scan(eqn, states)
+    if eqn.primitive is lax.while_p:
+        return _of_while(eqn, states)
+    if eqn.primitive.name.startswith("custom_") or _jax.kind(eqn) == "shard_map":
+        inner = [jaxpr for jaxpr in _jax.programs_in(eqn) if len(jaxpr.invars) == len(states)]
+        if inner:
+            return _through(inner[0], states)
     if eqn.primitive in _SUMS:
         operands = states[1:] if eqn.primitive is lax.select_n_p else states
         if eqn.primitive is lax.scatter_add_p:
@@ -117,6 +123,19 @@ def _of_scan(eqn: _jax.Equation, states: list[State]) -> list[State]:
         results = _through(jaxpr, [*states[: parts.consts], *carry, *states[end:]])
         carry = [_sum(eqn, pair, v) for *pair, v in zip(carry, results, eqn.outvars, strict=False)]
     return carry + results[parts.carry :]
+
+
+def _of_while(eqn: _jax.Equation, states: list[State]) -> list[State]:
+    parts = _jax.while_parts(eqn)
+    end = parts.cond_consts + parts.body_consts
+    carry, before = states[end:], None
+    while carry != before:
+        before = carry
+        if LINEAR in _through(parts.cond, [*states[: parts.cond_consts], *carry]):
+            raise NotLinearError(f"{_at(eqn)}: a loop whose number of steps depends on the cotangent")
+        results = _through(parts.body, [*states[parts.cond_consts : end], *carry])
+        carry = [_sum(eqn, pair, v) for *pair, v in zip(carry, results, eqn.outvars, strict=True)]
+    return carry
 
 
 def _sum(eqn: _jax.Equation, states: Sequence[State], result: Any) -> State:
