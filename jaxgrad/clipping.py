@@ -20,7 +20,7 @@ from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares, s
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.checks import checked_bound, checked_mask
 from jaxgrad.per_example.gradients import grouped
-from jaxgrad.per_example.measure import HOW
+from jaxgrad.per_example.measure import MEASURER
 from jaxgrad.per_example.second_pass import check_linear, weighted_gradients
 from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.per_example.transform import Transformed
@@ -39,8 +39,8 @@ GUARD = {jnp.dtype(jnp.float32): 2.0**-20, jnp.dtype(jnp.float64): 2.0**-40}
 EPSILON = {jnp.dtype(jnp.float32): 2.0**-12, jnp.dtype(jnp.float64): 2.0**-31}
 
 
-# With two passes: how far the norm of a gradient may be from that of the gradient which the second pass computes.
-AGAIN = {
+# Relative difference that is allowed between the norm from the first pass and the gradient of the second pass.
+RECOMPUTED = {
     jnp.dtype(jnp.float64): 2.0**-29,
     jnp.dtype(jnp.float32): 2.0**-10,
     jnp.dtype(jnp.float16): 2.0**-7,
@@ -278,7 +278,7 @@ class ClippedGrad:
         more = 1.0 if batch_size is None else 1 + (1 + math.sqrt(batch_size)) * EPSILON[wide]
         if batch_size is not None and self._passes == 2:
             narrow = float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize < 4 else 0.0
-            more += AGAIN[jnp.finfo(dtype).dtype] + batch_size * narrow
+            more += RECOMPUTED[jnp.finfo(dtype).dtype] + batch_size * narrow
         bounds = jax.tree.leaves(self._max_norm)
         try:
             return math.sqrt(sum(float(bound) ** 2 for bound in bounds)) * more
@@ -329,7 +329,7 @@ class ClippedGrad:
     def _of_two_passes(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
         """As `_of`: the norms, and then the gradient of the weighted sum of losses."""
         check_linear(self._transformed, arguments)
-        values, aux, measures = self._transformed.measured(arguments, HOW)
+        values, aux, measures = self._transformed.measured(arguments, MEASURER)
         bounds, groups = grouped(self._max_norm, arguments.params_tree)
         parts = [[measures[i] for i in group] for group in groups]
         norms = [root_sum_of_squares([m.norm for m in part]) for part in parts]

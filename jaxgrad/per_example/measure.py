@@ -12,13 +12,13 @@ from jaxtyping import Array
 from jaxgrad.per_example.algebra import complexes, norms
 from jaxgrad.per_example.algebra.factors import Factor, accumulator, arrays
 from jaxgrad.per_example.algebra.mapped import map_examples_of, put_back, taken_out
-from jaxgrad.per_example.interpreter.measuring import How, Measure, measure_of
+from jaxgrad.per_example.interpreter.measuring import Measure, Measurer, measure_of
 from jaxgrad.per_example.interpreter.values import Value
 from jaxgrad.per_example.lower import factors_of
 from jaxgrad.per_example.transform import Transformed
 
 NARROW = 2.0**6
-"""How much larger magnitudes count where a plain gradient would sum in float16 or bfloat16, which loses more."""
+"""Factor on the magnitude of terms that cancel if they are in float16 or bfloat16, where sums lose more digits."""
 
 
 def per_example_norms(
@@ -30,16 +30,16 @@ def per_example_norms(
     spmd_axis_name: Any = None,
     leaf_norms: bool = False,
 ) -> Callable[..., Any]:
-    """The norm of every example's gradient, taken where the gradient is complete: a plain gradient's memory.
+    """Transform a loss into the norms of its per-example gradients, in no more memory than a plain gradient needs.
 
     `per_example_grad(fun)(...).norms()` holds the factors of all parameters at once, also those of every layer of a
     `lax.scan`. This function takes a layer's norm inside the loop that computes it and drops the factors there, so that
     `jax.checkpoint` in the loop keeps saving memory. The numbers are the same. Call it under `jax.jit`, which leaves
     out what is not used.
 
-    Not taken inside the loop, but of what leaves it: the norm of a parameter that every step uses (a recurrent weight),
-    for its steps have cross terms; of one that a later operation other than a reshape, transpose or cast changes; and
-    of what is inside `cond` or `shard_map`.
+    Three kinds of parameters are measured after the loop instead, from their factors: a parameter that every step uses
+    (a recurrent weight), because its steps have cross terms; a parameter whose gradient goes through anything but a
+    reshape, transpose or cast after the loop; and a parameter that is used inside `cond` or `shard_map`.
 
     Args:
         fun, argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
@@ -66,7 +66,7 @@ def per_example_norms(
     @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
     def measured(*args: Any, **kwargs: Any) -> Any:
         arguments = transformed.arguments(args, kwargs)
-        values, aux, measures = transformed.measured(arguments, HOW)
+        values, aux, measures = transformed.measured(arguments, MEASURER)
         each = jax.tree.unflatten(arguments.params_tree, [m.norm for m in measures])
         if leaf_norms:
             found = complexes.joined(each, lambda *parts: norms.root_sum_of_squares(parts))
@@ -97,7 +97,7 @@ _BOTH: Any = Measure(True, True)  # type: ignore[arg-type]  # what a vmap measur
 
 @custom_vmap
 def _of_factors(parts: tuple[Factor, ...], shared: list[Array]) -> Measure:
-    """The measure of one example. A vmap over examples measures the batch, a few at a time where that saves memory."""
+    """Measure one example; under a vmap over examples, measure the whole batch at once, in bounded memory."""
     return _of_batch_of_one(parts, shared)
 
 
@@ -120,4 +120,4 @@ def _of_all_steps(measure: Measure) -> Measure:
     return Measure(*(norms.root_sum_of_squares(list(a)) for a in measure))
 
 
-HOW = How(_one, _of_all_steps)
+MEASURER = Measurer(_one, _of_all_steps)

@@ -1,6 +1,6 @@
 """The sum of weighted gradients as JAX's own program: the gradient of Σ_b c_b · loss_b."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,52 +19,48 @@ from jaxgrad.sharding import automatic
 def weighted_gradients(
     transformed: Transformed, arguments: Arguments, weights: Sequence[Float[Array, " B"]], keep: Bool[Array, " B"]
 ) -> list[list[Array]]:
-    """Σ_b c_b g_b for several weights c: for each a list with an array for every parameter, in float32 at least.
+    """Return Σ_b c_b g_b for each weight vector c: a list with an array for every parameter, in float32 or wider.
 
-    The forward pass runs once, the backward pass once for each c. An example that is not kept adds exactly zero, NaN or
-    not: the first one that is kept takes its place, with weight zero.
+    The forward pass runs once, the backward pass once for each c. An example that is not kept adds exactly zero, even
+    if its gradient is NaN: the first example that is kept replaces it, with weight zero.
 
     Args:
-        weights: 0 where an example is not kept.
+        transformed, arguments: the loss and the call.
+        weights: the weight vectors, each 0 where an example is not kept.
+        keep: False for the examples that are left out.
     """
     batch = [_replaced(keep, a, axis) for a, axis in zip(arguments.batch, arguments.axes, strict=True)]
     axes_in_shard_map = frozenset(name for a in batch for name in _jax.varying(a))
     some = keep.any()
 
-    def losses(params: Sequence[Any], batch: Sequence[Any]) -> Array:
-        def one(examples: Sequence[Any]) -> Array:
-            args, kwargs = arguments.put_back(params, examples)
-            result = transformed.fun(*args, **kwargs)
-            return result[0] if transformed.has_aux else result
-
-        axes, size = (arguments.axes,), arguments.batch_size
-        return jax.vmap(one, axes, axis_size=size, spmd_axis_name=transformed.spmd_axis_name)(batch)
+    over_examples = jax.vmap(
+        _loss_of(transformed, arguments),
+        (None, arguments.axes),
+        axis_size=arguments.batch_size,
+        spmd_axis_name=transformed.spmd_axis_name,
+    )
 
     def sums(params: list[Array], batch: list[Array], weights: list[Array]) -> list[list[Array]]:
-        values, back = jax.vjp(lambda params: losses(params, batch), params)
+        values, back = jax.vjp(lambda params: over_examples(params, batch), params)
         return [[jnp.where(some, a, jnp.zeros_like(a)) for a in back(_no_longer(c, values.dtype))[0]] for c in weights]
 
     def nothing(params: list[Array], batch: list[Array], weights: list[Array]) -> list[list[Array]]:
         zeros = [_jax.made_varying(jnp.zeros_like(p), axes_in_shard_map) for p in params]
         return [zeros for _ in weights]
 
-    # Always `sums`. In a branch of its own the compiler cannot merge the buffers of its loops with the first pass's,
-    # which would then live through both passes.
+    # The predicate is always true. In a separate branch, the compiler cannot share the buffers of the second pass's
+    # loops with those of the first pass, which would keep them alive through both passes.
     always = keep.sum() >= 0
     found = jax.lax.cond(always, sums, nothing, list(arguments.params), batch, list(weights))
     return [[a.astype(working_dtype(a.dtype)) for a in total] for total in found]
 
 
 def check_linear(transformed: Transformed, arguments: Arguments) -> None:
-    """Raise ValueError for a loss whose backward pass, written by hand, is not linear: its gradient times c is not the
-    backward pass of c."""
+    """Raise ValueError if the loss has a custom_vjp whose backward pass is not linear in the cotangent.
 
-    def loss(params: Sequence[Any], examples: Sequence[Any]) -> Array:
-        args, kwargs = arguments.put_back(params, examples)
-        result = transformed.fun(*args, **kwargs)
-        return result[0] if transformed.has_aux else result
-
-    params, example = list(arguments.params), arguments.example
+    The second pass scales cotangents by c; only a linear backward pass then scales the gradient by c.
+    """
+    loss, params, example = _loss_of(transformed, arguments), list(arguments.params), arguments.example
     if not _jax.uses_custom_vjp(_jax.program_of(jax.make_jaxpr(loss)(params, example)).jaxpr):
         return
 
@@ -81,8 +77,19 @@ def check_linear(transformed: Transformed, arguments: Arguments) -> None:
         )
 
 
+def _loss_of(transformed: Transformed, arguments: Arguments) -> Callable[[Sequence[Any], Sequence[Any]], Array]:
+    """The loss of one example as a function of the leaves of the parameters and of the example."""
+
+    def loss(params: Sequence[Any], examples: Sequence[Any]) -> Array:
+        args, kwargs = arguments.put_back(params, examples)
+        result = transformed.fun(*args, **kwargs)
+        return result[0] if transformed.has_aux else result
+
+    return loss
+
+
 def _no_longer(c: Array, dtype: Any) -> Array:
-    """The weights in the loss's dtype, rounded towards zero: no gradient gets longer."""
+    """Cast the weights to the loss's dtype, rounding towards zero so that no gradient gets longer."""
     narrow = c.astype(dtype)
     longer = jnp.abs(narrow.astype(c.dtype)) > jnp.abs(c)
     return jnp.where(longer, jnp.nextafter(narrow, jnp.zeros_like(narrow)), narrow)
@@ -95,6 +102,6 @@ def _first_axis_replaced(keep: Array, a: Array) -> Array:
 
 
 def _replaced(keep: Array, a: Any, axis: int) -> Array:
-    """The batch with the first example that is kept in the place of every other one."""
+    """Replace every example that is not kept by the first one that is."""
     a = jnp.asarray(a)
     return jnp.moveaxis(_first_axis_replaced(keep, jnp.moveaxis(a, axis, 0)), 0, axis)

@@ -16,7 +16,7 @@ from jaxgrad.per_example.algebra.mapped import put_back, taken_out
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
 from jaxgrad.per_example.frameworks import explained
 from jaxgrad.per_example.gradients import PerExampleGrads
-from jaxgrad.per_example.interpreter.measuring import How, Measure, measuring
+from jaxgrad.per_example.interpreter.measuring import Measure, Measurer, measuring
 from jaxgrad.per_example.interpreter.undone import Reason
 from jaxgrad.per_example.interpreter.values import Shared, Value, array_of, is_zero
 from jaxgrad.per_example.interpreter.walk import evaluate
@@ -178,24 +178,15 @@ class Transformed:
         values, aux = jax.tree.unflatten(out_tree, others)
         return values, aux, PerExampleGrads(jax.tree.unflatten(arguments.params_tree, parts)), routes
 
-    def measured(self, arguments: Arguments, how: How) -> tuple[Any, Any, list[Measure]]:
+    def measured(self, arguments: Arguments, measurer: Measurer) -> tuple[Any, Any, list[Measure]]:
         """(values, aux, the measure of each parameter's gradient)."""
         with naming(self.call):
-            program, out_tree, count = self._program(arguments)
-            outvars = program.jaxpr.outvars
-            first = len(outvars) - count  # of the gradients
+            walked, out_tree = self._walk(arguments)
 
             def one(examples: Sequence[Any]) -> Any:
-                leaves = [*map(Shared, arguments.params), *examples]
-                wanted = [k >= first for k in range(len(outvars))]
-                with measuring(how):
-                    results = evaluate(program, leaves, wanted, [True] * len(outvars))
-                    measures = [
-                        how.one(value, jnp.shape(p), jnp.result_type(p))
-                        for value, p in zip(results[first:], arguments.params, strict=True)
-                    ]
-                others = [_as_returned(value, v.aval) for value, v in zip(results[:first], outvars, strict=False)]
-                return others, measures
+                with measuring(measurer):
+                    others, gradients = walked(examples)
+                    return others, [measurer.one(value, jnp.shape(p), jnp.result_type(p)) for value, p in gradients]
 
             over_examples = jax.vmap(
                 one, (arguments.axes,), axis_size=arguments.batch_size, spmd_axis_name=self.spmd_axis_name
@@ -210,23 +201,33 @@ class Transformed:
         one(the batch's leaves for one example) → (leaves of value and aux, factors without their shared arrays, the
         route of each parameter, the shared arrays).
         """
-        program, out_tree, count = self._program(arguments)
-        outvars = program.jaxpr.outvars
-        first = len(outvars) - count  # index of the first gradient
+        walked, out_tree = self._walk(arguments)
 
         def one(examples: Sequence[Any]) -> Any:
-            leaves = [*map(Shared, arguments.params), *examples]
-            wanted = [k >= first for k in range(len(outvars))]
-            results = evaluate(program, leaves, wanted, [True] * len(outvars))
-            lowered = [
-                lower(value, jnp.shape(p), jnp.result_type(p))
-                for value, p in zip(results[first:], arguments.params, strict=True)
-            ]
-            others = [_as_returned(value, v.aval) for value, v in zip(results[:first], outvars, strict=False)]
+            others, gradients = walked(examples)
+            lowered = [lower(value, jnp.shape(p), jnp.result_type(p)) for value, p in gradients]
             parts, shared = taken_out([f.factors for f in lowered])
             return others, parts, [Route(f.how, f.reason) for f in lowered], shared
 
         return one, out_tree
+
+    def _walk(self, arguments: Arguments) -> tuple[Callable[[Sequence[Any]], Any], Any]:
+        """(walked, the structure of (value, aux)).
+
+        walked(the batch's leaves, for one example) → (value and aux, (gradient, parameter) for every parameter).
+        """
+        program, out_tree, count = self._program(arguments)
+        outvars = program.jaxpr.outvars
+        first = len(outvars) - count  # of the gradients
+        wanted = [k >= first for k in range(len(outvars))]
+
+        def walked(examples: Sequence[Any]) -> tuple[list[Array], list[tuple[Value, Any]]]:
+            leaves = [*map(Shared, arguments.params), *examples]
+            results = evaluate(program, leaves, wanted, [True] * len(outvars))
+            others = [_as_returned(value, v.aval) for value, v in zip(results[:first], outvars, strict=False)]
+            return others, list(zip(results[first:], arguments.params, strict=True))
+
+        return walked, out_tree
 
     def _program(self, arguments: Arguments) -> tuple[_jax.Program, Any, int]:
         """Trace the gradient's program for one example; its results are (value, aux …, gradients …)."""

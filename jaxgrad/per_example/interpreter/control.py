@@ -15,7 +15,7 @@ from jaxgrad import _jax
 from jaxgrad.per_example.algebra.maps import Input, Map
 from jaxgrad.per_example.interpreter import undone
 from jaxgrad.per_example.interpreter.as_map import Evaluate
-from jaxgrad.per_example.interpreter.measuring import how_to_measure, with_measure
+from jaxgrad.per_example.interpreter.measuring import measurer, with_measure
 from jaxgrad.per_example.interpreter.undone import Term
 from jaxgrad.per_example.interpreter.values import (
     FORMED,
@@ -78,8 +78,9 @@ class _Loop:
         self.behind: dict[int, tuple[Map, list[Any]]] = {}
         self.fixed: dict[int, list[Any]] = {}
         self.reasons: dict[int, undone.Reason] = {}
-        self.how = how_to_measure()
-        self.measured = [k for k, want in enumerate(wanted) if self.how and want and k >= self.carry and self.used[k]]
+        self.measurer = measurer()
+        stacked = range(self.carry, len(wanted)) if self.measurer else ()
+        self.measured = [k for k in stacked if wanted[k] and self.used[k]]
 
     def _accumulates(self, k: int) -> bool:
         jaxpr = self.program.jaxpr
@@ -111,9 +112,9 @@ class _Loop:
         return self._carried(emitted[: self.carry]), (stays, emitted[self.carry :], measures)
 
     def _measure(self, k: int, result: Value) -> Any:
-        assert self.how is not None
+        assert self.measurer is not None
         aval = self.program.jaxpr.outvars[k].aval
-        return self.how.one(result, tuple(aval.shape), aval.dtype)
+        return self.measurer.one(result, tuple(aval.shape), aval.dtype)
 
     def _emitted(self, k: int, result: Value) -> Any:
         """An unevaluated product as it leaves a step. If it has maps, which are applied after the loop, it leaves with
@@ -175,8 +176,8 @@ class _Loop:
         ]
         results += [self._of_all_steps(self.carry + k, y) for k, y in enumerate(ys)]
         for k, measure in zip(self.measured, measures, strict=True):
-            assert self.how is not None
-            results[k] = with_measure(results[k], self.how.of_all_steps(measure))
+            assert self.measurer is not None
+            results[k] = with_measure(results[k], self.measurer.of_all_steps(measure))
         return results
 
     def _of_all_steps(self, k: int, value: Any) -> Value:

@@ -1,4 +1,4 @@
-"""Whether a backward pass is linear in its cotangent, as what JAX derives is and what is written by hand may not be."""
+"""Checks that a backward pass is linear in its cotangent. JAX's own are; one written by hand may not be."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -23,7 +23,7 @@ ZERO, CONSTANT, LINEAR = State
 
 
 class NotLinearError(Exception):
-    """Its argument names the operation."""
+    """An operation is not linear in the cotangent; the message names it."""
 
 
 _SUMS = {lax.add_p, lax.sub_p, _jax.add_any_p, lax.concatenate_p, lax.pad_p, lax.dynamic_update_slice_p}
@@ -43,9 +43,9 @@ _ZERO_TO_ZERO = {
 
 
 def not_linear(program: _jax.Program, operand: int) -> str | None:
-    """The first operation that is not linear in one operand of a program; None if there is none that is known of.
+    """Name the first operation that is not linear in one operand of a program; None if no such operation is known.
 
-    A primitive that is not known, such as a kernel, is taken for linear.
+    Unknown primitives, such as Pallas kernels, are assumed to be linear.
     """
     states = [LINEAR if k == operand else CONSTANT for k in range(len(program.jaxpr.invars))]
     try:
@@ -118,7 +118,7 @@ def _of_scan(eqn: _jax.Equation, states: list[State]) -> list[State]:
     end = parts.consts + parts.carry
     carry, before = states[parts.consts : end], None
     results: list[State] = []
-    while carry != before:  # what a step gives is an operand of the next one
+    while carry != before:  # a step's results are operands of the next step
         before = carry
         results = _through(jaxpr, [*states[: parts.consts], *carry, *states[end:]])
         carry = [_sum(eqn, pair, v) for *pair, v in zip(carry, results, eqn.outvars, strict=False)]

@@ -1,7 +1,8 @@
-"""Norms taken where a gradient is complete: inside the loop that computes it, so that no layer's products leave it.
+"""Measuring gradients inside the loop that computes them, so that the factors of a layer need not leave the loop.
 
-The walk measures nothing by itself. `transform` says how with `measuring`; then a scan measures what it stacks, step by
-step, and the measure stays with the value as long as only its axes are moved about.
+Inside `measuring`, a scan measures each gradient that it stacks, step by step. The measure stays attached to the
+stacked value through reshapes, transposes and casts; any other operation drops it, and the gradient is then measured at
+the end.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from jaxgrad.per_example.interpreter.values import (
 
 
 class Measure(NamedTuple):
-    """What is measured of one example's gradient with respect to one parameter; with an axis of steps, of each layer's.
+    """Numbers that describe one example's gradient of one parameter; inside a scan, with an axis of steps.
 
     Attributes:
         norm: its norm.
@@ -40,44 +41,44 @@ class Measure(NamedTuple):
     magnitude: Array
 
 
-class How(NamedTuple):
-    """How to measure.
+class Measurer(NamedTuple):
+    """The functions that measure.
 
     Attributes:
-        one: (value, shape, dtype) → the `Measure` of a gradient of one example.
-        of_all_steps: the `Measure` of a stack of gradients, from one with an axis of steps.
+        one: (value, shape, dtype) → the `Measure` of one example's gradient.
+        of_all_steps: a `Measure` with an axis of steps → the `Measure` of the stacked gradient.
     """
 
     one: Callable[[Value, tuple[int, ...], Any], Measure]
     of_all_steps: Callable[[Measure], Measure]
 
 
-_HOW: ContextVar[How | None] = ContextVar("how", default=None)
+_MEASURER: ContextVar[Measurer | None] = ContextVar("measurer", default=None)
 _PRESERVING = (lax.transpose_p, lax.reshape_p, lax.squeeze_p, lax.rev_p, *_jax.IDENTITIES)
 
 
 @contextmanager
-def measuring(how: How) -> Iterator[None]:
-    """Inside, the walk measures gradients where they are complete and does not materialize a matrix's."""
-    token = _HOW.set(how)
+def measuring(measurer: Measurer) -> Iterator[None]:
+    """A context in which loops measure the gradients that they stack, and gradients stay factored until then."""
+    token = _MEASURER.set(measurer)
     try:
         yield
     finally:
-        _HOW.reset(token)
+        _MEASURER.reset(token)
 
 
-def how_to_measure() -> How | None:
+def measurer() -> Measurer | None:
     """The innermost `measuring`; None outside of it."""
-    return _HOW.get()
+    return _MEASURER.get()
 
 
 def stays_factored() -> bool:
-    """Whether gradients are held as factors even where these are larger: measured, they show what cancels in them."""
-    return _HOW.get() is not None
+    """Whether gradients stay factored even if the factors are larger: only factors show which terms cancel."""
+    return _MEASURER.get() is not None
 
 
 def total_over_positions(eqn: _jax.Equation, values: Sequence[Value], jaxpr: _jax.Jaxpr) -> list[Value] | None:
-    """A gradient that is a sum over positions, as a bias's is: a product with ones, which shows what cancels in it."""
+    """Hold a gradient that is a sum over positions, such as a bias's, as a product with ones: its terms may cancel."""
     if not stays_factored() or eqn.primitive is not lax.reduce_sum_p:
         return None
     (value,), (result,) = values, eqn.outvars
@@ -92,7 +93,7 @@ def total_over_positions(eqn: _jax.Equation, values: Sequence[Value], jaxpr: _ja
 
 
 def _is_result(v: Any, jaxpr: _jax.Jaxpr) -> bool:
-    """Whether a variable is a result of the program, or becomes one by moves of its axes, casts and further sums."""
+    """Whether a variable is a result of the program, or becomes one through reshapes, transposes, casts and sums."""
     while not any(v is result for result in jaxpr.outvars):
         uses = [eqn for eqn in jaxpr.eqns if any(v is operand for operand in eqn.invars)]
         if len(uses) != 1 or uses[0].primitive not in (lax.convert_element_type_p, lax.reduce_sum_p, *_PRESERVING):
@@ -102,12 +103,12 @@ def _is_result(v: Any, jaxpr: _jax.Jaxpr) -> bool:
 
 
 def measure_of(value: Value) -> Measure | None:
-    """The measure that a value carries, if it does."""
+    """The measure attached to a value; None if there is none."""
     return value.measure if isinstance(value, Undone | Plain) else None
 
 
 def with_measure(value: Value, measure: Measure | None) -> Value:
-    """The value, carrying a measure."""
+    """Attach a measure to a value."""
     if measure is None:
         return value
     if isinstance(value, Undone | Plain):
@@ -116,7 +117,7 @@ def with_measure(value: Value, measure: Measure | None) -> Value:
 
 
 def remeasured(eqn: _jax.Equation, values: Sequence[Value], results: Sequence[Value]) -> Sequence[Value]:
-    """The results of an equation; one that only moves the entries about, or widens them, keeps the measure."""
+    """Return an equation's results, with the operand's measure attached if the equation preserves norms."""
     measure = measure_of(values[0]) if values else None
     if measure is None or len(results) != 1 or measure_of(results[0]) is not None or not _preserves(eqn):
         return results
