@@ -18,8 +18,7 @@ from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares, shortened
 from jaxgrad.per_example.arguments import Arguments
-from jaxgrad.per_example.checks import checked_bound, checked_mask
-from jaxgrad.per_example.gradients import grouped
+from jaxgrad.per_example.checks import checked_bound, checked_mask, grouped
 from jaxgrad.per_example.measure import MEASURER
 from jaxgrad.per_example.second_pass import check_linear, weighted_gradients
 from jaxgrad.per_example.serialized import named_tuple

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrad import check_gradient, explain, per_example_grad
+from jaxgrad import check_gradient, clipped_grad, explain, per_example_grad
 
 B = 4
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -43,10 +43,12 @@ def agrees(loss, params, *batch, in_axes=0):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def both(params):  # a shared argument may hold functions, which do not go through jit
         g = per_example_grad(loss, in_axes=in_axes)(params, *batch)
+        total, info = clipped_grad(loss, 1.0, in_axes=in_axes, passes=2)(params, *batch)
         written_out = jax.vmap(jax.grad(loss), axes)(params, *batch)
         norms = jnp.sqrt(sum((a.reshape(B, -1) ** 2).sum(1) for a in jax.tree.leaves(written_out)))
         clipped = jax.tree.map(lambda a: jnp.tensordot(1 / jnp.maximum(1, norms), a, 1), written_out)
-        return (g.materialize(), g.norms(), g.clip(1.0).sum()), (written_out, norms, clipped)
+        one_pass = g.materialize(), g.norms(), g.clip(1.0).sum()
+        return (*one_pass, info.norms, total), (written_out, norms, clipped, norms, clipped)
 
     found, wanted = both(params)
     assert jax.tree.structure(found) == jax.tree.structure(wanted)

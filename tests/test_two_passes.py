@@ -197,6 +197,25 @@ def test_one_example_moves_the_sum_by_at_most_the_bound(dtype):
     assert lengths.max() <= gradient.sensitivity(1, dtype)
 
 
+@pytest.mark.parametrize("B", [64, 256])
+@pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8)])
+def test_the_digits_are_those_of_the_dtype_at_real_sizes(dtype, rounding, B):
+    params = jax.tree.map(lambda a: (a / 8).astype(dtype), drawn(9, L=4, D=64, H=128))
+    X = batch_of(10, B, T=32, D=64).astype(dtype)
+    exact = jax.tree.map(lambda a: a.astype(jnp.float64), (params, X))
+    G = jax.jit(jax.vmap(jax.grad(layers), (None, 0)))(*exact)
+    lengths = np.sqrt(sum((np.asarray(a) ** 2).reshape(B, -1).sum(1) for a in jax.tree.leaves(G)))
+    bound = float(np.float32(np.median(lengths)))
+    with jax.enable_x64(False):
+        total, info = jax.jit(jg.clipped_grad(layers, bound, passes=2))(params, X)
+        one, _ = jax.jit(jg.clipped_grad(layers, bound))(params, X)
+    np.testing.assert_allclose(info.norms, lengths, rtol=32 * rounding)
+    expected = jax.tree.map(lambda a: np.tensordot(np.minimum(1, bound / lengths), a, 1), G)
+    for a, b, c in zip(jax.tree.leaves(total), jax.tree.leaves(expected), jax.tree.leaves(one), strict=True):
+        off = np.abs(np.asarray(a, np.float64) - b).max()
+        assert off <= max(64 * rounding * np.abs(b).max(), 2 * np.abs(np.asarray(c, np.float64) - b).max())
+
+
 def test_inside_shard_map_each_device_sums_its_own_examples():
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere, each = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("d")

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxgrad.errors import called
 
@@ -59,3 +59,22 @@ def checked_bound(bound: Any) -> None:
             f"{called()}: expected positive numbers as bounds, got {bound!r}. One number bounds all parameters "
             f"together; to bound groups of them, pass a tree prefix of numbers."
         )
+
+
+def grouped(prefix: PyTree, params_tree: Any) -> tuple[list[Any], list[list[int]]]:
+    """Check a tree prefix of positive numbers; return them, and for each the indices of the leaves below it.
+
+    Raises:
+        ValueError: a number that is not positive, or a tree that is not a prefix of the parameters.
+    """
+    treedef: Any
+    bounds, treedef = jax.tree.flatten(prefix)
+    for bound in bounds:
+        checked_bound(bound)
+    try:
+        groups = treedef.flatten_up_to(params_tree.unflatten(range(params_tree.num_leaves)))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{called()}: expected a number or a tree prefix of the parameters, {params_tree}, got {treedef}."
+        ) from error
+    return bounds, [jax.tree.leaves(group) for group in groups]

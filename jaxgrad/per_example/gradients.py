@@ -14,7 +14,7 @@ from jaxgrad.per_example.algebra import chunks, complexes, factors, norms
 from jaxgrad.per_example.algebra.factors import Factor
 from jaxgrad.per_example.algebra.leaf import Leaf, concatenated
 from jaxgrad.per_example.algebra.mapped import map_examples_of, of_examples
-from jaxgrad.per_example.checks import checked_bound, checked_index, checked_mask, checked_numbers
+from jaxgrad.per_example.checks import checked_index, checked_mask, checked_numbers, grouped
 from jaxgrad.precision import added, working_dtype
 from jaxgrad.sharding import automatic
 
@@ -467,21 +467,6 @@ class PerExampleGrads:
         bounds, groups = grouped(prefix, self._treedef)
         members = [[leaves[i] for i in group] for group in groups]
         return bounds, [self.tree_unflatten(self.chunk_bytes, (part,)) for part in members]
-
-
-def grouped(prefix: PyTree, params_tree: Any) -> tuple[list[Any], list[list[int]]]:
-    """The positive numbers in a tree prefix of the parameters, and for each the leaves below it, by their index."""
-    treedef: Any
-    bounds, treedef = jax.tree.flatten(prefix)
-    for bound in bounds:
-        checked_bound(bound)
-    try:
-        groups = treedef.flatten_up_to(params_tree.unflatten(range(params_tree.num_leaves)))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{called()}: expected a number or a tree prefix of the parameters, {params_tree}, got {treedef}."
-        ) from error
-    return bounds, [jax.tree.leaves(group) for group in groups]
 
 
 def _is_leaf(node: Any) -> bool:

@@ -1,0 +1,162 @@
+"""Compare one leaf of a gradient with its reference, for every example: the rows of `agreement`'s reports."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RTOL = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""Relative tolerance by the leaf's dtype: allowed ‖difference‖ / ‖reference‖ for one leaf of one example."""
+
+_NOISE = 32  # the reference is not trusted below this many eps of the leaf's largest gradient
+
+
+@dataclass(frozen=True)
+class LeafAgreement:
+    """One row of a report: the result for one leaf of the parameter tree.
+
+    Attributes:
+        path: the leaf's path in the parameter tree, as `jax.tree_util.keystr` writes it.
+        shape: shape of the candidate's leaf, without the example axis ("missing" if there is no such leaf).
+        dtype: dtype of the candidate's leaf, likewise.
+        expected_shape: shape of the parameter.
+        expected_dtype: dtype of the parameter.
+        max_abs: largest absolute difference of any entry, over all examples.
+        max_rel: largest ‖candidate - reference‖ / ‖reference‖ over the examples (0 where both are 0); a reference
+            norm below the floor is replaced by the floor.
+        worst_example: index of the example whose difference is largest relative to its tolerance; None if the batch
+            is empty.
+        rtol: the relative tolerance that was applied.
+        excess: ‖difference‖ of that example, divided by its tolerance; above 1 the leaf disagrees, NaN if not finite.
+        problem: empty if the leaf agrees, otherwise what is wrong in a few words.
+
+    Example:
+        >>> by_hand = lambda w, x: 1.5 * x
+        >>> leaf = jg.check_gradient(by_hand, lambda w, x: w @ x, jnp.ones(3), jnp.eye(3)).leaves[0]
+        >>> leaf.shape, leaf.max_abs, leaf.problem
+        ((3,), 0.5, 'differs in 3 examples')
+    """
+
+    path: str
+    shape: tuple[int, ...] | str
+    dtype: str
+    expected_shape: tuple[int, ...]
+    expected_dtype: str
+    max_abs: float
+    max_rel: float
+    worst_example: int | None
+    rtol: float
+    excess: float
+    problem: str
+
+
+class Measured(NamedTuple):
+    """Measurements of one leaf on one part of the batch: for every example, what the verdict needs."""
+
+    path: str
+    param: Any
+    shape: tuple[int, ...]
+    dtype: str
+    difference: np.ndarray  # ‖candidate - reference‖
+    norms: np.ndarray  # ‖reference‖
+    finite: Any
+    max_abs: np.ndarray
+    eps: float
+    problem: str
+
+
+def measured(
+    params: dict[str, jax.Array], found: dict[str, Any], reference: dict[str, np.ndarray]
+) -> dict[str, "Measured | LeafAgreement"]:
+    """Measure every leaf of one part of the batch; a leaf that cannot be compared gets its row at once."""
+    rows: dict[str, Measured | LeafAgreement] = {}
+    for path, param in params.items():
+        if path not in found:
+            rows[path] = without_numbers(path, "missing", "missing", param, "is missing")
+            continue
+        c, r = np.asarray(found[path]), reference[path]
+        if c.shape != r.shape:
+            problem = f"has shape {c.shape}, expected {r.shape}"
+            rows[path] = without_numbers(path, c.shape[1:], str(c.dtype), param, problem)
+            continue
+        problem = "" if c.dtype == param.dtype else f"has dtype {c.dtype}, expected {param.dtype}"
+        eps, width = float(jnp.finfo(r.dtype).eps), int(np.prod(param.shape))
+        wide = np.complex128 if np.iscomplexobj(c) else np.float64
+        shape, dtype = c.shape[1:], str(c.dtype)
+        c, r = c.astype(wide).reshape(len(r), width), r.astype(np.float64).reshape(len(r), width)
+        finite = np.isfinite(c).all(1) & np.isfinite(r).all(1)
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = np.abs(c - r)
+        max_abs = difference.max(axis=1, initial=0)
+        rows[path] = Measured(path, param, shape, dtype, _norms(difference), _norms(r), finite, max_abs, eps, problem)
+    for path, leaf in found.items():
+        if path not in params:
+            rows[path] = without_numbers(
+                path, np.shape(leaf)[1:], str(np.asarray(leaf).dtype), None, "is not a parameter"
+            )
+    return rows
+
+
+def judged(parts: "list[Measured | LeafAgreement]", rtol: float | None) -> LeafAgreement:
+    """Return the row of one leaf, for all parts of the batch together."""
+    first = parts[0]
+    if isinstance(first, LeafAgreement):
+        return first
+    compared = [part for part in parts if isinstance(part, Measured)]
+    difference, norms, finite, max_abs = (
+        np.concatenate([getattr(part, field) for part in compared])
+        for field in ("difference", "norms", "finite", "max_abs")
+    )
+    dtype = str(first.param.dtype)
+    tolerance = RTOL.get(dtype, RTOL["bfloat16"]) if rtol is None else rtol
+    width = int(np.prod(first.param.shape))
+    floor = _NOISE * first.eps * norms[finite].max(initial=0) + width**0.5 * _smallest(first.param.dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        relative = _ratio(difference, np.maximum(norms, floor))
+        excess = np.where(finite, _ratio(difference, tolerance * norms + floor), np.nan)
+    problem = first.problem
+    if not problem and not finite.all():
+        problem = f"is not finite in {int((~finite).sum())} examples"
+    elif not problem and (excess > 1).any():
+        problem = f"differs in {int((excess > 1).sum())} examples"
+    worst = int(np.argmax(np.where(finite, excess, np.inf))) if len(excess) else None
+    return LeafAgreement(
+        path=first.path,
+        shape=first.shape,
+        dtype=first.dtype,
+        expected_shape=first.param.shape,
+        expected_dtype=dtype,
+        max_abs=float(max_abs.max(initial=0)),
+        max_rel=float(relative.max(initial=0)),
+        worst_example=worst,
+        rtol=tolerance,
+        excess=0.0 if worst is None else float(excess[worst]),
+        problem=problem,
+    )
+
+
+def without_numbers(path: str, shape: tuple[int, ...] | str, dtype: str, param: Any, problem: str) -> LeafAgreement:
+    """The row of a leaf that cannot be compared."""
+    nan = float("nan")
+    expected_shape, expected_dtype = ((), "none") if param is None else (param.shape, str(param.dtype))
+    return LeafAgreement(path, shape, dtype, expected_shape, expected_dtype, nan, nan, None, nan, nan, problem)
+
+
+def _smallest(dtype: jnp.dtype) -> float:
+    """The most an entry can lose to underflow: a subnormal of float16, a normal number where subnormals are flushed."""
+    info = jnp.finfo(dtype)
+    return float(info.smallest_subnormal) if dtype == jnp.float16 else float(info.smallest_normal)
+
+
+def _norms(rows: np.ndarray) -> np.ndarray:
+    """Norm of every row, scaled so that no square overflows or underflows."""
+    largest = np.abs(rows).max(axis=1, initial=0)
+    unit = np.where((largest > 0) & np.isfinite(largest), largest, 1)
+    return unit * np.linalg.norm(rows / unit[:, None], axis=1)
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b with 0 / 0 = 0."""
+    return np.divide(a, b, out=np.where(a == 0, 0.0, np.inf), where=b > 0)
