@@ -55,7 +55,7 @@ def absolute_bound(name, part, z):
     return 0
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(33)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_within_the_documented_ulp_of_60_digit_arithmetic(name, dtype):
@@ -83,6 +83,7 @@ def test_the_joint_form_is_the_three_functions(name):
         np.testing.assert_allclose(one, getattr(a, part)(z), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_finite_for_every_finite_argument(name):
     for dtype in DTYPES.values():
@@ -99,6 +100,7 @@ def test_nan_in_nan_out(name):
     assert jnp.isnan(ACTIVATIONS[name].value(nan))
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize("name", sorted(set(ACTIVATIONS) - {"relu", "leaky_relu", "elu", "identity"}))
 def test_slope_and_curvature_are_the_derivatives_and_can_be_differentiated_at_zero_too(name):
     a = ACTIVATIONS[name]
@@ -110,6 +112,7 @@ def test_slope_and_curvature_are_the_derivatives_and_can_be_differentiated_at_ze
         np.testing.assert_allclose(jax.grad(a.curvature)(z), third, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("name", "function"),
     [

@@ -40,6 +40,7 @@ def disagreement(candidate, *args, **options):
     return problems
 
 
+@pytest.mark.every(5)
 def test_the_right_gradient_agrees_one_example_or_a_batch_with_or_without_oracle(data):
     for candidate in (closed_form.grad, closed_form.batched_grad, jax.vmap(closed_form.grad, (None, 0, 0))):
         assert disagreement(candidate, *data, oracle="float64") == {}
@@ -59,11 +60,13 @@ def test_the_report_says_what_was_compared(data):
     assert f"agrees with jax.grad on {B} examples" in table
 
 
+@pytest.mark.every(2)
 def test_a_wrong_sign_is_caught(data):
     assert set(disagreement(changed(lambda g, x, y: jax.tree.map(jnp.negative, g)), *data)) == {".W", ".b", ".w"}
     assert set(disagreement(changed(lambda g, x, y: g._replace(w=-g.w)), *data)) == {".w"}
 
 
+@pytest.mark.every(3)
 def test_a_transposed_matrix_is_caught(data):
     assert disagreement(changed(lambda g, x, y: g._replace(W=g.W.T)), *data) == {
         ".W": f"has shape ({B}, {D}, {H}), expected ({B}, {H}, {D})"
@@ -73,6 +76,7 @@ def test_a_transposed_matrix_is_caught(data):
     assert set(found) == {".W"}
 
 
+@pytest.mark.every(3)
 def test_a_missing_example_weight_is_caught(data):
     params, X, Y = data
     weights = jnp.linspace(0.5, 2, B).astype(X.dtype)
@@ -90,6 +94,7 @@ def test_a_missing_example_weight_is_caught(data):
         jg.assert_agree(lambda p, x, y, weight: closed_form.grad(p, x, y), weighted, params, X, Y, weights)
 
 
+@pytest.mark.every(2)
 def test_right_on_average_and_wrong_per_example_is_caught(data):
     def averaged(params, X, Y):
         each = closed_form.batched_grad(params, X, Y)
@@ -112,6 +117,7 @@ def test_a_single_wrong_example_is_caught_and_named(data):
     assert disagreement(one_wrong, *data) == {".b": "differs in 1 examples"}
 
 
+@pytest.mark.every(5)
 def test_the_worst_example_is_counted_over_the_whole_batch_when_it_comes_in_parts(data):
     params, X, Y = data
     marked = jnp.arange(B, dtype=X.dtype)
@@ -134,6 +140,7 @@ def test_a_wrong_dtype_is_caught(data):
     assert found == {".b": f"has dtype {jnp.dtype(other)}, expected {data[0].b.dtype}"}
 
 
+@pytest.mark.every(2)
 def test_nan_on_both_sides_is_caught(data):
     params, X, Y = data
     X = X.at[2].set(jnp.nan)
@@ -155,6 +162,7 @@ def test_infinity_is_caught(data):
     assert found == {".w": f"is not finite in {B} examples"}
 
 
+@pytest.mark.every(2)
 def test_missing_and_unexpected_leaves_and_other_containers_are_caught(data):
     found = disagreement(changed(lambda g, x, y: {"W": g.W}), *data)
     assert found == {
@@ -177,6 +185,7 @@ def test_missing_and_unexpected_leaves_and_other_containers_are_caught(data):
         found.assert_agrees()
 
 
+@pytest.mark.every(2)
 def test_the_literal_first_answer_of_the_exercise_is_caught(data):
     wrong = changed(lambda g, x, y: g)
     assert disagreement(wrong, *data) == {}

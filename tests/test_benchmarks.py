@@ -60,6 +60,7 @@ def test_a_table_from_end_to_end(tmp_path, capsys):
     assert saved["rows"][0]["shapes"].startswith("float")
 
 
+@pytest.mark.every(0)
 def test_another_theme_keeps_what_was_written(tmp_path):
     for name in ("first", "second"):
         main(["--seconds", "0", "--write", str(tmp_path)], [dataclasses.replace(theme(tiny()), name=name)])
@@ -72,6 +73,7 @@ def test_a_wrong_function_is_not_timed():
         measure(tiny(functions=functions), Settings(seconds=0))
 
 
+@pytest.mark.every(0)
 def test_what_does_not_fit_is_held_to_agree_on_a_sample():
     model = models.mlp((5, 4, 3), 6)
     large = {"sample": model.first(2), "writes": {"vmap(grad)": 2**40}}
@@ -118,6 +120,7 @@ def test_operations_are_those_of_products_and_count_loops():
     assert roofline.operations(conv, image, kernel) == 2 * (2 * 5 * 6 * 6) * (6 * 3 * 3)
 
 
+@pytest.mark.every(0)
 def test_optax_and_the_factors_agree():
     model = models.mlp((5, 4, 3), 6)
     arguments = (model.params, *model.batch)

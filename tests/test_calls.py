@@ -35,6 +35,7 @@ def same(found, expected, rtol=0.0):
 # --- Which argument is what ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize(
     ("argnums", "in_axes"),
     [
@@ -84,6 +85,7 @@ def test_keyword_arguments_are_batched():
     assert (len(g), jg.per_example_grad(loss).__name__) == (6, "loss")
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize("shared", [True, 2.0, 3, "a word", None, np.float32(2), jnp.float32(2), len], ids=str)
 def test_keyword_arguments_that_are_no_arrays_are_shared_and_known(shared):
     def loss(w, x, *, option, inner):
@@ -115,6 +117,7 @@ def test_positional_arguments_without_leaves_are_shared_and_others_need_none():
         assert len(jg.per_example_grad(loss, in_axes=(None, 0, None, 0))(W, X, other, {})) == B
 
 
+@pytest.mark.every(0)
 def test_a_sparse_batch_is_named_and_its_parts_are_a_batch():
     def loss(w, x):
         return jnp.sin(x @ w)
@@ -211,7 +214,7 @@ AUX = {
 }
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(13)
 @JIT
 @pytest.mark.parametrize("value", VALUES)
 def test_results_that_are_not_gradients_are_the_arrays_that_jax_returns(value, jit):
@@ -242,7 +245,7 @@ CALLS = {
 }
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("name", CALLS)
 def test_no_tracer_leaks(name):
     with jax.checking_leaks():

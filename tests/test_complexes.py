@@ -61,6 +61,7 @@ def real(tree):
     return jnp.concatenate([flat.real, -flat.imag], 1)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize(("name", "jit"), [("penalised", False), *((name, True) for name in LOSSES)])
 def test_gradients_and_all_that_is_asked_of_them(name, jit):
     loss, params, x = LOSSES[name]
@@ -107,6 +108,7 @@ def test_bounds_of_groups_count_both_parts_of_a_parameter():
         np.testing.assert_allclose(clipped[name], jnp.minimum(bound, g.leaf_norms()[name]), rtol=1e-12)
 
 
+@pytest.mark.every(0)
 def test_steps_and_scores_are_those_of_the_real_vectors():
     loss, params, x = LOSSES["wave function"]
     g = jg.per_example_grad(loss)(params, x)
@@ -126,6 +128,7 @@ def test_a_change_of_the_parameters_is_met_by_its_conjugate():
     np.testing.assert_allclose(got, derivative, rtol=1e-11)
 
 
+@pytest.mark.every(0)
 def test_single_precision_at_a_real_size():
     with jax.enable_x64(False):
         params = {"W": numbers(128, 64).astype(jnp.complex64) / 8, "b": numbers(128).astype(jnp.complex64)}

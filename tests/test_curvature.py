@@ -45,6 +45,7 @@ def random_like(tree, seed=0):
 # --- Fisher ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(7)
 @each_loss
 def test_products_solves_steps_and_diagonals_are_the_dense_ones(entry):
     g, G = gradients(entry.name)
@@ -76,6 +77,7 @@ def test_the_solve_agrees_with_conjugate_gradients_on_the_product():
     assert_close(flat(fisher_solve(g, v, mu)), flat(by_cg), 1e-8)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("ratio", [1e-2, 1e-5, 1e-8])
 def test_a_small_damping_loses_no_more_than_is_said(ratio):
     g, G = gradients("mlp")
@@ -121,6 +123,7 @@ def test_duplicate_zero_and_dependent_examples_do_no_harm(mu, dtype):
     assert_close(step, step_by_svd(G, mu, 4), 3 * unknown / (ridge if ridge > 10 * unknown else least))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e12, 1e30])
 def test_the_scale_of_the_gradients_is_no_matter(size):
     G = np.random.default_rng(0).normal(size=(5, 8))
@@ -209,7 +212,7 @@ def dense_gauss_newton(model, loss, y):
     return np.einsum("bop,boq,bqr->pr", J, H, J) / len(J), np.einsum("bop,bo->bp", J, gradient)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(13)
 @each_output_loss
 @each_model
 def test_gauss_newton_rows_products_diagonal_and_step_are_the_dense_ones(name, kind):
@@ -235,6 +238,7 @@ def test_gauss_newton_rows_products_diagonal_and_step_are_the_dense_ones(name, k
     assert_close(flat(step), np.linalg.solve(matrix_ + mu * np.eye(len(matrix_)), each.mean(0)))
 
 
+@pytest.mark.every(0)
 def test_the_exercise_s_logistic_loss_has_one_row_an_example_and_the_dense_matrix():
     params, X, Y = exercise()
     found = gauss_newton(network.margin, curvature.logistic)(params, X, Y)
@@ -253,6 +257,7 @@ def test_the_exercise_s_logistic_loss_has_one_row_an_example_and_the_dense_matri
     assert_close(flat(natural_gradient(found, 0.01)), np.linalg.solve(dense + 0.01 * np.eye(len(dense)), mean))
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("margin", [-60.0, -20.0, 0.0, 20.0, 60.0])
 def test_roots_keep_their_digits_where_units_saturate(margin, dtype):
@@ -310,12 +315,14 @@ def test_products_of_a_large_batch_in_half_precision_do_not_overflow():
     assert float(found[0]) == pytest.approx(4, rel=0.05)
 
 
+@pytest.mark.every(0)
 def test_a_loss_that_is_not_convex_is_not_given_a_root():
     model = MODELS["mlp"]
     found = gauss_newton(model.model, lambda f, y: -jnp.sum((f - y) ** 2))(model.params, model.x, np.ones((5, 4)))
     assert np.isnan(flat(natural_gradient(found, 1.0))).all()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("scale", [1.0, 1e-10])
 def test_a_direction_that_bends_down_is_seen_beside_rounding(scale):
     loss = lambda f, y: scale * jnp.asarray([1.0, 1.0, -1e-3], f.dtype) @ (f - y) ** 2  # noqa: E731
@@ -324,6 +331,7 @@ def test_a_direction_that_bends_down_is_seen_beside_rounding(scale):
     assert np.isnan(found.rows.norms().reshape(4, 3)).any(1).all()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("O", [2, 10, 100])
 def test_a_loss_that_is_sure_of_its_examples_has_the_curvature_that_rounding_leaves(O, dtype):  # noqa: E741
@@ -445,6 +453,7 @@ def test_steps_go_through_jit_and_vmap():
         assert_close(flat(jax.tree.map(lambda a, k=k: a[k], together)), flat(step(mu)), 1e-6 if mu < 1e-3 else 1e-9)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "function",
     [

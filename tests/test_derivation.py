@@ -45,6 +45,7 @@ def test_the_logistic_form_agrees_with_jax_grad(seed, H, D):
     )
 
 
+@pytest.mark.every(0)
 @given(st.integers(0, 99), st.integers(2, 5), st.integers(1, 6))
 def test_the_first_answer_read_literally_is_wrong_for_more_than_one_unit(seed, H, D):
     params, x, y = example(seed, H, D)
@@ -67,6 +68,7 @@ def test_every_line_of_the_first_chain_is_the_derivative_of_what_it_says():
     assert derivation.first_answer_exponential(params, x, y) == derivation.alpha(params, x, y)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("sigma", [ACTIVATIONS["logistic"], ACTIVATIONS["gelu"], sine], ids=str)
 def test_every_differential_is_the_tangent_of_its_variable(sigma):
     params, x, y = example(4, 3, 4)

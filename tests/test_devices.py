@@ -117,7 +117,7 @@ def results(loss, bound=0.1):
     return run
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 @MODEL
 @pytest.mark.parametrize("over_parameters", [False, True], ids=["replicated", "parameters sharded"])
 def test_the_results_are_those_of_one_device(name, over_parameters):
@@ -128,13 +128,14 @@ def test_the_results_are_those_of_one_device(name, over_parameters):
     chex.assert_trees_all_close(jax.tree.map(np.asarray, found), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.every(5)
 @MODEL
 def test_norms_communicate_nothing(name):
     loss, params, batch = placed(name, mesh())
     assert told(lambda p, *b: jg.per_example_grad(loss)(p, *b).norms(), params, *batch) == []
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(5)
 @MODEL
 def test_norms_and_moments_block_by_block_move_no_example(name, monkeypatch):
     """A moment is one reduction of the parameters' size for each parameter, whatever it takes to get there."""
@@ -154,6 +155,7 @@ def test_norms_and_moments_block_by_block_move_no_example(name, monkeypatch):
     chex.assert_trees_all_close(jax.tree.map(np.asarray, moment), expected[4], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.every(5)
 @MODEL
 def test_a_clipped_sum_communicates_one_reduction_of_the_parameters_size(name):
     """A table that is tied to the output layer has a factor for each of its two uses, and is reduced for each."""
@@ -186,7 +188,7 @@ ON_EXPLICIT = {
 }
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(0)
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", ON_EXPLICIT)
 @pytest.mark.parametrize("passes", [1, 2])
@@ -216,7 +218,7 @@ def test_a_clipped_sum_on_an_explicit_mesh_is_that_of_one_device(passes, name, j
 EXPLICIT = [("exercise", AxisType.Explicit), ("attention", AxisType.Explicit)]
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(7)
 @pytest.mark.parametrize(("name", "axis_type"), [*EXPLICIT, *((n, AxisType.Auto) for n in MODELS)])
 def test_a_gram_matrix_communicates_factors(name, axis_type):
     on = mesh(axis_type)
@@ -229,7 +231,7 @@ def test_a_gram_matrix_communicates_factors(name, axis_type):
     assert sum(numbers for _, numbers in collectives) <= 2 * held + B * B
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(0)
 @pytest.mark.parametrize(
     ("name", "axis_type"), [*EXPLICIT, *((n, AxisType.Auto) for n in ("exercise", "tied", "conv"))]
 )
@@ -250,7 +252,7 @@ def test_steps_and_attribution_are_those_of_one_device(name, axis_type):
     chex.assert_trees_all_close(jax.tree.map(np.asarray, found), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 @MODEL
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 def test_under_shard_map_there_is_one_reduction(name, microbatch_size):
@@ -304,7 +306,7 @@ CONTROL = {
 }
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(13)
 @pytest.mark.parametrize("name", CONTROL)
 def test_control_flow_under_shard_map(name):
     """With what differs between devices checked, as it is by default."""
@@ -324,6 +326,7 @@ def test_control_flow_under_shard_map(name):
         chex.assert_trees_all_close(total, jax.tree.map(lambda a: a.sum(0), expected), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec(None, "data")], ids=["replicated", "sharded"])
 def test_a_weight_that_is_laid_out_anew_inside_the_loss_keeps_its_factors(spec):
     def loss(W, x):
@@ -340,6 +343,7 @@ def test_a_weight_that_is_laid_out_anew_inside_the_loss_keeps_its_factors(spec):
         np.testing.assert_allclose(g.norms(), np.linalg.norm(np.asarray(want).reshape(8, -1), axis=1), rtol=1e-5)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("transform", ["per_example_grad", "per_example_jacobian", "clipped_grad"])
 def test_a_constraint_inside_the_loss_leaves_the_examples_where_they_are(transform):
     """As `jax.vmap` does with the same name: the constraint names the axis that the examples are spread over."""

@@ -75,7 +75,7 @@ OF_SEQUENCES = ["norms", "squared_norms", "dot", "sum", "gram", "gram with other
 T = 3
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(19)
 @pytest.mark.parametrize(("name", "size"), [run for name in VERBS for run in drawn(name)])
 def test_verbs(name, size):
     data = two_layers(size)
@@ -83,7 +83,7 @@ def test_verbs(name, size):
     check(claim._replace(function=lambda *a: claim.function(gradients(*a))), data)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(19)
 @pytest.mark.parametrize(("name", "size"), [run for name in OF_SEQUENCES for run in drawn(name, lambda s: T * s.B)])
 def test_verbs_of_sequences(name, size):
     data = two_layers(size._replace(B=T * size.B))
@@ -100,7 +100,7 @@ def test_verbs_of_sequences(name, size):
 # --- Half precision: what is held, and what is made of it ------------------------------------------------------------
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(31)
 @pytest.mark.parametrize(("name", "size"), [run for name in VERBS if name != "concatenate" for run in drawn(name)[:2]])
 def test_verbs_in_bfloat16(name, size):
     """Sides are in bfloat16 and added up in float32: exact up to float32's rounding, then rounded once."""
@@ -241,7 +241,7 @@ def streams_of_influence(data):
     return Claim(function, data.G @ data.G[:8].T, 2 * data.M @ data.M[:8].T, False)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(31)
 @pytest.mark.parametrize(("name", "size"), claims.runs)
 def test_losses_clipped_sums_and_batches(name, size):
     data = two_layers(size)

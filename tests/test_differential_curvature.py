@@ -340,7 +340,7 @@ def influence_in_blocks(data):
     return found._replace(function=function, jitted=False)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(51)
 @pytest.mark.parametrize(("name", "size"), claims.runs)
 def test_curvature_and_attribution(name, size):
     data = two_layers(size)

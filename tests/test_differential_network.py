@@ -64,6 +64,7 @@ def held(found, expected, off):
     assert worst <= 1, f"off by {worst:.2f} of what is allowed"
 
 
+@pytest.mark.every(11)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("module", [closed_form, autodiff], ids=["by hand", "jax.grad"])
 def test_gradients_of_batches(module, size):
@@ -87,6 +88,7 @@ def test_gradients_of_batches(module, size):
     held(mean.b, e.delta.mean(0), summed.mean(0))
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_factors_norms_and_sums(size):
     params, X, y = data(*size)
@@ -98,6 +100,7 @@ def test_factors_norms_and_sums(size):
     held(jax.jit(lambda g: g.sum())(g).W, e.delta.T @ X, summed.T @ np.abs(X))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("size", SIZES[:3], ids=str)
 def test_hessian_products_by_hand_and_by_jax_grad_lie_together(size):
     params, X, y = data(*size)
@@ -111,6 +114,7 @@ def test_hessian_products_by_hand_and_by_jax_grad_lie_together(size):
         np.testing.assert_allclose(found, expected, atol=U * 4 * sum(size) * scale)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("size", SIZES[:3], ids=str)
 def test_the_derivation_s_forms(size):
     params, X, y = data(*size)

@@ -80,6 +80,7 @@ def in_the_backward_pass(record, W, x):
     return jnp.sum(jnp.tanh(identity(W @ x)))
 
 
+@pytest.mark.every(9)
 @pytest.mark.parametrize(
     "loss", [in_the_loss, printed, ordered, in_jit, in_remat, in_cond, in_scan, in_the_backward_pass]
 )

@@ -98,6 +98,7 @@ def test_materialize_and_the_linear_maps(kind, seed, B, T, shape):
         assert np.isnan(g.mean()["p"]).all()
 
 
+@pytest.mark.every(0)
 @given(kinds, kinds, seeds, batches, batches, positions, positions, shapes, st.sampled_from(CHUNKS))
 @settings(max_examples=12 * FUZZ)
 def test_inner_and_gram_of_every_pair_of_kinds(kind, kind_, seed, B, C, T, S, shape, chunk_bytes):
@@ -128,6 +129,7 @@ def test_norms_moments_and_gram_of_sums_of_factors(sum_of, seed, B, T, shape, ch
         assert np.isnan(g.variance()[0]).all()
 
 
+@pytest.mark.every(0)
 @given(kinds, seeds, batches, positions, shapes)
 @settings(max_examples=3 * FUZZ)
 def test_new_batches(kind, seed, B, T, shape):
@@ -145,6 +147,7 @@ def test_new_batches(kind, seed, B, T, shape):
     close(both.materialize(), np.concatenate([G, dense_of(other.factors[0]), G[:1]]))
 
 
+@pytest.mark.every(0)
 @given(seeds, st.sampled_from([1, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 5, 30]), st.sampled_from(CHUNKS))
 @settings(max_examples=6 * FUZZ)
 def test_both_ways_of_an_inner_product_are_exact(seed, B, G, T, chunk_bytes):
@@ -162,6 +165,7 @@ def test_both_ways_of_an_inner_product_are_exact(seed, B, G, T, chunk_bytes):
         close(pairs._written_out_blocks(f, f_), A @ C.T, size)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("matrix", [(7, 2, 3), (2, 7, 3), (2, 3, 7)])
 @pytest.mark.parametrize("chunk_bytes", [1, 3000, 2**26])
 def test_the_matrix_is_sliced_along_its_longest_side(matrix, chunk_bytes):
@@ -190,6 +194,7 @@ def test_a_layout_that_cannot_be_is_refused():
 # --- Numerics --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(9)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("kind", KINDS)
 def test_low_precision_accumulates_in_float32(kind, dtype):
@@ -208,7 +213,7 @@ def test_low_precision_accumulates_in_float32(kind, dtype):
     np.testing.assert_allclose(np.asarray(g.materialize(), np.float64), G, rtol=eps, atol=1e-4)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(37)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4, 1e30])
@@ -245,6 +250,7 @@ def test_a_norm_has_positions_whose_huge_side_meets_a_tiny_one():
     assert np.isinf(PerExampleGrads((huge,)).norms()).all()
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("small", [1e-25, 1.0])
 @pytest.mark.parametrize("T", [1, 2])
 def test_a_zero_gradient_beside_huge_sides_does_not_hide_the_others(T, small):
@@ -266,6 +272,7 @@ def test_a_zero_gradient_beside_huge_sides_does_not_hide_the_others(T, small):
     np.testing.assert_allclose(slope, dense_of(vector) / expected[:, None], rtol=1e-5)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("n", [400, 600])
 def test_a_norm_just_below_the_largest_number_is_finite(n):
     left, right = jnp.full((2, n), 1e17, jnp.float32), jnp.full((2, n), 2e17, jnp.float32)
@@ -283,6 +290,7 @@ def test_factors_of_a_loop_and_of_a_mean_of_rows_concatenate_with_others():
         close(both.materialize()[0], np.concatenate([dense_of(f), dense_of(f_)]))
 
 
+@pytest.mark.every(0)
 def test_variance_does_not_cancel():
     """A mean a million times the deviations: mean of squares minus square of mean has no digit left in float32."""
     deviations = 1e-3 * np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
@@ -294,7 +302,7 @@ def test_variance_does_not_cancel():
     np.testing.assert_array_equal(same.variance(), 0)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_nan_example_leaves_the_others_bit_identical_and_where_the_sums_too(kind):
     f = factor(kind, 11, 5, 3, (4, 6), np.dtype(np.float32))
@@ -359,7 +367,7 @@ def equal(kind, B):
             return Rows.of_table(ids, jnp.full((B // 5, 5, 3), value), 2, jnp.float32), (np.float64(value) / 2,)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(15)
 @pytest.mark.parametrize(
     "kind", ["dense", "dense of many entries", "scalar", "positions", "small matrix", "groups", "rows"]
 )
@@ -379,6 +387,7 @@ def test_sums_over_many_equal_gradients_keep_their_digits(kind, B):
         np.testing.assert_allclose(jax.jit(verb)(g), expected, rtol=1e-6)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize(("N", "D"), [(1025, 3), (2048, 1), (5000, 100), (3000, 400), (1500, 0)])
 def test_sums_in_blocks_are_linear_maps_of_both_sides(N, D):
     c, v, direction = normal(0, N), normal(1, N, D), normal(2, N, D)
@@ -390,6 +399,7 @@ def test_sums_in_blocks_are_linear_maps_of_both_sides(N, D):
     close(jax.vmap(sums.weighted_rows, (None, 0))(c, jnp.stack([v, 2 * v]))[1], 2 * np.asarray(c) @ np.asarray(v), N)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("N", "F", "K"), [(1100, 3, 2), (1100, 1, 7), (1100, 7, 1), (1100, 4, 5), (131_100, 4, 5)])
 def test_products_in_blocks_are_bilinear(N, F, K):
     left, right = normal(0, N, F), normal(1, N, K)
@@ -414,6 +424,7 @@ def many_rows(seed, B, T, rows=40, K=3, repeated=False, dtype=np.float64):
     return Rows(ids, jnp.where(f.inside[..., None], f.values, jnp.nan), f.layout)
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize("rows", [40, 5000])
 @pytest.mark.parametrize("repeated", [(False, False), (True, True), (True, False)])
 def test_rows_with_many_positions_meet_by_their_ids(rows, repeated):
@@ -440,6 +451,7 @@ def test_norms_of_rows_with_many_positions_are_differentiable():
     close(slope, np.where(inside, np.take_along_axis(A, ids[..., None], 1), 0))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_norms_of_rows_with_many_positions_in_float32(size):
     f = many_rows(0, 4, 500, dtype=np.float32)
@@ -457,6 +469,7 @@ def test_no_table_is_written_out_for_norms_of_rows_with_many_positions():
 # --- Squares of half precision -------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("size", [1e-4, 10.0, 500.0])
 @pytest.mark.parametrize("kind", ["outer", "rows", "dense", "positions"])

@@ -81,6 +81,7 @@ def test_plain_tree():
 # --- Equinox: differentiate the array part, put the rest back inside the loss
 
 
+@pytest.mark.every(0)
 def test_equinox_with_the_static_part_closed_over_and_the_check_to_do_first():
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(8, 3, 16, depth=1, key=jax.random.key(0))
@@ -132,6 +133,7 @@ def test_equinox_convolutions():
     agrees(loss, params, normal(1, B, 2, 8, 8), labels(2, B, classes=3))
 
 
+@pytest.mark.every(0)
 def test_equinox_attention_with_a_mask_and_layer_norm():
     eqx = pytest.importorskip("equinox")
     T, D, keys = 6, 8, jax.random.split(jax.random.key(0), 3)
@@ -184,6 +186,7 @@ def test_equinox_dropout_with_a_key_for_every_example():
 # --- Flax linen: model.apply of one example, without a batch axis
 
 
+@pytest.mark.every(0)
 def test_linen_convolutions():
     linen = pytest.importorskip("flax.linen")
 
@@ -298,6 +301,7 @@ def test_a_state_that_the_loss_changes_and_an_axis_of_examples_are_explained():
         assert any(note in line and line.startswith("per_example_grad: ") for line in raised.value.__notes__)
 
 
+@pytest.mark.every(0)
 def test_nnx_dropout_with_a_key_for_every_example_and_running_statistics():
     nnx = pytest.importorskip("flax.nnx")
 

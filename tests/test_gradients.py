@@ -35,6 +35,7 @@ def close(a, b, rtol=1e-12):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.every(9)
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_the_exercises_factors_are_its_gradients(name):
     params, X, Y = batch()
@@ -49,6 +50,7 @@ def test_the_exercises_factors_are_its_gradients(name):
     close(g.mean(), closed_form.value_and_grad(params, X, Y, ACTIVATIONS[name])[1])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_the_exercises_factors_in_low_precision(dtype):
     params, X, Y = batch(dtype)
@@ -148,6 +150,7 @@ def test_what_is_held_is_shown(g):
     assert repr(jax.tree.map(lambda a: None, g))
 
 
+@pytest.mark.every(0)
 def test_an_embedding_tied_to_the_output_layer():
     """Rows + Outer on one parameter: the cross term counts."""
 
@@ -172,6 +175,7 @@ def test_an_embedding_tied_to_the_output_layer():
     close(g.gram(), flat(G) @ flat(G).T)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_sharded_factors_give_the_same_numbers(kind, g):
     mesh = jax.make_mesh((len(jax.devices()),), ("batch",), axis_types=(jax.sharding.AxisType[kind],))
@@ -219,6 +223,7 @@ def largest_array(function, *arguments):
     return max(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes)
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_no_array_of_batch_times_parameters_is_in_the_compiled_program(name):
     params, X, Y = batch(jnp.float32, B=29, H=31, D=37)
@@ -356,7 +361,7 @@ def healthy():
     )
 
 
-@pytest.mark.every(7)
+@pytest.mark.every(49)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("name", VERBS)
 def test_nothing_of_our_own_is_nan_or_infinite(name, jit):
@@ -366,7 +371,7 @@ def test_nothing_of_our_own_is_nan_or_infinite(name, jit):
         close((jax.jit(VERBS[name]) if jit else VERBS[name])(g), found)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(13)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("weighting", [jg.clipping.clip, jg.clipping.normalize, jg.clipping.automatic(0.1)])
 @pytest.mark.parametrize("microbatch_size", [None, 2])
@@ -414,7 +419,7 @@ SLICED = {  # loss of (W, x), the shape of W, and how many factors there are
 }
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(13)
 @pytest.mark.parametrize("name", SLICED)
 def test_a_weight_used_in_slices_has_one_factor_where_they_lie_side_by_side(name):
     parts, shape, count = SLICED[name]
@@ -433,7 +438,7 @@ def test_a_weight_used_in_slices_has_one_factor_where_they_lie_side_by_side(name
     close(g.variance(), G.var(0))
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("verb", [lambda g: g.norms(), lambda g: g.gram(), lambda g: g.sum(), lambda g: g.variance()])
 @pytest.mark.parametrize("regular", [True, False])
 def test_the_number_of_equations_is_linear_in_the_slices(verb, regular):

@@ -72,6 +72,7 @@ MODELS = {
 }
 
 
+@pytest.mark.every(11)
 @pytest.mark.parametrize(("name", "jit"), [("dense", False), *((name, True) for name in MODELS)])
 def test_agrees_with_the_written_out_jacobian(name, jit):
     model, params, x = MODELS[name]
@@ -117,6 +118,7 @@ def test_what_all_outputs_share_is_computed_and_held_once():
     assert len(passes) == B
 
 
+@pytest.mark.every(0)
 def test_the_kernel_of_two_batches_and_of_other_numbers_of_outputs():
     params = {"W": normal(1, 30, 20)}
     model = lambda params, x: jnp.tanh(x @ params["W"].T).sum(1)  # noqa: E731
@@ -173,6 +175,7 @@ def test_the_kernel_of_a_convolutional_network_takes_no_more_memory_than_its_row
     assert memory[0] <= memory[1]
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-9)])
 @pytest.mark.parametrize("B", [64, 256])
 def test_norms_and_kernels_under_jit_at_real_sizes_have_the_digits_of_their_dtype(dtype, rounding, B):

@@ -46,6 +46,7 @@ MODELS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_memory_of_norms_and_clipped_sum_is_near_a_plain_gradients(name):
     loss, params, X = MODELS[name]
@@ -89,7 +90,7 @@ CASES = [
 ]
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 @pytest.mark.parametrize(("loss", "shape"), CASES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_norms_and_sums_have_the_digits_of_their_dtype(loss, shape, dtype):
@@ -116,6 +117,7 @@ def test_norms_and_sums_have_the_digits_of_their_dtype(loss, shape, dtype):
         assert np.linalg.norm(a - np.tensordot(np.asarray(c), b, 1)) <= tolerance * scale
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
 def test_norms_of_masked_and_penalised_gradients_neither_overflow_nor_vanish(size):
     params = {"W": normal(1, 30, 30)}
@@ -129,6 +131,7 @@ def test_norms_of_masked_and_penalised_gradients_neither_overflow_nor_vanish(siz
     np.testing.assert_allclose(other, one * np.float32(size), rtol=1e-5)
 
 
+@pytest.mark.every(0)
 def test_one_example_is_cut_out_of_what_all_share():
     params, X = {"W": normal(1, 30, 20, dtype=np.float64)}, normal(2, 4, 20, dtype=np.float64)
     loss = lambda p, x: jnp.sum(jnp.tanh(jnp.exp(p["W"]) @ x)) + x[0] * jnp.sum(p["W"] ** 2)  # noqa: E731
@@ -150,6 +153,7 @@ def test_two_calls_give_one_structure():
     assert jax.tree.structure(first) == jax.tree.structure(second)
 
 
+@pytest.mark.every(0)
 def test_one_example_moves_a_clipped_sum_by_at_most_the_bound_behind_a_map_and_a_penalty():
     params = {"W": normal(1, 40, 40)}
     loss = lambda p, x: masked(p, x[1:]) + x[0] * jnp.sum(p["W"] ** 2)  # noqa: E731
@@ -162,7 +166,7 @@ def test_one_example_moves_a_clipped_sum_by_at_most_the_bound_behind_a_map_and_a
         assert moved <= gradient.sensitivity(8)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(19)
 @pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
 @pytest.mark.parametrize(("loss", "shape"), CASES)
 def test_magnitudes_are_no_less_than_the_norms(loss, shape, size):
@@ -184,6 +188,7 @@ def test_the_norm_of_a_map_that_spreads_its_input_counts_how_far():
     assert f.norm(jnp.float32) >= np.linalg.norm(array, axis=1).max()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-9)])
 def test_a_map_in_every_step_of_a_loop_has_the_digits_of_its_dtype_at_real_sizes(dtype, rounding):
     rng = np.random.default_rng(0)
@@ -206,6 +211,7 @@ def test_a_map_in_every_step_of_a_loop_has_the_digits_of_its_dtype_at_real_sizes
     np.testing.assert_allclose(total, exact.sum(0), atol=64 * rounding * np.abs(exact).sum(0).max())
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("loss", [weight_decay, masked, standardised])
 def test_batches_behind_a_map_are_concatenated_where_they_share_it(loss):
     params, X = {"W": jnp.asarray(normal(1, 30, 20))}, jnp.asarray(normal(2, 7, 20))
@@ -235,6 +241,7 @@ def exponential(W, x):
     return jnp.tanh(jax.scipy.linalg.expm(W[0] - W[0].T) @ x).sum()
 
 
+@pytest.mark.every(11)
 @pytest.mark.parametrize("B", [64, 256])
 @pytest.mark.parametrize(
     ("loss", "dtype", "rounding"),

@@ -49,6 +49,7 @@ jax.distributed.shutdown()
 """
 
 
+@pytest.mark.every(0)
 def test_two_processes_agree_with_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -67,7 +67,7 @@ def census(seeds) -> tuple[Counter, Counter]:
     return parameters, kinds
 
 
-@pytest.mark.every(8)
+@pytest.mark.every(113)
 @pytest.mark.parametrize("seed", sorted({*range(100 * FUZZ), *ONCE_WRONG}))
 def test_a_random_program_agrees(seed):
     p = programs.program(seed)

@@ -88,7 +88,7 @@ def exported(function, *arguments):
     return export.deserialize(export.export(jax.jit(function))(params, *open_).serialize())
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(0)
 @pytest.mark.parametrize("name", LOSSES)
 def test_any_number_of_examples_in_an_exported_function(name):
     loss, params, batch = LOSSES[name]
@@ -103,7 +103,7 @@ def test_any_number_of_examples_in_an_exported_function(name):
         jax.tree.map(lambda a, b, atol: np.testing.assert_allclose(a, b, rtol=2e-4, atol=atol), got, wanted, scale)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_and_clip_info_are_arguments_and_results(name):
     loss, params, batch = LOSSES[name]

@@ -99,7 +99,7 @@ KEPT = ["positions divided", "rows of the weight divided", "rows and positions d
 KEPT += ["columns of the weight divided", "a bias beside", "jitted", "looked up at divided positions"]
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(53)
 @pytest.mark.parametrize("jit", [quick_jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_are_those_of_vmap(name, jit, mesh):
@@ -132,6 +132,7 @@ def test_factors_stay_where_their_devices_have_them(mesh):
     assert [a.sharding.spec[2] for a in jax.tree.leaves(g.factors)] == ["data", "data"]
 
 
+@pytest.mark.every(2)
 def test_a_sum_over_devices_that_each_goes_on_with_is_formed(mesh):
     loss = mapped(summed_before_it_is_divided, (PartitionSpec("data"), ROWS), ROWS)
     rng = np.random.default_rng(1)
@@ -141,7 +142,7 @@ def test_a_sum_over_devices_that_each_goes_on_with_is_formed(mesh):
         np.testing.assert_allclose(jg.per_example_grad(loss)(V, X).materialize(), G, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(17)
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8)])
 @pytest.mark.parametrize("name", ["rows and positions divided", "normalised before", "in a loop", "five times"])
 def test_the_digits_are_those_of_the_dtype_at_real_sizes(name, dtype, rounding, mesh):
@@ -173,7 +174,7 @@ def lying(a, axis, examples):
     return jax.device_put(a, jax.NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-@pytest.mark.every(40)
+@pytest.mark.every(81)
 @pytest.mark.parametrize("many", [1, 2])
 @pytest.mark.parametrize("examples", [None, "data"])
 @pytest.mark.parametrize("axis", range(5))
@@ -185,6 +186,7 @@ def test_every_verb_of_factors_that_an_explicit_mesh_divides(kind, axis, example
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, expected)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("outputs", [2, 64])
 def test_every_verb_of_convolutions_of_examples_that_an_explicit_mesh_divides(outputs):
     """JAX itself refuses a convolution whose other axes are divided."""

@@ -100,12 +100,14 @@ def _users_settings():
         yield
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind", SUMS)
 @pytest.mark.parametrize("name", ONE)
 def test_one_operand(name, kind):
     commutes(ONE[name], [SUMS[kind](1)])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("other", ["shared", *SUMS])
 @pytest.mark.parametrize("kind", SUMS)
 @pytest.mark.parametrize("name", TWO)

@@ -139,13 +139,14 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_under_transformations(name):
     data, function = TRANSFORMED[name]
     close(*(jit(functools.partial(function, results))(*data()) for results in (ours, theirs)), 1e-11)
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize("unused", [{}, {"unused": np.ones((3, 4))}], ids=["", "unused parameter"])
 @pytest.mark.parametrize("kind", ["Auto", "Explicit", "shard_map", "shard_map unchecked"])
 def test_a_sharded_batch(kind, unused):
@@ -177,6 +178,7 @@ def test_the_loss_is_traced_once():
 # --- Batches ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("n", [0, 1])
 @MODELS
 def test_batches_of_none_and_of_one(loss, data, n):
@@ -195,6 +197,7 @@ def test_all_examples_masked():
     close(bad, (nothing, jnp.zeros(B)), 0)
 
 
+@pytest.mark.every(2)
 @MODELS
 def test_examples_do_not_touch_each_other(loss, data):
     p, X, Y = data()
@@ -215,6 +218,7 @@ def test_examples_do_not_touch_each_other(loss, data):
     close((each_, total_), (jax.tree.map(lambda a: a[order], each), total), 1e-13)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.05), (jnp.float16, 0.01)])
 def test_low_precision(dtype, rtol):
     data = mlp_data(dtype)
@@ -335,6 +339,7 @@ LARGE = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", LARGE)
 def test_no_array_of_batch_times_matrix_is_in_the_compiled_program(name):
     loss, shapes = LARGE[name]

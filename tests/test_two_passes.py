@@ -56,6 +56,7 @@ BACKWARD = {  # of activations h and a cotangent d
 }
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize("name", BACKWARD)
 def test_which_backward_passes_are_linear(name):
     linear, backward = BACKWARD[name]
@@ -73,7 +74,7 @@ def test_which_backward_passes_are_linear(name):
             gradient(jnp.ones((5, 4)), jnp.ones((3, 4)))
 
 
-@pytest.mark.every(40)
+@pytest.mark.every(281)
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.name not in REFUSED], ids=lambda entry: entry.name)
 def test_the_zoo_has_the_norms_and_sums_of_vmap(entry):
     axes = axes_of(entry)
@@ -118,6 +119,7 @@ def memory(function, *arguments):
     return found.temp_size_in_bytes + found.output_size_in_bytes
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("T", [64, 512])
 def test_two_passes_hold_what_a_plain_gradient_holds(T):
     params = jax.tree.map(
@@ -143,6 +145,7 @@ def drawn(seed, L=3, D=4, H=7):
     return stacked(L, D, H, lambda shape: jnp.asarray(rng.normal(size=shape)))
 
 
+@pytest.mark.every(11)
 @pytest.mark.parametrize(
     "options",
     [
@@ -164,6 +167,7 @@ def test_what_one_pass_returns_two_passes_return(options, masked):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), one, two)
 
 
+@pytest.mark.every(0)
 @pytest.mark.parametrize("jit", [quick_jit, lambda f: f], ids=["jit", "eager"])
 def test_examples_that_are_masked_or_not_finite_add_exactly_zero(jit):
     def loss(w, x, key, n):
@@ -181,6 +185,7 @@ def test_examples_that_are_masked_or_not_finite_add_exactly_zero(jit):
     np.testing.assert_array_equal(nothing, jnp.zeros(4))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_one_example_moves_the_sum_by_at_most_the_bound(dtype):
     params = jax.tree.map(lambda a: (a / 2).astype(jnp.float32), drawn(3))
@@ -197,6 +202,7 @@ def test_one_example_moves_the_sum_by_at_most_the_bound(dtype):
     assert lengths.max() <= gradient.sensitivity(1, dtype)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("B", [64, 256])
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8)])
 def test_the_digits_are_those_of_the_dtype_at_real_sizes(dtype, rounding, B):

@@ -88,7 +88,7 @@ def close(found, expected, scale, rtol, message):
     assert np.all(error <= rtol * scale), f"{message}: {np.max(error / np.maximum(scale, 1e-300)):.1e} of its size away"
 
 
-@pytest.mark.every(8)
+@pytest.mark.every(145)
 @pytest.mark.usefixtures("users_settings")
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_agrees_with_the_written_out_gradients(entry):
@@ -160,7 +160,7 @@ def written_out(entry: Loss, function) -> set[str]:
     return {path for path in entry.factored if B * leaves[path].size in more}
 
 
-@pytest.mark.every(14)
+@pytest.mark.every(71)
 @pytest.mark.usefixtures("users_settings")
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.factored], ids=lambda e: e.name)
 def test_the_compiled_clipped_sum_holds_no_batch_of_gradients(entry):
