@@ -31,9 +31,11 @@ THEMES = {  # name of a theme: its module, which defines THEME
     "growth": "benchmarks.growth",
     "third_party": "benchmarks.third_party.theme",
     "card": "benchmarks.card",
+    "compiled": "benchmarks.compiled.theme",
 }
 ROW_SECONDS = 60.0  # for one row on a GPU
 THIRD_PARTY = "third_party"  # has an environment of its own, and runs only if it is named
+COMPILED = "compiled"  # needs the compilers of accelerators, and runs only if it is named
 CARD = "card"  # runs on a GPU, or with --small at small sizes anywhere
 
 
@@ -79,7 +81,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
         return [options.only]
     if options.small or options.device == "gpu":
         return [CARD]
-    return [name for name in THEMES if name not in (CARD, THIRD_PARTY)]
+    return [name for name in THEMES if name not in (CARD, THIRD_PARTY, COMPILED)]
 
 
 def as_typed(options: argparse.Namespace) -> str:

@@ -101,7 +101,8 @@ def in_words(environment: dict[str, Any]) -> str:
 def markdown(theme: Theme, rows: Sequence[Row], environment: dict[str, Any], command: str) -> str:
     """The text of the theme's Markdown file."""
     lines = [f"# {theme.title}", "", f"Written by `{command}`.", "", theme.about.strip(), ""]
-    lines += [f"Medians of interleaved calls, {in_words(environment)}. Freed memory is kept (`benchmarks/timing.py`)."]
+    how = f"Medians of interleaved calls, {in_words(environment)}. Freed memory is kept (`benchmarks/timing.py`)."
+    lines += [how if theme.timed else f"jax {environment['jax']}, Python {environment['Python']}."]
     for section, of_section in itertools.groupby(rows, key=lambda row: row.section):
         lines += ["", *([section, ""] if section else []), *header(theme.columns, " ")]
         lines += [row_line(theme.columns, row) for row in of_section]

@@ -133,6 +133,7 @@ class Theme:
         workloads: a function of the settings that gives its rows.
         measure: a function (workload, settings) that returns the rows to print; None for `benchmarks.measure.measure`.
         note: the text below the table, or a function that makes it from the rows.
+        timed: whether functions are called and timed.
     """
 
     name: str
@@ -142,3 +143,4 @@ class Theme:
     workloads: Callable[[Settings], Iterable[Workload]]
     measure: Callable[[Workload, Settings], Iterable[Row]] | None = None
     note: str | Callable[[Sequence[Row]], str] = ""
+    timed: bool = True

@@ -139,7 +139,9 @@ def clipped_grad(
     most a few u/√κ·max_norm = 2⁻¹⁴, 2⁻³³ max_norm, and the errors of B examples add up to √B times that (the model of
     Higham and Mary 2019: errors have mean zero, which is assumed and not proved). For a gradient that is followed by a
     linear map shared by all examples and not elementwise (`Mapped`), S includes the map's norm, which is estimated with
-    a margin and not bounded.
+    a margin and not bounded. Where operands of products are rounded, ρ√(‖g‖² + S²) is added to the norm as well, which
+    bounds what that changes: ρ = 3·2⁻⁸ for factors in bfloat16; 2⁻⁹ and 2⁻⁶ for float32 on GPUs and TPUs, unless
+    `jax.default_matmul_precision("highest")` is set (`PerExampleGrads.rounding`).
 
     Not guaranteed: independence of the examples. The loss sees one example at a time, but parameters or shared
     arguments that were computed from the batch (batch normalization) are outside the bound. Privacy also needs noise,
@@ -320,7 +322,7 @@ class ClippedGrad:
         over = jnp.zeros_like(mask)
         for bound, group, n in zip(bounds, groups, norms, strict=True):
             limit = jnp.asarray(bound, n.dtype)
-            c = self._factors(n, group.magnitudes(), limit, keep)
+            c = self._factors(n, group.magnitudes(), limit, keep, group.rounding())
             total += jax.tree.leaves(group.where(keep).scale(c).sum(rounded=False))
             over |= n > limit
         return total, (values, aux, root_sum_of_squares(norms), over)
@@ -335,7 +337,7 @@ class ClippedGrad:
         keep = mask & functools.reduce(operator.and_, (jnp.isfinite(n) for n in norms))
         limits = [jnp.asarray(bound, n.dtype) for bound, n in zip(bounds, norms, strict=True)]
         weights = [
-            self._factors(n, root_sum_of_squares([m.magnitude for m in part]), limit, keep)
+            self._factors(n, root_sum_of_squares([m.magnitude for m in part]), limit, keep, jnp.zeros(()))
             for n, part, limit in zip(norms, parts, limits, strict=True)
         ]
         sums = weighted_gradients(self._transformed, arguments, weights, keep)
@@ -343,12 +345,15 @@ class ClippedGrad:
         over = functools.reduce(operator.or_, (n > limit for n, limit in zip(norms, limits, strict=True)))
         return [total[i] for i in range(len(total))], (values, aux, root_sum_of_squares(norms), over)
 
-    def _factors(self, norms: Array, magnitudes: Array | None, limit: Array, keep: Array) -> Array:
+    def _factors(self, norms: Array, magnitudes: Array | None, limit: Array, keep: Array, rounding: Array) -> Array:
         """c [B]: what every gradient is multiplied with, so that none is longer than its bound."""
-        norms, largest = kept(keep, norms), kept(keep, norms)
+        norms, rounding = kept(keep, norms), rounding.astype(norms.dtype)
+        largest, size = norms, norms
         if magnitudes is not None:
             guard = jnp.asarray(math.sqrt(GUARD[jnp.dtype(norms.dtype)]), norms.dtype)
-            largest = root_sum_of_squares([norms, guard * kept(keep, magnitudes.astype(norms.dtype))])
+            magnitudes = kept(keep, magnitudes.astype(norms.dtype))
+            largest, size = (root_sum_of_squares([norms, part]) for part in (guard * magnitudes, magnitudes))
+        largest = largest + rounding * size
         numbers = jnp.finfo(norms.dtype)
         bound = jnp.minimum(limit, numbers.max)
         most = bound / jnp.maximum(largest, jnp.maximum(bound / (numbers.max / 4), numbers.tiny))  # never infinite

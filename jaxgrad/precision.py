@@ -1,6 +1,7 @@
 """The dtypes that the library computes in."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,35 @@ def working_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
     if any(jnp.issubdtype(d, jnp.complexfloating) for d in kinds):
         return jnp.dtype(jnp.complex128 if double else jnp.complex64)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
+def contracted(spec: str, a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Array:
+    """Return `jnp.einsum(spec, a, b)` in `dtype`, float32 or wider.
+
+    Products of two bfloat16 numbers are exact in float32, so arrays of bfloat16 are multiplied as they are.
+    """
+    if {a.dtype, b.dtype} == {jnp.dtype(jnp.bfloat16)} and dtype == jnp.float32:
+        return jnp.einsum(spec, a, b, preferred_element_type=dtype)
+    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype))
+
+
+def product_rounding() -> Array:
+    """Return by how much, relatively, a matrix product rounds an operand of float32 where it is compiled.
+
+    By default a GPU rounds to TensorFloat-32 and a TPU to bfloat16; `jax.default_matmul_precision` changes that.
+    """
+    asked: Any = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  # its stub lacks it
+    if asked in ("highest", "float32"):
+        by = {"default": 0.0}
+    elif asked in ("high", "tensorfloat32", "bfloat16_3x"):
+        by = {"cpu": 0.0, "cuda": 2.0**-11, "rocm": 2.0**-11, "tpu": 2.0**-15, "default": 2.0**-8}
+    elif asked in (None, "default", "fastest", "bfloat16"):
+        by = {"cpu": 0.0, "cuda": 2.0**-11, "rocm": 2.0**-11, "default": 2.0**-8}
+    else:  # an algorithm of `jax.lax.DotAlgorithmPreset`
+        by = {"default": 2.0**-8}
+    ways: Any = {name: lambda value=value: jnp.asarray(value, jnp.float32) for name, value in by.items()}
+    found: Array = jax.lax.platform_dependent(**ways) if len(ways) > 1 else ways["default"]()
+    return found
 
 
 def added(terms: Sequence[Array]) -> Array:

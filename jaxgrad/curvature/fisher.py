@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
 from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision, scaled_system
 from jaxgrad.errors import naming
-from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.gradients import PerExampleGrads, widened
 from jaxgrad.per_example.serialized import named_tuple
 
 
@@ -36,7 +36,7 @@ def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree) -> PyTree
         [1.0, 2.0, 3.0]
     """
     rows, _ = rows_and_residuals(g)
-    return rows.weighted_sum(rows.dot(v) / max(rows.batch_size, 1))
+    return widened(rows).weighted_sum(rows.dot(v) / max(rows.batch_size, 1))
 
 
 @naming("natural_gradient")

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxgrad.errors import called
 from jaxgrad.per_example.algebra.scales import power_of_two
-from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.gradients import PerExampleGrads, widened
 from jaxgrad.sharding import gathered
 
 EXACT = lax.Precision.HIGHEST  # by default, accelerators round more
@@ -117,4 +117,4 @@ def scaled_system(g: PerExampleGrads, damping: Any) -> tuple[PerExampleGrads, Ar
     unit = power_of_two(
         jnp.maximum(norms.max(), jnp.sqrt(lax.stop_gradient(mu)) * jnp.sqrt(jnp.asarray(g.batch_size, norms.dtype)))
     )
-    return g.scale(jnp.full_like(norms, 1) / unit), mu / unit * g.batch_size / unit, unit
+    return widened(g).scale(jnp.full_like(norms, 1) / unit), mu / unit * g.batch_size / unit, unit

@@ -16,6 +16,7 @@ from jaxgrad.per_example.interpreter.measuring import Measure, Measurer, measure
 from jaxgrad.per_example.interpreter.values import Value
 from jaxgrad.per_example.lower import factors_of
 from jaxgrad.per_example.transform import Transformed
+from jaxgrad.precision import product_rounding
 
 NARROW = 2.0**6
 """Factor on the magnitude of terms that cancel if they are in float16 or bfloat16, where sums lose more digits."""
@@ -89,7 +90,14 @@ def _of_batch(factors: tuple[Factor, ...]) -> Measure:
     if magnitude is None:
         return Measure(norm.astype(dtype), jnp.zeros_like(norm, dtype))
     narrow = any(jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize < 4 for f in factors for a in arrays(f))
-    return Measure(norm.astype(dtype), magnitude.astype(dtype) * (NARROW if narrow else 1.0))
+    return Measure(norm.astype(dtype), magnitude.astype(dtype) * _fewer_digits(narrow, dtype).astype(dtype))
+
+
+def _fewer_digits(narrow: bool, dtype: jnp.dtype) -> Array:
+    """NARROW if sums of products are not exact to float32, otherwise 1."""
+    if narrow or dtype == jnp.float64:
+        return jnp.asarray(NARROW if narrow else 1.0)
+    return jnp.where(product_rounding() > 0, NARROW, 1.0)
 
 
 _BOTH: Any = Measure(True, True)  # type: ignore[arg-type]  # what a vmap measures has the axis

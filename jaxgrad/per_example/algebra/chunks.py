@@ -1,9 +1,10 @@
 """Loops that materialize at most a stated number of bytes at once."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,33 @@ def chunk_size(bytes_each: int, count: int, most: int = CHUNK_BYTES) -> int:
     return max(1, min(expected(count), min(_bound.get(), most) // max(bytes_each, 1)))
 
 
-def map_examples(function: Callable[..., Array], size: int, *trees: PyTree, spread: bool = True) -> Array:
+class Blocks(NamedTuple):
+    """How many examples to take at once: on a processor, where they are to fit its cache, and on accelerators."""
+
+    processor: int
+    accelerator: int
+
+    @staticmethod
+    def of(bytes_each: int, count: int, in_cache: int) -> "Blocks":
+        """As many as take `in_cache` bytes on a processor, and `CHUNK_BYTES` on accelerators; at least one."""
+        return Blocks(chunk_size(bytes_each, count, in_cache), chunk_size(bytes_each, count))
+
+    @staticmethod
+    def fewest(blocks: "Sequence[Blocks]") -> "Blocks":
+        """The smallest of these on each."""
+        return Blocks(*map(min, zip(*blocks, strict=True)))
+
+
+def _where_compiled(loop: Callable[..., Any], function: Callable[..., Any], size: Blocks, *trees: PyTree) -> Any:
+    if size.processor == size.accelerator:
+        return loop(function, size.processor, *trees)
+    ways = {"cpu": size.processor, "default": size.accelerator}
+    return lax.platform_dependent(
+        *trees, **{name: lambda *trees, n=n: loop(function, n, *trees) for name, n in ways.items()}
+    )
+
+
+def map_examples(function: Callable[..., Array], size: int | Blocks, *trees: PyTree, spread: bool = True) -> Array:
     """Compute function(*trees) on `size` or somewhat fewer examples (axis 0) at a time; they must be independent.
 
     Each block is sliced where it is used, so that no second copy of the examples is made. If the batch may be sharded
@@ -71,6 +98,8 @@ def map_examples(function: Callable[..., Array], size: int, *trees: PyTree, spre
     Args:
         spread: True if axis 0 may be sharded over devices.
     """
+    if isinstance(size, Blocks):
+        return cast("Array", _where_compiled(functools.partial(map_examples, spread=spread), function, size, *trees))
     if not isinstance(_count(trees), int):
         return _map_unknown(function, size, trees)
     cut = _Cut.of(trees, size, spread)
@@ -83,8 +112,10 @@ def map_examples(function: Callable[..., Array], size: int, *trees: PyTree, spre
     return jnp.concatenate([results, function(*rest)]) if _count(rest) else results
 
 
-def sum_examples(function: Callable[..., T], size: int, *trees: PyTree, spread: bool = True) -> T:
+def sum_examples(function: Callable[..., T], size: int | Blocks, *trees: PyTree, spread: bool = True) -> T:
     """Compute function(*trees), a tree of arrays, on blocks as in `map_examples`; it must be a sum over axis 0."""
+    if isinstance(size, Blocks):
+        return cast("T", _where_compiled(functools.partial(sum_examples, spread=spread), function, size, *trees))
     if not isinstance(_count(trees), int):
         return _sum_unknown(function, trees)
     cut = _Cut.of(trees, size, spread)

@@ -25,13 +25,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxgrad.per_example.algebra import sums
-from jaxgrad.per_example.algebra.chunks import map_examples
+from jaxgrad.per_example.algebra.chunks import Blocks, map_examples
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same, map_examples_of, of_examples
 from jaxgrad.per_example.algebra.scales import largest, nearest_power, power_of_two, row_sums
 from jaxgrad.per_example.algebra.windows import Unfolding
-from jaxgrad.precision import added, working_dtype
+from jaxgrad.precision import added, contracted, working_dtype
 from jaxgrad.sharding import kept
 
 
@@ -151,7 +150,7 @@ class Windows:
         return Outer(*self.unfolding.sides(self.left, self.image), self.layout)
 
     @property
-    def at_once(self) -> int:
+    def at_once(self) -> Blocks:
         """Number of examples that are unfolded at once."""
         return self.unfolding.at_once(self.left.shape[0], self.left, self.image)
 
@@ -202,36 +201,56 @@ def accumulator(*factors: Factor) -> jnp.dtype:
 
 def wide(f: Factor, dtype: jnp.dtype) -> Factor:
     """The factor with its floating arrays in `dtype`, and its complex arrays in the complex dtype of that precision."""
+    return jax.tree.map(lambda a: _wide(a, dtype), f)
 
-    def one(a: Array) -> Array:
-        if jnp.issubdtype(a.dtype, jnp.complexfloating):
-            return a.astype(working_dtype(dtype, jnp.complex64))
-        return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
-    return jax.tree.map(one, f)
+def for_products(f: Factor, dtype: jnp.dtype) -> Factor:
+    """As `wide`, but arrays of bfloat16 stay as they are for float32: `contracted` multiplies them exactly."""
+    exact = jnp.bfloat16 if dtype == jnp.float32 else None
+    return jax.tree.map(lambda a: a if a.dtype == exact else _wide(a, dtype), f)
+
+
+def _wide(a: Array, dtype: jnp.dtype) -> Array:
+    if jnp.issubdtype(a.dtype, jnp.complexfloating):
+        return a.astype(working_dtype(dtype, jnp.complex64))
+    return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
 
 def scale(f: Factor, c: Any) -> Factor:
     """c_b times example b, in float32 at least. Of two arrays, the smaller one is multiplied."""
-    c = c.astype(accumulator(f))
-    f = wide(f, c.dtype)
+    acc = accumulator(f)
+    return times(wide(f, acc), c.astype(acc))
+
+
+def scale_by_powers(f: Factor, c: Any) -> Factor:
+    """c_b times example b for powers of two c, which rounds nothing: arrays of bfloat16 stay so."""
+    acc = accumulator(f)
+    return times(for_products(f, acc), c.astype(acc))
+
+
+def times(f: Factor, c: Array) -> Factor:
+    """c_b times example b; the arrays keep their dtypes."""
+
+    def product(a: Array) -> Array:
+        return (_examples(c, a) * a.astype(working_dtype(c.dtype, a.dtype))).astype(a.dtype)
+
     match f:
         case Outer(left, right) if left.size <= right.size:
-            return dataclasses.replace(f, left=_examples(c, left) * left)
+            return dataclasses.replace(f, left=product(left))
         case Outer(_, right):
-            return dataclasses.replace(f, right=_examples(c, right) * right)
+            return dataclasses.replace(f, right=product(right))
         case Rows(ids, values, layout):
-            return Rows(ids, _examples(c, values) * values, layout)
+            return Rows(ids, product(values), layout)
         case Windows(left, image, _, _) if left.size <= image.size:
-            return dataclasses.replace(f, left=_examples(c, left) * left)
+            return dataclasses.replace(f, left=product(left))
         case Windows(_, image, _, _):
-            return dataclasses.replace(f, image=_examples(c, image) * image)
+            return dataclasses.replace(f, image=product(image))
         case Common(number):
-            return dataclasses.replace(f, number=c * number)
+            return dataclasses.replace(f, number=product(number))
         case Mapped(inputs):
-            return dataclasses.replace(f, inputs=tuple(tuple(scale(part, c) for part in parts) for parts in inputs))
+            return dataclasses.replace(f, inputs=tuple(tuple(times(part, c) for part in parts) for parts in inputs))
         case Dense(value, layout):
-            return Dense(_examples(c, value) * value, layout)
+            return Dense(product(value), layout)
 
 
 def where(f: Factor, mask: Float[Array, " B"] | Array) -> Factor:
@@ -251,24 +270,25 @@ def materialize(f: Factor) -> Array:
 def written_out(f: Factor) -> Array:
     """[B, *shape] in the accumulator's dtype."""
     acc = accumulator(f)
-    match wide(f, acc):
+    match f:
         case Outer(left, right, layout):
-            return layout.from_matrix(jnp.einsum("bgtf,bgtk->bgfk", left, right))
+            return layout.from_matrix(contracted("bgtf,bgtk->bgfk", left, right, acc))
         case Rows() as rows:
 
             def table(ids: Array, values: Array) -> Array:
-                return jnp.zeros(rows.layout.matrix[1:], acc).at[ids].add(values)
+                return jnp.zeros(rows.layout.matrix[1:], acc).at[ids].add(values.astype(acc))
 
             return rows.layout.from_matrix(jax.vmap(table)(*rows.valid())[:, None])
         case Windows() as windows:
             return map_examples(lambda w: written_out(w.unfolded()), windows.at_once, windows)
         case Common(number, array):
-            return _examples(number, array.value[None]) * array.value[None]
+            shared = array.value[None].astype(acc)
+            return _examples(number.astype(acc), shared) * shared
         case Mapped(inputs) as mapped:
             whole = [added([written_out(part) for part in parts]) for parts in inputs]
             return jax.vmap(lambda xs: mapped.apply(xs))([a.astype(acc) for a in whole]).astype(acc)
         case Dense(value, _):
-            return value
+            return value.astype(acc)
 
 
 def dot(f: Factor, V: Array) -> Float[Array, " B"]:
@@ -277,65 +297,24 @@ def dot(f: Factor, V: Array) -> Float[Array, " B"]:
     Cost: an Outer takes B·G·T·F·K operations, and no array larger than a factor's.
     """
     acc = accumulator(f)
-    f = wide(f, acc)
     if isinstance(f, Windows):
         return map_examples(lambda w: dot(w.unfolded(), V), f.at_once, f)
     if isinstance(f, Common):
-        return f.number * jnp.vdot(f.array.value, V.astype(acc))
+        return f.number.astype(acc) * jnp.vdot(f.array.value.astype(acc), V.astype(acc))
     if isinstance(f, Mapped):
         pairs = zip(f.inputs, f.back(V.astype(acc)), strict=True)
         return added([dot(part, v) for parts, v in pairs for part in parts])
-    V = f.layout.to_matrix(V.astype(acc))
+    V = f.layout.to_matrix(V if V.dtype == jnp.bfloat16 else V.astype(acc))
     match f:
         case Outer(left, right, layout) if layout.matrix[1] <= layout.matrix[2]:
-            return row_sums(left * jnp.einsum("bgtk,gfk->bgtf", right, V))
+            return row_sums(left.astype(acc) * contracted("bgtk,gfk->bgtf", right, V, acc))
         case Outer(left, right, _):
-            return row_sums(right * jnp.einsum("bgtf,gfk->bgtk", left, V))
+            return row_sums(right.astype(acc) * contracted("bgtf,gfk->bgtk", left, V, acc))
         case Rows() as rows:
             ids, values = rows.valid()
-            return row_sums(values * V[0][ids])
+            return row_sums(values.astype(acc) * V[0][ids].astype(acc))
         case Dense(value, layout):
-            return jnp.matmul(value.reshape(value.shape[0], layout.size), V.ravel())
-
-
-def weighted_sum(f: Factor, c: Float[Array, " B"] | None) -> Array:
-    """Σ_b c_b · gradient of example b (c None: their sum), with the parameter's shape, in the accumulator's dtype.
-
-    Cost: an Outer takes one matrix product of B·G·T·F·K operations, Windows one convolution; no array of B × parameter
-    size is made.
-    """
-    acc = accumulator(f)
-    if isinstance(f, Dense) and c is not None:  # no weighted copy
-        value = f.value.reshape(f.value.shape[0], f.layout.size).astype(acc)
-        return sums.weighted_rows(c.astype(acc), value).reshape(f.layout.shape)
-    if is_nothing(f):
-        return jnp.zeros(f.layout.shape, acc)
-    match wide(f if c is None else scale(f, c), acc):
-        case Outer(left, right, layout) as f:
-            if layout.matrix[0] == 1:
-                sides = (left[:, 0], right[:, 0])
-                if f.positions_first:
-                    sides = (left[:, 0].swapaxes(0, 1), right[:, 0].swapaxes(0, 1))
-                count = left.shape[0] * left.shape[2]
-                lefts, rights = (a.reshape(count, a.shape[2]) for a in sides)
-                total = sums.products(lefts, rights)[None]
-            else:
-                total = sums.grouped_products(left, right)
-            return layout.from_matrix(total)
-        case Rows() as rows:
-            ids, values = rows.valid()
-            total = sums.table(ids.ravel(), values.reshape(ids.size, values.shape[2]), rows.rows)
-            return rows.layout.from_matrix(total[None])
-        case Windows(left, image, unfolding, layout):
-            return layout.from_matrix(unfolding.summed(left, image))
-        case Common(number, array):
-            return sums.weighted_rows(jnp.ones_like(number), number[:, None])[0] * array.value
-        case Mapped(inputs) as mapped:
-            totals = [added([weighted_sum(part, None) for part in parts]) for parts in inputs]
-            return mapped.apply([a.astype(acc) for a in totals]).astype(acc)
-        case Dense(value, layout):
-            rows = value.reshape(value.shape[0], layout.size)
-            return sums.weighted_rows(jnp.ones(value.shape[0], acc), rows).reshape(layout.shape)
+            return contracted("bk,k->b", value.reshape(value.shape[0], layout.size), V.ravel(), acc)
 
 
 def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
@@ -343,23 +322,25 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
     where f is 0.
 
     In an Outer every position and side has its own unit; if one side is huge and the other tiny, their product counts.
+    Nothing is rounded, so arrays of bfloat16 stay so.
     """
-    f = wide(f, accumulator(f))
+    acc = accumulator(f)
+    f = for_products(f, acc)
 
     def scaled(a: Array, most: Array) -> tuple[Array, Array]:
-        return a / _examples(power_of_two(most), a), nearest_power(most)
+        return a / _examples(power_of_two(most), a).astype(a.dtype), nearest_power(most).astype(acc)
 
     match f:
         case Outer(left, right):
             most = (jnp.abs(lax.stop_gradient(side)).max(3, initial=0) for side in (left, right))
-            a, b = (nearest_power(m) for m in most)  # [B, G, T]
+            a, b = (nearest_power(m).astype(acc) for m in most)  # [B, G, T]
             products = a * b
             total = products.max((1, 2), initial=0)
             unit = jnp.where(jnp.isinf(total), total, nearest_power(total))  # a norm that is too large is infinite
             each = _examples(jnp.where(unit == 0, jnp.ones_like(unit), unit), products)
             share = jnp.where(jnp.isinf(products), jnp.ones_like(products), products / each)
-            left, right = left / power_of_two(a)[..., None], right / power_of_two(b)[..., None]
-            return dataclasses.replace(f, left=left * share[..., None], right=right), unit
+            left, right = (a_ / power_of_two(of)[..., None].astype(a_.dtype) for a_, of in ((left, a), (right, b)))
+            return dataclasses.replace(f, left=left * share[..., None].astype(left.dtype), right=right), unit
         case Rows(ids, values, layout):  # values at padding ids do not count
             used = f.inside.any(1, keepdims=True) if f.repeated else f.inside
             values = jnp.where(used[..., None], values, jnp.zeros_like(values))
@@ -370,9 +351,10 @@ def scaled_by_power_of_two(f: Factor) -> tuple[Factor, Float[Array, " B"]]:
             (left, a), (image, b) = scaled(left, sides[0]), scaled(image, sides[1])
             return dataclasses.replace(f, left=left, image=image), a * b
         case Common(number, array, layout):
-            number, unit = scaled(number, jnp.abs(lax.stop_gradient(number)))
-            top = jnp.abs(lax.stop_gradient(array.value)).max(initial=0)
-            return Common(number, Same(array.value / power_of_two(top)), layout), unit * nearest_power(top)
+            number, unit = scaled(number.astype(acc), jnp.abs(lax.stop_gradient(number.astype(acc))))
+            shared = array.value.astype(acc)
+            top = jnp.abs(lax.stop_gradient(shared)).max(initial=0)
+            return Common(number, Same(shared / power_of_two(top)), layout), unit * nearest_power(top)
         case Mapped():
             return f, jnp.ones_like(of_examples(f)[0], accumulator(f), shape=of_examples(f)[0].shape[:1])
         case Dense(value, layout):

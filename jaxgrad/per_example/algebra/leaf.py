@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxgrad.per_example.algebra import factors, moments, norms, pairs
+from jaxgrad.per_example.algebra import factors, moments, norms, pairs, weighted
 from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Rows, Windows
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same, of_examples
+from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.precision import added, joined, working_dtype
-from jaxgrad.sharding import kept
+from jaxgrad.sharding import every_example, kept
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("factors", "weight"), meta_fields=())
@@ -49,9 +50,15 @@ class Leaf:
         """Apply `function` to every factor, and replace the weight."""
         return Leaf(tuple(function(f) for f in self.factors), weight)
 
+    def _nearly_weighted(self) -> tuple[tuple[Factor, ...], Array]:
+        """(the factors times powers of two, what is still to be multiplied in [B]), so that no side is rounded."""
+        unit = power_of_two(jnp.abs(self.weight))
+        return tuple(factors.scale_by_powers(f, unit) for f in self.factors), self.weight / unit
+
     def squared_norm(self) -> Float[Array, " B"]:
         """[B]: ‖·‖²."""
-        return norms.squared(self.weighted())
+        parts, rest = self._nearly_weighted()
+        return rest * (rest * norms.squared(parts))
 
     def length(self) -> norms.Length:
         """The norms, in a form that does not overflow."""
@@ -63,22 +70,27 @@ class Leaf:
         found = norms.magnitude(self.factors)
         return None if found is None else jnp.abs(self.weight) * found
 
+    def rounding(self) -> Array:
+        """The largest `weighted.rounding` of its factors."""
+        return functools.reduce(jnp.maximum, [weighted.rounding(f) for f in self.factors])
+
     def dot(self, V: Array) -> Float[Array, " B"]:
         """[B]: ⟨·, V⟩ for a V of the parameter's shape."""
-        return added([factors.dot(f, V) for f in self.weighted()])
+        parts, rest = self._nearly_weighted()
+        return rest * added([factors.dot(f, V) for f in parts])
 
     def sum(self, c: Float[Array, " B"] | None) -> Array:
         """Σ_b c_b · example b (c None: their sum), in the accumulator's dtype."""
         c = self.weight if c is None else c.astype(self.weight.dtype) * self.weight
-        return added([factors.weighted_sum(f, c) for f in self.factors])
+        return added([weighted.weighted_sum(f, c) for f in self.factors])
 
     def gram(self, other: "Leaf") -> Float[Array, "B C"]:
         """[B, C]: the inner products of all pairs of examples."""
-        others = other.weighted()
-        both = [(f, f_) for f in self.weighted() for f_ in others if not f.layout.disjoint(f_.layout)]
+        (parts, rest), (others, rest_) = self._nearly_weighted(), other._nearly_weighted()
+        both = [(f, f_) for f in parts for f_ in others if not f.layout.disjoint(f_.layout)]
         if not both:
             return jnp.zeros((self.weight.shape[0], other.weight.shape[0]), self.weight.dtype)
-        return added([pairs.gram(f, f_) for f, f_ in both])
+        return rest[:, None] * added([pairs.gram(f, f_) for f, f_ in both]) * every_example(rest_)[None]
 
     def second_moment(self) -> Array:
         """mean_b of the squared entries, in the accumulator's dtype."""

@@ -12,12 +12,12 @@ from jaxgrad.per_example.algebra.factors import (
     Outer,
     Rows,
     accumulator,
-    weighted_sum,
     wide,
     written_out,
 )
 from jaxgrad.per_example.algebra.mapped import of_examples
 from jaxgrad.per_example.algebra.rows import merged
+from jaxgrad.per_example.algebra.weighted import weighted_sum
 
 Factors = tuple[Factor, ...]
 

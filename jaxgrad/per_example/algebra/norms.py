@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from jaxgrad.per_example.algebra import pairs, scaled
@@ -21,12 +20,12 @@ from jaxgrad.per_example.algebra.factors import (
     accumulator,
     arrays,
     is_nothing,
-    scale,
+    scale_by_powers,
     scaled_by_power_of_two,
     written_out,
 )
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, of_examples
-from jaxgrad.per_example.algebra.scales import compact, largest, power_of_two, row_sums
+from jaxgrad.per_example.algebra.scales import compact, power_of_two, squares
 from jaxgrad.precision import added, working_dtype
 
 Factors = tuple[Factor, ...]
@@ -119,7 +118,7 @@ def _of_sum(leaf: Factors) -> Length:
     if len(leaf) == 1:
         return Length(squared((scaled[0][0],)), unit)
     divisor = jnp.where(unit == 0, jnp.ones_like(unit), unit)
-    balanced = tuple(scale(f, u / divisor) for f, u in scaled)
+    balanced = tuple(scale_by_powers(f, u / divisor) for f, u in scaled)
     return Length(squared(balanced), unit)
 
 
@@ -165,16 +164,12 @@ def _magnitude(f: Factor, dtype: jnp.dtype) -> Array:
 
 def _of_vectors(a: Array, dtype: jax.typing.DTypeLike) -> Length:
     """Length of a [B, …], with one vector per example."""
-    a = compact(a).astype(dtype)
-    unit = power_of_two(largest(a))
-    return Length(row_sums((a / unit.reshape(-1, *[1] * (a.ndim - 1))) ** 2), unit)
+    return Length(*squares(compact(a), 1, dtype))
 
 
 def _of_positions(a: Array, dtype: jax.typing.DTypeLike) -> Array:
     """‖a_bgt‖ of a [B, G, T, …], with one vector per position."""
-    a = a.astype(dtype)
-    unit = power_of_two(jnp.abs(lax.stop_gradient(a)).max(3, initial=0))
-    return unit * _safe_sqrt(((a / unit[..., None]) ** 2).sum(3))
+    return Length(*squares(a, 3, dtype)).norm
 
 
 def _product(a: Array, b: Array) -> Array:

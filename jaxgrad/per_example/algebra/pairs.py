@@ -25,7 +25,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxgrad.per_example.algebra import rows
-from jaxgrad.per_example.algebra.chunks import chunk_size, expected, map_examples, pairs_at_once, sum_examples
+from jaxgrad.per_example.algebra.chunks import (
+    Blocks,
+    chunk_size,
+    expected,
+    map_examples,
+    pairs_at_once,
+    sum_examples,
+)
 from jaxgrad.per_example.algebra.factors import (
     Dense,
     Factor,
@@ -34,12 +41,13 @@ from jaxgrad.per_example.algebra.factors import (
     Windows,
     accumulator,
     dot,
-    wide,
+    for_products,
     written_out,
 )
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, of_examples
 from jaxgrad.per_example.algebra.scales import row_sums
+from jaxgrad.precision import contracted
 from jaxgrad.sharding import every_example
 
 
@@ -95,16 +103,16 @@ def plan(f: Factor, f_: Factor, of_all_pairs: bool = False) -> Plan:
 def inner(f: Factor, f_: Factor) -> Float[Array, " B"]:
     """⟨f_b, f′_b⟩ of every example, in the accumulator's dtype."""
     acc = accumulator(f, f_)
-    f, f_ = (wide(o, acc) for o in (f, f_))
+    f, f_ = (for_products(o, acc) for o in (f, f_))
     windows = [w.at_once for w in (f, f_) if isinstance(w, Windows)]
     way, f, f_, each, _ = plan(f, f_)
     match way, f_:
         case "apart", _:
             return jnp.zeros(_count(f), acc)
         case "direction", Common(number, array):
-            return number * dot(f, array.value)
+            return number.astype(acc) * dot(f, array.value)
         case _ if windows:
-            return map_examples(lambda f, f_: inner(_unfolded(f), _unfolded(f_)), min(windows), f, f_)
+            return map_examples(lambda f, f_: inner(_unfolded(f), _unfolded(f_)), Blocks.fewest(windows), f, f_)
     if each is not None:
         return each(f, f_)
     size = chunk_size(2 * f.layout.size * acc.itemsize, _count(f))
@@ -114,7 +122,7 @@ def inner(f: Factor, f_: Factor) -> Float[Array, " B"]:
 def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
     """⟨f_b, f′_c⟩ of every pair of examples, in the accumulator's dtype."""
     acc = accumulator(f, f_)
-    f, f_ = (wide(o, acc) for o in (f, f_))
+    f, f_ = (for_products(o, acc) for o in (f, f_))
     first, _ = _ordered(f, f_)
     if first is not f:
         return gram(f_, f).T
@@ -124,18 +132,18 @@ def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
     if way == "apart":
         return jnp.zeros((_count(f), _count(f_)), acc)
     if isinstance(f_, Common):
-        return dot(f, f_.array.value)[:, None] * every_example(f_.number)[None, :]
+        return dot(f, f_.array.value)[:, None] * every_example(f_.number.astype(acc))[None, :]
     f_ = every_example(f_)  # only factors are communicated between devices, never materialized gradients
     match f, f_:
         case Outer(), Outer() if way == "sides" and f.left.shape[1] == 1:  # two matrix products
-            return _product(f.left, f_.left) * _product(f.right, f_.right)
+            return _product(f.left, f_.left, acc) * _product(f.right, f_.right, acc)
         case Outer(), Outer() if way == "matrix" and _same_matrix(f, f_):
             return _through_matrix(f, f_)
         case Rows(), Rows() if way == "positions" and _tables_are_cheaper(f, f_):
             return rows.gram(f, f_)
         case Dense(), Dense():
             mine, theirs = (o.value.reshape(_count(o), o.layout.size) for o in (f, f_))
-            return jnp.matmul(mine, theirs.T)  # both are materialized already
+            return contracted("bk,ck->bc", mine, theirs, acc)  # both are materialized already
     if pair and each is not None:
         return _by_blocks(_rows_rows if each is rows.inner else each, f, f_, 2 * pair * acc.itemsize)
     return _written_out_blocks(f, f_)
@@ -215,74 +223,77 @@ def _turned_to_table(table: Rows, outer: Outer) -> Outer | None:
 
 def _outer_outer(f: Outer, f_: Outer) -> Array:
     _, G, T, F = f.left.shape
-    S = f_.left.shape[2]
+    S, acc = f_.left.shape[2], accumulator(f, f_)
     if T == S == 1:
         count = _count(f) * G
-        lefts = (f.left * f_.left).reshape(count, F)
-        rights = (f.right * f_.right).reshape(count, f.right.shape[3])
+        lefts = (f.left.astype(acc) * f_.left.astype(acc)).reshape(count, F)
+        rights = (f.right.astype(acc) * f_.right.astype(acc)).reshape(count, f.right.shape[3])
         return (row_sums(lefts) * row_sums(rights)).reshape(_count(f), G).sum(1)
 
     def positions(f: Outer, f_: Outer) -> Array:
-        lefts = jnp.einsum("bgtf,bgsf->bgts", f.left, f_.left)
-        rights = jnp.einsum("bgtk,bgsk->bgts", f.right, f_.right)
+        lefts = contracted("bgtf,bgsf->bgts", f.left, f_.left, acc)
+        rights = contracted("bgtk,bgsk->bgts", f.right, f_.right, acc)
         return row_sums(lefts * rights)
 
-    size = chunk_size(2 * G * T * S * f.left.dtype.itemsize, _count(f))
+    size = chunk_size(2 * G * T * S * acc.itemsize, _count(f))
     return map_examples(positions, size, f, f_)
 
 
 def _rows_rows(f: Rows, f_: Rows) -> Array:
+    acc = accumulator(f, f_)
+
     def repeated(f: Rows, f_: Rows) -> Array:
         ids, ids_ = rows.of_one_dtype(f.ids, f_.ids)
         same = (ids[:, :, None] == ids_[:, None, :]) & f.inside[:, :, None]
         count = same.sum((1, 2))
-        products = row_sums(f.values * f_.values)
+        products = row_sums(f.values.astype(acc) * f_.values.astype(acc))
         return jnp.where(count > 0, count.astype(products.dtype) * products, jnp.zeros_like(products))
 
     def positions(f: Rows, f_: Rows) -> Array:
         (ids, values), (ids_, values_) = f.valid(), f_.valid()
         ids, ids_ = rows.of_one_dtype(ids, ids_)
         same = ids[:, :, None] == ids_[:, None, :]
-        products = jnp.einsum("btk,bsk->bts", values, values_)
+        products = contracted("btk,bsk->bts", values, values_, acc)
         return row_sums(jnp.where(same, products, jnp.zeros_like(products)))
 
-    size = chunk_size(2 * f.ids.shape[1] * f_.ids.shape[1] * f.values.dtype.itemsize, _count(f))
+    size = chunk_size(2 * f.ids.shape[1] * f_.ids.shape[1] * acc.itemsize, _count(f))
     return map_examples(repeated if f.repeated and f_.repeated else positions, size, f, f_)
 
 
 def _rows_outer(f: Rows, f_: Outer) -> Array:
     """Σ_ts left′[s, id_t] (values_t · right′_s)."""
+    acc = accumulator(f, f_)
 
     def positions(f: Rows, f_: Outer) -> Array:
         ids, values = f.valid()
         picked = jnp.take_along_axis(f_.left[:, 0], ids[:, None, :], axis=2)  # [B, S, T]
-        return row_sums(picked * jnp.einsum("bsk,btk->bst", f_.right[:, 0], values))
+        return row_sums(picked.astype(acc) * contracted("bsk,btk->bst", f_.right[:, 0], values, acc))
 
-    size = chunk_size(2 * f.ids.shape[1] * f_.left.shape[2] * f.values.dtype.itemsize, _count(f))
+    size = chunk_size(2 * f.ids.shape[1] * f_.left.shape[2] * acc.itemsize, _count(f))
     return map_examples(positions, size, f, f_)
 
 
 def _dense_outer(f: Dense, f_: Outer) -> Array:
     """Σ_t left_tᵀ D right_t, without materializing the Outer; D is materialized already."""
-    layout = f_.layout
+    layout, acc = f_.layout, accumulator(f, f_)
     if layout.matrix[1] > layout.matrix[2]:  # contract with the longer side first
         f_, order = dataclasses.replace(f_, left=f_.right, right=f_.left), "bgkf"
     else:
         order = "bgfk"
 
-    def contracted(value: Array, f_: Outer) -> Array:
+    def each(value: Array, f_: Outer) -> Array:
         D = layout.to_matrix(value)
-        return row_sums(f_.left * jnp.einsum(f"bgtk,{order}->bgtf", f_.right, D))
+        return row_sums(f_.left.astype(acc) * contracted(f"bgtk,{order}->bgtf", f_.right, D, acc))
 
-    size = chunk_size((layout.size + math.prod(f_.left.shape[1:])) * f_.left.dtype.itemsize, _count(f))
-    return map_examples(contracted, size, f.value, f_)
+    size = chunk_size((layout.size + math.prod(f_.left.shape[1:])) * acc.itemsize, _count(f))
+    return map_examples(each, size, f.value, f_)
 
 
 # --- Gram matrices by blocks -------------------------------------------------------------------------------------
 
 
-def _product(a: Array, b: Array) -> Array:
-    return jnp.matmul(a.reshape(a.shape[0], a.shape[3]), b.reshape(b.shape[0], b.shape[3]).T)
+def _product(a: Array, b: Array, dtype: jnp.dtype) -> Array:
+    return contracted("bk,ck->bc", a.reshape(a.shape[0], a.shape[3]), b.reshape(b.shape[0], b.shape[3]), dtype)
 
 
 def _by_blocks(pair, f, f_, pair_bytes):  # type: ignore[no-untyped-def]
@@ -305,8 +316,8 @@ def _through_matrix(f: Outer, f_: Outer) -> Array:
     axis = max(range(3), key=f.layout.matrix.__getitem__)
     if axis == 2:
         f, f_ = (dataclasses.replace(o, left=o.right, right=o.left) for o in (f, f_))
-    length = f.layout.matrix[axis]
-    each = (expected(_count(f)) + expected(_count(f_))) * (f.layout.size // length) * f.left.dtype.itemsize
+    length, acc = f.layout.matrix[axis], accumulator(f, f_)
+    each = (expected(_count(f)) + expected(_count(f_))) * (f.layout.size // length) * acc.itemsize
     size = chunk_size(each, length)
 
     def sliced(o: Outer) -> tuple[Array, ...]:  # the chosen axis first
@@ -315,10 +326,10 @@ def _through_matrix(f: Outer, f_: Outer) -> Array:
 
     def part(slices: tuple[Array, ...], slices_: tuple[Array, ...]) -> Array:
         if axis == 0:
-            P, P_ = (jnp.einsum("gbtf,gbtk->bgfk", *a) for a in (slices, slices_))
+            P, P_ = (contracted("gbtf,gbtk->bgfk", a[0], a[1], acc) for a in (slices, slices_))
         else:
             P, P_ = (
-                jnp.einsum("fbgt,bgtk->bgfk", a[0], right) for a, right in ((slices, f.right), (slices_, f_.right))
+                contracted("fbgt,bgtk->bgfk", a[0], right, acc) for a, right in ((slices, f.right), (slices_, f_.right))
             )
         return lax.dot_general(P, P_, (((1, 2, 3), (1, 2, 3)), ((), ())))
 

@@ -5,17 +5,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from jaxgrad.per_example.algebra.chunks import chunk_size, expected, map_examples
+from jaxgrad.per_example.algebra.chunks import Blocks, expected, map_examples
 from jaxgrad.per_example.algebra.factors import Rows
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.scales import row_sums
-from jaxgrad.precision import index_dtype, joined
+from jaxgrad.precision import index_dtype, joined, working_dtype
 
 PAIRS = 64 * 64  # up to this many pairs of positions, comparing each pair is as fast as sorting
 
 
 TABLE_BYTES = 2 * 2**20
-"""How many bytes of tables are materialized at once: about the size of the processor's cache."""
+"""How many bytes of tables are materialized at once on a processor: about the size of its cache."""
 
 
 def inner(f: Rows, f_: Rows) -> Float[Array, " B"]:
@@ -37,14 +37,16 @@ def gram(f: Rows, f_: Rows) -> Float[Array, "B C"]:
     if isinstance(f.ids.shape[0], int) and positions < f.rows:
         f, f_ = _compact(f, f_)
     ids, values = f.valid()
+    acc = working_dtype(values.dtype, f_.values.dtype)
+    values = values.astype(acc)
 
     def columns(f_: Rows) -> Array:
-        tables = jax.vmap(lambda ids, values: jnp.zeros(f_.layout.matrix[1:], values.dtype).at[ids].add(values))
+        tables = jax.vmap(lambda ids, values: jnp.zeros(f_.layout.matrix[1:], acc).at[ids].add(values.astype(acc)))
         return jax.vmap(lambda table: row_sums(values * table[ids]))(tables(*f_.valid()))
 
     read = expected(ids.shape[0]) * ids.shape[1]
     each = (f_.rows + read) * values.shape[2] * values.dtype.itemsize
-    return map_examples(columns, chunk_size(each, f_.ids.shape[0], TABLE_BYTES), f_, spread=False).T
+    return map_examples(columns, Blocks.of(each, f_.ids.shape[0], TABLE_BYTES), f_, spread=False).T
 
 
 def merged(f: Rows) -> Rows:
@@ -79,13 +81,14 @@ def _places(ids: Integer[Array, "B T"]) -> Integer[Array, "B T"]:
 
 
 def _summed(f: Rows, place: Integer[Array, "B T"], count: int) -> Float[Array, "B {count} K"]:
-    """Sum the values at each place."""
+    """Sum the values at each place, in float32 at least."""
+    acc = working_dtype(f.values.dtype)
     if f.repeated:
-        times = jax.vmap(lambda place, inside: jnp.zeros(count, f.values.dtype).at[place].add(inside))(
-            place, f.inside.astype(f.values.dtype)
+        times = jax.vmap(lambda place, inside: jnp.zeros(count, acc).at[place].add(inside))(
+            place, f.inside.astype(acc)
         )[..., None]
-        return jnp.where(times > 0, times * f.values, jnp.zeros_like(f.values))
-    _, values = f.valid()
+        return jnp.where(times > 0, times * f.values.astype(acc), jnp.zeros_like(f.values, acc))
+    values = f.valid()[1].astype(acc)
     zeros = jnp.zeros((count, values.shape[2]), values.dtype)
     return jax.vmap(lambda place, values: zeros.at[place].add(values))(place, values)
 

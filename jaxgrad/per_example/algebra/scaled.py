@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxgrad.per_example.algebra.chunks import chunk_size, map_examples
+from jaxgrad.per_example.algebra.chunks import Blocks, map_examples
 from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, accumulator, wide
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped
 from jaxgrad.per_example.algebra.scales import nearest_power, power_of_two, row_sums
 
 BLOCK_BYTES = 2**20
-"""How many bytes of C C′ are held at once."""
+"""How many bytes of C C′ are held at once on a processor."""
 
 
 class Scaled(NamedTuple):
@@ -115,7 +115,7 @@ def inner(p: Scaled, q: Scaled) -> Array:
         return row_sums(left * whole(arrays).sum(1)[None])
     if left is None:
         return row_sums(right * whole(arrays).sum(0)[None])
-    size = chunk_size(K * right.dtype.itemsize, F, BLOCK_BYTES)
+    size = Blocks.of(K * right.dtype.itemsize, F, BLOCK_BYTES)
 
     def across(*arrays: Array) -> Array:
         return jnp.matmul(whole(arrays), right.T)

@@ -5,7 +5,6 @@ million. If blocks are summed first and then added, it is off by as many roundin
 and devices across which the examples are sharded, sum in parallel; there the sum is left as it is.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -13,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
+from jaxgrad.per_example.algebra.platforms import by_platform
+from jaxgrad.precision import contracted, working_dtype
 from jaxgrad.sharding import devices
 
 MANY = 1024  # up to this many terms, the sum is one product
@@ -32,10 +33,11 @@ def weighted_rows(c: Float[Array, " N"], v: Float[Array, "N D"]) -> Float[Array,
 
 
 def products(left: Float[Array, "N F"], right: Float[Array, "N K"]) -> Float[Array, "F K"]:
-    """Σ_n left_n ⊗ right_n."""
+    """Σ_n left_n ⊗ right_n, in float32 at least."""
     F, K = left.shape[1], right.shape[1]
     if _in_one(left) or (F * K > SMALL and min(F, K) > 1 and left.shape[0] <= MANY_PRODUCTS):
-        return jnp.matmul(left.T, right)
+        return _products_in_one(left, right)
+    left, right = (a.astype(working_dtype(left.dtype, right.dtype)) for a in (left, right))
     if K == 1:
         return _weighted_rows(right[:, 0], left)[:, None]
     if F == 1:
@@ -47,7 +49,7 @@ def grouped_products(left: Float[Array, "B G T F"], right: Float[Array, "B G T K
     """Σ_bt left_bgt ⊗ right_bgt."""
     B, G, T, _ = left.shape
     if not _known(B) or B * T <= MANY or devices(left) > 1:
-        return jnp.einsum("bgtf,bgtk->gfk", left, right)
+        return contracted("bgtf,bgtk->gfk", left, right, working_dtype(left.dtype, right.dtype))
     sides = (a.swapaxes(0, 1).reshape(G, B * T, a.shape[3]) for a in (left, right))
     return jax.vmap(products)(*sides)
 
@@ -72,23 +74,12 @@ def _known(count: Any) -> bool:
     return isinstance(count, int)
 
 
-@functools.lru_cache
-def _by_platform(processor: Any, accelerator: Any, *options: Any) -> Any:
-    """A function of the arrays that chooses the implementation by platform, compiled once."""
-    ways = {"cpu": processor, "default": accelerator}
-    return jax.jit(
-        lambda *arrays: lax.platform_dependent(
-            *arrays, **{name: lambda *a, way=way: way(*a, *options) for name, way in ways.items()}
-        )
-    )
-
-
 # --- On one CPU; derivatives are those of the plain product -----------------------------------------------------------
 
 
 @jax.custom_jvp
 def _weighted_rows(c: Array, v: Array) -> Array:
-    return _by_platform(_rows_in_blocks, _rows_in_one)(c, v)
+    return by_platform(_rows_in_blocks, _rows_in_one)(c, v)
 
 
 @_weighted_rows.defjvp
@@ -135,7 +126,7 @@ def _blocks_of_rows(c: Array | None, v: Array, count: int, beside: int) -> Array
 
 @jax.custom_jvp
 def _products(left: Array, right: Array) -> Array:
-    return _by_platform(_products_in_blocks, _products_in_one)(left, right)
+    return by_platform(_products_in_blocks, _products_in_one)(left, right)
 
 
 @_products.defjvp
@@ -146,7 +137,7 @@ def _tangent_of_products(primals: tuple[Array, Array], tangents: tuple[Array, Ar
 
 
 def _products_in_one(left: Array, right: Array) -> Array:
-    return jnp.matmul(left.T, right)
+    return contracted("nf,nk->fk", left, right, working_dtype(left.dtype, right.dtype))
 
 
 def _products_in_blocks(left: Array, right: Array) -> Array:

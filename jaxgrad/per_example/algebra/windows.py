@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxgrad.per_example.algebra.chunks import chunk_size
+from jaxgrad.per_example.algebra.chunks import Blocks
+from jaxgrad.per_example.algebra.platforms import by_platform
+from jaxgrad.precision import working_dtype
 
 UNFOLDED_BYTES = 2 * 2**20
-"""How many bytes are unfolded at once: about the size of the processor's cache."""
+"""How many bytes are unfolded at once on a processor: about the size of its cache."""
 
 
 class Window(NamedTuple):
@@ -39,17 +41,45 @@ class Window(NamedTuple):
     dilation: int
     padding: tuple[int, int, int]
 
+    def entries(self, place: int) -> tuple[int, int]:
+        """(first, end) of the padded entries that are at this place in some window."""
+        return place * self.stride, place * self.stride + (self.positions - 1) * self.dilation + 1
+
+
+PLACES = 64
+"""Up to this many places in a window, an accelerator unfolds all axes at once: that takes one slice for each."""
+
 
 def unfold(image: Array, windows: Sequence[Window]) -> Array:
-    """[*others, *spatial, N] → [*others, *positions, places · N], one axis at a time, starting with the last."""
+    """[*others, *spatial, N] → [*others, *positions, places · N]; the places of the first axis come slowest.
+
+    A processor unfolds one axis at a time, starting with the last; an accelerator all axes at once.
+    """
     others = image.ndim - 1 - len(windows)
     edges = [(0, 0, 0)] * others + [w.padding for w in windows] + [(0, 0, 0)]
     image = lax.pad(image, jnp.zeros((), image.dtype), edges)
-    for axis, w in reversed(list(enumerate(windows, others))):
-        last = (w.positions - 1) * w.dilation + 1
-        starts = [p * w.stride for p in range(w.places)]
-        image = jnp.concatenate([lax.slice_in_dim(image, k, k + last, w.dilation, axis) for k in starts], -1)
+    if len(windows) < 2 or math.prod(w.places for w in windows) > PLACES:
+        return _one_axis_at_a_time(image, tuple(windows))
+    unfolded: Array = by_platform(_one_axis_at_a_time, _all_axes_at_once, tuple(windows))(image)
+    return unfolded
+
+
+def _one_axis_at_a_time(image: Array, windows: tuple[Window, ...]) -> Array:
+    for axis, w in reversed(list(enumerate(windows, image.ndim - 1 - len(windows)))):
+        parts = [lax.slice_in_dim(image, *w.entries(place), w.dilation, axis) for place in range(w.places)]
+        image = jnp.concatenate(parts, -1)
     return image
+
+
+def _all_axes_at_once(image: Array, windows: tuple[Window, ...]) -> Array:
+    others = image.ndim - 1 - len(windows)
+    whole = [slice(None)] * others
+    places = itertools.product(*(range(w.places) for w in windows))
+    parts = [
+        image[(*whole, *(slice(*w.entries(k), w.dilation) for w, k in zip(windows, place, strict=True)))]
+        for place in places
+    ]
+    return jnp.concatenate(parts, -1)
 
 
 class Unfolding(NamedTuple):
@@ -91,14 +121,15 @@ class Unfolding(NamedTuple):
                 (last, 0, *range(1, last)), (last, 0, *range(1, last)), (last - 1, last, *range(last - 1))
             ),
             feature_group_count=G,
+            preferred_element_type=working_dtype(image.dtype, left.dtype),
         )
         total = total.reshape(math.prod(total.shape[:-1]), G, F)
         return total.transpose(1, 2, 0)
 
-    def at_once(self, count: int, left: Array, image: Array) -> int:
+    def at_once(self, count: int, left: Array, image: Array) -> Blocks:
         """How many of `count` examples to unfold at once."""
         shapes = jax.eval_shape(self.sides, *(jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype) for a in (left, image)))
-        return chunk_size(shapes[1].size * shapes[1].dtype.itemsize, count, UNFOLDED_BYTES)
+        return Blocks.of(shapes[1].size * shapes[1].dtype.itemsize, count, UNFOLDED_BYTES)
 
     def _ordered(self, left: Array, image: Array) -> tuple[Array, Array]:
         return _merged(left, *self.left), _merged(image, *self.image)

@@ -1,0 +1,321 @@
+"""Count what a compiled program does: the kernels it runs, the bytes they move, and the products they compute.
+
+The count is read off the scheduled program that the compiler prints. A kernel is an instruction that the device runs:
+a fusion, a product, a copy, a reduction. It moves what it reads and what it writes, with these exceptions:
+
+* of an operand that is only sliced or looked up in, what is taken out; an operand that is given twice is read once;
+* of an array that is updated in place, the part that is written;
+* what lies in a TPU's on-chip memory, nothing.
+
+A loop's body counts as often as it runs, and of a conditional's branches the one that moves most. Arrays with a tiled
+layout, as on a TPU, are counted with their padding.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
+BITS |= {"f8e4m3fn": 8, "f8e5m2": 8, "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "token": 0}
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
+FREE |= {"opt-barrier", "add-dependency", "iota", "copy-done", "async-done", "async-update", "domain"}
+TAKEN = {"dynamic-slice", "slice", "gather"}
+WRITTEN = {"dynamic-update-slice": 1, "scatter": 2}  # in place; which operand is written
+ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One array: its dtype, its dimensions and how they lie in memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    order: tuple[int, ...] = ()
+    tile: tuple[int, ...] = ()
+    on_chip: bool = False
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the device's main memory, with the padding of tiles."""
+        if self.on_chip:
+            return 0
+        dims = [self.dims[k] for k in reversed(self.order)] if self.order else list(self.dims)
+        dims = [1] * (len(self.tile) - len(dims)) + dims
+        for k, tile in enumerate(self.tile, len(dims) - len(self.tile)):
+            dims[k] = -(-dims[k] // tile) * tile
+        return math.prod(dims) * BITS[self.dtype] // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    shapes: tuple[Shape, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str  # what follows the operands
+    root: bool
+
+    @property
+    def bytes(self) -> int:
+        return sum(shape.bytes for shape in self.shapes)
+
+    @property
+    def logical(self) -> int:
+        """Bytes without regard to where and how the result is laid out."""
+        return sum(shape.size * BITS[shape.dtype] // 8 for shape in self.shapes)
+
+    def attribute(self, name: str) -> str:
+        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]+)", self.rest)
+        return found[1] if found else ""
+
+    def computations(self, *names: str) -> list[str]:
+        return [c for name in names for c in re.findall(r"%([\w.\-]+)", self.attribute(name))]
+
+
+Computation = Mapping[str, Instruction]  # in the order in which they run
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """An instruction that runs on the device.
+
+    Attributes:
+        instruction: as the program has it.
+        times: how often it runs.
+        bytes: what it moves each time.
+        products: its multiplications and additions in products each time, by the dtype of their operands; "f32 highest"
+            for products of float32 in full precision.
+    """
+
+    instruction: Instruction
+    times: int
+    bytes: int
+    products: Counter[str]
+
+
+@dataclasses.dataclass
+class Counts:
+    """What a program does: the sums over its kernels."""
+
+    bytes: int = 0
+    kernels: int = 0
+    products: Counter[str] = dataclasses.field(default_factory=Counter)
+    seconds: float = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """A device's rates. A kernel takes the longer of its bytes and its operations, each at its rate."""
+
+    bytes: float
+    operations: Mapping[str, float]
+
+    def seconds(self, kernel: Kernel) -> float:
+        products = sum(n / self.operations[dtype] for dtype, n in kernel.products.items())
+        return kernel.times * max(kernel.bytes / self.bytes, products)
+
+
+class Program:
+    """A compiled program, from `compiled.as_text()`."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if line.endswith("{") and (found := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
+                current = self.computations[found[2]] = {}
+                self.entry = found[2] if found[1] else self.entry
+            elif (instruction := parsed(line)) is not None:
+                current[instruction.name] = instruction
+
+    def counts(self, peak: Peak | None = None) -> Counts:
+        """The sums over all kernels; their seconds only with a peak."""
+        total = Counts()
+        for kernel in self.kernels():
+            total.bytes += kernel.times * kernel.bytes
+            total.kernels += kernel.times
+            total.seconds += peak.seconds(kernel) if peak else 0.0
+            for dtype, operations in kernel.products.items():
+                total.products[dtype] += kernel.times * operations
+        return total
+
+    def kernels(self) -> Iterator[Kernel]:
+        """The kernels in the order in which they run, those of a loop once.
+
+        Raises:
+            ValueError: the program does not say how often a loop runs.
+        """
+        return self._kernels(self.entry, 1)
+
+    def _kernels(self, name: str, times: int) -> Iterator[Kernel]:
+        inside = self.computations[name]
+        for i in inside.values():
+            if i.opcode in FREE or i.opcode.endswith("-done"):
+                continue
+            if i.opcode == "while":
+                steps = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
+                if not steps:
+                    raise ValueError(f"the program does not say how often the loop {i.name} runs")
+                for part in i.computations("body", "condition"):
+                    yield from self._kernels(part, times * int(steps[1]))
+            elif i.opcode == "conditional":
+                names = i.computations("branch_computations", "true_computation", "false_computation")
+                branches = [list(self._kernels(branch, times)) for branch in names]
+                yield from max(branches, key=lambda kernels: sum(k.times * k.bytes for k in kernels))
+            elif i.opcode in ("call", "async-start") and (called := i.computations("to_apply", "calls")):
+                for part in called:
+                    yield from self._kernels(part, times)
+            else:
+                kernel = self._kernel(i, inside, times)
+                if kernel.bytes or kernel.products:  # the others are scalars of the host, or on the chip
+                    yield kernel
+
+    def _kernel(self, i: Instruction, around: Computation, times: int) -> Kernel:
+        if i.opcode != "fusion":
+            return Kernel(i, times, _moved(i, around), self._products(i, around))
+        (name,) = i.computations("calls")
+        inside = self.computations[name]
+        moved = self._read_by_fusion(i, around, inside) + self._written_by_fusion(inside)
+        return Kernel(i, times, moved, self._products(i, around))
+
+    def _read_by_fusion(self, i: Instruction, around: Computation, inside: Computation) -> int:
+        parameters = {int(p.rest): p for p in inside.values() if p.opcode == "parameter"}
+        read: Counter[str] = Counter()
+        for k, name in enumerate(i.operands):
+            read[name] += self._taken(parameters[k], inside)
+        return sum(min(around[name].bytes, taken) for name, taken in read.items())
+
+    def _taken(self, p: Instruction, inside: Computation) -> int:
+        """How many bytes of p its users read."""
+        total = 0
+        for user in inside.values():
+            for k, name in enumerate(user.operands):
+                if name != p.name:
+                    continue
+                if user.opcode == "bitcast":
+                    total += self._taken(user, inside)
+                elif user.opcode in TAKEN and k == 0:
+                    total += user.bytes
+                elif user.opcode in WRITTEN and k == 0:
+                    pass
+                elif user.opcode == "fusion":
+                    (called,) = user.computations("calls")
+                    nested = self.computations[called]
+                    (parameter,) = (q for q in nested.values() if q.opcode == "parameter" and int(q.rest) == k)
+                    total += self._taken(parameter, nested)
+                else:
+                    return p.bytes
+        return min(total, p.bytes)
+
+    def _written_by_fusion(self, inside: Computation) -> int:
+        (root,) = (i for i in inside.values() if i.root)
+        return self._written(root, inside)
+
+    def _written(self, i: Instruction, inside: Computation) -> int:
+        if i.opcode == "tuple":
+            return sum(self._written(inside[name], inside) for name in i.operands)
+        if i.opcode == "bitcast":
+            return min(i.bytes, self._written(inside[i.operands[0]], inside)) if i.operands[0] in inside else i.bytes
+        if i.opcode in WRITTEN:
+            return inside[i.operands[WRITTEN[i.opcode]]].bytes
+        if i.opcode == "fusion":
+            (called,) = i.computations("calls")
+            return self._written_by_fusion(self.computations[called])
+        return i.bytes
+
+    def _products(self, i: Instruction, around: Computation) -> Counter[str]:
+        found: Counter[str] = Counter()
+        called = i.attribute("custom_call_target")
+        if i.opcode in ("dot", "convolution") or "gemm" in called or "conv" in called:
+            left, right = (around[name].shapes[0] for name in i.operands[:2])
+            found[_precision(i, left, right)] += _operations(i, left, right)
+        elif i.opcode == "fusion":
+            for name in i.computations("calls"):
+                inside = self.computations[name]
+                for instruction in inside.values():
+                    found.update(self._products(instruction, inside))
+        return found
+
+
+def _moved(i: Instruction, around: Computation) -> int:
+    """Bytes moved by an instruction that is a kernel of its own."""
+    sizes = [around[name].bytes * (name not in i.operands[:k]) for k, name in enumerate(i.operands) if name in around]
+    if i.opcode in TAKEN:
+        return i.bytes + min(i.logical, sizes[0]) + sum(sizes[1:])
+    if i.opcode in WRITTEN:
+        return sum(sizes[1:]) + sizes[WRITTEN[i.opcode]]
+    if i.opcode == "custom-call":  # a library's workspace is not what it moves
+        return sum(sizes) + sum(s.bytes for s in i.shapes if s.dtype not in ("s8", "u8"))
+    if i.opcode == "copy-start":
+        return sizes[0] + i.shapes[0].bytes
+    return sum(sizes) + i.bytes
+
+
+def _precision(i: Instruction, left: Shape, right: Shape) -> str:
+    dtype = max(left.dtype, right.dtype, key=BITS.__getitem__)
+    return f"{dtype} highest" if "highest" in i.attribute("operand_precision") else dtype
+
+
+def _operations(i: Instruction, left: Shape, right: Shape) -> int:
+    """Two for each multiplication and addition."""
+    out = i.shapes[0].size
+    if labels := i.attribute("dim_labels"):
+        kernel = re.split("_|->", labels)[1]
+        return 2 * out * right.size // right.dims[kernel.index("o")]
+    contracted = i.attribute("lhs_contracting_dims")
+    if not contracted:  # a library's product
+        numbers = json.loads(i.rest[i.rest.index("backend_config=") + 15 :].split(", metadata")[0])
+        dims = numbers["gemm_backend_config"]["dot_dimension_numbers"]["lhs_contracting_dimensions"]
+        return 2 * out * math.prod(left.dims[int(k)] for k in dims)
+    return 2 * out * math.prod(left.dims[int(k)] for k in re.findall(r"\d+", contracted))
+
+
+# --- Reading the text ----------------------------------------------------------------------------------------------
+
+
+def parsed(line: str) -> Instruction | None:
+    """The instruction on a line of the program's text; None if there is none."""
+    found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if not found:
+        return None
+    types, line = _up_to(line[found.end() :])
+    opcode, line = line.strip().split("(", 1)
+    operands, rest = _inside("(" + line)
+    names = re.findall(r"%([\w.\-]+)", operands)
+    rest = operands if opcode == "parameter" else rest
+    return Instruction(found[2], tuple(shapes(types)), opcode, tuple(names), rest, bool(found[1]))
+
+
+def shapes(types: str) -> Iterator[Shape]:
+    """The arrays of a type, such as f32[8,128]{1,0:T(8,128)} or a tuple of them."""
+    for dtype, dims, order, layout in ARRAY.findall(types):
+        tile = re.search(r"T\(([\d,]+)\)", layout)
+        yield Shape(dtype, _numbers(dims), _numbers(order), _numbers(tile[1]) if tile else (), "S(1)" in layout)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",") if n)
+
+
+def _up_to(text: str) -> tuple[str, str]:
+    """(the type at the beginning, what follows)."""
+    if text.startswith("("):
+        return _inside(text)
+    before, _, after = text.partition(" ")
+    return before, after
+
+
+def _inside(text: str) -> tuple[str, str]:
+    """(what is inside the parentheses at the beginning, what follows them)."""
+    depths: Sequence[int] = list(itertools.accumulate((c == "(") - (c == ")") for c in text))
+    end = depths.index(0)
+    return text[1:end], text[end + 1 :]

@@ -1,0 +1,163 @@
+"""The table of compiled programs: what an H100 and a TPU would move, hold and compute, against a plain gradient."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import functions, models, report
+from benchmarks.compiled.program import Counts, Program
+from benchmarks.compiled.targets import TARGETS, NotInstalledError, Target, compiled, memory
+from benchmarks.models import Model
+from benchmarks.workload import Column, Row, Settings, Theme, Workload
+
+NAME = "compiled"
+DTYPES = ("float32", "bfloat16")
+GPT_2_SMALL = {"L": 12, "V": 50304, "D": 768, "B": 8}
+UNIT, ONE, TWO = "plain", "one pass", "two passes"
+
+
+def chosen(small: bool) -> Iterator[tuple[Callable[[], Model], tuple[str, ...], tuple[str, ...]]]:
+    """(model, dtypes, functions) for each row."""
+    both = (UNIT, ONE)
+    if small:
+        yield lambda: models.mlp((64, 64, 10), 32), DTYPES, both
+        return
+    yield lambda: models.mlp((1024, 4096, 4096, 4096, 10), 4096), DTYPES, both
+    yield lambda: models.transformer(1024, 128, 64), DTYPES, both
+    yield lambda: models.transformer(1024, 1024, 8), DTYPES, both
+    yield lambda: models.language_model(50_000, 1024, 128, 16), DTYPES, both
+    yield lambda: models.conv_net(1024), DTYPES, both
+    yield lambda: models.gru(1024, 64, 256), DTYPES, both
+    for T in (128, 320, 1024):
+        yield functools.partial(models.deep_language_model, T=T, **GPT_2_SMALL), ("bfloat16",), (UNIT, ONE, TWO)
+
+
+def described(tree: Any, dtype: str) -> Any:
+    """The shapes of a tree's arrays, with this dtype where they are floating."""
+
+    def one(a: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(a.shape, dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype)
+
+    return jax.tree.map(one, tree)
+
+
+def gradient(model: Model, name: str) -> functions.Function:
+    if name == UNIT:
+        return functions.plain(model)
+    return functions.factored(model, 1.0) if name == ONE else functions.clipped(model, 1.0, passes=2)
+
+
+def workloads(settings: Settings) -> Iterator[Workload]:
+    for target in TARGETS:
+        for make, dtypes, names in chosen(settings.small):
+            model = make()
+            arguments = (model.params, *model.batch)
+            for dtype in dtypes:
+                name = f"{model.name}, {dtype}, {target.name}"
+                if settings.wants(NAME, name):
+                    of = {column: gradient(model, column) for column in names}
+                    labels = {"dtype": dtype, "target": target.name}
+                    yield Workload(name, of, described(arguments, dtype), section=target.name, labels=labels)
+
+
+def measured(workload: Workload, settings: Settings) -> list[Row]:
+    """The row of one model, dtype and target."""
+    (target,) = (t for t in TARGETS if t.name == workload.labels["target"])
+    row = Row(workload.name, workload.section, unit=UNIT, labels=workload.labels)
+    try:
+        device = target.device()
+    except NotInstalledError:
+        row.skipped = dict.fromkeys(workload.functions, f"pip install 'jaxgrad[{target.extra}]'")
+        return [row]
+    for name, function in workload.functions.items():
+        jax.clear_caches()
+        before = time.perf_counter()
+        program = compiled(function, workload.arguments, device)
+        row.compiling[name] = time.perf_counter() - before
+        row.bytes[name] = memory(program)
+        row.costs[name] = costs(Program(program.as_text()).counts(target.peak), target)
+    return [row]
+
+
+def costs(counts: Counts, target: Target) -> dict[str, float]:
+    products = {f"products in {dtype}": float(n) for dtype, n in counts.products.items()}
+    return {"bytes moved": counts.bytes, "kernels": counts.kernels, "modelled seconds": counts.seconds} | products
+
+
+def cost(name: str, key: str, scale: float, title: str) -> Column:
+    def cell(row: Row) -> str:
+        return report.number(row.costs[name][key] * scale) if name in row.costs else report.word(row, name)
+
+    return Column(title, cell)
+
+
+def cost_ratio(name: str, key: str, title: str) -> Column:
+    def cell(row: Row) -> str:
+        return report.number(row.costs[name][key] / row.costs[row.unit][key]) if name in row.costs else ""
+
+    return Column(title, cell)
+
+
+def memory_ratio(name: str) -> Column:
+    def cell(row: Row) -> str:
+        return report.number(row.bytes[name] / row.bytes[row.unit]) if name in row.bytes else ""
+
+    return Column(f"memory, {name}", cell)
+
+
+def wide(name: str) -> Column:
+    """Share of the operations in products that take operands of float32 in a model of a narrower dtype."""
+
+    def cell(row: Row) -> str:
+        if name not in row.costs or row.labels["dtype"] == "float32":
+            return ""
+        products = {k: n for k, n in row.costs[name].items() if k.startswith("products")}
+        return f"{sum(n for k, n in products.items() if 'f32' in k) / sum(products.values()):.0%}"
+
+    return Column(f"in float32, {name}", cell)
+
+
+def note(rows: Sequence[Row]) -> str:
+    rates = [
+        f"{t.name}: {t.peak.bytes / 1e12:.2f} TB/s; "
+        + ", ".join(f"{dtype} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in t.peak.operations.items())
+        for t in TARGETS
+    ]
+    return "Rates of the model of time, from the data sheets. " + ". ".join(rates) + "."
+
+
+THEME = Theme(
+    NAME,
+    "Compiled for accelerators",
+    """
+No device is used here: the compilers of an H100 (through `jax-cuda12-plugin`) and of a TPU v5e (through `libtpu`)
+compile the programs ahead of time, and the numbers are read off what they print. `benchmarks/compiled/program.py` says
+how kernels and bytes are counted. Plain is `jit(value_and_grad(mean loss))`, 1.00. One pass is the mean loss, the norms
+and the clipped sum from `per_example_value_and_grad`; two passes is `clipped_grad(passes=2)`. Memory is temporary
+memory and results. Time is a model and not a measurement: each kernel takes the longer of its bytes and the operations
+of its products, each at the device's rate. `In float32` is the share of all products' operations that take operands
+of float32, in models of bfloat16.""",
+    (
+        cost(UNIT, "bytes moved", 2.0**-30, "plain, GiB moved"),
+        cost_ratio(ONE, "bytes moved", "moved, one pass"),
+        cost_ratio(TWO, "bytes moved", "moved, two passes"),
+        report.mebibytes(UNIT),
+        memory_ratio(ONE),
+        memory_ratio(TWO),
+        cost(UNIT, "kernels", 1, "plain, kernels"),
+        cost(ONE, "kernels", 1, "one pass, kernels"),
+        wide(ONE),
+        cost(UNIT, "modelled seconds", 1e3, "plain, modelled ms"),
+        cost_ratio(ONE, "modelled seconds", "time, one pass"),
+        cost_ratio(TWO, "modelled seconds", "time, two passes"),
+        report.compiling(ONE),
+    ),
+    workloads,
+    measured,
+    note,
+    timed=False,
+)

@@ -1,0 +1,213 @@
+"""How kernels, bytes and products of compiled programs are counted, on programs whose answer is known; and budgets."""
+
+# ruff: noqa: E501  # lines of programs as compilers print them
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.compiled.program import Peak, Program, Shape, parsed, shapes
+
+ROOT = Path(__file__).parents[1]
+
+
+def program(text):
+    return Program(textwrap.dedent(text))
+
+
+def test_a_matrix_product_reads_both_operands_and_writes_the_result():
+    p = program(
+        """
+        ENTRY %main (a: bf16[64,32], b: bf16[32,16]) -> f32[64,16] {
+          %a = bf16[64,32]{1,0} parameter(0)
+          %b = bf16[32,16]{1,0} parameter(1)
+          ROOT %dot = f32[64,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+        }
+        """
+    )
+    counts = p.counts(Peak(1e3, {"bf16": 1e9}))
+    assert (counts.bytes, counts.kernels) == (2 * 64 * 32 + 2 * 32 * 16 + 4 * 64 * 16, 1)
+    assert counts.products == {"bf16": 2 * 64 * 32 * 16}
+    assert counts.seconds == pytest.approx(counts.bytes / 1e3)
+    assert p.counts(Peak(1e12, {"bf16": 10.0})).seconds == pytest.approx(2 * 64 * 32 * 16 / 10)
+
+
+def test_an_operand_that_is_given_twice_is_read_once():
+    p = program(
+        """
+        ENTRY %main (a: f32[64,32]) -> f32[64,64] {
+          %a = f32[64,32]{1,0} parameter(0)
+          ROOT %dot = f32[64,64]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={1}, operand_precision={highest,highest}
+        }
+        """
+    )
+    assert p.counts().bytes == 4 * (64 * 32 + 64 * 64)
+    assert p.counts().products == {"f32 highest": 2 * 64 * 64 * 32}
+
+
+def test_a_fusion_reads_its_operands_once_and_a_product_inside_it_is_counted():
+    p = program(
+        """
+        %fused (p0: f32[100,10], p1: f32[10]) -> f32[100] {
+          %p0 = f32[100,10]{1,0} parameter(0)
+          %p1 = f32[10]{0} parameter(1)
+          %b = f32[100,10]{1,0} broadcast(%p1), dimensions={1}
+          %m = f32[100,10]{1,0} multiply(%p0, %b)
+          %m2 = f32[100,10]{1,0} multiply(%m, %p0)
+          ROOT %d = f32[100]{0} dot(%m2, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+        }
+
+        ENTRY %main (a: f32[100,10], b: f32[10]) -> f32[100] {
+          %a = f32[100,10]{1,0} parameter(0)
+          %b = f32[10]{0} parameter(1)
+          ROOT %f = f32[100]{0} fusion(%a, %b), kind=kInput, calls=%fused
+        }
+        """
+    )
+    assert p.counts().bytes == 4 * (1000 + 10 + 100)
+    assert p.counts().kernels == 1
+    assert p.counts().products == {"f32": 2 * 100 * 10}
+
+
+LOOP = """
+    %slice_of (p0: f32[8,100], p1: s32[]) -> f32[100] {
+      %p0 = f32[8,100]{1,0} parameter(0)
+      %p1 = s32[] parameter(1)
+      %zero = s32[] constant(0)
+      %s = f32[1,100]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,100}
+      ROOT %r = f32[100]{0} bitcast(%s)
+    }
+
+    %put (p0: f32[8,100], p1: f32[100], p2: s32[]) -> f32[8,100] {
+      %p0 = f32[8,100]{1,0} parameter(0)
+      %p1 = f32[100]{0} parameter(1)
+      %p2 = s32[] parameter(2)
+      %zero = s32[] constant(0)
+      %u = f32[1,100]{1,0} bitcast(%p1)
+      ROOT %d = f32[8,100]{1,0} dynamic-update-slice(%p0, %u, %p2, %zero)
+    }
+
+    %body (t: (s32[], f32[8,100], f32[8,100])) -> (s32[], f32[8,100], f32[8,100]) {
+      %t = (s32[], f32[8,100]{1,0}, f32[8,100]{1,0}) parameter(0)
+      %i = s32[] get-tuple-element(%t), index=0
+      %x = f32[8,100]{1,0} get-tuple-element(%t), index=1
+      %y = f32[8,100]{1,0} get-tuple-element(%t), index=2
+      %row = f32[100]{0} fusion(%x, %i), kind=kLoop, calls=%slice_of
+      %new = f32[8,100]{1,0} fusion(%y, %row, %i), kind=kLoop, calls=%put
+      ROOT %out = (s32[], f32[8,100]{1,0}, f32[8,100]{1,0}) tuple(%i, %x, %new)
+    }
+
+    %condition (t: (s32[], f32[8,100], f32[8,100])) -> pred[] {
+      %t.1 = (s32[], f32[8,100]{1,0}, f32[8,100]{1,0}) parameter(0)
+      ROOT %true = pred[] constant(true)
+    }
+
+    ENTRY %main (x: f32[8,100]) -> (s32[], f32[8,100], f32[8,100]) {
+      %x.1 = f32[8,100]{1,0} parameter(0)
+      %start = s32[] constant(0)
+      %first = (s32[], f32[8,100]{1,0}, f32[8,100]{1,0}) tuple(%start, %x.1, %x.1)
+      ROOT %w = (s32[], f32[8,100]{1,0}, f32[8,100]{1,0}) while(%first), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"8"}}
+    }
+    """
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_a_slice_as_what_is_taken_or_written():
+    counts = program(LOOP).counts()
+    assert counts.kernels == 16
+    read, written = 4 * 100 + 4, 4 * 100  # of a fusion: a row and its number; the row
+    assert counts.bytes == 8 * ((read + written) + (4 * 100 + 4 + written))
+
+
+def test_a_loop_that_runs_nobody_knows_how_often_is_an_error():
+    with pytest.raises(ValueError, match="how often the loop w runs"):
+        program(LOOP.replace("known_trip_count", "something")).counts()
+
+
+def test_of_a_conditional_the_branch_that_moves_most_counts():
+    p = program(
+        """
+        %one (a: f32[10]) -> f32[10] {
+          %a = f32[10]{0} parameter(0)
+          ROOT %c = f32[10]{0} copy(%a)
+        }
+
+        %two (b: f32[10]) -> f32[10] {
+          %b = f32[10]{0} parameter(0)
+          %n = f32[10]{0} negate(%b)
+          ROOT %d = f32[10]{0} copy(%n)
+        }
+
+        ENTRY %main (k: s32[], x: f32[10]) -> f32[10] {
+          %k = s32[] parameter(0)
+          %x = f32[10]{0} parameter(1)
+          ROOT %r = f32[10]{0} conditional(%k, %x, %x), branch_computations={%one, %two}
+        }
+        """
+    )
+    assert (p.counts().kernels, p.counts().bytes) == (2, 4 * 40)
+
+
+def test_tiles_are_counted_with_their_padding_and_what_is_on_the_chip_is_not():
+    (tiled,) = shapes("f32[3,5]{1,0:T(8,128)}")
+    assert tiled == Shape("f32", (3, 5), (1, 0), (8, 128))
+    assert tiled.bytes == 4 * 8 * 128
+    (turned,) = shapes("bf16[300,1]{0,1:T(8,128)(2,1)}")
+    assert turned.bytes == 2 * 8 * 384
+    (near,) = shapes("f32[1024,1024]{1,0:T(8,128)S(1)}")
+    assert (near.bytes, near.size) == (0, 2**20)
+    copy = parsed("  %c = f32[8,128]{1,0:T(8,128)S(1)} copy(%a), metadata={}")
+    assert copy.operands == ("a",)
+    assert copy.bytes == 0
+
+
+def test_a_convolution_and_a_library_call_are_products():
+    p = program(
+        """
+        ENTRY %main (x: bf16[8,28,28,16], k: bf16[3,3,16,32], a: f16[4,6], b: f16[6,2]) -> bf16[8,28,28,32] {
+          %x = bf16[8,28,28,16]{3,2,1,0} parameter(0)
+          %k = bf16[3,3,16,32]{3,2,1,0} parameter(1)
+          %a = f16[4,6]{1,0} parameter(2)
+          %b = f16[6,2]{1,0} parameter(3)
+          %g = (f16[4,2]{1,0}, s8[1000]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+          ROOT %c = bf16[8,28,28,32]{3,2,1,0} convolution(%x, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f
+        }
+        """
+    )
+    assert p.counts().products == {"f16": 2 * 4 * 2 * 6, "bf16": 2 * 8 * 28 * 28 * 32 * 9 * 16}
+    gemm, conv = p.kernels()
+    assert gemm.bytes == 2 * (24 + 12 + 8)  # without the workspace
+    assert conv.bytes == 2 * (8 * 28 * 28 * 48 + 9 * 16 * 32)
+
+
+def test_a_program_of_this_machine_is_read():
+    text = jax.jit(lambda a, b: jnp.tanh(a @ b).sum()).lower(*[jnp.ones((64, 64))] * 2).compile().as_text()
+    assert Program(text).counts().bytes >= 2 * 8 * 64 * 64
+
+
+# --- Budgets: what the compiler of an H100 makes of a few models ------------------------------------------------------
+
+BUDGETS = ROOT / "tests" / "support" / "budgets.py"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="needs the extra aot-cuda")
+def test_programs_for_an_h100_keep_their_budgets():
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, BUDGETS], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    block, mlp, conv = (found[name] for name in ("block", "mlp", "conv"))
+    assert block["wide"] == 0, block
+    assert block["bytes"] <= 1.6, block
+    assert block["largest"] < block["batch of gradients"], block
+    assert mlp["wide"] == 0, mlp
+    assert mlp["memory"] <= 1.45, mlp
+    assert conv["kernels"] <= 3, conv
