@@ -170,8 +170,9 @@ def clipped_grad(
 
     Returns:
         A function of fun's arguments, the batched ones with an example axis, and of `mask`, booleans [B] that are False
-        for padding. It returns (sum, `ClipInfo`); the sum is a tree of the parameters' shapes, in float32 or wider. A
-        loss that has its own keyword argument `mask` must be wrapped before padding can be masked.
+        for padding. It returns (sum, `ClipInfo`); the sum is a tree of the parameters' shapes, in float32 or wider, or
+        with two passes in the parameters' dtypes, as their ordinary gradient is. A loss that has its own keyword
+        argument `mask` must be wrapped before padding can be masked.
 
     Raises:
         ValueError: with two passes, a `custom_vjp` whose backward pass is not linear in the cotangent.
@@ -381,10 +382,11 @@ class ClippedGrad:
             batch, mask = part
             micro = dataclasses.replace(arguments, batch=batch, axes=[0] * len(batch), batch_size=size)
             flat, each = self._of(micro, mask)
-            return [a + b for a, b in zip(total, flat, strict=True)], each
+            return [a + b.astype(a.dtype) for a, b in zip(total, flat, strict=True)], each
 
         shapes, _ = jax.eval_shape(lambda: self._of(arguments, mask))
         axes = frozenset(name for a in arguments.batch for name in _jax.varying(a))
-        zeros = [_jax.made_varying(jnp.zeros(shape.shape, shape.dtype), axes) for shape in shapes]
+        zeros = [_jax.made_varying(jnp.zeros(s.shape, working_dtype(s.dtype)), axes) for s in shapes]
         total, each = lax.scan(step, zeros, (leaves, valid))
+        total = [a.astype(s.dtype) for a, s in zip(total, shapes, strict=True)]
         return total, jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(count * size, *a.shape[2:])[:B], each)

@@ -12,14 +12,13 @@ from jaxgrad.errors import called
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.interpreter.linearity import not_linear
 from jaxgrad.per_example.transform import Transformed
-from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import automatic
 
 
 def weighted_gradients(
     transformed: Transformed, arguments: Arguments, weights: Sequence[Float[Array, " B"]], keep: Bool[Array, " B"]
 ) -> list[list[Array]]:
-    """Return Σ_b c_b g_b for each weight vector c: a list with an array for every parameter, in float32 or wider.
+    """Return Σ_b c_b g_b for each weight vector c: a list with an array for every parameter, in its dtype.
 
     The forward pass runs once, the backward pass once for each c. An example that is not kept adds exactly zero, even
     if its gradient is NaN: the first example that is kept replaces it, with weight zero.
@@ -51,8 +50,8 @@ def weighted_gradients(
     # The predicate is always true. In a separate branch, the compiler cannot share the buffers of the second pass's
     # loops with those of the first pass, which would keep them alive through both passes.
     always = keep.sum() >= 0
-    found = jax.lax.cond(always, sums, nothing, list(arguments.params), batch, list(weights))
-    return [[a.astype(working_dtype(a.dtype)) for a in total] for total in found]
+    found: list[list[Array]] = jax.lax.cond(always, sums, nothing, list(arguments.params), batch, list(weights))
+    return found
 
 
 def check_linear(transformed: Transformed, arguments: Arguments) -> None:

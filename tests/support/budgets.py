@@ -21,7 +21,7 @@ def measured(model):
         "memory": memory(programs[1]) / memory(programs[0]),
         "kernels": ours.kernels / plain.kernels,
         "wide": sum(n for dtype, n in ours.products.items() if dtype.startswith("f32")) / sum(ours.products.values()),
-        "largest": max(shape.bytes for shape in texts[1].arrays()),
+        "largest": max(shape.bytes for kernel in texts[1].kernels() for shape in kernel.instruction.shapes),
         "batch of gradients": model.batch_size
         * max(a.size for a in model.params.values())
         * jnp.bfloat16.dtype.itemsize

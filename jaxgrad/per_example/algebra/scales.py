@@ -1,6 +1,8 @@
 """Powers of two near the magnitude of numbers, to divide by before squaring; and sums along rows."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,17 +60,35 @@ def _squares_in_one_pass(a: Array, first: int, dtype: jnp.dtype) -> tuple[Array,
     (most, down), (least, up) = ([jnp.asarray(x, dtype) for x in pair[dtype]] for pair in (LARGE, SMALL))
     one = jnp.ones((), dtype)
 
-    def summed(these: Array, scale: Array) -> Array:
-        return (jnp.where(these, a.astype(dtype) * scale, jnp.zeros_like(size)) ** 2).sum(axes)
+    def squared(these: Array, scale: Array) -> Array:
+        return jnp.where(these, a.astype(dtype) * scale, jnp.zeros_like(size)) ** 2
 
     large, small = size > most, size < least
-    parts = [summed(large, down), summed(~(large | small), one), summed(small, up)]
+    bands = squared(large, down), squared(~(large | small), one), squared(small, up)
+    parts = _sums(axes, *bands)
     of_large, of_middle = parts[0] > 0, ~(parts[1] == 0)  # NaN is in the middle
     beside = [jnp.sqrt(parts[1]) * down, jnp.sqrt(parts[2]) / up]  # before they are squared, so that nothing underflows
     total = jnp.where(of_large, parts[0] + beside[0] ** 2, jnp.where(of_middle, parts[1] + beside[1] ** 2, parts[2]))
     scale = jnp.where(of_large, one / down, jnp.where(of_middle, one, one / up))
     norm = scale * jnp.sqrt(lax.stop_gradient(total))
     return total * (scale / power_of_two(norm)) ** 2, nearest_power(norm)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sums(axes: tuple[int, ...], *arrays: Array) -> tuple[Array, ...]:
+    """The sum of each array, as one reduction, which a compiler does not take apart into one pass for each."""
+    zeros = tuple(jnp.zeros((), a.dtype) for a in arrays)
+
+    def add(totals: tuple[Array, ...], terms: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(map(jnp.add, totals, terms))
+
+    found: tuple[Array, ...] = tuple(lax.reduce(arrays, zeros, add, axes))
+    return found
+
+
+@_sums.defjvp
+def _tangents_of_sums(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    return _sums(axes, *primals), tuple(t.sum(axes) for t in tangents)
 
 
 def largest(a: Array) -> Float[Array, " B"]:
