@@ -1,4 +1,4 @@
-"""The implementation that is the better one on a processor, and the one for accelerators."""
+"""The implementation that is the better one on a processor, and those for accelerators."""
 
 import functools
 from typing import Any
@@ -8,9 +8,12 @@ from jax import lax
 
 
 @functools.lru_cache
-def by_platform(processor: Any, accelerator: Any, *options: Any) -> Any:
-    """A function of the arrays that chooses the implementation where it is compiled; of the other nothing is left."""
-    ways = {"cpu": processor, "default": accelerator}
+def by_platform(processor: Any, accelerator: Any, *options: Any, tpu: Any = None) -> Any:
+    """A function of the arrays that chooses the implementation where it is compiled; of the others nothing is left.
+
+    A TPU is an accelerator like the others if it has no implementation of its own.
+    """
+    ways = {"cpu": processor, "tpu": tpu or accelerator, "default": accelerator}
     return jax.jit(
         lambda *arrays: lax.platform_dependent(
             *arrays, **{name: lambda *a, way=way: way(*a, *options) for name, way in ways.items()}

@@ -35,12 +35,13 @@ def power_of_two(a: Array) -> Array:
 def squares(a: Array, first: int, dtype: jax.typing.DTypeLike) -> tuple[Array, Array]:
     """(Σ (a / unit)², unit) over all axes from `first` on, in `dtype`; unit is a power of two near the magnitude.
 
-    Nothing overflows or underflows. Where a is 0 both are 0. The unit is not differentiated. On a processor it comes
-    from the largest magnitude, in a pass of its own, or for a whole example from a number near it; on accelerators one
-    pass adds up large, middling and small entries apart (Anderson 2017, ACM TOMS Algorithm 978), and the unit comes
-    from their sum.
+    Nothing overflows or underflows. Where a is 0 both are 0. The unit is not differentiated. It comes from the largest
+    magnitude, in a pass of its own, or for a whole example from a number near it. On a GPU one pass adds up large,
+    middling and small entries apart (Anderson 2017, ACM TOMS Algorithm 978), and the unit comes from their sum; a TPU's
+    compiler joins the largest magnitude to what makes the array, and not the three sums.
     """
-    return by_platform(_squares_in_two_passes, _squares_in_one_pass, first, jnp.dtype(dtype))(a)
+    options = first, jnp.dtype(dtype)
+    return by_platform(_squares_in_two_passes, _squares_in_one_pass, *options, tpu=_squares_in_two_passes)(a)
 
 
 def _squares_in_two_passes(a: Array, first: int, dtype: jnp.dtype) -> tuple[Array, Array]:
