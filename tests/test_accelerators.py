@@ -49,6 +49,8 @@ def test_a_length_in_one_pass_says_what_is_zero_infinite_or_not_a_number_and_has
 
     some = jnp.asarray([[3.0, -4.0], [3e30, -4e30], [3e-30, -4e-30]], jnp.float32)
     np.testing.assert_allclose(jax.grad(norm)(some), [[0.6, -0.8]] * 3, rtol=1e-6)
+    zeros = jnp.asarray([[3.0, 0.0], [0.0, 3e30], [0.0, 0.0], [3e-30, 0.0]], jnp.float32)
+    np.testing.assert_allclose(jax.grad(norm)(zeros), [[1, 0], [0, 1], [0, 0], [1, 0]], rtol=1e-6)
 
 
 def test_blocks_are_those_of_the_platform():

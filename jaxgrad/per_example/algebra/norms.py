@@ -25,7 +25,7 @@ from jaxgrad.per_example.algebra.factors import (
     written_out,
 )
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, of_examples
-from jaxgrad.per_example.algebra.scales import compact, power_of_two, squares
+from jaxgrad.per_example.algebra.scales import compact, power_of_two, safe_sqrt, squares
 from jaxgrad.precision import added, working_dtype
 
 Factors = tuple[Factor, ...]
@@ -48,7 +48,7 @@ class Length(NamedTuple):
     @property
     def norm(self) -> Array:
         """[B]."""
-        return self.unit * _safe_sqrt(self.squares)
+        return self.unit * safe_sqrt(self.squares)
 
 
 def squared(leaf: Factors) -> Array:
@@ -178,12 +178,6 @@ def _product(a: Array, b: Array) -> Array:
     return jnp.where(zero, jnp.zeros_like(a), jnp.where(zero, jnp.ones_like(a), a) * b)
 
 
-def _safe_sqrt(a: Array) -> Array:
-    """√a with derivative 0 at 0."""
-    positive = jnp.where(a == 0, jnp.ones_like(a), a)
-    return jnp.where(a == 0, jnp.zeros_like(a), jnp.sqrt(positive))
-
-
 def shortened(norms: Array, limit: Array) -> Array:
     """min(1, limit/‖g‖); 1 for an infinite limit, NaN for a limit that is not positive."""
     endless = jnp.isinf(limit)
@@ -204,7 +198,7 @@ def together(each: Sequence[Length]) -> Array:
     dtype = working_dtype(*(length.unit.dtype for length in each))
     norms = Length(*(jnp.stack([a.astype(dtype) for a in part]) for part in zip(*each, strict=True))).norm
     unit = power_of_two(norms.max(0))
-    return unit * _safe_sqrt(((norms / unit[None]) ** 2).sum(0))
+    return unit * safe_sqrt(((norms / unit[None]) ** 2).sum(0))
 
 
 def root_sum_of_squares(each: Sequence[Array]) -> Array:

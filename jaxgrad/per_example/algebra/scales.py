@@ -68,7 +68,7 @@ def _squares_in_one_pass(a: Array, first: int, dtype: jnp.dtype) -> tuple[Array,
     bands = squared(large, down), squared(~(large | small), one), squared(small, up)
     parts = _sums(axes, *bands)
     of_large, of_middle = parts[0] > 0, ~(parts[1] == 0)  # NaN is in the middle
-    beside = [jnp.sqrt(parts[1]) * down, jnp.sqrt(parts[2]) / up]  # before they are squared, so that nothing underflows
+    beside = safe_sqrt(parts[1]) * down, safe_sqrt(parts[2]) / up  # before they are squared, so that nothing underflows
     total = jnp.where(of_large, parts[0] + beside[0] ** 2, jnp.where(of_middle, parts[1] + beside[1] ** 2, parts[2]))
     scale = jnp.where(of_large, one / down, jnp.where(of_middle, one, one / up))
     norm = scale * jnp.sqrt(lax.stop_gradient(total))
@@ -90,6 +90,12 @@ def _sums(axes: tuple[int, ...], *arrays: Array) -> tuple[Array, ...]:
 @_sums.defjvp
 def _tangents_of_sums(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Any, Any]:
     return _sums(axes, *primals), tuple(t.sum(axes) for t in tangents)
+
+
+def safe_sqrt(a: Array) -> Array:
+    """√a with derivative 0 at 0."""
+    positive = jnp.where(a == 0, jnp.ones_like(a), a)
+    return jnp.where(a == 0, jnp.zeros_like(a), jnp.sqrt(positive))
 
 
 def largest(a: Array) -> Float[Array, " B"]:
