@@ -167,6 +167,7 @@ def clipped_grad(
     the two computations of one gradient may differ: η = 2⁻¹⁰ in float32, 2⁻²⁹ in float64, 2⁻⁷ in float16 and 2⁻⁴ in
     bfloat16 (assumed and not proved); in these narrow dtypes √κ is 2⁻⁴ and not 2⁻¹⁰, and ε also covers rounding the sum
     to the parameters' dtype, at most 2·B·u. Keep the parameters of a private model in float32.
+    Where a GPU or TPU rounds the operands of float32 products (see ρ), ask `sensitivity` for float16 or bfloat16.
 
     Returns:
         A function of fun's arguments, the batched ones with an example axis, and of `mask`, booleans [B] that are False
