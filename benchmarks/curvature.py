@@ -48,10 +48,10 @@ def on_gradients(model: Model) -> dict[str, tuple[Function, Function]]:
         return trace, (G.mean(0) ** 2).sum() - trace / len(G)
 
     return {
-        "natural gradient step": (lambda p, g: step(p, jg.natural_gradient(g, DAMPING)), dense_step),
-        "self-influence, damped": (lambda p, g: jg.self_influence(g, DAMPING), dense_leverage),
+        "natural gradient step": (lambda p, g: step(p, jg.curvature.natural_gradient(g, DAMPING)), dense_step),
+        "self-influence, damped": (lambda p, g: jg.attribution.self_influence(g, DAMPING), dense_leverage),
         "Fisher product": (
-            lambda p, g: jg.fisher_vector_product(g, p),
+            lambda p, g: jg.curvature.fisher_vector_product(g, p),
             lambda p, G: ravel_pytree(p)[1](G.T @ (G @ ravel_pytree(p)[0]) / len(G)),
         ),
         "noise scale": (lambda p, g: attribution.noise_scale(g)[:2], dense_noise),
@@ -86,7 +86,7 @@ def kernel(model: Model) -> Workload:
         return J @ J.T
 
     one = lambda params, example: model.loss(params, *example)  # noqa: E731
-    return workload(model, "NTK", lambda params, *batch: jg.ntk(one)(params, batch), written, 1.2)
+    return workload(model, "NTK", lambda params, *batch: jg.attribution.ntk(one)(params, batch), written, 1.2)
 
 
 def kronecker(model: Model) -> Workload:

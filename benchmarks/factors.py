@@ -50,22 +50,22 @@ def gram_products(params: Params, X: jax.Array, Y: jax.Array) -> Any:
 # name: (on factors, on materialized gradients, the matrix products that the operation needs)
 OPERATIONS: dict[str, tuple[Operation, Callable[[jax.Array], jax.Array], Operation]] = {
     "norms": (
-        lambda p, X, Y: closed_form.per_example_grads(p, X, Y).norms(),
+        lambda p, X, Y: closed_form.factored_grads(p, X, Y).norms(),
         lambda G: jnp.linalg.norm(G, axis=1),
         one_product,
     ),
     "norms + clipped sum": (
-        lambda p, X, Y: closed_form.per_example_grads(p, X, Y).clip(MAX_NORM).sum(),
+        lambda p, X, Y: closed_form.factored_grads(p, X, Y).clip(MAX_NORM).sum(),
         clipped_sum_of,
         two_products,
     ),
     "second moment": (
-        lambda p, X, Y: closed_form.per_example_grads(p, X, Y).second_moment(),
+        lambda p, X, Y: closed_form.factored_grads(p, X, Y).second_moment(),
         lambda G: (G**2).mean(0),
         two_products,
     ),
     "Gram matrix": (
-        lambda p, X, Y: closed_form.per_example_grads(p, X, Y).gram(),
+        lambda p, X, Y: closed_form.factored_grads(p, X, Y).gram(),
         lambda G: G @ G.T,
         gram_products,
     ),

@@ -26,7 +26,7 @@ from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import divisible, kept
 
-__all__ = ["ClipInfo", "ClippedGrad", "Weighting", "automatic", "clip", "clipped_grad", "normalize"]
+__all__ = ["ClipInfo", "ClippedGrad", "Weighting", "automatic", "clipped_grad"]
 
 Weighting = Callable[[Array, Array], Array]
 """A function (norms [B], bound) → a factor for every gradient."""
@@ -72,23 +72,8 @@ class ClipInfo(NamedTuple):
     aux: Any = None
 
 
-def clip(norms: Array, max_norm: Array) -> Array:
-    """min(1, max_norm/‖g‖): gradients up to the bound are unchanged (Abadi et al. 2016).
-
-    Example:
-        >>> clip(jnp.array([0.0, 0.5, 4.0]), jnp.array(1.0)).tolist()
-        [1.0, 1.0, 0.25]
-    """
-    return shortened(norms, max_norm)
-
-
-def normalize(norms: Array, max_norm: Array) -> Array:
-    """max_norm/‖g‖: every nonzero gradient is rescaled to the bound's length.
-
-    Example:
-        >>> normalize(jnp.array([0.0, 0.5, 4.0]), jnp.array(1.0)).tolist()
-        [0.0, 2.0, 0.25]
-    """
+def _normalize(norms: Array, max_norm: Array) -> Array:
+    """max_norm/‖g‖; 0 for a zero gradient."""
     positive = norms > 0
     return jnp.where(positive, max_norm / jnp.where(positive, norms, jnp.ones_like(norms)), jnp.zeros_like(norms))
 
@@ -107,7 +92,7 @@ def automatic(gamma: float = 0.01) -> Weighting:
     return weighting
 
 
-WEIGHTINGS: dict[str, Weighting] = {"clip": clip, "normalize": normalize}
+WEIGHTINGS: dict[str, Weighting] = {"clip": shortened, "normalize": _normalize}
 """The weightings that `clipped_grad` accepts by name."""
 
 
@@ -156,8 +141,10 @@ def clipped_grad(
         argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
         microbatch_size: number of examples to process at once, in a loop, to bound the memory; None for all. The result
             is the same, up to rounding.
-        weighting: "clip", "normalize", `clipping.automatic(gamma)`, or another function (norms [B], bound) → a factor
-            for every gradient. Whatever it returns, no gradient becomes longer than its bound.
+        weighting: "clip", min(1, max_norm/‖g‖), which leaves gradients up to the bound unchanged (Abadi et al. 2016);
+            "normalize", max_norm/‖g‖, which rescales every nonzero gradient to the bound; `clipping.automatic(gamma)`;
+            or another function (norms [B], bound) → a factor for every gradient. Whatever it returns, no gradient
+            becomes longer than its bound.
         passes: 1 holds the factors of all gradients and sums them. 2 takes the norms first and drops the factors, then
             computes the ordinary gradient of Σ_b c_b · loss_b: that needs a plain gradient's memory, also for
             `lax.scan` over layers with `jax.checkpoint`, and up to twice its time. Prefer 1 where the factors fit. With
@@ -220,8 +207,8 @@ class ClippedGrad:
 
     Example:
         >>> gradient = clipped_grad(lambda params, x: params["a"] * x + params["b"], {"a": 3.0, "b": 4.0})
-        >>> gradient.sensitivity(None)
-        5.0
+        >>> gradient.max_norm, gradient.sensitivity(100) > 5.0
+        (5.0, True)
     """
 
     @naming("clipped_grad")
@@ -262,11 +249,26 @@ class ClippedGrad:
         self._max_norm, self._microbatch_size, self._weighting = max_norm, microbatch_size, function
         functools.update_wrapper(self, fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
 
-    def sensitivity(self, batch_size: int | None, dtype: jax.typing.DTypeLike = jnp.float32) -> float | Array:
-        """Return how far one example can move the sum: the root sum of squares of the bounds, times 1 + ε.
+    @property
+    def max_norm(self) -> float | Array:
+        """The root sum of squares of the bounds: how far one example could move the sum if nothing were rounded.
+
+        A Python float; an array if a bound is traced.
+        """
+        return self._bound(jnp.result_type(float))
+
+    def _bound(self, dtype: jax.typing.DTypeLike) -> float | Array:
+        bounds = jax.tree.leaves(self._max_norm)
+        try:
+            return math.sqrt(sum(float(bound) ** 2 for bound in bounds))
+        except jax.errors.ConcretizationTypeError:  # a bound is traced
+            return root_sum_of_squares([jnp.asarray(bound, dtype) for bound in bounds])
+
+    def sensitivity(self, batch_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> float | Array:
+        """Return how far one example can move the sum: `max_norm`, times 1 + ε for rounding.
 
         Args:
-            batch_size: B, the largest batch size in use; None for exact arithmetic, ε = 0.
+            batch_size: B, the largest batch size in use.
             dtype: dtype of the sum; with two passes, the narrowest dtype that the loss computes in.
 
         Returns:
@@ -275,18 +277,15 @@ class ClippedGrad:
         Raises:
             ValueError: a negative batch size.
         """
-        if batch_size is not None and batch_size < 0:
+        if operator.index(batch_size) < 0:
             raise ValueError(f"ClippedGrad.sensitivity: expected a batch size of at least 0, got {batch_size}.")
         wide = working_dtype(dtype)
-        more = 1.0 if batch_size is None else 1 + (1 + math.sqrt(batch_size)) * EPSILON[wide]
-        if batch_size is not None and self._passes == 2:
+        more = 1 + (1 + math.sqrt(batch_size)) * EPSILON[wide]
+        if self._passes == 2:
             narrow = float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize < 4 else 0.0
             more += RECOMPUTED[jnp.finfo(dtype).dtype] + batch_size * narrow
-        bounds = jax.tree.leaves(self._max_norm)
-        try:
-            return math.sqrt(sum(float(bound) ** 2 for bound in bounds)) * more
-        except jax.errors.ConcretizationTypeError:  # a bound is traced
-            return root_sum_of_squares([jnp.asarray(bound, wide) for bound in bounds]) * jnp.asarray(more, wide)
+        bound = self._bound(wide)
+        return bound * (more if isinstance(bound, float) else jnp.asarray(more, wide))
 
     @naming("clipped_grad")
     def __call__(self, *args: Any, mask: Any = None, **kwargs: Any) -> tuple[PyTree, ClipInfo]:
@@ -325,8 +324,9 @@ class ClippedGrad:
         for bound, group, n in zip(bounds, groups, norms, strict=True):
             limit = jnp.asarray(bound, n.dtype)
             c = self._factors(n, group.magnitudes(), limit, keep, group.rounding())
-            total += jax.tree.leaves(group.where(keep).scale(c).sum(rounded=False))
+            total += jax.tree.leaves(group.where(keep).scale(c).sum(n.dtype))
             over |= n > limit
+        total = [a.astype(working_dtype(p.dtype)) for a, p in zip(total, arguments.params, strict=True)]
         return total, (values, aux, root_sum_of_squares(norms), over)
 
     def _of_two_passes(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:

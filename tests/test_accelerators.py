@@ -179,19 +179,19 @@ def test_bfloat16_norms_have_the_digits_of_float32_and_a_weighted_sum_is_rounded
 
     @jax.jit
     def results(g):
-        halved = g.scale(jnp.full_like(c, 0.5)).sum(rounded=False)
-        return g.norms(), g.scale(c).sum(rounded=False), halved, g.magnitudes()
+        halved = g.scale(jnp.full_like(c, 0.5)).sum(jnp.float32)
+        return g.norms(), g.scale(c).sum(jnp.float32), halved, g.magnitudes()
 
     g = jax.jit(lambda *a: jg.per_example_grad(loss)(*a))(params, *batch)  # so that all is computed of rounded sides
     norms, total, halved, sizes = results(g)
     wide = jax.tree.map(lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, g)
     np.testing.assert_allclose(norms, wide.norms(), rtol=1e-5)
     size = np.asarray(norms if sizes is None else jnp.hypot(norms, sizes), np.float64)
-    for a, exact in zip(jax.tree.leaves(halved), jax.tree.leaves(wide.sum(rounded=False)), strict=True):
+    for a, exact in zip(jax.tree.leaves(halved), jax.tree.leaves(wide.sum(jnp.float32)), strict=True):
         np.testing.assert_allclose(a, exact / 2, rtol=1e-4, atol=1e-6 * size.sum())  # powers of two round nothing
     off = [
         a.astype(b.dtype) - b
-        for a, b in zip(jax.tree.leaves(total), jax.tree.leaves(wide.scale(c).sum(rounded=False)), strict=True)
+        for a, b in zip(jax.tree.leaves(total), jax.tree.leaves(wide.scale(c).sum(jnp.float32)), strict=True)
     ]
     assert jnp.sqrt(sum((jnp.asarray(d, jnp.float64) ** 2).sum() for d in off)) <= 2.0**-8 * float(
         (np.asarray(c) * size).sum()

@@ -24,8 +24,8 @@ from support.two_layers import assert_held, of_roots
 from support.two_layers import solved as solved_from
 
 import jaxgrad as jg
-from jaxgrad import attribution, blocks, curvature, network
-from jaxgrad.streams import Batches, norms, run
+from jaxgrad import attribution, curvature, network, streams
+from jaxgrad.streams import Batches
 
 # --- Scores and similarities -----------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ def test_influence_of_gradients_whose_norms_differ_keeps_its_digits():
         assert_held(attribution.influence(g, g, mu), W.T, sizes.T, rounding)
         assert_held(attribution.self_influence(g, mu), 12 * np.diag(W), 12 * np.diag(sizes), rounding)
         magnitude = of_roots(w, G) + of_roots(sizes_, G)
-        assert_held(jg.natural_gradient(g, mu), G.T @ w, magnitude, rounding)
+        assert_held(jg.curvature.natural_gradient(g, mu), G.T @ w, magnitude, rounding)
         assert np.all(50 * root[:, None] / root[None, :] > sizes.T)
         assert np.all(magnitude < 50 * np.abs(G.T @ w).max())
 
@@ -232,10 +232,10 @@ def test_ntk_is_the_dense_one_in_any_blocks(name, block_size):
     model = MODELS[name]
     J = jacobian(model)
     dense = np.einsum("bop,cqp->bcoq", J, J)
-    kernel = quick_jit(jg.ntk(model.model, block_size=block_size))
+    kernel = quick_jit(jg.attribution.ntk(model.model, block_size=block_size))
     assert_close(kernel(model.params, model.x), dense)
     assert_close(kernel(model.params, model.x[:3], model.x[1:]), dense[:3, 1:])
-    scalar = quick_jit(jg.ntk(lambda p, x: model.model(p, x)[1], block_size=block_size))
+    scalar = quick_jit(jg.attribution.ntk(lambda p, x: model.model(p, x)[1], block_size=block_size))
     assert_close(scalar(model.params, model.x), dense[:, :, 1, 1])
     assert_close(scalar(model.params, model.x[:3], model.x[1:]), dense[:3, 1:, 1, 1])
 
@@ -251,13 +251,15 @@ def test_ntk_of_more_outputs_on_one_side_than_on_the_other(block_size):
     )
     fun = lambda p, x: jnp.tanh(x @ p["W"] + p["b"][None]).sum(1)  # noqa: E731
     J, J2 = (jacobian(Model(fun, params, x)) for x in (x, x2))
-    kernel = quick_jit(jg.ntk(fun, block_size=block_size))
+    kernel = quick_jit(jg.attribution.ntk(fun, block_size=block_size))
     assert_close(kernel(params, x, x2), np.einsum("bop,cqp->bcoq", J, J2))
     assert_close(kernel(params, x2, x[:, :1]), np.einsum("bop,cqp->bcoq", J2, J[:, :1]))
     with pytest.raises(
         ValueError, match=r"ntk: expected numbers on both sides or arrays on both, got outputs \(\) on x"
     ):
-        jg.ntk(lambda p, x: x[0] @ p["b"] if x.ndim == 2 else p["b"] * x[0])(params, x[:, :, :2], x2[:, 0, :2])
+        jg.attribution.ntk(lambda p, x: x[0] @ p["b"] if x.ndim == 2 else p["b"] * x[0])(
+            params, x[:, :, :2], x2[:, 0, :2]
+        )
 
 
 def test_ntk_holds_no_more_than_a_block_s_gradients():
@@ -266,13 +268,17 @@ def test_ntk_holds_no_more_than_a_block_s_gradients():
     fun = lambda p, x: p["v"] @ jnp.tanh(p["W"] @ x)  # noqa: E731
     X = jnp.ones((512, 256), jnp.float32)
     used = {
-        size: jax.jit(jg.ntk(fun, block_size=size)).lower(params, X).compile().memory_analysis().temp_size_in_bytes
+        size: jax.jit(jg.attribution.ntk(fun, block_size=size))
+        .lower(params, X)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
         for size in (None, 32)
     }
     assert used[32] < 0.75 * used[None]
 
 
-# --- Blocks ----------------------------------------------------------------------------------------------------------
+# --- From batches ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.every(0)
@@ -282,9 +288,9 @@ def test_gram_and_influence_in_blocks_are_those_of_the_whole(entry):
     train, others = Batches(*entry.batch, size=2), Batches(*reordered(entry), size=2)
     mu = 0.1 * np.linalg.norm(G, 2) ** 2 / len(G)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        assert_close(blocks.gram(entry.loss, entry.params, train), G @ G.T)
-        assert_close(blocks.gram(entry.loss, entry.params, train, others), G @ T.T)
-        found = blocks.influence(entry.loss, entry.params, train, others, mu)
+        assert_close(streams.gram(entry.loss)(entry.params, train), G @ G.T)
+        assert_close(streams.gram(entry.loss)(entry.params, train, others), G @ T.T)
+        found = streams.influence(entry.loss, mu)(entry.params, train, others)
     assert_close(found, attribution.influence(g, test, mu))
 
 
@@ -294,7 +300,7 @@ def test_influence_in_blocks_is_of_any_scale(size):
     G = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32) * np.float32(size)
     batches = Batches(G, size=3)
     loss = lambda w, x: w @ x  # noqa: E731
-    found = blocks.influence(loss, jnp.zeros(3, jnp.float32), batches, batches, 0.0)
+    found = streams.influence(loss, 0.0)(jnp.zeros(3, jnp.float32), batches, batches)
     G = G.astype(float)
     assert_close(found, G @ np.linalg.pinv(G), 8 * np.linalg.cond(G) ** 2 * 2.0**-24)
 
@@ -304,18 +310,18 @@ def test_influence_in_blocks_is_of_any_scale(size):
 def test_top_k_is_that_of_the_whole_matrix(k, capsys):
     params, X, Y = exercise()
     test = jg.per_example_grad(network.loss)(params, X[:2], Y[:2])
-    scores = jax.jit(lambda x, y: test.gram(jg.per_example_grad(network.loss)(params, x, y)))
-    whole = np.asarray(scores(X, Y))
+    scores = jax.tree_util.Partial(lambda test, *args: test.gram(jg.per_example_grad(network.loss)(*args)), test)
+    whole = np.asarray(jax.jit(scores)(params, X, Y))
     order = np.argsort(-whole, 1)[:, :k]
     for size in (1, 4, 6):
-        found = blocks.top_k(scores, Batches(X, Y, size=size), k, progress=size == 4)
+        found = streams.top_k(scores, k, progress=size == 4)(params, Batches(X, Y, size=size))
         assert np.array_equal(found.indices, order)
         assert_close(found.values, np.take_along_axis(whole, order, 1))
     assert "batches" in capsys.readouterr().out
 
 
 def test_equal_scores_are_in_the_order_of_the_examples():
-    found = blocks.top_k(lambda x: jnp.zeros((1, len(x))), Batches(np.zeros(5), size=2), 4)
+    found = streams.top_k(lambda _, x: jnp.zeros((1, len(x))), 4)(None, Batches(np.zeros(5), size=2))
     assert found.indices.tolist() == [[0, 1, 2, 3]]
 
 
@@ -325,7 +331,7 @@ def test_errors_name_the_call():
     for call, function in (
         ("self_influence", lambda: attribution.self_influence(g, -1.0)),
         ("influence", lambda: attribution.influence(g, g, np.nan)),
-        ("blocks.influence", lambda: blocks.influence(network.loss, None, [], [], -1.0)),
+        ("streams.influence", lambda: streams.influence(network.loss, -1.0)),
     ):
         with pytest.raises(ValueError, match=f"^{call}: expected a damping ≥ 0, got"):
             function()
@@ -347,13 +353,13 @@ def test_errors_name_the_call():
     with pytest.raises(ValueError, match="random_projection: expected a size of at least 1, got 0"):
         attribution.random_projection(g, jax.random.key(0), 0)
     with pytest.raises(ValueError, match="ntk: expected a block size of at least 1 or None, got 0"):
-        jg.ntk(lambda w, x: w @ x, block_size=0)
-    with pytest.raises(ValueError, match=r"blocks\.gram: expected at least one batch"):
-        blocks.gram(network.loss, None, [])
-    with pytest.raises(ValueError, match=r"blocks\.top_k: expected at least one batch"):
-        blocks.top_k(lambda x: x, [], 1)
-    with pytest.raises(ValueError, match=r"blocks\.top_k: expected k of at least 1"):
-        blocks.top_k(lambda x: x, [], 0)
+        jg.attribution.ntk(lambda w, x: w @ x, block_size=0)
+    with pytest.raises(ValueError, match=r"streams\.gram: expected at least one batch"):
+        streams.gram(network.loss)(None, [])
+    with pytest.raises(ValueError, match=r"streams\.top_k: expected at least one batch"):
+        streams.top_k(lambda _, x: x, 1)(None, [])
+    with pytest.raises(ValueError, match=r"streams\.top_k: expected k of at least 1"):
+        streams.top_k(lambda _, x: x, 0)
 
 
 @pytest.mark.usefixtures("plain_types")
@@ -369,19 +375,19 @@ def test_what_would_be_taken_apart_is_refused(tmp_path):
         with pytest.raises(TypeError, match=r"^tracin: expected several parameters"):
             attribution.tracin(network.loss)(one, [0.1], (X, Y), (X, Y))
     for name, sides in (("batches", (iter(batches),)), ("others", (batches, (b for b in batches)))):
-        with pytest.raises(TypeError, match=rf"^blocks\.gram: expected a sequence .* as {name}, .* Pass a list"):
-            blocks.gram(loss, jnp.ones(5), *sides)
+        with pytest.raises(TypeError, match=rf"^streams\.gram: expected a sequence .* as {name}, .* Pass a list"):
+            streams.gram(loss)(jnp.ones(5), *sides)
     for name, sides in (("train", (iter(batches), batches)), ("test", (batches, iter(batches)))):
-        with pytest.raises(TypeError, match=rf"^blocks\.influence: expected a sequence of batches as {name}"):
-            blocks.influence(loss, jnp.ones(5), *sides, 0.1)
+        with pytest.raises(TypeError, match=rf"^streams\.influence: expected a sequence of batches as {name}"):
+            streams.influence(loss, 0.1)(jnp.ones(5), *sides)
     bare = list(np.asarray(X).reshape(3, 2, 5))
     for call, function in (
-        ("blocks.gram", lambda: blocks.gram(loss, jnp.ones(5), bare)),
-        ("blocks.gram", lambda: blocks.gram(loss, jnp.ones(5), batches, bare)),
-        ("blocks.influence", lambda: blocks.influence(loss, jnp.ones(5), bare, batches, 0.1)),
-        ("blocks.influence", lambda: blocks.influence(loss, jnp.ones(5), batches, bare, 0.1)),
-        ("blocks.top_k", lambda: blocks.top_k(lambda x: x.T, bare, 1)),
-        ("streams.run", lambda: run(norms(loss, jnp.ones(5)), bare, tmp_path)),
+        ("streams.gram", lambda: streams.gram(loss)(jnp.ones(5), bare)),
+        ("streams.gram", lambda: streams.gram(loss)(jnp.ones(5), batches, bare)),
+        ("streams.influence", lambda: streams.influence(loss, 0.1)(jnp.ones(5), bare, batches)),
+        ("streams.influence", lambda: streams.influence(loss, 0.1)(jnp.ones(5), batches, bare)),
+        ("streams.top_k", lambda: streams.top_k(lambda _, x: x.T, 1)(None, bare)),
+        ("streams.run", lambda: streams.run(streams.norms(loss))(jnp.ones(5), bare, tmp_path)),
     ):
         with pytest.raises(TypeError, match=rf"^{call}: expected a tuple .* as a batch, got ndarray"):
             function()
@@ -397,6 +403,6 @@ def test_empty_batches_have_empty_results():
     assert attribution.cosine_similarity(g, full).shape == (0, 3)
     assert attribution.random_projection(g, jax.random.key(0), 5).shape == (0, 5)
     model = MODELS["mlp"]
-    assert jg.ntk(model.model)(model.params, model.x, model.x[:0]).shape == (5, 0, 4, 4)
+    assert jg.attribution.ntk(model.model)(model.params, model.x, model.x[:0]).shape == (5, 0, 4, 4)
     nothing = curvature.gauss_newton(model.model, curvature.softmax)(model.params, model.x[:0], np.zeros(0, int))
     assert attribution.self_influence(nothing, 1.0).shape == (0,)

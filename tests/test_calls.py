@@ -177,15 +177,15 @@ def test_in_axes_that_do_not_fit_are_named(in_axes, error, message):
 
 
 def test_in_axes_pass_through_what_is_built_on_it():
-    """Attribution, streams and blocks take the loss's in_axes, the parameters' None first."""
+    """Attribution, and streams take the loss's in_axes, the parameters' None first."""
     axes, shift = (None, 1, None), jnp.ones(())
     loss = lambda w, x, shift: jnp.sin(w @ x + shift)  # noqa: E731
     batch, options = (X.T, shift), {"in_axes": axes}
     g = jg.per_example_grad(loss, **options)(W, *batch)
     same(jg.attribution.grand(loss, **options)([W], *batch), g.norms(), 1e-12)
     same(jg.attribution.tracin(loss, **options)([W], [1.0], batch, batch), g.gram(), 1e-12)
-    np.testing.assert_allclose(jg.blocks.gram(loss, W, [batch], **options), g.gram(), rtol=1e-12)
-    np.testing.assert_allclose(jg.streams.norms(loss, W, **options)(*batch).rows["norms"], g.norms(), rtol=1e-12)
+    np.testing.assert_allclose(jg.streams.gram(loss, **options)(W, [batch]), g.gram(), rtol=1e-12)
+    np.testing.assert_allclose(jg.streams.norms(loss, **options)(W, *batch).rows["norms"], g.norms(), rtol=1e-12)
 
 
 # --- Results that are not gradients ----------------------------------------------------------------------------------

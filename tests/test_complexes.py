@@ -113,7 +113,7 @@ def test_steps_and_scores_are_those_of_the_real_vectors():
     loss, params, x = LOSSES["wave function"]
     g = jg.per_example_grad(loss)(params, x)
     G = real(g.materialize())
-    step = jg.natural_gradient(g, 0.1)
+    step = jg.curvature.natural_gradient(g, 0.1)
     wanted = jnp.linalg.solve(G.T @ G / 6 + 0.1 * jnp.eye(G.shape[1]), G.mean(0))
     np.testing.assert_allclose(real(jax.tree.map(lambda a: a[None], step))[0], wanted, rtol=1e-8, atol=1e-10)
     features = jg.attribution.random_projection(g, jax.random.key(0), 20_000)

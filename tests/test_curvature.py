@@ -501,5 +501,5 @@ def test_other_errors_name_the_call():
     with pytest.raises(ValueError, match=r"damped_solve: expected K \[n, n\]"):
         damped_solve(jnp.ones((2, 3)), jnp.ones(2), 1.0)
     rows = functools.partial(gauss_newton(lambda p, x: p @ x, curvature.squared), jnp.ones((2, 3)))
-    with pytest.raises(ValueError, match="gauss_newton: expected arrays with one example axis"):
+    with pytest.raises(ValueError, match="gauss_newton: expected one batch size in all batched arguments"):
         rows(jnp.ones((4, 3)), jnp.ones((5, 2)))

@@ -240,9 +240,19 @@ def test_steps_and_attribution_are_those_of_one_device(name, axis_type):
 
     def run(params, *batch):
         g = jg.per_example_grad(loss)(params, *batch)
-        several = jg.natural_gradient(g, 0.1), jg.fisher_vector_product(g, params), jg.self_influence(g, 0.1)
+        several = (
+            jg.curvature.natural_gradient(g, 0.1),
+            jg.curvature.fisher_vector_product(g, params),
+            jg.attribution.self_influence(g, 0.1),
+        )
         projected = jg.attribution.random_projection(g, jax.random.key(0), 3)
-        return *several, jg.influence(g, g[:8], 0.1), jg.noise_scale(g), jg.curvature.kfac_factors(g), projected
+        return (
+            *several,
+            jg.attribution.influence(g, g[:8], 0.1),
+            jg.attribution.noise_scale(g),
+            jg.curvature.kfac_factors(g),
+            projected,
+        )
 
     expected = jax.jit(run)(params, *batch)
     on = mesh(axis_type)

@@ -28,7 +28,7 @@ from support.two_layers import (
 )
 
 import jaxgrad as jg
-from jaxgrad import blocks, clipping, streams
+from jaxgrad import clipping, streams
 from jaxgrad.per_example.algebra.factors import written_out
 
 # --- PerExampleGrads -------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def norms_alone(data):
 
 @claims()
 def clipped_grad_normalized(data):
-    return clipped(data, lambda n, bound: bound / n, 1, weighting=clipping.normalize)
+    return clipped(data, lambda n, bound: bound / n, 1, weighting="normalize")
 
 
 @claims()
@@ -189,7 +189,7 @@ def batches(x, y, size=100):
 
 @claims()
 def gram_in_blocks(data):
-    function = lambda params, x, y: blocks.gram(loss, params, batches(x, y), batches(x[:20], y[:20]))  # noqa: E731
+    function = lambda params, x, y: streams.gram(loss)(params, batches(x, y), batches(x[:20], y[:20]))  # noqa: E731
     return Claim(function, data.G @ data.G[:20].T, 2 * data.M @ data.M[:20].T, jitted=False)
 
 
@@ -200,15 +200,15 @@ def top_k(data):
 
     def function(params, x, y):
         test = gradients(params, x[:5], y[:5])
-        scores = jax.jit(lambda x, y: test.gram(gradients(params, x, y)))
-        return blocks.top_k(scores, batches(x, y), 3).values
+        scores = jax.tree_util.Partial(lambda test, *args: test.gram(gradients(*args)), test)
+        return streams.top_k(scores, 3)(params, batches(x, y)).values
 
     return Claim(function, kth, np.broadcast_to((2 * data.M[:5] @ data.M.T).max(1, keepdims=True), kth.shape), False)
 
 
-def streamed(function, x, y):
+def streamed(function, params, x, y):
     with tempfile.TemporaryDirectory() as folder:
-        results = streams.run(function, batches(x, y), folder)
+        results = streams.run(function)(params, batches(x, y), folder)
         return {k: np.array(v) for k, v in results.rows.items()}, results.sums
 
 
@@ -217,13 +217,13 @@ def streams_of_norms(data):
     value = -np.log(data.p[np.arange(data.size.B), data.y])
     expected = {"values": value, "norms": lengths(data.G)}, {}
     magnitude = {"values": value_magnitude(data), "norms": lengths(data.M)}, {}
-    return Claim(lambda params, x, y: streamed(streams.norms(loss, params), x, y), expected, magnitude, False)
+    return Claim(lambda params, x, y: streamed(streams.norms(loss), params, x, y), expected, magnitude, False)
 
 
 @claims()
 def streams_of_moments(data):
     function = lambda params, x, y: jax.tree.map(  # noqa: E731
-        np.float32, streamed(streams.second_moments(loss, params), x, y)[1]
+        np.float32, streamed(streams.second_moments(loss), params, x, y)[1]
     )
     named = lambda total, squares: {  # noqa: E731
         f"{name}['{k}']": a for name, A in (("sum", total), ("squares", squares)) for k, a in data.split(A).items()
@@ -233,10 +233,10 @@ def streams_of_moments(data):
 
 
 @claims()
-def streams_of_influence(data):
+def streams_of_inner_products(data):
     def function(params, x, y):
         fixed = gradients(params, x[:8], y[:8])
-        return streamed(streams.influence(loss, params, fixed), x, y)[0]["products"]
+        return streamed(streams.inner_products(loss, fixed), params, x, y)[0]["products"]
 
     return Claim(function, data.G @ data.G[:8].T, 2 * data.M @ data.M[:8].T, False)
 

@@ -28,7 +28,7 @@ from support.two_layers import (
 )
 
 import jaxgrad as jg
-from jaxgrad import attribution, blocks, curvature, streams
+from jaxgrad import attribution, curvature, streams
 
 claims = Claims()
 
@@ -322,20 +322,20 @@ def kernel(data: TwoLayers, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 @claims(lambda s: s.B * s.O * (1 + s.O // 20))
 def ntk(data):
-    return Claim(lambda params, x, _: jg.ntk(model)(params, x, x[:16]), *kernel(data, 16))
+    return Claim(lambda params, x, _: jg.attribution.ntk(model)(params, x, x[:16]), *kernel(data, 16))
 
 
 @claims(outputs)
 def ntk_in_blocks(data):
-    return Claim(lambda params, x, _: jg.ntk(model, block_size=48)(params, x, x[:8]), *kernel(data, 8))
+    return Claim(lambda params, x, _: jg.attribution.ntk(model, block_size=48)(params, x, x[:8]), *kernel(data, 8))
 
 
 @claims()
 def influence_in_blocks(data):
     found = across(data, *with_residuals(data), gradients)
     mu, _ = damping(data.G)
-    function = lambda params, x, y: blocks.influence(  # noqa: E731
-        loss, params, streams.Batches(x, y, size=100), streams.Batches(x[::8], y[::8], size=100), mu
+    function = lambda params, x, y: streams.influence(loss, mu)(  # noqa: E731
+        params, streams.Batches(x, y, size=100), streams.Batches(x[::8], y[::8], size=100)
     )
     return found._replace(function=function, jitted=False)
 

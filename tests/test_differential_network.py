@@ -93,7 +93,7 @@ def test_gradients_of_batches(module, size):
 def test_factors_norms_and_sums(size):
     params, X, y = data(*size)
     e = exact(params, X, y)
-    g = jax.jit(closed_form.per_example_grads)(params, X, y)
+    g = jax.jit(closed_form.factored_grads)(params, X, y)
     squares = (e.delta**2).sum(1) * ((X.astype(np.float64) ** 2).sum(1) + 1) + (e.dw**2).sum(1)
     held(jax.jit(lambda g: g.norms())(g), np.sqrt(squares), np.sqrt(squares) * (e.relative.max(1) + size[2] * U))
     summed = np.abs(e.delta) * (e.relative + (size[0] + 2) * U)

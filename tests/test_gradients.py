@@ -22,7 +22,7 @@ def batch(dtype=jnp.float64, B=B, H=H, D=D):
 
 @pytest.fixture
 def g():
-    return closed_form.per_example_grads(*batch())
+    return closed_form.factored_grads(*batch())
 
 
 def flat(tree):
@@ -39,7 +39,7 @@ def close(a, b, rtol=1e-12):
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_the_exercises_factors_are_its_gradients(name):
     params, X, Y = batch()
-    g = closed_form.per_example_grads(params, X, Y, ACTIVATIONS[name])
+    g = closed_form.factored_grads(params, X, Y, ACTIVATIONS[name])
     close(g.materialize(), autodiff.batched_grad(params, X, Y, ACTIVATIONS[name]), 1e-11)
     G = flat(closed_form.batched_grad(params, X, Y, ACTIVATIONS[name]))
     close(g.norms(), np.linalg.norm(G, axis=1))
@@ -54,16 +54,16 @@ def test_the_exercises_factors_are_its_gradients(name):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_the_exercises_factors_in_low_precision(dtype):
     params, X, Y = batch(dtype)
-    g = closed_form.per_example_grads(params, X, Y)
+    g = closed_form.factored_grads(params, X, Y)
     assert {leaf.dtype for leaf in g.sum()} == {jnp.dtype(dtype)}
     wide = jax.tree.map(lambda a: a.astype(jnp.float64), (params, X, Y))
-    np.testing.assert_allclose(g.norms(), closed_form.per_example_grads(*wide).norms(), rtol=1e-5)
+    np.testing.assert_allclose(g.norms(), closed_form.factored_grads(*wide).norms(), rtol=1e-5)
 
 
 def test_a_batch_of_factors_is_a_candidate_for_check_gradient():
-    report = jg.check_gradient(closed_form.per_example_grads, loss, *batch())
+    report = jg.check_gradient(closed_form.factored_grads, loss, *batch())
     assert report.agrees
-    wrong = jg.check_gradient(lambda p, X, Y: closed_form.per_example_grads(p, X, -Y), loss, *batch())
+    wrong = jg.check_gradient(lambda p, X, Y: closed_form.factored_grads(p, X, -Y), loss, *batch())
     assert not wrong.agrees
 
 
@@ -89,7 +89,7 @@ def test_norms_are_differentiable_zero_gradients_included():
     def penalty(module_norms):
         return lambda p: jnp.sum((module_norms(p) - 1) ** 2)
 
-    by_factors = jax.grad(penalty(lambda p: closed_form.per_example_grads(p, X, Y).norms()))(params)
+    by_factors = jax.grad(penalty(lambda p: closed_form.factored_grads(p, X, Y).norms()))(params)
 
     def written_out(p):
         G = autodiff.batched_grad(p, X, Y)
@@ -98,11 +98,11 @@ def test_norms_are_differentiable_zero_gradients_included():
     close(by_factors, jax.grad(penalty(written_out))(params), 1e-10)
 
     def through(c):  # every gradient zero at c = 0
-        return closed_form.per_example_grads(params, X, Y).scale(jnp.full(B, c)).norms().sum()
+        return closed_form.factored_grads(params, X, Y).scale(jnp.full(B, c)).norms().sum()
 
     assert np.isfinite(jax.grad(through)(0.0))
-    assert closed_form.per_example_grads(params, X, Y).where(jnp.zeros(B, bool)).norms().tolist() == [0.0] * B
-    leaves = jax.grad(lambda c: sum(n.sum() for n in closed_form.per_example_grads(params, X, Y).scale(c).leaf_norms()))
+    assert closed_form.factored_grads(params, X, Y).where(jnp.zeros(B, bool)).norms().tolist() == [0.0] * B
+    leaves = jax.grad(lambda c: sum(n.sum() for n in closed_form.factored_grads(params, X, Y).scale(c).leaf_norms()))
     assert np.isfinite(leaves(jnp.zeros(B))).all()
 
 
@@ -229,10 +229,10 @@ def test_no_array_of_batch_times_parameters_is_in_the_compiled_program(name):
     params, X, Y = batch(jnp.float32, B=29, H=31, D=37)
 
     def program(params, X, Y):
-        return OPERATIONS[name](closed_form.per_example_grads(params, X, Y), params)
+        return OPERATIONS[name](closed_form.factored_grads(params, X, Y), params)
 
     assert largest_array(program, params, X, Y) <= 2 * 31 * 37 + 2 * 29 * 37
-    assert largest_array(lambda *a: closed_form.per_example_grads(*a).materialize(), params, X, Y) == 29 * 31 * 37
+    assert largest_array(lambda *a: closed_form.factored_grads(*a).materialize(), params, X, Y) == 29 * 31 * 37
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def test_nothing_of_our_own_is_nan_or_infinite(name, jit):
 
 @pytest.mark.every(13)
 @pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("weighting", [jg.clipping.clip, jg.clipping.normalize, jg.clipping.automatic(0.1)])
+@pytest.mark.parametrize("weighting", ["clip", "normalize", jg.clipping.automatic(0.1)])
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 def test_nothing_of_our_own_is_nan_or_infinite_in_a_clipped_sum(jit, weighting, microbatch_size):
     params, X, Y = batch(jnp.float32)
@@ -468,3 +468,24 @@ def test_gradients_of_several_models_say_where_their_methods_are_to_be_called():
         with pytest.raises(ValueError, match="call its methods inside the vmap"):
             verb(g)
     assert jax.vmap(lambda g: g.norms())(g).shape == (2, 3)
+
+
+def test_products_written_with_an_operator():
+    params, X, Y = batch()
+    g, c = closed_form.factored_grads(params, X, Y), jnp.arange(float(len(X)))
+    G, v = jax.tree.map(lambda a: a.reshape(len(X), -1), g.materialize()), jax.tree.map(lambda p: p + 1, params)
+    flat = np.concatenate(jax.tree.leaves(G), 1)
+    np.testing.assert_allclose(g @ v, flat @ np.concatenate([a.ravel() for a in jax.tree.leaves(v)]), rtol=1e-10)
+    np.testing.assert_allclose(g @ g[:3].T, flat @ flat[:3].T, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose((g.T @ c).W.ravel(), c @ G.W, rtol=1e-10)
+
+
+def test_sums_have_the_dtype_that_is_asked_for():
+    g = closed_form.factored_grads(*batch(jnp.bfloat16))
+    c = jnp.ones(g.batch_size)
+    for function in (g.sum, g.mean, lambda dtype=None: g.weighted_sum(c, dtype)):
+        assert function().W.dtype == jnp.bfloat16
+        wide = function(jnp.float32)
+        assert wide.W.dtype == jnp.float32
+        assert not np.array_equal(wide.W, np.float32(function().W))  # digits that rounding drops
+        np.testing.assert_array_equal(wide.W.astype(jnp.bfloat16), function().W)

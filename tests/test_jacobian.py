@@ -152,7 +152,7 @@ def test_the_wide_mlp_s_kernel_holds_less_than_its_rows():
     x = normal(4, 32, 48)
     memory = lambda f: jax.jit(f).lower(params, x).compile().memory_analysis()  # noqa: E731
     written = memory(lambda params, x: jax.vmap(jax.jacrev(model), (None, 0))(params, x)).output_size_in_bytes
-    assert memory(jg.ntk(model)).temp_size_in_bytes < written / 2
+    assert memory(jg.attribution.ntk(model)).temp_size_in_bytes < written / 2
 
 
 def test_the_kernel_of_a_convolutional_network_takes_no_more_memory_than_its_rows():
@@ -171,7 +171,10 @@ def test_the_kernel_of_a_convolutional_network_takes_no_more_memory_than_its_row
         return flat @ flat.T
 
     x = normal(10, 64, 3, 16, 16)
-    memory = [jax.jit(f).lower(params, x).compile().memory_analysis().temp_size_in_bytes for f in (jg.ntk(model), rows)]
+    memory = [
+        jax.jit(f).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+        for f in (jg.attribution.ntk(model), rows)
+    ]
     assert memory[0] <= memory[1]
 
 

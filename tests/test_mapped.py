@@ -204,7 +204,7 @@ def test_a_map_in_every_step_of_a_loop_has_the_digits_of_its_dtype_at_real_sizes
     exact = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(jnp.asarray(W), jnp.asarray(x)))
     with jax.enable_x64(False):
         g = jax.jit(jg.per_example_grad(loss))(jnp.asarray(W, dtype), jnp.asarray(x, dtype))
-        norms, total = jax.jit(lambda g: (g.norms(), g.sum(rounded=False)))(g)
+        norms, total = jax.jit(lambda g: (g.norms(), g.sum(jnp.float32)))(g)
     assert jg.explain(loss)(jnp.asarray(W), jnp.asarray(x)).rows[0].how == "factored"
     lengths = np.linalg.norm(exact.reshape(64, -1), axis=1)
     np.testing.assert_allclose(norms, lengths, rtol=64 * rounding)
@@ -260,6 +260,6 @@ def test_loops_that_are_maps_have_the_digits_of_their_dtype_at_real_sizes(loss, 
     with jax.enable_x64(False):
         assert jg.explain(loss)(W, X).rows[0].how == "factored"
         g = jax.jit(jg.per_example_grad(loss))(W, X)
-        norms, total = jax.jit(lambda g: (g.norms(), g.sum(rounded=False)))(g)
+        norms, total = jax.jit(lambda g: (g.norms(), g.sum(jnp.float32)))(g)
     np.testing.assert_allclose(norms, np.linalg.norm(exact.reshape(B, -1), axis=1), rtol=64 * rounding)
     np.testing.assert_allclose(total, exact.sum(0), atol=64 * rounding * np.abs(exact).sum(0).max())

@@ -75,7 +75,7 @@ def everything(g):
         "written out": g.materialize(),
         "dot": g.dot(g.mean()),
         "noise": jg.attribution.noise_scale(g),
-        "natural": jg.natural_gradient(g, 1.0),
+        "natural": jg.curvature.natural_gradient(g, 1.0),
         "gram": g.gram(),
     }
 
@@ -134,5 +134,5 @@ def test_the_exercise():
     X, y = normal(1, 6, 4), jnp.sign(normal(2, 6))
     got = exported(jax.vmap(jax.grad(jg.network.loss), (None, 0, 0)), params, X, y).call(params, X, y)
     assert isinstance(got, jg.network.Params)
-    by_hand = exported(jg.network.closed_form.per_example_grads, params, X, y).call(params, X, y).materialize()
+    by_hand = exported(jg.network.closed_form.factored_grads, params, X, y).call(params, X, y).materialize()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), by_hand, got)

@@ -152,7 +152,7 @@ def test_the_digits_are_those_of_the_dtype_at_real_sizes(name, dtype, rounding, 
         exact = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(W.astype(float), X.astype(float)))
         with jax.enable_x64(False):
             g = jax.jit(jg.per_example_grad(loss))(W, X)
-            norms, total = jax.jit(lambda g: (g.norms(), g.sum(rounded=False)))(g)
+            norms, total = jax.jit(lambda g: (g.norms(), g.sum(jnp.float32)))(g)
     np.testing.assert_allclose(norms, np.linalg.norm(exact.reshape(64, -1), axis=1), rtol=64 * rounding)
     np.testing.assert_allclose(total, exact.sum(0), atol=64 * rounding * np.abs(exact).sum(0).max())
 

@@ -26,7 +26,7 @@ def whole():
 def test_norms_from_memory_mapped_arrays(tmp_path):
     np.save(tmp_path / "X.npy", X)
     batches = streams.Batches(np.load(tmp_path / "X.npy", mmap_mode="r"), Y, size=8)
-    results = streams.run(streams.norms(network.loss, PARAMS), batches, tmp_path / "out")
+    results = streams.run(streams.norms(network.loss))(PARAMS, batches, tmp_path / "out")
     values, g = whole()
     np.testing.assert_allclose(results.rows["norms"], g.norms(), rtol=1e-12)
     np.testing.assert_allclose(results.rows["values"], values, rtol=1e-12)
@@ -35,36 +35,36 @@ def test_norms_from_memory_mapped_arrays(tmp_path):
 
 
 def test_second_moments_and_sums(tmp_path):
-    results = streams.run(
-        streams.second_moments(network.loss, PARAMS), streams.Batches(X, Y, size=8), tmp_path, every=3
-    )
+    each = streams.second_moments(network.loss)
+    results = streams.run(each, every=3)(PARAMS, streams.Batches(X, Y, size=8), tmp_path)
     _, g = whole()
     for name, tree, scale in (("sum", g.sum(), 1), ("squares", g.second_moment(), N)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             np.testing.assert_allclose(results.sums[name + jax.tree_util.keystr(path)], leaf * scale, rtol=1e-10)
 
 
-def test_influence_against_a_fixed_set(tmp_path):
+def test_inner_products_with_a_fixed_set(tmp_path):
     fixed = jg.per_example_grad(network.loss)(PARAMS, X[:5], Y[:5])
     generator = ((X[k : k + 20], Y[k : k + 20]) for k in range(0, N, 20))
-    results = streams.run(streams.influence(network.loss, PARAMS, fixed), generator, tmp_path)
+    results = streams.run(streams.inner_products(network.loss, fixed))(PARAMS, generator, tmp_path)
     np.testing.assert_allclose(results.rows["products"], whole()[1].gram(fixed), rtol=1e-10, atol=1e-12)
 
 
 def test_what_is_done_is_neither_read_nor_written_again(tmp_path):
-    each, seen = streams.norms(network.loss, PARAMS), []
+    each, seen = streams.norms(network.loss), []
 
-    def function(*batch):
+    def function(params, *batch):
         seen.append(len(batch[0]))
-        return each(*batch)
+        return each(params, *batch)
 
     batches = streams.Batches(X, Y, size=8)
-    first = streams.run(function, batches, tmp_path)
-    again = streams.run(function, iter(list(batches)), tmp_path)
+    each_time = streams.run(function, jit=False)
+    first = each_time(PARAMS, batches, tmp_path)
+    again = each_time(PARAMS, iter(list(batches)), tmp_path)
     assert seen == [8] * 6 + [2]
     np.testing.assert_array_equal(first.rows["norms"], again.rows["norms"])
     longer = streams.Batches(np.concatenate([X, X[:8]]), np.concatenate([Y, Y[:8]]), size=8)
-    assert streams.run(function, longer, tmp_path).batches == 8  # goes on with what has come since
+    assert each_time(PARAMS, longer, tmp_path).batches == 8  # goes on with what has come since
 
 
 def contents(folder):
@@ -74,22 +74,22 @@ def contents(folder):
 @pytest.mark.parametrize("at", range(7))
 @pytest.mark.parametrize("every", [1, 3])
 def test_an_error_anywhere_and_another_start_end_with_the_same_files(tmp_path, at, every):
-    def function(x, y):
+    def function(_, x, y):
         return streams.Part({"x": x, "two": np.stack([y, 2 * y], 1)}, {"sum": x.sum(0) / 3})
 
-    def failing(x, y):
+    def failing(_, x, y):
         failing.count += 1
         if failing.count == at + 1:
             raise RuntimeError
-        return function(x, y)
+        return function(None, x, y)
 
     failing.count, batches = 0, streams.Batches(X, Y, size=8)
-    streams.run(function, batches, tmp_path / "unbroken", every=every)
+    streams.run(function, every=every, jit=False)(None, batches, tmp_path / "unbroken")
     with pytest.raises(RuntimeError):
-        streams.run(failing, batches, tmp_path / "broken", every=every)
+        streams.run(failing, every=every, jit=False)(None, batches, tmp_path / "broken")
     for path in (tmp_path / "broken").glob("*.rows"):  # rows that no state counts, as a kill between the two leaves
         path.write_bytes(path.read_bytes() + b"half a row")
-    streams.run(function, batches, tmp_path / "broken", every=every)
+    streams.run(function, every=every, jit=False)(None, batches, tmp_path / "broken")
     assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
 
 
@@ -101,12 +101,12 @@ from jaxgrad import streams
 rng = np.random.default_rng(0)
 X = rng.normal(size=(400, 1000))
 
-def function(x):
+def function(_, x):
     time.sleep(0.01)
     return streams.Part({"norms": np.linalg.norm(x, axis=1), "x": x}, {"sum": x.sum(0)})
 
 print("ready", flush=True)
-streams.run(function, streams.Batches(X, size=4), sys.argv[1])
+streams.run(function, jit=False)(None, streams.Batches(X, size=4), sys.argv[1])
 print("done", flush=True)
 """
 
@@ -135,23 +135,25 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_an_unbroken_one(tmp_pat
 
 def test_half_precision_and_a_bar(tmp_path, capsys):
     values = jnp.asarray(X[:10, 0], jnp.bfloat16)
-    results = streams.run(lambda v: streams.Part({"v": v}, {}), [(values[:5],), (values[5:],)], tmp_path, progress=True)
+    results = streams.run(lambda _, v: streams.Part({"v": v}, {}), progress=True)(
+        None, [(values[:5],), (values[5:],)], tmp_path
+    )
     np.testing.assert_array_equal(results.rows["v"], np.float32(values))
-    assert "2/2" in capsys.readouterr().out
+    assert "100%" in capsys.readouterr().out
 
 
 def test_errors_name_the_call(tmp_path):
-    rows = lambda **rows: lambda x: streams.Part({k: f(x) for k, f in rows.items()}, {})  # noqa: E731
+    rows = lambda **rows: lambda _, x: streams.Part({k: f(x) for k, f in rows.items()}, {})  # noqa: E731
     batches = streams.Batches(X, size=25)
-    streams.run(rows(a=lambda x: x), batches, tmp_path / "a")
+    streams.run(rows(a=lambda x: x))(None, batches, tmp_path / "a")
     with pytest.raises(ValueError, match=r"expected rows .* Another run's results"):
-        streams.run(rows(b=lambda x: x), [*batches, (X,)], tmp_path / "a")
+        streams.run(rows(b=lambda x: x))(None, [*batches, (X,)], tmp_path / "a")
     with pytest.raises(ValueError, match="rows of one length"):
-        streams.run(rows(a=lambda x: x, b=lambda x: x[:1]), batches, tmp_path / "b")
+        streams.run(rows(a=lambda x: x, b=lambda x: x[:1]))(None, batches, tmp_path / "b")
     with pytest.raises(ValueError, match="names of files"):
-        streams.run(rows(**{"a/b": lambda x: x}), batches, tmp_path / "c")
+        streams.run(rows(**{"a/b": lambda x: x}))(None, batches, tmp_path / "c")
     with pytest.raises(ValueError, match="commit every 1 or more"):
-        streams.run(rows(a=lambda x: x), batches, tmp_path / "d", every=0)
+        streams.run(rows(a=lambda x: x), every=0)
     with pytest.raises(ValueError, match="arrays of one length"):
         streams.Batches(X, Y[:3], size=2)
     with pytest.raises(IndexError, match=r"streams\.Batches"):
@@ -163,8 +165,8 @@ def test_errors_name_the_call(tmp_path):
 def test_second_moments_of_half_precision_are_float32(tmp_path, dtype, size):
     """Squares of 10 add up to more than float16 holds, squares of 2⁻¹³ are less than it holds."""
     x = jnp.full((1024, 3), size, dtype)
-    moments = streams.second_moments(lambda w, x: (w * x).sum(), jnp.zeros(3, dtype))
-    sums = streams.run(moments, streams.Batches(x, size=100), tmp_path).sums
+    moments = streams.second_moments(lambda w, x: (w * x).sum())
+    sums = streams.run(moments)(jnp.zeros(3, dtype), streams.Batches(x, size=100), tmp_path).sums
     assert sums["squares"].dtype == sums["sum"].dtype == np.float64  # what is added up on disk
     np.testing.assert_allclose(sums["squares"], 1024 * size**2, rtol=1e-5)
     np.testing.assert_allclose(sums["sum"], 1024 * size, rtol=1e-5)

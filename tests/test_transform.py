@@ -237,7 +237,7 @@ def test_low_precision(dtype, rtol):
 def test_the_exercise_has_the_factors_of_its_closed_form():
     X, Y = normal(1, B, 7), jnp.where(normal(2, B) > 0, 1.0, -1.0)
     params = network.init_params(jax.random.key(0), 7, 9, jnp.float64)
-    found, expected = jit(per_example_grad(network.loss))(params, X, Y), closed_form.per_example_grads(params, X, Y)
+    found, expected = jit(per_example_grad(network.loss))(params, X, Y), closed_form.factored_grads(params, X, Y)
     assert (found.paths, found.nbytes, repr(found)) == (expected.paths, expected.nbytes, repr(expected))
     for a, b in zip(found.factors, expected.factors, strict=True):
         assert [type(f) for f in a] == [type(f) for f in b]

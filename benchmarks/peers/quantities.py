@@ -20,7 +20,7 @@ def ways(model: Model, quantity: str, bound: float) -> dict[str, Any]:
     ours = {
         NORMS: lambda g, direction: g.norms(),
         MOMENT: lambda g, direction: g.second_moment(),
-        FISHER: jg.fisher_vector_product,
+        FISHER: jg.curvature.fisher_vector_product,
     }
     theirs = {NORMS: norms_of, MOMENT: moment_of, FISHER: fisher_of}
     columns: dict[str, Any] = {"plain": functions.plain(model)}

@@ -1,6 +1,6 @@
 """Scores of a loss over several checkpoints of its parameters."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -10,15 +10,18 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.errors import called, naming
 from jaxgrad.per_example.arguments import checked_batch
+from jaxgrad.per_example.measure import per_example_norms
 from jaxgrad.per_example.transform import per_example_grad
 
 
-def grand(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float[Array, " B"]]:
+def grand(
+    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0
+) -> Callable[..., Float[Array, " B"]]:
     """GraNd: the norm of each example's gradient, averaged over several parameters (initializations, checkpoints).
 
     Args:
         loss: loss of one example, as in `per_example_grad`.
-        in_axes: as in `per_example_grad`.
+        argnums, in_axes: as in `per_example_grad`.
 
     Returns:
         A function of (checkpoints, *batch) that returns [B]; checkpoints is an iterable of parameters.
@@ -33,7 +36,8 @@ def grand(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float[
 
     Source: Paul et al. 2021.
     """
-    norms = jax.jit(lambda params, batch: per_example_grad(loss, in_axes=in_axes)(params, *batch).norms())
+    measured = per_example_norms(loss, argnums, in_axes=in_axes)
+    norms = jax.jit(lambda params, batch: measured(params, *batch)[1])
 
     @naming("grand")
     def over(checkpoints: Iterable[PyTree], *batch: Any) -> Array:
@@ -65,14 +69,16 @@ def _summed(terms: Iterable[Array]) -> tuple[Array, int]:
     return total, count
 
 
-def tracin(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float[Array, "C B"]]:
+def tracin(
+    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0
+) -> Callable[..., Float[Array, "C B"]]:
     """TracIn: how much training on each example lowered each test loss, to first order, summed over checkpoints.
 
     Formula: Σ_k η_k test_c(w_k) · g_b(w_k), for plain gradient descent with learning rates η_k.
 
     Args:
         loss: loss of one example, as in `per_example_grad`.
-        in_axes: as in `per_example_grad`.
+        argnums, in_axes: as in `per_example_grad`.
 
     Returns:
         A function of (checkpoints, rates, train, test) that returns [C, B]; > 0 means helpful. Its arguments are the
@@ -90,7 +96,7 @@ def tracin(loss: Callable[..., Any], *, in_axes: Any = 0) -> Callable[..., Float
 
     Source: Pruthi et al. 2020.
     """
-    gradients = per_example_grad(loss, in_axes=in_axes)
+    gradients = per_example_grad(loss, argnums, in_axes=in_axes)
     products = jax.jit(lambda params, train, test: gradients(params, *test).gram(gradients(params, *train)))
 
     missing = object()

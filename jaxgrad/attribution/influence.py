@@ -85,8 +85,7 @@ def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, dampi
     rows, residuals = rows_and_residuals(train)
     checked_gradients(test)
     if not rows.batch_size:
-        return test.gram(rows)
+        return rows.gram(test).T
     scaled, ridge, unit = scaled_system(rows, damping)
-    across = test.gram(scaled)
-    weights = damped_solve(scaled.gram(), across.T, ridge).T / unit
+    weights = damped_solve(scaled.gram(), scaled.gram(test), ridge).T / unit
     return jnp.einsum("cbr,br->cb", weights.reshape(-1, *residuals.shape), residuals)

@@ -1,23 +1,32 @@
 """The empirical neural tangent kernel of a model."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra.chunks import map_examples
+from jaxgrad.per_example.arguments import Arguments, arguments_of
 from jaxgrad.per_example.jacobian import per_example_jacobian
 from jaxgrad.per_example.transform import per_example_grad
 
 
-def ntk(fun: Callable[..., Any], *, block_size: int | None = None) -> Callable[..., Float[Array, "B C *outputs"]]:
+def ntk(
+    fun: Callable[..., Any],
+    *,
+    argnums: int | Sequence[int] = 0,
+    in_axes: Any = 0,
+    block_size: int | None = None,
+) -> Callable[..., Float[Array, "B C *outputs"]]:
     """The empirical neural tangent kernel: inner products of the gradients of a model's outputs.
 
     Args:
         fun: fun(params, x) → the outputs of one example: a real scalar, or an array of O numbers.
+        argnums, in_axes: as in `per_example_grad`, for the arguments (params, x) and (params, x2).
         block_size: number of examples of each side whose gradients are held at once, to bound the memory; the gradients
             of the second side are then computed once for every block of the first. None holds all.
 
@@ -42,16 +51,19 @@ def ntk(fun: Callable[..., Any], *, block_size: int | None = None) -> Callable[.
     if block_size is not None and operator.index(block_size) < 1:
         raise ValueError(f"ntk: expected a block size of at least 1 or None, got {block_size}.")
 
-    def gradients(params: PyTree, x: Any) -> Any:
-        example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.result_type(a)), x)
-        outputs = jax.eval_shape(fun, params, example)
+    def gradients(side: Arguments, examples: Sequence[Array]) -> Any:
+        def outputs_of(params: Sequence[Any], example: Sequence[Any]) -> Any:
+            return fun(*side.put_back(params, example)[0])
+
+        outputs = jax.eval_shape(outputs_of, side.params, side.example)
         if not isinstance(outputs, jax.ShapeDtypeStruct):
             raise TypeError(f"ntk: expected a function that returns one array, got {type(outputs).__name__}.")
-        return (per_example_jacobian(fun) if outputs.shape else per_example_grad(fun))(params, x)
+        transform = per_example_jacobian if outputs.shape else per_example_grad
+        return transform(outputs_of)(side.params, examples)
 
-    def block(params: PyTree, x: Any, x2: Any) -> Array:
-        g = gradients(params, x)
-        other = None if x2 is None else gradients(params, x2)
+    def block(side: Arguments, side2: Arguments | None, examples: Any, examples2: Any) -> Array:
+        g = gradients(side, examples)
+        other = None if side2 is None else gradients(side2, examples2)
         if other is not None and type(g) is not type(other):
             outputs, outputs2 = (getattr(h, "outputs", ()) for h in (g, other))
             raise ValueError(
@@ -60,14 +72,18 @@ def ntk(fun: Callable[..., Any], *, block_size: int | None = None) -> Callable[.
             )
         return g.gram(other)
 
+    @naming("ntk")
     def kernel(params: PyTree, x: Any, x2: Any = None) -> Array:
+        side = arguments_of((params, x), {}, argnums, in_axes)
+        side2 = None if x2 is None else arguments_of((params, x2), {}, argnums, in_axes)
         if block_size is None:
-            return block(params, x, x2)
-        x2 = x if x2 is None else x2
+            return block(side, side2, side.examples_first, side2 and side2.examples_first)
+        side2 = side2 or side
 
-        def row(x: Any) -> Array:
-            return jnp.swapaxes(map_examples(lambda c: jnp.swapaxes(block(params, x, c), 0, 1), block_size, x2), 0, 1)
+        def row(examples: Sequence[Array]) -> Array:
+            of_columns = lambda c: jnp.swapaxes(block(side, side2, examples, c), 0, 1)  # noqa: E731
+            return jnp.swapaxes(map_examples(of_columns, block_size, side2.examples_first), 0, 1)
 
-        return map_examples(row, block_size, x)
+        return map_examples(row, block_size, side.examples_first)
 
     return kernel

@@ -93,7 +93,7 @@ def noise_scale(g: PerExampleGrads) -> NoiseScale:
     if isinstance(B, int) and B < 2:
         return NoiseScale(*[jnp.full((), jnp.nan, norms.dtype)] * 3)
     unit = power_of_two(norms.max())
-    total = g.scale(jnp.full_like(norms, 1) / unit).sum(rounded=False)
+    total = g.scale(jnp.full_like(norms, 1) / unit).sum(norms.dtype)
     mean = added([(leaf.astype(norms.dtype) ** 2).sum() for leaf in jax.tree.leaves(total)]) / B / B
     spread = (((norms / unit) ** 2).sum() - B * mean) / (B - 1)
     noise = jnp.maximum(spread, jnp.zeros_like(spread))

@@ -8,6 +8,7 @@ The modules:
     fisher         products and solves with GᵀG/n; natural_gradient, and scale_by_natural_gradient for optax
     gauss_newton   the rows G for a model and a loss of its outputs; products for many outputs
     kronecker      the Kronecker factors for every weight matrix
+    rows           the rows of a Jacobian as one matrix
     solve          the B × B solve on its own
 """
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
+from jaxgrad.curvature.rows import widened_rows
 from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision, scaled_system
 from jaxgrad.errors import naming
-from jaxgrad.per_example.gradients import PerExampleGrads, widened
+from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.serialized import named_tuple
 
 
@@ -36,7 +37,7 @@ def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree) -> PyTree
         [1.0, 2.0, 3.0]
     """
     rows, _ = rows_and_residuals(g)
-    return widened(rows).weighted_sum(rows.dot(v) / max(rows.batch_size, 1))
+    return widened_rows(rows).weighted_sum(rows.dot(v) / max(rows.batch_size, 1))
 
 
 @naming("natural_gradient")
@@ -78,7 +79,7 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
         return rows.mean()
     scaled, ridge, unit = scaled_system(rows, damping)
     weights = damped_solve(scaled.gram(), residuals.ravel(), ridge)
-    total = scaled.scale(weights).sum(rounded=False)
+    total = scaled.weighted_sum(weights, ridge.dtype)
     return jax.tree.map(lambda a, p: (a / unit.astype(a.dtype)).astype(p.dtype), total, jax.eval_shape(rows.sum))
 
 
@@ -108,15 +109,15 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> P
         [0.5, 1.0, 1.0]
     """
     checked_damping(damping, positive=True)
-    g, _ = rows_and_residuals(g)
-    n, like = g.batch_size, jax.eval_shape(g.sum)
+    matrix, _ = rows_and_residuals(g)
+    n, like = matrix.batch_size, jax.eval_shape(matrix.sum)
     if not n:
         return jax.tree.map(lambda a, p: (a / damping).astype(p.dtype), v, like)
-    scaled, ridge, unit = scaled_system(g, damping)
+    scaled, ridge, unit = scaled_system(matrix, damping)
     K, mu = scaled.gram(), ridge / n
 
     def rows(c: Array) -> PyTree:
-        return scaled.scale(c).sum(rounded=False)
+        return scaled.weighted_sum(c, ridge.dtype)
 
     def once(v: PyTree) -> PyTree:
         inside = rows(damped_solve(K, scaled.dot(v), ridge))

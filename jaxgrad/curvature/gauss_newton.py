@@ -4,17 +4,21 @@ J is the model's Jacobian, and O is the number of its outputs for one example. H
 respect to the outputs, and S [O, R] is a root of it.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxgrad.curvature.rows import Matrix, Rows
 from jaxgrad.curvature.solve import MARGIN
-from jaxgrad.errors import called, naming
+from jaxgrad.errors import naming
+from jaxgrad.per_example.arguments import arguments_of
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
-from jaxgrad.per_example.transform import per_example_grad
+from jaxgrad.per_example.jacobian import PerExampleJacobian, evaluated_by_output, numbered
+from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 
 # --- Losses of a model's outputs -------------------------------------------------------------------------------------
@@ -168,10 +172,10 @@ def _curvature_near_zero(loss: Callable[[Array], Array], f: Array) -> Array:
 
 
 class GaussNewton(NamedTuple):
-    """The Gauss-Newton matrix as GᵀG/n, and the mean gradient as Gᵀr/n.
+    """The Gauss-Newton matrix as GᵀG/n, and the mean gradient as Gᵀr/n, where G has n = B·R rows.
 
     Attributes:
-        rows: G, with n = B·R rows; the R rows of an example are consecutive.
+        jacobian: the rows of every example: SᵀJ times √R, [B, R, parameters].
         residuals: r [B, R].
 
     Example:
@@ -180,14 +184,21 @@ class GaussNewton(NamedTuple):
         (8, (4, 2))
     """
 
-    rows: PerExampleGrads
+    jacobian: PerExampleJacobian
     residuals: Float[Array, "B R"]
 
+    @property
+    def rows(self) -> PerExampleGrads:
+        """G as n gradients, the R rows of an example one after another; what its outputs share is copied for each."""
+        return self.jacobian.rows()
 
-def rows_and_residuals(g: PerExampleGrads | GaussNewton) -> tuple[PerExampleGrads, Float[Array, "B R"]]:
+
+def rows_and_residuals(g: PerExampleGrads | GaussNewton) -> tuple[Matrix, Float[Array, "B R"]]:
     """(G, r in the accumulator's dtype), where the mean gradient is Gᵀr/n; for PerExampleGrads r = 1."""
+    rows: Matrix
     if isinstance(g, GaussNewton):
-        rows, residuals = g
+        residuals = g.residuals
+        rows = Rows.of(g.jacobian) if g.jacobian.outputs > 1 else g.rows
     else:
         checked_gradients(g)
         rows, residuals = g, jnp.ones((g.batch_size, 1), jnp.float32)
@@ -195,25 +206,32 @@ def rows_and_residuals(g: PerExampleGrads | GaussNewton) -> tuple[PerExampleGrad
 
 
 def gauss_newton(
-    model: Callable[..., Any], loss: OutputLoss | Callable[[Array, Any], Array]
+    model: Callable[..., Any],
+    loss: OutputLoss | Callable[[Array, Any], Array],
+    *,
+    argnums: int | Sequence[int] = 0,
+    in_axes: Any = 0,
 ) -> Callable[..., GaussNewton]:
-    """The rows G of the Gauss-Newton matrix, as `PerExampleGrads`: all functions of these work on them.
+    """The rows G of the Gauss-Newton matrix: `natural_gradient`, `influence` and the like work on them.
 
     Formula: row (b, k) is √R · S_b[:, k]ᵀJ_b, the gradient of one number, held as factors. So GᵀG/n = mean_b
-    J_bᵀH_bJ_b, and Gᵀr/n is the gradient of the mean loss. Cost: R plain gradients; R is 1 for a scalar model, and
-    usually O otherwise. For many outputs use `gauss_newton_vector_product`.
+    J_bᵀH_bJ_b, and Gᵀr/n is the gradient of the mean loss. Cost: one forward pass and R backward passes; R is 1 for a
+    scalar model, and usually O otherwise. Activations are held once for all rows of an example. For many outputs use
+    `gauss_newton_vector_product`.
 
     The mean gradient is Gᵀr/n only if the loss's gradient lies in the range of its Hessian, as it does for `squared`,
     `softmax` and `logistic`; any component outside the range is left out of r.
 
     Args:
-        model: model(params, x) → outputs of one example, an array of any shape.
+        model: model(params, *inputs) → outputs of one example, an array of any shape.
         loss: `squared`, `softmax`, `logistic` or another `OutputLoss`; or a convex function (outputs, target) → scalar,
             whose H is decomposed into eigenvectors. The result is NaN where that is not convex. A negative eigenvalue
             within the rounding error of H counts as 0; that error includes the loss's curvature at outputs near 0.
+        argnums, in_axes: as in `per_example_grad`, for the arguments (params, *inputs, target).
 
     Returns:
-        A function of (params, x, y) that returns `GaussNewton`; x and y are trees of arrays with an example axis.
+        A function of (params, *inputs, target) that returns `GaussNewton`; inputs and target are trees of arrays, with
+        an example axis where `in_axes` says so.
 
     Raises:
         TypeError, ValueError: as in `per_example_grad`.
@@ -221,49 +239,60 @@ def gauss_newton(
     Example:
         >>> model = lambda w, x: w @ x                                        # w [2, 3]
         >>> found = gauss_newton(model, squared)(jnp.zeros((2, 3)), jnp.ones((4, 3)), jnp.ones((4, 2)))
-        >>> jg.natural_gradient(found, 0.0).round(3)[0].tolist()                      # the step to w @ x = 1
+        >>> jg.curvature.natural_gradient(found, 0.0).round(3)[0].tolist()                      # the step to w @ x = 1
         [-0.333, -0.333, -0.333]
 
     Source: Schraudolph 2002; Martens 2020.
     """
     root = (loss if isinstance(loss, OutputLoss) else from_function(loss)).root
 
-    def one(params: PyTree, x: Any, y: Any, k: Array) -> tuple[Array, Array]:
-        outputs = model(params, x)
-        outputs = outputs.astype(working_dtype(outputs.dtype))
-        S, r = root(jax.lax.stop_gradient(outputs), y)
-        scale = jnp.asarray(S.shape[1] ** 0.5, S.dtype)
-        return (outputs.ravel() * S[:, k] * scale).sum(), r[k] * scale
-
     @naming("gauss_newton")
-    def rows(params: PyTree, x: Any, y: Any) -> GaussNewton:
-        B, example = _examples(x, y)
-        S, _ = jax.eval_shape(lambda p, x, y: root(model(p, x), y), params, *example)
-        R = S.shape[1]
-        x, y = jax.tree.map(lambda a: jnp.repeat(a, R, 0), (x, y)) if R > 1 else (x, y)
-        g, residuals = per_example_grad(one, has_aux=True)(params, x, y, jnp.tile(jnp.arange(R), B))
-        return GaussNewton(g, residuals.reshape(B, R))
+    def rows(params: PyTree, *batch: Any) -> GaussNewton:
+        arguments = arguments_of((params, *batch), {}, argnums, in_axes)
+
+        def rooted(params: Sequence[Any], example: Sequence[Any]) -> tuple[Array, Array, Array]:
+            *args, target = arguments.put_back(params, example)[0]
+            outputs = model(*args)
+            outputs = outputs.astype(working_dtype(outputs.dtype))
+            S, r = root(jax.lax.stop_gradient(outputs), target)
+            scale = jnp.asarray(S.shape[1] ** 0.5, S.dtype)
+            return outputs.ravel(), S * scale, r * scale
+
+        def one(*args: Any) -> tuple[Array, Array]:
+            outputs, S, r = rooted(*args[:-1])
+            return (outputs * jnp.take(S, args[-1], 1)).sum(), r
+
+        R = jax.eval_shape(rooted, arguments.params, arguments.example)[1].shape[1]
+        whole = dataclasses.replace(arguments, rebuilt=lambda params, examples, _: ((params, examples), {}))
+        transformed = Transformed("gauss_newton", one, 0, 0, has_aux=True)
+        residuals, jacobian = evaluated_by_output(transformed, numbered(whole), R)
+        return GaussNewton(jacobian, residuals)
 
     return rows
 
 
 def gauss_newton_vector_product(
-    model: Callable[..., Any], loss: OutputLoss | Callable[[Array, Any], Array]
+    model: Callable[..., Any],
+    loss: OutputLoss | Callable[[Array, Any], Array],
+    *,
+    argnums: int | Sequence[int] = 0,
+    in_axes: Any = 0,
 ) -> Callable[..., PyTree]:
     """mean_b J_bᵀH_bJ_b v, by forward mode, the loss's Hessian and reverse mode.
 
     Cost: about two plain gradients, for any number of outputs; nothing is decomposed.
 
     Args:
-        model: model(params, x) → outputs of one example, an array of any shape.
+        model: model(params, *inputs) → outputs of one example, an array of any shape.
         loss: an `OutputLoss`, or a function (outputs, target) → scalar.
+        argnums, in_axes: as in `gauss_newton`.
 
     Returns:
-        A function of (params, v, x, y) that returns a tree with the parameters' shapes and dtypes; v is a direction
-        with the parameters' structure, shapes and dtypes.
+        A function of (params, v, *inputs, target) that returns a tree with the parameters' shapes and dtypes; v is a
+        direction with the parameters' structure, shapes and dtypes, and the other arguments are as in `gauss_newton`.
 
     Raises:
-        ValueError: batch sizes that differ, or x and y without a batch axis.
+        TypeError, ValueError: as in `per_example_grad`.
 
     Example:
         >>> product = gauss_newton_vector_product(lambda w, x: w @ x, squared)
@@ -273,22 +302,24 @@ def gauss_newton_vector_product(
     of_outputs = (loss if isinstance(loss, OutputLoss) else from_function(loss)).product
 
     @naming("gauss_newton_vector_product")
-    def product(params: PyTree, v: PyTree, x: Any, y: Any) -> PyTree:
-        B, _ = _examples(x, y)
-        outputs, forwards = jax.linearize(lambda p: jax.vmap(model, (None, 0))(p, x), params)
+    def product(params: PyTree, v: PyTree, *batch: Any) -> PyTree:
+        args = (params, *batch)
+        arguments = arguments_of(args, {}, argnums, in_axes)
+        several = not isinstance(argnums, int)
+        numbers = argnums if isinstance(argnums, Sequence) else [argnums]
+        chosen = tuple(args[k] for k in numbers) if several else args[numbers[0]]
+
+        def one(chosen: PyTree, example: Sequence[Any]) -> tuple[Array, Any]:
+            *inputs, target = arguments.put_back(arguments.params, example)[0]
+            for k, value in zip(numbers, chosen if several else [chosen], strict=True):
+                inputs[k] = value
+            return model(*inputs), target
+
+        over_examples = jax.vmap(one, (None, arguments.axes), axis_size=arguments.batch_size)
+        outputs, forwards, target = jax.linearize(lambda p: over_examples(p, arguments.batch), chosen, has_aux=True)
         wide = working_dtype(outputs.dtype)
-        cotangent = jax.vmap(of_outputs)(outputs.astype(wide), y, forwards(v).astype(wide)) / max(B, 1)
-        return jax.linear_transpose(forwards, params)(cotangent.astype(outputs.dtype))[0]
+        cotangent = jax.vmap(of_outputs)(outputs.astype(wide), target, forwards(v).astype(wide))
+        cotangent = cotangent / max(arguments.batch_size, 1)
+        return jax.linear_transpose(forwards, chosen)(cotangent.astype(outputs.dtype))[0]
 
     return product
-
-
-def _examples(x: Any, y: Any) -> tuple[int, tuple[Any, Any]]:
-    """(B, the shapes and dtypes of one example)."""
-    sizes = {jnp.shape(a)[:1] for a in jax.tree.leaves((x, y))}
-    if len(sizes) != 1 or sizes == {()}:
-        raise ValueError(
-            f"{called()}: expected arrays with one example axis in x and y, got leading sizes {sorted(sizes)}."
-        )
-    example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.result_type(a)), (x, y))
-    return next(iter(sizes))[0], example

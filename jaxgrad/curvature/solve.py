@@ -11,9 +11,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxgrad.curvature.rows import Matrix, widened_rows
 from jaxgrad.errors import called
 from jaxgrad.per_example.algebra.scales import power_of_two
-from jaxgrad.per_example.gradients import PerExampleGrads, widened
 from jaxgrad.sharding import gathered
 
 EXACT = lax.Precision.HIGHEST  # by default, accelerators round more
@@ -110,11 +110,11 @@ def checked_damping(damping: Any, positive: bool = False) -> None:
         raise ValueError(f"{called()}: expected a damping {'>' if positive else '≥'} 0, got {damping}.")
 
 
-def scaled_system(g: PerExampleGrads, damping: Any) -> tuple[PerExampleGrads, Array, Array]:
+def scaled_system(g: Matrix, damping: Any) -> tuple[Matrix, Array, Array]:
     """(g / unit, μn / unit², unit): unit is a power of two near the largest norm or √(μn), whichever is larger."""
     norms = g.norms()
     mu = jnp.asarray(damping, norms.dtype)
     unit = power_of_two(
         jnp.maximum(norms.max(), jnp.sqrt(lax.stop_gradient(mu)) * jnp.sqrt(jnp.asarray(g.batch_size, norms.dtype)))
     )
-    return widened(g).scale(jnp.full_like(norms, 1) / unit), mu / unit * g.batch_size / unit, unit
+    return widened_rows(g) * (1 / unit), mu / unit * g.batch_size / unit, unit

@@ -46,10 +46,10 @@ from jaxgrad.sharding import replicated
 __all__ = [
     "batched_grad",
     "batched_input_grad",
+    "factored_grads",
     "grad",
     "hessian_vector_product",
     "input_grad",
-    "per_example_grads",
     "value_and_grad",
     "value_and_grad_one",
 ]
@@ -157,7 +157,7 @@ def batched_input_grad(
 
 
 @batch
-def per_example_grads(
+def factored_grads(
     params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
 ) -> PerExampleGrads:
     """Every example's gradient, factored: W's is δ xᵀ, held as the pair (δ, x).
@@ -176,7 +176,7 @@ def per_example_grads(
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
-        >>> per_example_grads(params, jnp.zeros((5, 2)), jnp.ones(5)).norms().shape
+        >>> factored_grads(params, jnp.zeros((5, 2)), jnp.ones(5)).norms().shape
         (5,)
     """
     # The example axis comes first, as in the factors: a transposed copy of δ would cost as much as the products.

@@ -8,6 +8,7 @@ The user-facing modules are:
     second_pass   the sum of weighted gradients as an ordinary gradient
     explain       how each parameter's gradient is held, and why
     gradients     PerExampleGrads: the algebra over a tree of parameters
+    held          its tree of factors as a pytree, without the algebra
     checks        checks on the arguments of its methods: masks, indices, numbers, bounds
     arguments     which arguments are parameters, which are batched, which are shared
     frameworks    advice for a Flax or Equinox model that is passed whole
@@ -23,7 +24,7 @@ The implementation has two halves, and a module that joins them:
 from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Rows, Windows
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same
-from jaxgrad.per_example.explain import Explanation, Row, explain
+from jaxgrad.per_example.explain import Explanation, ExplanationRow, explain
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.jacobian import PerExampleJacobian, per_example_jacobian
 from jaxgrad.per_example.measure import per_example_norms
@@ -33,13 +34,13 @@ __all__ = [
     "Common",
     "Dense",
     "Explanation",
+    "ExplanationRow",
     "Factor",
     "Layout",
     "Mapped",
     "Outer",
     "PerExampleGrads",
     "PerExampleJacobian",
-    "Row",
     "Rows",
     "Same",
     "Windows",

@@ -42,6 +42,11 @@ class Arguments:
     shared: list[Any]
     rebuilt: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
+    @property
+    def examples_first(self) -> list[Any]:
+        """The batched leaves with their example axis in front."""
+        return [jnp.moveaxis(a, axis, 0) for a, axis in zip(self.batch, self.axes, strict=True)]
+
     def put_back(self, params: Sequence[Any], examples: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of the loss of one example."""
         return self.rebuilt(params, examples, self.shared)

@@ -17,7 +17,7 @@ from jaxgrad.per_example.transform import Route, Transformed
 
 
 @dataclass(frozen=True)
-class Row:
+class ExplanationRow:
     """How one parameter's gradient is held, and why.
 
     Attributes:
@@ -69,7 +69,7 @@ class Explanation:
         ('vector', True)
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ExplanationRow, ...]
     batch_size: int
 
     @property
@@ -83,11 +83,11 @@ class Explanation:
         return sum(row.materialized_nbytes for row in self.rows)
 
     @property
-    def direct(self) -> tuple[Row, ...]:
+    def direct(self) -> tuple[ExplanationRow, ...]:
         """The parameters that take the direct route."""
         return tuple(row for row in self.rows if row.primitive)
 
-    def __getitem__(self, path: str) -> Row:
+    def __getitem__(self, path: str) -> ExplanationRow:
         """The row of the parameter at `path`."""
         for row in self.rows:
             if row.path == path:
@@ -170,12 +170,12 @@ def _is_leaf(node: Any) -> bool:
     return isinstance(node, Leaf)
 
 
-def _row(path: str, factors: Sequence[Any], route: Route) -> Row:
+def _row(path: str, factors: Sequence[Any], route: Route) -> ExplanationRow:
     layout = factors[0].layout
     held = [a for f in factors for a in arrays(f)]
     B = of_examples(factors)[0].shape[0]
     norm = tuple(way(f, f_) for i, f in enumerate(factors) for f_ in factors[: i + 1])
-    return Row(
+    return ExplanationRow(
         path=path,
         shape=layout.shape,
         dtype=layout.dtype,
@@ -194,7 +194,7 @@ def _why(route: Route) -> dict[str, str]:
     return {"why": {"vector": "vector", "formed": "smaller"}.get(route.how, "")}
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: ExplanationRow) -> tuple[str, ...]:
     kinds = " + ".join(row.factors)
     norm = ", ".join(dict.fromkeys(row.norm))
     return (

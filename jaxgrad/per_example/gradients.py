@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.errors import called, naming
-from jaxgrad.per_example.algebra import chunks, complexes, factors, norms
-from jaxgrad.per_example.algebra.factors import Factor
+from jaxgrad.per_example.algebra import chunks, complexes, norms
 from jaxgrad.per_example.algebra.leaf import Leaf, concatenated
-from jaxgrad.per_example.algebra.mapped import map_examples_of, of_examples
+from jaxgrad.per_example.algebra.mapped import map_examples_of
 from jaxgrad.per_example.checks import checked_index, checked_mask, checked_numbers, grouped
+from jaxgrad.per_example.held import Held, not_gradients
 from jaxgrad.precision import added, working_dtype
 from jaxgrad.sharding import automatic
 
@@ -35,7 +35,7 @@ def _in_chunks(method: Callable[P, R]) -> Callable[P, R]:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class PerExampleGrads:
+class PerExampleGrads(Held):
     """The gradients of B examples with respect to a tree of parameters; each parameter's gradient is a sum of factors.
 
     It stands for the matrix G [B, parameters] that `jax.vmap(jax.grad(loss))` would return, split over the tree. Every
@@ -71,120 +71,6 @@ class PerExampleGrads:
         >>> g.sum()["W"].shape
         (3, 2)
     """
-
-    def __init__(self, tree: PyTree, chunk_bytes: int = chunks.CHUNK_BYTES):
-        is_leaf = lambda node: isinstance(node, tuple) and bool(node) and all(isinstance(f, Factor) for f in node)  # noqa: E731
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-        strange = [jax.tree_util.keystr(path) for path, leaf in leaves if not is_leaf(leaf)]
-        if strange or not leaves:
-            where = f"something else at tree{strange[0]}" if strange else "none"
-            raise TypeError(f"PerExampleGrads: expected a tree of tuples of factors, got {where}.")
-        sizes = {a.shape[0] for _, leaf in leaves for f in leaf for a in of_examples(f)}
-        if len(sizes) != 1:
-            raise ValueError(f"PerExampleGrads: expected one number of examples in every factor, got {sorted(sizes)}.")
-        for path, leaf in leaves:
-            shapes = {(f.layout.shape, f.layout.dtype) for f in leaf}
-            if len(shapes) != 1:
-                raise ValueError(
-                    f"PerExampleGrads: expected factors of one parameter, got shapes and dtypes {shapes} "
-                    f"at {jax.tree_util.keystr(path)}."
-                )
-        self.chunk_bytes = chunk_bytes
-        self._held: PyTree = jax.tree.unflatten(treedef, [Leaf.of(leaf) for _, leaf in leaves])
-
-    # --- as a pytree
-
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, PyTree], ...], int]:
-        """Flatten for JAX: the parameters' tree with a sum of factors and its weight at each leaf."""
-        return ((jax.tree_util.GetAttrKey("factors"), self._held),), self.chunk_bytes
-
-    @classmethod
-    def tree_unflatten(cls, chunk_bytes: int, children: Sequence[PyTree]) -> "PerExampleGrads":
-        """Unflatten for JAX: the inverse of flattening, without checks."""
-        g = object.__new__(cls)
-        (g._held,), g.chunk_bytes = children, chunk_bytes
-        return g
-
-    @property
-    def _leaves(self) -> tuple[Leaf, ...]:
-        held: tuple[Leaf, ...] = tuple(jax.tree.leaves(self._held, is_leaf=_is_leaf))
-        weight: Any = getattr(held[0], "weight", None)
-        if getattr(weight, "ndim", 1) != 1:
-            raise ValueError(
-                f"PerExampleGrads: expected one example axis, got leading axes {jnp.shape(weight)}. The result "
-                f"of jax.vmap, over models for instance, is a stack of them: call its methods inside the vmap. The "
-                f"result of jax.tree.map is meaningless: the function was applied to arrays of factors, not gradients."
-            )
-        return held
-
-    @property
-    def _treedef(self) -> Any:
-        return jax.tree.structure(self._held, is_leaf=_is_leaf)
-
-    def _with(self, leaves: Sequence[Leaf]) -> "PerExampleGrads":
-        return self.tree_unflatten(self.chunk_bytes, (self._tree(leaves),))
-
-    def _tree(self, leaves: Sequence[Any]) -> PyTree:
-        return jax.tree.unflatten(self._treedef, leaves)
-
-    def _each(self, function: Callable[[Leaf], Any]) -> PyTree:
-        return self._tree([function(leaf) for leaf in self._leaves])
-
-    # --- attributes
-
-    @property
-    def paths(self) -> list[str]:
-        """The path of every parameter, in the form of `jax.tree_util.keystr`."""
-        leaves = jax.tree_util.tree_leaves_with_path(self._treedef.unflatten(range(self._treedef.num_leaves)))
-        return [jax.tree_util.keystr(path) for path, _ in leaves]
-
-    @property
-    def factors(self) -> PyTree:
-        """The parameters' tree with each leaf replaced by its tuple of factors, scaled as the gradients are."""
-        return self._each(Leaf.weighted)
-
-    @property
-    def batch_size(self) -> int:
-        """B."""
-        return self._leaves[0].weight.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes held in the factors; an array that two factors share is counted twice."""
-        held = [a for leaf in self._leaves for f in leaf.factors for a in factors.arrays(f)]
-        return sum(a.size * a.dtype.itemsize for a in held)
-
-    @property
-    def materialized_nbytes(self) -> int:
-        """Number of bytes that `materialize` would return."""
-        return sum(self.batch_size * leaf.layout.size * leaf.layout.dtype.itemsize for leaf in self._leaves)
-
-    def __len__(self) -> int:
-        return self.batch_size
-
-    def __repr__(self) -> str:
-        try:
-            lines = [
-                f"  {path or 'parameter'} {leaf.layout.dtype.name}{list(leaf.layout.shape)}: " + repr(leaf)
-                for path, leaf in zip(self.paths, self._leaves, strict=True)
-            ]
-            held = f"{self.batch_size} examples, {self.nbytes} bytes held, {self.materialized_nbytes} if materialized"
-        except (AttributeError, IndexError, TypeError, ValueError):  # JAX makes trees of other objects too
-            return f"PerExampleGrads({self._held})"
-        return "\n".join([f"PerExampleGrads({held})", *lines])
-
-    def with_chunk_bytes(self, chunk_bytes: int) -> "PerExampleGrads":
-        """Return the same gradients, whose methods materialize at most `chunk_bytes` at once.
-
-        If the cheapest way to compute norms, moments or a Gram matrix materializes gradients, it does so for a few
-        examples at a time; a single example may need more than `chunk_bytes`.
-
-        Raises:
-            ValueError: a number below 1.
-        """
-        if operator.index(chunk_bytes) < 1:
-            raise ValueError(f"PerExampleGrads.with_chunk_bytes: expected a number of bytes ≥ 1, got {chunk_bytes}.")
-        return self.tree_unflatten(operator.index(chunk_bytes), (self._held,))
 
     # --- norms
 
@@ -248,34 +134,42 @@ class PerExampleGrads:
         return added([leaf.dot(v) for leaf, v in zip(self._leaves, leaves, strict=True)])
 
     @naming("PerExampleGrads.weighted_sum")
-    def weighted_sum(self, c: Float[Array, " B"]) -> PyTree:
-        """Gᵀ c: Σ_b c_b g_b, a tree with the parameters' shapes and dtypes. It costs one matrix product per factor."""
+    def weighted_sum(self, c: Float[Array, " B"], dtype: jax.typing.DTypeLike | None = None) -> PyTree:
+        """Gᵀ c: Σ_b c_b g_b, a tree with the parameters' shapes. It costs one matrix product per factor.
+
+        Args:
+            c: a number for each example.
+            dtype: dtype of the result, as in `sum`.
+        """
         c = checked_numbers(c, self.batch_size)
-        return self._summed(c)
+        return self._summed(lambda leaf: leaf.sum(c), dtype)
 
-    def sum(self, rounded: bool = True) -> PyTree:
-        """Σ_b g_b, a tree with the parameters' shapes and dtypes; if `rounded` is False, in the accumulator's dtype."""
-        return self._summed(None, rounded)
+    def sum(self, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
+        """Σ_b g_b, a tree with the parameters' shapes.
 
-    @automatic(by_example=False)
-    def mean(self) -> PyTree:
-        """Σ_b g_b / B, a tree with the parameters' shapes and dtypes; NaN for an empty batch, as in jnp.mean."""
+        Args:
+            dtype: dtype of the result, as in `jnp.sum`: None for each parameter's own. The sum is accumulated in
+                float32 at least and rounded once. For a complex parameter this is the dtype of its two real parts.
+        """
+        return self._summed(lambda leaf: leaf.sum(None), dtype)
+
+    def mean(self, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
+        """Σ_b g_b / B, a tree with the parameters' shapes; NaN for an empty batch, as in `jnp.mean`.
+
+        Args:
+            dtype: dtype of the result, as in `sum`.
+        """
 
         def mean(leaf: Leaf) -> Array:
             total = leaf.sum(None)
-            return (total / self.batch_size if self.batch_size else jnp.full_like(total, jnp.nan)).astype(
-                leaf.layout.dtype
-            )
+            return total / self.batch_size if self.batch_size else jnp.full_like(total, jnp.nan)
 
-        return complexes.joined(self._each(mean), complexes.gradient)
+        return self._summed(mean, dtype)
 
     @automatic(by_example=False)
-    def _summed(self, c: Array | None, rounded: bool = True) -> PyTree:
-        def total(leaf: Leaf) -> Array:
-            value = leaf.sum(c)
-            return value.astype(leaf.layout.dtype) if rounded else value
-
-        return complexes.joined(self._each(total), complexes.gradient)
+    def _summed(self, function: Callable[[Leaf], Array], dtype: jax.typing.DTypeLike | None) -> PyTree:
+        each = self._each(lambda leaf: function(leaf).astype(dtype or leaf.layout.dtype))
+        return complexes.joined(each, complexes.gradient)
 
     # --- products of examples
 
@@ -295,6 +189,15 @@ class PerExampleGrads:
         second = self if other is None else other
         pairs = zip(self._leaves, second._leaves, strict=True)
         return added([leaf.gram(leaf_) for leaf, leaf_ in pairs])
+
+    @property
+    def T(self) -> "Transposed":
+        """Gᵀ, for products: `g.T @ c` is `g.weighted_sum(c)`, and `g @ h.T` is `g.gram(h)`."""
+        return Transposed(self)
+
+    def __matmul__(self, other: Any) -> Array:
+        """G v [B] for a direction v, as in `dot`; G G′ᵀ [B, C] for `h.T`, as in `gram`."""
+        return self.gram(other.of) if isinstance(other, Transposed) else self.dot(other)
 
     @_in_chunks
     @automatic(by_example=False)
@@ -431,38 +334,6 @@ class PerExampleGrads:
         """Materialize G: the tree of [B, *shape] that `jax.vmap(jax.grad(loss))` returns, B × parameters numbers."""
         return complexes.joined(self._each(Leaf.materialize), complexes.gradient)
 
-    # --- checks of arguments
-
-    def _direction(self, tree: PyTree) -> list[Array]:
-        structure: Any = jax.tree.structure(self._held, is_leaf=_is_parameter)
-        treedef = jax.tree.structure(tree)
-        if treedef != structure:
-            raise ValueError(f"{called()}: expected a tree like the parameters', {structure}, got {treedef}.")
-        leaves, parts = jax.tree.flatten(complexes.parts(tree, sign=-1))
-        if parts != self._treedef:
-            raise ValueError(
-                f"{called()}: expected complex numbers where the parameters are, and only there, got "
-                f"{jax.tree.map(jnp.result_type, tree)}."
-            )
-        for path, leaf, v in zip(self.paths, self._leaves, leaves, strict=True):
-            if jnp.shape(v) != leaf.layout.shape:
-                raise ValueError(f"{called()}: expected shape {leaf.layout.shape} at {path}, got {jnp.shape(v)}.")
-        return [jnp.asarray(v) for v in leaves]
-
-    def _same_parameters(self, other: "PerExampleGrads") -> None:
-        checked_gradients(other)
-        if other._treedef != self._treedef:
-            raise ValueError(
-                f"{called()}: expected the same tree of parameters, {self._treedef}, got {other._treedef}."
-            )
-        for path, leaf, leaf_ in zip(self.paths, self._leaves, other._leaves, strict=True):
-            mine, theirs = leaf.layout, leaf_.layout
-            if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
-                raise ValueError(
-                    f"{called()}: expected {mine.dtype}{list(mine.shape)} at {path}, "
-                    f"got {theirs.dtype}{list(theirs.shape)}."
-                )
-
     @naming("PerExampleGrads.groups", unless_inside=True)
     def groups(self, prefix: PyTree) -> tuple[list[Any], list["PerExampleGrads"]]:
         """Return the positive numbers in a tree prefix of the parameters, and for each the gradients it applies to.
@@ -479,12 +350,23 @@ class PerExampleGrads:
         return bounds, [self.tree_unflatten(self.chunk_bytes, (part,)) for part in members]
 
 
-def _is_leaf(node: Any) -> bool:
-    return isinstance(node, Leaf)
+class Transposed:
+    """Gᵀ [parameters, B]: what `PerExampleGrads.T` returns, to be multiplied from either side.
 
+    Example:
+        >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+        >>> (g @ jnp.ones(2)).tolist(), (g.T @ jnp.ones(2)).tolist(), (g @ g.T).tolist()
+        ([3.0, 7.0], [4.0, 6.0], [[5.0, 11.0], [11.0, 25.0]])
+    """
 
-def _is_parameter(node: Any) -> bool:
-    return _is_leaf(node) or complexes.is_complex(node)
+    __array_ufunc__ = None
+
+    def __init__(self, of: PerExampleGrads):
+        self.of = of
+
+    def __matmul__(self, c: Float[Array, " B"]) -> PyTree:
+        """Gᵀ c, as in `PerExampleGrads.weighted_sum`."""
+        return self.of.weighted_sum(c)
 
 
 def widened(g: PerExampleGrads) -> PerExampleGrads:
@@ -495,7 +377,4 @@ def widened(g: PerExampleGrads) -> PerExampleGrads:
 def checked_gradients(g: Any) -> None:
     """Raise TypeError for anything but PerExampleGrads."""
     if not isinstance(g, PerExampleGrads):
-        raise TypeError(
-            f"{called()}: expected PerExampleGrads, as jg.per_example_grad(loss)(params, *batch) returns, got "
-            f"{type(g).__name__}."
-        )
+        raise TypeError(not_gradients(g))

@@ -15,7 +15,7 @@ from jaxgrad.per_example.algebra.chunks import pairs_of_outputs
 from jaxgrad.per_example.algebra.mapped import map_examples_of, put_back
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.frameworks import explained
-from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.gradients import PerExampleGrads, widened
 from jaxgrad.per_example.lower import Lowered, is_settled, settled
 from jaxgrad.per_example.transform import Transformed
 
@@ -77,15 +77,18 @@ class PerExampleJacobian:
         """J_b v [B, O], for one direction v with the parameters' structure and shapes."""
         return self._of_each_output(lambda g: g.dot(tree))
 
-    def gram(self, other: "PerExampleJacobian | None" = None) -> Float[Array, "B C O P"]:
+    def gram(self, other: "PerExampleJacobian | PerExampleGrads | None" = None) -> Float[Array, "B C O *P"]:
         """J_b J′_cᵀ [B, C, O, O′] for every pair of examples, where J′ is `other` or, without it, this Jacobian.
 
         Cost, for a weight that enters through one matrix product: B·C·K operations for the inner products of
         activations, once for every pair of examples, and B·C·O·O′·F for those of cotangents, for every pair of outputs.
 
         Args:
-            other: a Jacobian with respect to the same parameters; its outputs may differ in number.
+            other: a Jacobian with respect to the same parameters, whose outputs may differ in number; or gradients with
+                respect to them, for J_b g_c [B, C, O].
         """
+        if isinstance(other, PerExampleGrads):
+            return self._of_each_output(lambda g: g.gram(other), 2)
         second = self if other is None else other
 
         def with_all(g: PerExampleGrads) -> Array:
@@ -93,6 +96,40 @@ class PerExampleJacobian:
 
         with pairs_of_outputs(min(self.outputs, second.outputs)):  # chunk_bytes is already divided among the outputs
             return self._of_each_output(with_all, 2)
+
+    def weighted_sum(self, c: Float[Array, "B O"], dtype: jax.typing.DTypeLike | None = None) -> PyTree:
+        """Σ_bk c_bk J_b[k], a tree with the parameters' shapes; one output after the other, so that nothing is copied.
+
+        Args:
+            c: a number for each row.
+            dtype: dtype of the result, as in `PerExampleGrads.sum`; the sum over outputs is in float32 at least.
+        """
+        shapes = jax.eval_shape(lambda h: h._of_each_output(lambda g: g.sum(), 0), self)
+        wide = jnp.result_type(jax.eval_shape(self.norms))
+
+        def of_output(total: PyTree, k: Array) -> tuple[PyTree, None]:
+            g, weights = self._output(k), jnp.take(c, k, 1)
+            return jax.tree.map(jnp.add, total, g.weighted_sum(weights, wide)), None
+
+        start = jax.tree.map(lambda s: jnp.zeros(s.shape[1:], _with_real(s.dtype, wide)), shapes)
+        total, _ = jax.lax.scan(of_output, start, jnp.arange(self.outputs))
+        return jax.tree.map(lambda a, s: a.astype(_with_real(s.dtype, dtype or _real(s.dtype))), total, shapes)
+
+    def _output(self, k: Array) -> PerExampleGrads:
+        """The gradients of output k."""
+        leaves: list[Any]
+        leaves, structure = jax.tree.flatten(self._held)
+        chosen = [a if axis == EVERY else jnp.take(a, k, axis) for a, axis in zip(leaves, self._axes, strict=True)]
+        found: PerExampleGrads = jax.tree.unflatten(structure, chosen)
+        return found
+
+    def widened(self) -> "PerExampleJacobian":
+        """The same Jacobians with factors of float32 in place of bfloat16, so that sums round nothing to it."""
+        return PerExampleJacobian(widened(self._held), self._axes, self.outputs)
+
+    def __mul__(self, c: Any) -> "PerExampleJacobian":
+        """c · J_b for a number c."""
+        return PerExampleJacobian(self._held * c, self._axes, self.outputs)
 
     def rows(self) -> PerExampleGrads:
         """The same Jacobians as B·O gradients, the first example's first; arrays shared by outputs are then copied."""
@@ -155,7 +192,7 @@ def per_example_jacobian(
                 raise
 
         count = jax.eval_shape(outputs, arguments.params, arguments.example).shape[0]
-        return _evaluated(of_one_output, _numbered(arguments), count)
+        return evaluated_by_output(of_one_output, numbered(arguments), count)[1]
 
     return jacobian
 
@@ -173,7 +210,7 @@ def _outputs(results: Any) -> Array:
     return jnp.concatenate([jnp.ravel(a).astype(dtype) for a in leaves])
 
 
-def _numbered(arguments: Arguments) -> Arguments:
+def numbered(arguments: Arguments) -> Arguments:
     """Add the number of the output as a last argument, shared by all examples."""
 
     def rebuilt(params: Sequence[Any], examples: Sequence[Any], shared: Sequence[Any]) -> Any:
@@ -185,46 +222,58 @@ def _numbered(arguments: Arguments) -> Arguments:
     return dataclasses.replace(arguments, example=[*arguments.example, number], rebuilt=rebuilt)
 
 
-def _evaluated(transformed: Transformed, arguments: Arguments, outputs: int) -> PerExampleJacobian:
-    one, _ = transformed.of_one_example(arguments)
+def evaluated_by_output(
+    transformed: Transformed, arguments: Arguments, outputs: int
+) -> tuple[PyTree, PerExampleJacobian]:
+    """(aux, the gradients of all outputs), for a function whose last argument is the number of the output.
+
+    Args:
+        transformed: the function with has_aux; its aux does not depend on the number of the output.
+        arguments: as `numbered` returns.
+        outputs: O.
+    """
+    one, out_tree = transformed.of_one_example(arguments)
     routes = []
 
     def parts_of_one(*examples: Any) -> Any:
-        _, parts, found, shared = one(examples)
+        others, parts, found, shared = one(examples)
         routes.extend(found)
-        return parts, shared
+        return jax.tree.unflatten(out_tree, others)[1], parts, shared
 
     program, shape = jax.make_jaxpr(parts_of_one, return_shape=True)(*arguments.example)
-    parts_tree: Any
-    shared_tree: Any
-    parts_tree, shared_tree = (jax.tree.structure(part) for part in shape)
-    depends = _jax.depending(program, [len(arguments.example) - 1])[: parts_tree.num_leaves]
+    trees: list[Any] = [jax.tree.structure(part) for part in shape]
+    aux_count, parts_count, shared_count = (tree.num_leaves for tree in trees)
+    depends = _jax.depending(program, [len(arguments.example) - 1])[aux_count : aux_count + parts_count]
     inner = [0 if of_output else None for of_output in depends]
     axes = [OF_OUTPUTS if of_output else EVERY for of_output in depends]
     run = _jax.function_of(program)
 
     def of_example(examples: Sequence[Any]) -> Any:
         of_output = lambda k: run(*examples, k)  # noqa: E731
-        return jax.vmap(of_output, 0, [*inner, *[None] * shared_tree.num_leaves])(jnp.arange(outputs, dtype=jnp.int32))
+        out_axes = [*[None] * aux_count, *inner, *[None] * shared_count]
+        return jax.vmap(of_output, 0, out_axes)(jnp.arange(outputs, dtype=jnp.int32))
 
     over_examples = jax.vmap(
         of_example,
         (arguments.axes,),
-        [*[0] * parts_tree.num_leaves, *[None] * shared_tree.num_leaves],
+        [*[0] * (aux_count + parts_count), *[None] * shared_count],
         axis_size=arguments.batch_size,
         spmd_axis_name=transformed.spmd_axis_name,
     )
     results = over_examples(arguments.batch)
-    parts = jax.tree.unflatten(parts_tree, results[: parts_tree.num_leaves])
-    shared = jax.tree.unflatten(shared_tree, results[parts_tree.num_leaves :])
-    where = put_back(jax.tree.unflatten(parts_tree, axes), jax.tree.map(lambda _: EVERY, shared))
+    cuts = aux_count, aux_count + parts_count
+    aux, parts, shared = (
+        jax.tree.unflatten(tree, part)
+        for tree, part in zip(trees, (results[: cuts[0]], results[slice(*cuts)], results[cuts[1] :]), strict=True)
+    )
+    where = put_back(jax.tree.unflatten(trees[1], axes), jax.tree.map(lambda _: EVERY, shared))
     held, axes_held = [], []
     for factors, axis_of, route in zip(put_back(parts, shared), where, routes, strict=True):
         settled_, axes_ = _settled(factors, axis_of, Lowered(factors, route.how, route.reason), outputs)
         held.append(settled_)
         axes_held += [*axes_, EVERY]  # the last entry is for the leaf's weights
     g = PerExampleGrads(jax.tree.unflatten(arguments.params_tree, held))
-    return PerExampleJacobian(g, tuple(axes_held), outputs)
+    return aux, PerExampleJacobian(g, tuple(axes_held), outputs)
 
 
 def _settled(factors: Any, axis_of: Any, lowered: Lowered, outputs: int) -> tuple[Any, list[int]]:
@@ -238,3 +287,14 @@ def _settled(factors: Any, axis_of: Any, lowered: Lowered, outputs: int) -> tupl
 
 def _for_vmap(axis: int) -> int | None:
     return None if axis == EVERY else axis
+
+
+def _real(dtype: Any) -> Any:
+    """The dtype of the real part."""
+    return jnp.finfo(dtype).dtype
+
+
+def _with_real(dtype: Any, real: Any) -> Any:
+    """The dtype, complex where `dtype` is, whose real part has the dtype `real`."""
+    complex_ = jnp.issubdtype(dtype, jnp.complexfloating)
+    return jnp.result_type(1j * jnp.zeros((), real)) if complex_ else jnp.dtype(real)

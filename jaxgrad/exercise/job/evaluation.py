@@ -51,7 +51,7 @@ def agreement(params: Params, X: Array, Y: Array, activation: Activation) -> Agr
         params,
         X,
         Y,
-        oracle=None if params.W.dtype == jnp.float64 else "float64",
+        reference_dtype=None if params.W.dtype == jnp.float64 else jnp.float64,
         batched=True,
         batch_size=chunk_size(params),
     )

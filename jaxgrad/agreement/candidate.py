@@ -1,0 +1,76 @@
+"""The gradient under test, called in the form that it was written for."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxgrad.per_example.arguments import Arguments
+
+Gradient = Callable[..., PyTree]
+
+
+def paths(tree: PyTree) -> dict[str, Any]:
+    """The tree's leaves by path, as `jax.tree_util.keystr` writes it."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def on_a_batch(candidate: Gradient, arguments: Arguments, batched: bool | None) -> Callable[..., PyTree]:
+    """Return the candidate as a function of (parameters, batch), two lists of leaves, that returns all examples.
+
+    Both forms of calling it are tried. The one whose result has the shapes of a gradient is used; if neither has them,
+    the first one that can be called.
+    """
+
+    def gradient(params: Sequence[Any], leaves: Sequence[Any]) -> PyTree:
+        args, _ = arguments.put_back(params, leaves)
+        found = candidate(*args)
+        return found.materialize() if hasattr(found, "materialize") else found
+
+    size, params = arguments.batch_size, arguments.params
+    one = _example(arguments, arguments.batch, 0) if size else [jnp.zeros(e.shape, e.dtype) for e in arguments.example]
+    wanted = dict(zip(arguments.paths, (leaf.shape for leaf in params), strict=True))
+    errors, ways = [], []
+    for form in (False, True) if batched is None else (batched,):
+        leaves = arguments.batch if form else one
+        traceable = True
+        try:
+            try:
+                shapes = jax.eval_shape(gradient, params, leaves)
+            except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
+                traceable = False  # the candidate uses NumPy: call it without tracing
+                shapes = gradient(params, leaves)
+            found = {path: np.shape(leaf) for path, leaf in paths(shapes).items()}
+        except Exception as error:  # whatever the user's function raises for the form it was not written for
+            errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            continue
+        prefix = (size,) if form else ()
+        ways.append((found == {path: prefix + shape for path, shape in wanted.items()}, form, traceable))
+    if not ways:
+        raise ValueError(
+            "check_gradient: expected a candidate(params, *example) or candidate(params, *batch), got one that raises. "
+            + " With the batch: ".join([f"With one example: {errors[0]}.", *(f"{e}." for e in errors[1:])])
+        )
+    _, form, traceable = max(ways, key=lambda way: way[0])  # the first that fits; otherwise the first
+    if form:
+        return gradient
+    if traceable:
+        return jax.jit(jax.vmap(gradient, in_axes=(None, arguments.axes)))
+
+    def loop(params: Sequence[Any], leaves: Sequence[Any]) -> PyTree:
+        count = leaves[0].shape[arguments.axes[0]]
+        each = [gradient(params, _example(arguments, leaves, i)) for i in range(count)]
+        if not each:
+            return jax.tree.map(lambda leaf: np.zeros((0, *np.shape(leaf)), leaf.dtype), gradient(params, one))
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+
+    return loop
+
+
+def _example(arguments: Arguments, leaves: Sequence[Any], i: int) -> list[Any]:
+    return [
+        jax.lax.index_in_dim(leaf, i, axis, keepdims=False) for leaf, axis in zip(leaves, arguments.axes, strict=True)
+    ]

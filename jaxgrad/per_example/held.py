@@ -1,0 +1,187 @@
+"""Held: a tree of parameters whose gradients are held as factors, as a pytree, without the operations on them."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from jaxgrad.errors import called
+from jaxgrad.per_example.algebra import chunks, complexes, factors
+from jaxgrad.per_example.algebra.factors import Factor
+from jaxgrad.per_example.algebra.leaf import Leaf
+from jaxgrad.per_example.algebra.mapped import of_examples
+
+
+class Held:
+    """The base of `PerExampleGrads`: its tree of factors, what JAX asks of a pytree, and its attributes.
+
+    Args:
+        tree: the parameters' tree with each leaf replaced by a tuple of factors.
+        chunk_bytes: how many bytes a method may materialize at once.
+    """
+
+    def __init__(self, tree: PyTree, chunk_bytes: int = chunks.CHUNK_BYTES):
+        is_leaf = lambda node: isinstance(node, tuple) and bool(node) and all(isinstance(f, Factor) for f in node)  # noqa: E731
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+        strange = [jax.tree_util.keystr(path) for path, leaf in leaves if not is_leaf(leaf)]
+        if strange or not leaves:
+            where = f"something else at tree{strange[0]}" if strange else "none"
+            raise TypeError(f"PerExampleGrads: expected a tree of tuples of factors, got {where}.")
+        sizes = {a.shape[0] for _, leaf in leaves for f in leaf for a in of_examples(f)}
+        if len(sizes) != 1:
+            raise ValueError(f"PerExampleGrads: expected one number of examples in every factor, got {sorted(sizes)}.")
+        for path, leaf in leaves:
+            shapes = {(f.layout.shape, f.layout.dtype) for f in leaf}
+            if len(shapes) != 1:
+                raise ValueError(
+                    f"PerExampleGrads: expected factors of one parameter, got shapes and dtypes {shapes} "
+                    f"at {jax.tree_util.keystr(path)}."
+                )
+        self.chunk_bytes = chunk_bytes
+        self._held: PyTree = jax.tree.unflatten(treedef, [Leaf.of(leaf) for _, leaf in leaves])
+
+    # --- as a pytree
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, PyTree], ...], int]:
+        """Flatten for JAX: the parameters' tree with a sum of factors and its weight at each leaf."""
+        return ((jax.tree_util.GetAttrKey("factors"), self._held),), self.chunk_bytes
+
+    @classmethod
+    def tree_unflatten(cls, chunk_bytes: int, children: Sequence[PyTree]) -> Self:
+        """Unflatten for JAX: the inverse of flattening, without checks."""
+        g = object.__new__(cls)
+        (g._held,), g.chunk_bytes = children, chunk_bytes
+        return g
+
+    @property
+    def _leaves(self) -> tuple[Leaf, ...]:
+        held: tuple[Leaf, ...] = tuple(jax.tree.leaves(self._held, is_leaf=_is_leaf))
+        weight: Any = getattr(held[0], "weight", None)
+        if getattr(weight, "ndim", 1) != 1:
+            raise ValueError(
+                f"PerExampleGrads: expected one example axis, got leading axes {jnp.shape(weight)}. The result "
+                f"of jax.vmap, over models for instance, is a stack of them: call its methods inside the vmap. The "
+                f"result of jax.tree.map is meaningless: the function was applied to arrays of factors, not gradients."
+            )
+        return held
+
+    @property
+    def _treedef(self) -> Any:
+        return jax.tree.structure(self._held, is_leaf=_is_leaf)
+
+    def _with(self, leaves: Sequence[Leaf]) -> Self:
+        return self.tree_unflatten(self.chunk_bytes, (self._tree(leaves),))
+
+    def _tree(self, leaves: Sequence[Any]) -> PyTree:
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def _each(self, function: Callable[[Leaf], Any]) -> PyTree:
+        return self._tree([function(leaf) for leaf in self._leaves])
+
+    # --- attributes
+
+    @property
+    def paths(self) -> list[str]:
+        """The path of every parameter, in the form of `jax.tree_util.keystr`."""
+        leaves = jax.tree_util.tree_leaves_with_path(self._treedef.unflatten(range(self._treedef.num_leaves)))
+        return [jax.tree_util.keystr(path) for path, _ in leaves]
+
+    @property
+    def factors(self) -> PyTree:
+        """The parameters' tree with each leaf replaced by its tuple of factors, scaled as the gradients are."""
+        return self._each(Leaf.weighted)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self._leaves[0].weight.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes held in the factors; an array that two factors share is counted twice."""
+        held = [a for leaf in self._leaves for f in leaf.factors for a in factors.arrays(f)]
+        return sum(a.size * a.dtype.itemsize for a in held)
+
+    @property
+    def materialized_nbytes(self) -> int:
+        """Number of bytes that `materialize` would return."""
+        return sum(self.batch_size * leaf.layout.size * leaf.layout.dtype.itemsize for leaf in self._leaves)
+
+    def __len__(self) -> int:
+        return self.batch_size
+
+    def __repr__(self) -> str:
+        try:
+            lines = [
+                f"  {path or 'parameter'} {leaf.layout.dtype.name}{list(leaf.layout.shape)}: " + repr(leaf)
+                for path, leaf in zip(self.paths, self._leaves, strict=True)
+            ]
+            held = f"{self.batch_size} examples, {self.nbytes} bytes held, {self.materialized_nbytes} if materialized"
+        except (AttributeError, IndexError, TypeError, ValueError):  # JAX makes trees of other objects too
+            return f"PerExampleGrads({self._held})"
+        return "\n".join([f"PerExampleGrads({held})", *lines])
+
+    def with_chunk_bytes(self, chunk_bytes: int) -> Self:
+        """Return the same gradients, whose methods materialize at most `chunk_bytes` at once.
+
+        If the cheapest way to compute norms, moments or a Gram matrix materializes gradients, it does so for a few
+        examples at a time; a single example may need more than `chunk_bytes`.
+
+        Raises:
+            ValueError: a number below 1.
+        """
+        if operator.index(chunk_bytes) < 1:
+            raise ValueError(f"PerExampleGrads.with_chunk_bytes: expected a number of bytes ≥ 1, got {chunk_bytes}.")
+        return self.tree_unflatten(operator.index(chunk_bytes), (self._held,))
+
+    # --- checks of arguments
+
+    def _direction(self, tree: PyTree) -> list[Array]:
+        structure: Any = jax.tree.structure(self._held, is_leaf=_is_parameter)
+        treedef = jax.tree.structure(tree)
+        if treedef != structure:
+            raise ValueError(f"{called()}: expected a tree like the parameters', {structure}, got {treedef}.")
+        leaves, parts = jax.tree.flatten(complexes.parts(tree, sign=-1))
+        if parts != self._treedef:
+            raise ValueError(
+                f"{called()}: expected complex numbers where the parameters are, and only there, got "
+                f"{jax.tree.map(jnp.result_type, tree)}."
+            )
+        for path, leaf, v in zip(self.paths, self._leaves, leaves, strict=True):
+            if jnp.shape(v) != leaf.layout.shape:
+                raise ValueError(f"{called()}: expected shape {leaf.layout.shape} at {path}, got {jnp.shape(v)}.")
+        return [jnp.asarray(v) for v in leaves]
+
+    def _same_parameters(self, other: "Held") -> None:
+        if not isinstance(other, Held):
+            raise TypeError(not_gradients(other))
+        if other._treedef != self._treedef:
+            raise ValueError(
+                f"{called()}: expected the same tree of parameters, {self._treedef}, got {other._treedef}."
+            )
+        for path, leaf, leaf_ in zip(self.paths, self._leaves, other._leaves, strict=True):
+            mine, theirs = leaf.layout, leaf_.layout
+            if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+                raise ValueError(
+                    f"{called()}: expected {mine.dtype}{list(mine.shape)} at {path}, "
+                    f"got {theirs.dtype}{list(theirs.shape)}."
+                )
+
+
+def not_gradients(g: Any) -> str:
+    """The message of an error for anything but PerExampleGrads."""
+    return (
+        f"{called()}: expected PerExampleGrads, as jg.per_example_grad(loss)(params, *batch) returns, got "
+        f"{type(g).__name__}."
+    )
+
+
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, Leaf)
+
+
+def _is_parameter(node: Any) -> bool:
+    return _is_leaf(node) or complexes.is_complex(node)

@@ -1,0 +1,72 @@
+"""Data as a sequence of batches."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgrad.errors import called
+from jaxgrad.per_example.arguments import checked_batch
+
+Batch = tuple[Any, ...]
+
+
+class Batches(Sequence[tuple[Any, ...]]):
+    """Arrays with a leading example axis, memory-mapped ones too, as a sequence of batches; the last may be smaller.
+
+    Args:
+        arrays: each [N, …].
+        size: examples per batch.
+
+    Example:
+        >>> batches = Batches(np.zeros((10, 3)), np.zeros(10), size=4)
+        >>> len(batches), [len(x) for x, _ in batches]
+        (3, [4, 4, 2])
+    """
+
+    def __init__(self, *arrays: Any, size: int):
+        lengths = {len(a) for a in arrays}
+        if len(lengths) != 1 or operator.index(size) < 1:
+            raise ValueError(
+                f"streams.Batches: expected arrays of one length and a size of at least 1, got lengths "
+                f"{sorted(lengths)} and size {size}."
+            )
+        self.arrays, self.size, self.length = arrays, size, lengths.pop()
+
+    def __len__(self) -> int:
+        return -(-self.length // self.size)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one batch: the k-th part of every array, as NumPy arrays."""
+        k = operator.index(index)
+        if not 0 <= k < len(self):
+            raise IndexError(f"streams.Batches: expected an index from 0 to {len(self) - 1}, got {k}.")
+        return tuple(np.asarray(a[k * self.size : (k + 1) * self.size]) for a in self.arrays)
+
+
+def checked_sequences(**given: Any) -> None:
+    """Raise TypeError for batches that cannot be counted and read again."""
+    for name, batches in given.items():
+        if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")):
+            raise TypeError(
+                f"{called()}: expected a sequence of batches as {name}, because they are counted and reread, got "
+                f"{type(batches).__name__}. Pass a list, or jg.streams.Batches(x, y, size=...)."
+            )
+
+
+def checked(batch: Any) -> Any:
+    """The batch, if it is a tuple of arguments."""
+    return checked_batch("a batch", batch)
+
+
+@jax.jit
+def jitted_call(function: jax.tree_util.Partial, *args: Any) -> Any:
+    """function(*args); arrays in the Partial are arguments of the compiled program, not constants in it."""
+    return function(*args)
+
+
+def as_partial(function: Any) -> jax.tree_util.Partial:
+    """The function, as an argument for `jitted_call`."""
+    return function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)

@@ -1,0 +1,93 @@
+"""Functions of one batch, for `run`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.measure import per_example_norms
+from jaxgrad.per_example.transform import per_example_grad
+from jaxgrad.streams.run import Part
+
+
+def norms(loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0) -> Callable[..., Part]:
+    """Return a function for `run` with rows "values", the losses, and "norms", the norms of their gradients.
+
+    Args:
+        loss: loss of one example, as in `per_example_grad`.
+        argnums, in_axes: as in `per_example_grad`.
+
+    Returns:
+        A function of (params, *batch).
+
+    Example:
+        >>> each = norms(lambda w, x: jnp.sin(w @ x))
+        >>> {name: rows.shape for name, rows in each(jnp.ones(3), jnp.eye(3)).rows.items()}
+        {'values': (3,), 'norms': (3,)}
+    """
+    measured = per_example_norms(loss, argnums, in_axes=in_axes)
+
+    def part(params: PyTree, *batch: Any) -> Part:
+        values, lengths = measured(params, *batch)
+        return Part({"values": values, "norms": lengths}, {})
+
+    return part
+
+
+def second_moments(
+    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0
+) -> Callable[..., Part]:
+    """Return a function for `run` that sums the gradients and their squares, entry by entry.
+
+    The names in sums are "sum" or "squares" followed by the parameter's path. Both are summed in float32 or wider,
+    whatever the parameters' dtype.
+
+    Args:
+        loss, argnums, in_axes: as in `norms`.
+
+    Returns:
+        A function of (params, *batch).
+
+    Example:
+        >>> each = second_moments(lambda p, x: jnp.sin(p["w"] @ x))
+        >>> {path: total.shape for path, total in each({"w": jnp.ones(3)}, jnp.eye(3)).sums.items()}
+        {"squares['w']": (3,), "sum['w']": (3,)}
+    """
+    gradients = per_example_grad(loss, argnums, in_axes=in_axes)
+
+    def part(params: PyTree, *batch: Any) -> Part:
+        g = gradients(params, *batch)
+        squares = jax.tree.map(lambda a: a * g.batch_size, g.second_moment())
+        sums = {"sum": g.sum(jax.eval_shape(g.norms).dtype), "squares": squares}
+        leaves = jax.tree_util.tree_leaves_with_path(sums)
+        return Part({}, {path[0].key + jax.tree_util.keystr(path[1:]): leaf for path, leaf in leaves})
+
+    return part
+
+
+def inner_products(
+    loss: Callable[..., Any], fixed: PerExampleGrads, *, argnums: int | Sequence[int] = 0, in_axes: Any = 0
+) -> Callable[..., Part]:
+    """Return a function for `run` with rows "products": inner products of every gradient with a fixed set of gradients.
+
+    Args:
+        loss, argnums, in_axes: as in `norms`.
+        fixed: gradients of M examples with respect to the same parameters.
+
+    Returns:
+        A function of (params, *batch); rows are [b, M].
+
+    Example:
+        >>> loss, w = lambda w, x: jnp.sin(w @ x), jnp.ones(3)
+        >>> each = inner_products(loss, jg.per_example_grad(loss)(w, jnp.eye(3)))
+        >>> each(w, jnp.ones((5, 3))).rows["products"].shape
+        (5, 3)
+    """
+    gradients = per_example_grad(loss, argnums, in_axes=in_axes)
+
+    def part(fixed: PerExampleGrads, params: PyTree, *batch: Any) -> Part:
+        return Part({"products": gradients(params, *batch).gram(fixed)}, {})
+
+    return jax.tree_util.Partial(part, fixed)

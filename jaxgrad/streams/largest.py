@@ -1,0 +1,86 @@
+"""top_k: the largest scores over all batches."""
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from jaxgrad.errors import naming
+from jaxgrad.per_example.serialized import named_tuple
+from jaxgrad.progress import shown
+from jaxgrad.streams.batches import Batch, as_partial, checked, jitted_call
+
+
+@named_tuple
+class TopK(NamedTuple):
+    """The largest scores of every test example, in descending order.
+
+    Attributes:
+        values: [C, k].
+        indices: [C, k], example indices, counted over all batches.
+
+    Example:
+        >>> batches = jg.streams.Batches(np.array([1.0, 3.0, 2.0]), size=2)
+        >>> found = top_k(lambda params, x: x[None], 2)(None, batches)
+        >>> found.values.tolist(), found.indices.tolist()
+        ([[3.0, 2.0]], [[1, 2]])
+    """
+
+    values: Float[Array, "C k"]
+    indices: Array
+
+
+def top_k(scores: Callable[..., Float[Array, "C b"]], k: int, *, progress: bool = False) -> Callable[..., TopK]:
+    """The k training examples with the largest scores for each test example; holds one batch's scores at a time.
+
+    Args:
+        scores: scores(params, *batch) → [C, b] for a batch of b examples; negate it for the smallest. To pass it more
+            arrays, make it a `jax.tree_util.Partial`.
+        k: number of examples to return; fewer are returned if there are fewer examples.
+        progress: True shows a progress bar (needs rich).
+
+    Returns:
+        A function of (params, batches) that returns `TopK`; batches are tuples, the other arguments of `scores`. Among
+        equal scores the earlier example comes first. NaN counts as the largest score, so that it is seen.
+
+    Raises:
+        TypeError: a batch that is not a tuple.
+        ValueError: k below 1, or no batches.
+
+    Example:
+        >>> gradients = jg.per_example_grad(lambda w, x: jnp.sin(w @ x))
+        >>> test = gradients(jnp.zeros(3), jnp.ones((1, 3)))
+        >>> scores = jax.tree_util.Partial(lambda test, w, x: test.gram(gradients(w, x)), test)
+        >>> top_k(scores, 2)(jnp.zeros(3), jg.streams.Batches(np.diag([1.0, 3.0, 2.0]), size=2)).indices.tolist()
+        [[1, 2]]
+    """
+    if operator.index(k) < 1:
+        raise ValueError(f"streams.top_k: expected k of at least 1, got {k}.")
+    given = as_partial(scores)
+
+    @naming("streams.top_k")
+    def largest(params: PyTree, batches: Iterable[Batch]) -> TopK:
+        best: TopK | None = None
+        count = 0
+        for batch in shown(batches, len(batches) if isinstance(batches, Sequence) else None, progress=progress):
+            values = jitted_call(given, params, *checked(batch))
+            indices = jnp.broadcast_to(count + jnp.arange(values.shape[1]), values.shape)
+            count += values.shape[1]
+            best = _merged(TopK(values, indices) if best is None else _joined(best, TopK(values, indices)), k)
+        if best is None:
+            raise ValueError("streams.top_k: expected at least one batch, got none.")
+        return best
+
+    return largest
+
+
+def _joined(a: TopK, b: TopK) -> TopK:
+    return TopK(jnp.concatenate([a.values, b.values], 1), jnp.concatenate([a.indices, b.indices], 1))
+
+
+def _merged(both: TopK, k: int) -> TopK:
+    values, places = lax.top_k(both.values, min(k, both.values.shape[1]))
+    return TopK(values, jnp.take_along_axis(both.indices, places, 1))

@@ -1,0 +1,141 @@
+"""Gram matrices and influence over all pairs of examples; gradients are recomputed when they are needed again."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, PyTree
+
+from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision
+from jaxgrad.errors import called, naming
+from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.transform import per_example_grad
+from jaxgrad.progress import shown
+from jaxgrad.streams.batches import Batch, checked, checked_sequences
+
+
+def gram(
+    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0, progress: bool = False
+) -> Callable[..., Float[np.ndarray, "N M"]]:
+    """Gram matrix GGᵀ of N examples, or GG′ᵀ of N examples and M others, computed from batches.
+
+    Memory: the result, briefly twice, and the factors of two batches. Cost: every gradient of `others` is computed once
+    for each batch in `batches`; without `others`, half of that.
+
+    Args:
+        loss: loss of one example, as in `per_example_grad`.
+        argnums, in_axes: as in `per_example_grad`.
+        progress: True shows a progress bar (needs rich).
+
+    Returns:
+        A function of (params, batches, others=None) that returns [N, M], a NumPy array. Batches are sequences of
+        tuples, the loss's other arguments. Give all batches but the last one size, because every size is compiled
+        separately. `others` defaults to `batches`.
+
+    Raises:
+        TypeError: batches that cannot be counted and read again, such as a generator; a batch that is not a tuple.
+        ValueError: no batches; and as `per_example_grad`.
+
+    Example:
+        >>> batches = jg.streams.Batches(np.eye(3, dtype=np.float32), size=2)
+        >>> gram(lambda w, x: w @ x)(jnp.zeros(3), batches).tolist()
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    blocks = _Blocks(per_example_grad(loss, argnums, in_axes=in_axes), progress)
+
+    @naming("streams.gram")
+    def matrix(params: PyTree, batches: Sequence[Batch], others: Sequence[Batch] | None = None) -> np.ndarray:
+        return blocks.gram(params, batches, others)
+
+    return matrix
+
+
+def influence(
+    loss: Callable[..., Any],
+    damping: Any,
+    *,
+    argnums: int | Sequence[int] = 0,
+    in_axes: Any = 0,
+    progress: bool = False,
+) -> Callable[..., Float[np.ndarray, "C B"]]:
+    """`attribution.influence` of B training examples on C test examples, from batches: exact for any parameter count.
+
+    Memory: a few arrays of B × B and B × C numbers, and the factors of two batches. Cost: twice that of `gram`, and the
+    norms.
+
+    Args:
+        loss, argnums, in_axes, progress: as in `gram`.
+        damping: μ ≥ 0.
+
+    Returns:
+        A function of (params, train, test) that returns [C, B], a NumPy array; > 0 means helpful. `train` and `test`
+        are sequences of batches, as in `gram`.
+
+    Raises:
+        TypeError: as `gram`.
+        ValueError: a damping that is not a number ≥ 0; no batches; and as `per_example_grad`.
+
+    Example:
+        >>> loss = lambda w, x, y: (w @ x - y) ** 2
+        >>> train = jg.streams.Batches(np.eye(2), np.array([2.0, 3.0]), size=1)
+        >>> test = jg.streams.Batches(np.eye(2), np.array([3.0, 0.0]), size=2)
+        >>> influence(loss, 0.0)(jnp.ones(2), train, test).round(3).tolist()
+        [[2.0, 0.0], [0.0, -0.5]]
+    """
+    with naming("streams.influence"):
+        checked_damping(damping)
+    blocks = _Blocks(per_example_grad(loss, argnums, in_axes=in_axes), progress)
+
+    @naming("streams.influence")
+    @in_full_precision
+    def scores(params: PyTree, train: Sequence[Batch], test: Sequence[Batch]) -> np.ndarray:
+        checked_sequences(train=train, test=test)
+        norms = [blocks.largest_norm(params, train[k]) for k in range(len(train))]
+        count = sum(len(jax.tree.leaves(train[k])[0]) for k in range(len(train)))
+        root = math.sqrt(float(damping)) * math.sqrt(count)
+        exponent = math.frexp(max([*norms, root]))[1] if np.isfinite(norms).all() else 0
+        unit = 2.0**exponent
+        K = blocks.gram(params, train, None, unit)
+        across = blocks.gram(params, train, test, unit)
+        ridge = jnp.asarray(float(damping) / unit * len(K) / unit, K.dtype)
+        return np.asarray(jax.jit(damped_solve)(K, across, ridge)).T
+
+    return scores
+
+
+class _Blocks:
+    """The gradients of two batches at a time, and their Gram matrix, each compiled once for every batch size."""
+
+    def __init__(self, gradients: Callable[..., PerExampleGrads], progress: bool):
+        def scaled(params: PyTree, batch: Batch, unit: Any) -> PerExampleGrads:
+            g = gradients(params, *batch)
+            return g.scale(jnp.full(g.batch_size, 1 / unit))
+
+        self._scaled, self._product = jax.jit(scaled, static_argnums=2), jax.jit(lambda g, g_: g.gram(g_))
+        self._largest = jax.jit(lambda params, batch: gradients(params, *batch).norms().max())
+        self._progress = progress
+
+    def largest_norm(self, params: PyTree, batch: Batch) -> float:
+        """The largest norm of a gradient in the batch."""
+        return float(self._largest(params, checked(batch)))
+
+    def gram(
+        self, params: PyTree, batches: Sequence[Batch], others: Sequence[Batch] | None, unit: float = 1.0
+    ) -> np.ndarray:
+        """The Gram matrix of the gradients divided by `unit`."""
+        checked_sequences(batches=batches, **({} if others is None else {"others": others}))
+        if not len(batches) or (others is not None and not len(others)):
+            raise ValueError(f"{called()}: expected at least one batch on each side, got none.")
+        second = batches if others is None else others
+        blocks: list[list[np.ndarray]] = []
+        each = (batches[i] for i in range(len(batches)))
+        for i, batch in enumerate(shown(each, len(batches), progress=self._progress)):
+            g = self._scaled(params, checked(batch), unit)
+            row = [blocks[j][i].T for j in range(i)] if others is None else []
+            for j in range(len(row), len(second)):
+                row.append(np.asarray(self._product(g, self._scaled(params, checked(second[j]), unit))))
+            blocks.append(row)
+        return np.block(blocks)
