@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from benchmarks import exercise, factors, models, report, roofline
-from benchmarks.functions import factored, jax_privacy, max_norm, optax, plain, writes, written_out
-from benchmarks.measure import NO_TIME, measure
+from benchmarks.functions import factored, jax_privacy, max_norm, optax, plain, writes, materialized
+from benchmarks.measure import OUT_OF_TIME, measure
 from benchmarks.models import Model
 from benchmarks.workload import Column, Row, Settings, Theme, Workload
 
@@ -53,9 +53,9 @@ def by_norm(tolerance: float) -> Any:
 
 
 def of_model(name: str, model: Model, bound: float, dtype: str) -> Workload:
-    model = model.of_dtype(dtype)
+    model = model.astype(dtype)
     theirs = jax_privacy(model, bound, (None, 64, 16)) | {"optax": optax(model, bound)}
-    columns = {"plain": plain(model), "jaxgrad": factored(model, bound), "vmap(grad)": written_out(model, bound)}
+    columns = {"plain": plain(model), "jaxgrad": factored(model, bound), "vmap(grad)": materialized(model, bound)}
     return Workload(
         name,
         columns | theirs,
@@ -64,8 +64,8 @@ def of_model(name: str, model: Model, bound: float, dtype: str) -> Workload:
         compare=by_norm(TOLERANCE[dtype]),
         goal=model.goal,
         sample=model.first(EXAMPLES),
-        writes=writes(model, theirs),
-        apart=("vmap(grad)", *theirs),
+        materialized_bytes=materialized_bytes(model, theirs),
+        timed_last=("vmap(grad)", *theirs),
         section=CLIPPED,
         labels={"dtype": dtype},
     )
@@ -82,8 +82,8 @@ def of_exercise(name: str, operation: str, size: tuple[int, int, int], dtype: st
         compare=by_norm(TOLERANCE[dtype]),
         goal=factors.GOALS[operation],
         sample=(params, X[:EXAMPLES], Y[:EXAMPLES]),
-        writes={"vmap(grad)": B * D * H * X.dtype.itemsize},
-        apart=("vmap(grad)",),
+        materialized_bytes={"vmap(grad)": B * D * H * X.dtype.itemsize},
+        timed_last=("vmap(grad)",),
         section=OPERATIONS,
         labels={"dtype": dtype},
     )
@@ -110,7 +110,7 @@ def workloads(settings: Settings) -> Iterator[Workload]:
 
 def too_late(name: str, section: str) -> Workload:
     """A row that is skipped because there is no time, not even to prepare it."""
-    return Workload(name, dict.fromkeys(("plain", "jaxgrad", "vmap(grad)"), NO_TIME), (), section=section)
+    return Workload(name, dict.fromkeys(("plain", "jaxgrad", "vmap(grad)"), OUT_OF_TIME), (), section=section)
 
 
 def rates(dtype: str, small: bool) -> tuple[float, float]:

@@ -107,8 +107,8 @@ def workload(model: Model, name: str, ours: Function, written: Function | str, g
         agree=("jaxgrad", "vmap(grad)"),
         compare=functools.partial(chex.assert_trees_all_close, rtol=5e-3, atol=1e-3),
         goal=goal,
-        writes={"vmap(grad)": model.written_out},
-        apart=("vmap(grad)",),
+        materialized_bytes={"vmap(grad)": model.gradient_bytes},
+        timed_last=("vmap(grad)",),
     )
 
 

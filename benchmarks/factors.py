@@ -18,7 +18,7 @@ MAX_NORM = 0.1
 GROWTH = "Growth of norms + clipped sum, from (64, 256, 256), as B and as H double:"
 
 
-def written_out(params: Params, X: jax.Array, Y: jax.Array) -> jax.Array:
+def gradient_matrix(params: Params, X: jax.Array, Y: jax.Array) -> jax.Array:
     """G [B, parameters], from the gradients that vmap(jax.grad) returns."""
     G = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(params, X, Y)
     return jnp.concatenate([leaf.reshape(len(X), -1) for leaf in G], axis=1)
@@ -28,7 +28,7 @@ def flat(result: Any) -> jax.Array:
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(result)])
 
 
-def clipped_sum_of(G: jax.Array) -> jax.Array:
+def dense_clipped_sum(G: jax.Array) -> jax.Array:
     norms = jnp.linalg.norm(G, axis=1)
     return (MAX_NORM / jnp.maximum(MAX_NORM, norms)) @ G
 
@@ -56,7 +56,7 @@ OPERATIONS: dict[str, tuple[Operation, Callable[[jax.Array], jax.Array], Operati
     ),
     "norms + clipped sum": (
         lambda p, X, Y: closed_form.factored_grads(p, X, Y).clip(MAX_NORM).sum(),
-        clipped_sum_of,
+        dense_clipped_sum,
         two_products,
     ),
     "second moment": (
@@ -79,7 +79,7 @@ def functions(name: str) -> dict[str, Any]:
         "plain": plain,
         "jaxgrad": on_factors,
         "products": products,
-        "vmap(grad)": lambda p, X, Y: on_matrix(written_out(p, X, Y)),
+        "vmap(grad)": lambda p, X, Y: on_matrix(gradient_matrix(p, X, Y)),
     }
 
 
@@ -93,8 +93,8 @@ def workload(size: tuple[int, int, int], name: str, section: str = "") -> Worklo
         agree=dict.fromkeys(("jaxgrad", "vmap(grad)"), flat),
         compare=functools.partial(chex.assert_trees_all_close, rtol=1e-3, atol=1e-4),
         goal=None if small or section else GOALS[name],
-        writes={"vmap(grad)": B * (D + 2) * H * 4},
-        apart=("vmap(grad)",),
+        materialized_bytes={"vmap(grad)": B * (D + 2) * H * 4},
+        timed_last=("vmap(grad)",),
         section=section,
     )
 

@@ -77,7 +77,7 @@ def clipped(model: Model, bound: float, passes: int = 1) -> Function:
     return of
 
 
-def written_out(model: Model, bound: float) -> Function:
+def materialized(model: Model, bound: float) -> Function:
     def of(params: Any, *batch: Any) -> Any:
         values, G = jax.vmap(jax.value_and_grad(model.loss), in_axes(model))(params, *batch)
         squares = sum(
@@ -132,10 +132,10 @@ def jax_privacy(model: Model, bound: float, microbatches: tuple[int | None, ...]
     return {f"{name} {m}": of(m) for m in microbatches if m is None or (m < B and B % m == 0)}
 
 
-def writes(model: Model, columns: dict[str, Any]) -> dict[str, int]:
+def materialized_bytes(model: Model, columns: dict[str, Any]) -> dict[str, int]:
     """Bytes of the materialized gradients of a batch or microbatch, for those columns that materialize them."""
-    each = model.written_out // model.batch_size
-    whole = dict.fromkeys(("vmap(grad)", "optax"), model.written_out)
+    each = model.gradient_bytes // model.batch_size
+    whole = dict.fromkeys(("vmap(grad)", "optax"), model.gradient_bytes)
     for column in columns:
         if column.startswith("jax-privacy "):
             size = column.split()[1]

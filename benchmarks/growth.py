@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 
 from benchmarks import models, report
-from benchmarks.functions import factored, max_norm, plain, written_out
+from benchmarks.functions import factored, max_norm, plain, materialized
 from benchmarks.workload import Settings, Theme, Workload
 
 NAME = "growth"
@@ -21,12 +21,12 @@ def workloads(settings: Settings) -> Iterator[Workload]:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
         yield Workload(
             model.name,
-            {"plain": plain(model), "jaxgrad": factored(model, bound), "vmap(grad)": written_out(model, bound)},
+            {"plain": plain(model), "jaxgrad": factored(model, bound), "vmap(grad)": materialized(model, bound)},
             (model.params, *model.batch),
             agree=("jaxgrad", "vmap(grad)"),
             sample=model.first(4),
-            writes={"vmap(grad)": model.written_out},
-            apart=("vmap(grad)",),
+            materialized_bytes={"vmap(grad)": model.gradient_bytes},
+            timed_last=("vmap(grad)",),
             labels={"B × parameters": f"{B * parameters}"},
         )
 

@@ -11,7 +11,7 @@ import jax
 from benchmarks.timing import medians, threads
 from benchmarks.workload import Row, Settings, Workload
 
-NO_ROOM, NO_TIME = "does not fit", "out of time"
+DOES_NOT_FIT, OUT_OF_TIME = "does not fit", "out of time"
 
 
 def environment() -> dict[str, Any]:
@@ -38,7 +38,7 @@ def measure(workload: Workload, settings: Settings) -> Iterable[Row]:
             compiled = compile_into(row, name, function, workload.arguments)
             if compiled is not None:
                 calls[name] = functools.partial(compiled, *workload.arguments)
-            word = NO_ROOM if compiled is None or not runs(calls[name], name, workload.comparable, results) else ""
+            word = DOES_NOT_FIT if compiled is None or not runs(calls[name], name, workload.comparable, results) else ""
         if word:
             row.skipped[name] = word
             calls.pop(name, None)
@@ -50,9 +50,9 @@ def measure(workload: Workload, settings: Settings) -> Iterable[Row]:
 
 def reason(workload: Workload, name: str, settings: Settings, began: float) -> str:
     """The word that says why a function is not compiled; empty if it is compiled."""
-    if workload.writes.get(name, 0) > settings.largest:
-        return NO_ROOM
-    return "" if settings.time_left(began) else NO_TIME
+    if workload.materialized_bytes.get(name, 0) > settings.largest:
+        return DOES_NOT_FIT
+    return "" if settings.time_left(began) else OUT_OF_TIME
 
 
 def compile_into(row: Row, name: str, function: Any, arguments: tuple[Any, ...]) -> Any:
@@ -103,7 +103,7 @@ def hold_to_agree(workload: Workload, results: Mapping[str, Any], row: Row) -> N
     here = [name for name in names if name in results]
     for name in here[1:]:
         named(workload, here[0], name, results)
-    absent = [name for name in names if row.skipped.get(name) == NO_ROOM]
+    absent = [name for name in names if row.skipped.get(name) == DOES_NOT_FIT]
     if workload.sample is None or not absent or not here:
         return
     # The example axis of the sample is short, so the materialized gradients are small.
@@ -127,12 +127,12 @@ def time_into(
 ) -> None:
     """Time the columns that are not in `apart` first, then those in `apart`, in half the time."""
     clock = functools.partial(medians, ready=jax.block_until_ready)
-    row.seconds |= clock({k: call for k, call in calls.items() if k not in workload.apart}, settings.seconds)
-    apart = {k: call for k, call in calls.items() if k in workload.apart}
+    row.seconds |= clock({k: call for k, call in calls.items() if k not in workload.timed_last}, settings.seconds)
+    apart = {k: call for k, call in calls.items() if k in workload.timed_last}
     if settings.time_left(began):
         row.seconds |= clock(apart, settings.seconds / 2, 3)
     else:
-        row.skipped |= dict.fromkeys(apart, NO_TIME)
+        row.skipped |= dict.fromkeys(apart, OUT_OF_TIME)
 
 
 def shapes(arguments: Any) -> str:

@@ -24,7 +24,7 @@ class Model(NamedTuple):
         return len(jax.tree.leaves(self.batch)[0])
 
     @property
-    def written_out(self) -> int:
+    def gradient_bytes(self) -> int:
         """Bytes of the batch's materialized gradients."""
         return self.batch_size * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
 
@@ -32,7 +32,7 @@ class Model(NamedTuple):
         """The arguments of the loss, with only the first B examples of the batch."""
         return (self.params, *jax.tree.map(lambda a: a[:B], self.batch))
 
-    def of_dtype(self, dtype: Any) -> "Model":
+    def astype(self, dtype: Any) -> "Model":
         """The same model with every floating-point array cast to a dtype."""
 
         def cast(a: jax.Array) -> jax.Array:
@@ -100,19 +100,19 @@ def block_params(draw: Draw, D: int) -> dict[str, jax.Array]:
     }
 
 
-def normalised(h: jax.Array, scale: jax.Array) -> jax.Array:
+def normalized(h: jax.Array, scale: jax.Array) -> jax.Array:
     h = h - h.mean(-1, keepdims=True)
     return h * lax.rsqrt((h * h).mean(-1, keepdims=True) + 1e-5) * scale
 
 
 def block(p: dict[str, jax.Array], h: jax.Array, heads: int = 8) -> jax.Array:
     T, D = h.shape
-    q, k, v = jnp.split(normalised(h, p["scale_1"]) @ p["qkv"], 3, axis=-1)
+    q, k, v = jnp.split(normalized(h, p["scale_1"]) @ p["qkv"], 3, axis=-1)
     q, k, v = (a.reshape(T, heads, D // heads) for a in (q, k, v))
     scores = jnp.einsum("thd,shd->hts", q, k) / math.sqrt(D // heads)
     scores = jnp.where(np.tril(np.ones((T, T), bool)), scores, -1e9)
     h = h + jnp.einsum("hts,shd->thd", jax.nn.softmax(scores), v).reshape(T, D) @ p["out"]
-    up = jax.nn.gelu(normalised(h, p["scale_2"]) @ p["up"] + p["b_up"])
+    up = jax.nn.gelu(normalized(h, p["scale_2"]) @ p["up"] + p["b_up"])
     return h + up @ p["down"] + p["b_down"]
 
 
@@ -187,7 +187,7 @@ def language_model(V: int = 4096, D: int = 256, T: int = 64, B: int = 16) -> Mod
         h = p["E"][ids[:-1]] * math.sqrt(D)
         for layer in p["blocks"]:
             h = block(layer, h)
-        return cross_entropy(normalised(h, p["scale"]) @ p["E"].T, ids[1:]).mean()
+        return cross_entropy(normalized(h, p["scale"]) @ p["E"].T, ids[1:]).mean()
 
     return Model(f"tied language model V={V} D={D} T={T}, B={B}", loss, params, (draw.ids(V, B, T + 1),), 1.1)
 
@@ -202,7 +202,7 @@ def deep_language_model(L: int = 6, V: int = 4096, D: int = 256, T: int = 512, B
     def loss(p: Any, ids: jax.Array) -> jax.Array:
         step = jax.checkpoint(lambda h, layer: (block(layer, h), None))
         h, _ = lax.scan(step, p["E"][ids[:-1]] * math.sqrt(D), p["layers"])
-        return cross_entropy(normalised(h, p["scale"]) @ p["out"], ids[1:]).mean()
+        return cross_entropy(normalized(h, p["scale"]) @ p["out"], ids[1:]).mean()
 
     name = f"language model, scan over {L} layers with checkpoint, D={D} T={T}, B={B}"
     return Model(name, loss, params, (draw.ids(V, B, T + 1),), 1.9)

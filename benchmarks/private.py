@@ -36,8 +36,8 @@ def workload(model: Model) -> Workload:
         (model.params, *model.batch),
         agree=("clipped", *theirs),
         sample=model.first(4),
-        writes=writes(model, theirs),
-        apart=tuple(theirs),
+        materialized_bytes=materialized_bytes(model, theirs),
+        timed_last=tuple(theirs),
     )
 
 

@@ -12,17 +12,17 @@ from benchmarks.timing import medians
 from benchmarks.workload import Row
 
 
-def operations(function: Any, *arguments: Any) -> float:
+def product_operations(function: Any, *arguments: Any) -> float:
     """Multiplications and additions of a function's matrix products and convolutions.
 
-    They are counted in the jaxpr and not in the compiled program, which counts a loop's body once and does not count
+    They are counted in the jaxpr and not in the compiled jaxpr, which counts a loop's body once and does not count
     what a vendor's library computes. The body of a `while` still counts once; a `cond` counts as its longest branch.
     """
-    return count(jax.make_jaxpr(function)(*arguments))
+    return count_operations(jax.make_jaxpr(function)(*arguments))
 
 
-def count(program: Any) -> float:
-    return math.fsum(count_equation(eqn) for eqn in getattr(program, "jaxpr", program).eqns)
+def count_operations(jaxpr: Any) -> float:
+    return math.fsum(count_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", program).eqns)
 
 
 def count_equation(eqn: Any) -> float:
@@ -35,13 +35,13 @@ def count_equation(eqn: Any) -> float:
         kernel = eqn.invars[1].aval
         outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * eqn.outvars[0].aval.size * kernel.size / max(outputs, 1)
-    inner = [count(program) for program in programs(eqn.params)]
+    inner = [count_operations(jaxpr) for jaxpr in inner_jaxprs(eqn.params)]
     if name == "cond":
         return max(inner)
     return math.fsum(inner) * (eqn.params["length"] if name == "scan" else 1)
 
 
-def programs(params: Any) -> Iterator[Any]:
+def inner_jaxprs(params: Any) -> Iterator[Any]:
     """The jaxprs among an equation's parameters."""
     for p in params.values():
         for q in p if isinstance(p, tuple | list) else (p,):
@@ -56,24 +56,24 @@ def product_rate(dtype: str, n: int) -> float:
     The matrices are random: constants take less power, and the GPU clocks higher on them than on real data.
     """
     a = jax.random.normal(jax.random.key(0), (n, n), dtype)
-    return 2.0 * n**3 / median_of(lambda a: a @ a, a)
+    return 2.0 * n**3 / median_seconds(lambda a: a @ a, a)
 
 
 @functools.cache
 def memory_rate(n: int) -> float:
     """Bytes per second of y ← 2x + y on n numbers: two arrays are read and one is written."""
     x = jnp.ones(n, jnp.float32)
-    return 3.0 * 4 * n / median_of(lambda x, y: 2 * x + y, x, x + 1)
+    return 3.0 * 4 * n / median_seconds(lambda x, y: 2 * x + y, x, x + 1)
 
 
-def median_of(function: Any, *arguments: Any) -> float:
+def median_seconds(function: Any, *arguments: Any) -> float:
     compiled = jax.jit(function)
-    return medians({"it": lambda: compiled(*arguments)}, 0.5, ready=jax.block_until_ready)["it"]
+    return medians({"function": lambda: compiled(*arguments)}, 0.5, wait=jax.block_until_ready)["function"]
 
 
-def limit_into(row: Row, name: str, function: Any, arguments: Any, rates: tuple[float, float]) -> None:
+def add_limit(row: Row, name: str, function: Any, arguments: Any, rates: tuple[float, float]) -> None:
     """Store the lower bound on a function's time: that of its operations or of its bytes, whichever is longer."""
     costs = row.costs[name]
-    costs["operations"] = max(costs["operations"], operations(function, *arguments))
-    moved = max(costs["bytes accessed"], costs["bytes in and out"])
-    costs["limit"] = max(costs["operations"] / rates[0], moved / rates[1])
+    costs["operations"] = max(costs["operations"], product_operations(function, *arguments))
+    nbytes = max(costs["bytes accessed"], costs["bytes in and out"])
+    costs["limit"] = max(costs["operations"] / rates[0], nbytes / rates[1])

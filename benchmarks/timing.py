@@ -11,31 +11,31 @@ from typing import Any
 def medians(
     functions: Mapping[str, Callable[[], Any]],
     seconds: float = 3.0,
-    least: int = 7,
-    ready: Callable[[Any], Any] = lambda result: result,
+    min_turns: int = 7,
+    wait: Callable[[Any], Any] = lambda result: result,
 ) -> dict[str, float]:
     """Median seconds of each function. They are called in turn for about `seconds`; each turn starts with another one.
 
     Args:
         functions: by name.
         seconds: the time for all of them together.
-        least: the minimum number of turns.
-        ready: a function that waits for a result; `jax.block_until_ready` if functions return before they are done.
+        min_turns: the minimum number of turns.
+        wait: a function that waits for a result; `jax.block_until_ready` if functions return before they are done.
     """
     for function in functions.values():
-        ready(function())
+        wait(function())
     start = time.perf_counter()
-    taken: dict[str, list[float]] = {name: [] for name in functions}
+    durations: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     turn = 0
-    while names and (turn < least or time.perf_counter() - start < seconds):
+    while names and (turn < min_turns or time.perf_counter() - start < seconds):
         for k in range(len(names)):
             name = names[(k + turn) % len(names)]
             before = time.perf_counter()
-            ready(functions[name]())
-            taken[name].append(time.perf_counter() - before)
+            wait(functions[name]())
+            durations[name].append(time.perf_counter() - before)
         turn += 1
-    return {name: median(t) for name, t in taken.items()}
+    return {name: median(t) for name, t in durations.items()}
 
 
 def keep_memory() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import exercise, report
-from benchmarks.functions import factored, max_norm, norms, plain, weighted, written_out
+from benchmarks.functions import factored, max_norm, norms, plain, weighted, materialized
 from benchmarks.models import Model, models
 from benchmarks.workload import Settings, Theme, Workload, same
 from jaxgrad import per_example_grad
@@ -23,14 +23,14 @@ def workload(model: Model) -> Workload:
             "jaxgrad": factored(model, bound),
             "norms": norms(model),
             "sum": weighted(model),
-            "vmap(grad)": written_out(model, bound),
+            "vmap(grad)": materialized(model, bound),
         },
         (model.params, *model.batch),
         agree=("jaxgrad", "vmap(grad)"),
         goal=model.goal,
         sample=model.first(4),
-        writes={"vmap(grad)": model.written_out},
-        apart=("vmap(grad)",),
+        materialized_bytes={"vmap(grad)": model.gradient_bytes},
+        timed_last=("vmap(grad)",),
     )
 
 
@@ -48,11 +48,11 @@ def the_exercise(size: tuple[int, int, int] = (256, 784, 1024)) -> Workload:
     functions["by hand"] = by_hand
     return Workload(
         f"the exercise's own loss, (B, D, H) = {size}",
-        functions | {"vmap(grad)": written_out(model, MAX_NORM)},
+        functions | {"vmap(grad)": materialized(model, MAX_NORM)},
         (params, X, Y),
         agree={"jaxgrad": same, "by hand": same, "vmap(grad)": lambda both: both[1]},
         goal=1.0,
-        apart=("vmap(grad)",),
+        timed_last=("vmap(grad)",),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import card, models, report, roofline
 from benchmarks.__main__ import main
-from benchmarks.functions import factored, optax, plain, written_out
+from benchmarks.functions import factored, optax, plain, materialized
 from benchmarks.measure import measure
 from benchmarks.workload import Settings, Theme, Workload
 
@@ -26,7 +26,7 @@ def jax_defaults():
 
 def tiny(**changes) -> Workload:
     model = models.mlp((5, 4, 3), 6)
-    functions = {"plain": plain(model), "jaxgrad": factored(model, 0.5), "vmap(grad)": written_out(model, 0.5)}
+    functions = {"plain": plain(model), "jaxgrad": factored(model, 0.5), "vmap(grad)": materialized(model, 0.5)}
     return dataclasses.replace(
         Workload(
             "tiny", functions | {"other": "not installed"}, (model.params, *model.batch), ("jaxgrad", "vmap(grad)")
@@ -76,7 +76,7 @@ def test_a_wrong_function_is_not_timed():
 @pytest.mark.every(0)
 def test_what_does_not_fit_is_held_to_agree_on_a_sample():
     model = models.mlp((5, 4, 3), 6)
-    large = {"sample": model.first(2), "writes": {"vmap(grad)": 2**40}}
+    large = {"sample": model.first(2), "materialized_bytes": {"vmap(grad)": 2**40}}
     (row,) = measure(tiny(**large), Settings(seconds=0))
     assert row.skipped["vmap(grad)"] == "does not fit"
     assert set(row.seconds) == {"plain", "jaxgrad"}
@@ -109,15 +109,15 @@ def test_the_tolerance_of_the_card_is_by_norm():
 
 def test_operations_are_those_of_products_and_count_loops():
     a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
-    assert roofline.operations(lambda a, b: a @ b, a, b) == 2 * 3 * 4 * 5
+    assert roofline.product_operations(lambda a, b: a @ b, a, b) == 2 * 3 * 4 * 5
 
     def loop(a, b):
         return jax.lax.scan(lambda c, _: (c + jnp.sum(a @ b), None), 0.0, None, length=7)[0]
 
-    assert roofline.operations(jax.jit(loop), a, b) == 7 * 2 * 3 * 4 * 5
+    assert roofline.product_operations(jax.jit(loop), a, b) == 7 * 2 * 3 * 4 * 5
     image, kernel = jnp.ones((2, 6, 8, 8)), jnp.ones((5, 6, 3, 3))
     conv = lambda x, k: jax.lax.conv(x, k, (1, 1), "VALID")  # noqa: E731
-    assert roofline.operations(conv, image, kernel) == 2 * (2 * 5 * 6 * 6) * (6 * 3 * 3)
+    assert roofline.product_operations(conv, image, kernel) == 2 * (2 * 5 * 6 * 6) * (6 * 3 * 3)
 
 
 @pytest.mark.every(0)

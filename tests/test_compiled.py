@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.compiled.program import Peak, Program, Shape, parsed, shapes
+from benchmarks.compiled.program import Peak, Program, Shape, parse_instruction, shapes
 
 ROOT = Path(__file__).parents[1]
 
@@ -163,7 +163,7 @@ def test_tiles_are_counted_with_their_padding_and_what_is_on_the_chip_is_not():
     assert turned.bytes == 2 * 8 * 384
     (near,) = shapes("f32[1024,1024]{1,0:T(8,128)S(1)}")
     assert (near.bytes, near.size) == (0, 2**20)
-    copy = parsed("  %c = f32[8,128]{1,0:T(8,128)S(1)} copy(%a), metadata={}")
+    copy = parse_instruction("  %c = f32[8,128]{1,0:T(8,128)S(1)} copy(%a), metadata={}")
     assert copy.operands == ("a",)
     assert copy.bytes == 0
 

@@ -3,7 +3,7 @@
 The count is read off the scheduled program that the compiler prints. A kernel is an instruction that the device runs:
 a fusion, a product, a copy, a reduction. It moves what it reads and what it writes, with these exceptions:
 
-* of an operand that is only sliced or looked up in, what is taken out; an operand that is given twice is read once;
+* of an operand that is only sliced or looked up in, what is used out; an operand that is given twice is read once;
 * of an array that is updated in place, the part that is written;
 * what lies in a TPU's on-chip memory, nothing.
 
@@ -23,8 +23,8 @@ BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s3
 BITS |= {"f8e4m3fn": 8, "f8e5m2": 8, "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "token": 0}
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "add-dependency", "iota", "copy-done", "async-done", "async-update", "domain"}
-TAKEN = {"dynamic-slice", "slice", "gather"}
-WRITTEN = {"dynamic-update-slice": 1, "scatter": 2}  # in place; which operand is written
+SLICES = {"dynamic-slice", "slice", "gather"}
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place; which operand is written
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 
 
@@ -134,7 +134,7 @@ class Program:
             if line.endswith("{") and (found := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
                 current = self.computations[found[2]] = {}
                 self.entry = found[2] if found[1] else self.entry
-            elif (instruction := parsed(line)) is not None:
+            elif (instruction := parse_instruction(line)) is not None:
                 current[instruction.name] = instruction
 
     def counts(self, peak: Peak | None = None) -> Counts:
@@ -157,8 +157,8 @@ class Program:
         return self._kernels(self.entry, 1)
 
     def _kernels(self, name: str, times: int) -> Iterator[Kernel]:
-        inside = self.computations[name]
-        for i in inside.values():
+        body = self.computations[name]
+        for i in body.values():
             if i.opcode in FREE or i.opcode.endswith("-done"):
                 continue
             if i.opcode == "while":
@@ -175,84 +175,84 @@ class Program:
                 for part in called:
                     yield from self._kernels(part, times)
             else:
-                kernel = self._kernel(i, inside, times)
+                kernel = self._kernel(i, body, times)
                 if kernel.bytes or kernel.products:  # the others are scalars of the host, or on the chip
                     yield kernel
 
-    def _kernel(self, i: Instruction, around: Computation, times: int) -> Kernel:
+    def _kernel(self, i: Instruction, computation: Computation, times: int) -> Kernel:
         if i.opcode != "fusion":
-            return Kernel(i, times, _moved(i, around), self._products(i, around))
+            return Kernel(i, times, _bytes_moved(i, computation), self._products(i, computation))
         (name,) = i.computations("calls")
-        inside = self.computations[name]
-        moved = self._read_by_fusion(i, around, inside) + self._written_by_fusion(inside)
-        return Kernel(i, times, moved, self._products(i, around))
+        body = self.computations[name]
+        moved = self._fusion_reads(i, computation, body) + self._fusion_writes(body)
+        return Kernel(i, times, moved, self._products(i, computation))
 
-    def _read_by_fusion(self, i: Instruction, around: Computation, inside: Computation) -> int:
-        parameters = {int(p.rest): p for p in inside.values() if p.opcode == "parameter"}
+    def _fusion_reads(self, i: Instruction, computation: Computation, body: Computation) -> int:
+        parameters = {int(p.rest): p for p in body.values() if p.opcode == "parameter"}
         read: Counter[str] = Counter()
         for k, name in enumerate(i.operands):
-            read[name] += self._taken(parameters[k], inside)
-        return sum(min(around[name].bytes, taken) for name, taken in read.items())
+            read[name] += self._bytes_used(parameters[k], body)
+        return sum(min(computation[name].bytes, used) for name, used in read.items())
 
-    def _taken(self, p: Instruction, inside: Computation) -> int:
+    def _bytes_used(self, p: Instruction, body: Computation) -> int:
         """How many bytes of p its users read."""
         total = 0
-        for user in inside.values():
+        for user in body.values():
             for k, name in enumerate(user.operands):
                 if name != p.name:
                     continue
                 if user.opcode == "bitcast":
-                    total += self._taken(user, inside)
-                elif user.opcode in TAKEN and k == 0:
+                    total += self._bytes_used(user, body)
+                elif user.opcode in SLICES and k == 0:
                     total += user.bytes
-                elif user.opcode in WRITTEN and k == 0:
+                elif user.opcode in UPDATES and k == 0:
                     pass
                 elif user.opcode == "fusion":
                     (called,) = user.computations("calls")
                     nested = self.computations[called]
                     (parameter,) = (q for q in nested.values() if q.opcode == "parameter" and int(q.rest) == k)
-                    total += self._taken(parameter, nested)
+                    total += self._bytes_used(parameter, nested)
                 else:
                     return p.bytes
         return min(total, p.bytes)
 
-    def _written_by_fusion(self, inside: Computation) -> int:
-        (root,) = (i for i in inside.values() if i.root)
-        return self._written(root, inside)
+    def _fusion_writes(self, body: Computation) -> int:
+        (root,) = (i for i in body.values() if i.root)
+        return self._bytes_written(root, body)
 
-    def _written(self, i: Instruction, inside: Computation) -> int:
+    def _bytes_written(self, i: Instruction, body: Computation) -> int:
         if i.opcode == "tuple":
-            return sum(self._written(inside[name], inside) for name in i.operands)
+            return sum(self._bytes_written(body[name], body) for name in i.operands)
         if i.opcode == "bitcast":
-            return min(i.bytes, self._written(inside[i.operands[0]], inside)) if i.operands[0] in inside else i.bytes
-        if i.opcode in WRITTEN:
-            return inside[i.operands[WRITTEN[i.opcode]]].bytes
+            return min(i.bytes, self._bytes_written(body[i.operands[0]], body)) if i.operands[0] in body else i.bytes
+        if i.opcode in UPDATES:
+            return body[i.operands[UPDATES[i.opcode]]].bytes
         if i.opcode == "fusion":
             (called,) = i.computations("calls")
-            return self._written_by_fusion(self.computations[called])
+            return self._fusion_writes(self.computations[called])
         return i.bytes
 
-    def _products(self, i: Instruction, around: Computation) -> Counter[str]:
+    def _products(self, i: Instruction, computation: Computation) -> Counter[str]:
         found: Counter[str] = Counter()
         called = i.attribute("custom_call_target")
         if i.opcode in ("dot", "convolution") or "gemm" in called or "conv" in called:
-            left, right = (around[name].shapes[0] for name in i.operands[:2])
+            left, right = (computation[name].shapes[0] for name in i.operands[:2])
             found[_precision(i, left, right)] += _operations(i, left, right)
         elif i.opcode == "fusion":
             for name in i.computations("calls"):
-                inside = self.computations[name]
-                for instruction in inside.values():
-                    found.update(self._products(instruction, inside))
+                body = self.computations[name]
+                for instruction in body.values():
+                    found.update(self._products(instruction, body))
         return found
 
 
-def _moved(i: Instruction, around: Computation) -> int:
+def _bytes_moved(i: Instruction, computation: Computation) -> int:
     """Bytes moved by an instruction that is a kernel of its own."""
-    sizes = [around[name].bytes * (name not in i.operands[:k]) for k, name in enumerate(i.operands) if name in around]
-    if i.opcode in TAKEN:
+    sizes = [computation[name].bytes * (name not in i.operands[:k]) for k, name in enumerate(i.operands) if name in computation]
+    if i.opcode in SLICES:
         return i.bytes + min(i.logical, sizes[0]) + sum(sizes[1:])
-    if i.opcode in WRITTEN:
-        return sum(sizes[1:]) + sizes[WRITTEN[i.opcode]]
+    if i.opcode in UPDATES:
+        return sum(sizes[1:]) + sizes[UPDATES[i.opcode]]
     if i.opcode == "custom-call":  # a library's workspace is not what it moves
         return sum(sizes) + sum(s.bytes for s in i.shapes if s.dtype not in ("s8", "u8"))
     if i.opcode == "copy-start":
@@ -282,14 +282,14 @@ def _operations(i: Instruction, left: Shape, right: Shape) -> int:
 # --- Reading the text ----------------------------------------------------------------------------------------------
 
 
-def parsed(line: str) -> Instruction | None:
+def parse_instruction(line: str) -> Instruction | None:
     """The instruction on a line of the program's text; None if there is none."""
     found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
     if not found:
         return None
-    types, line = _up_to(line[found.end() :])
+    types, line = _split_type(line[found.end() :])
     opcode, line = line.strip().split("(", 1)
-    operands, rest = _inside("(" + line)
+    operands, rest = _split_parentheses("(" + line)
     names = re.findall(r"%([\w.\-]+)", operands)
     rest = operands if opcode == "parameter" else rest
     return Instruction(found[2], tuple(shapes(types)), opcode, tuple(names), rest, bool(found[1]))
@@ -306,15 +306,15 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(",") if n)
 
 
-def _up_to(text: str) -> tuple[str, str]:
+def _split_type(text: str) -> tuple[str, str]:
     """(the type at the beginning, what follows)."""
     if text.startswith("("):
-        return _inside(text)
+        return _split_parentheses(text)
     before, _, after = text.partition(" ")
     return before, after
 
 
-def _inside(text: str) -> tuple[str, str]:
+def _split_parentheses(text: str) -> tuple[str, str]:
     """(what is inside the parentheses at the beginning, what follows them)."""
     depths: Sequence[int] = list(itertools.accumulate((c == "(") - (c == ")") for c in text))
     end = depths.index(0)

@@ -58,11 +58,11 @@ class Target:
             raise NotInstalledError(f"{self.name}: pip install 'jaxgrad[{self.extra}]' ({error})") from error
 
 
-def compiled(function: Any, arguments: Any, device: Any) -> Any:
+def compile_for(function: Any, arguments: Any, device: Any) -> Any:
     """The function compiled for a device, for arguments of these shapes and dtypes."""
     sharding = SingleDeviceSharding(device)
-    described = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
-    return jax.jit(function).lower(*described).compile()
+    structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
+    return jax.jit(function).lower(*structs).compile()
 
 
 def memory(program: Any) -> int:

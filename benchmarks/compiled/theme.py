@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from benchmarks import functions, models, report
 from benchmarks.compiled.program import Counts, Program
-from benchmarks.compiled.targets import TARGETS, V5E, NotInstalledError, Target, compiled, memory
+from benchmarks.compiled.targets import TARGETS, V5E, NotInstalledError, Target, compile_for, memory
 from benchmarks.models import Model
 from benchmarks.workload import Column, Row, Settings, Theme, Workload
 
@@ -20,31 +20,31 @@ GPT_2_SMALL = {"L": 12, "V": 50304, "D": 768, "B": 8}
 UNIT, ONE, TWO = "plain", "one pass", "two passes"
 
 
-def chosen(target: Target, small: bool) -> Iterator[tuple[Callable[[], Model], tuple[str, ...], tuple[str, ...]]]:
+def select_models(target: Target, small: bool) -> Iterator[tuple[Callable[[], Model], tuple[str, ...], tuple[str, ...]]]:
     """(model, dtypes, functions) for each row; two models for a TPU, whose compiler takes minutes for each."""
-    both = (UNIT, ONE)
+    one_pass = (UNIT, ONE)
     if small:
-        yield lambda: models.mlp((64, 64, 10), 32), DTYPES, both
+        yield lambda: models.mlp((64, 64, 10), 32), DTYPES, one_pass
         return
-    yield lambda: models.mlp((1024, 4096, 4096, 4096, 10), 4096), DTYPES, both
-    yield lambda: models.transformer(1024, 128, 64), DTYPES, both
+    yield lambda: models.mlp((1024, 4096, 4096, 4096, 10), 4096), DTYPES, one_pass
+    yield lambda: models.transformer(1024, 128, 64), DTYPES, one_pass
     if target is V5E:
         return
-    yield lambda: models.transformer(1024, 1024, 8), DTYPES, both
-    yield lambda: models.language_model(50_000, 1024, 128, 16), DTYPES, both
-    yield lambda: models.conv_net(1024), DTYPES, both
-    yield lambda: models.gru(1024, 64, 256), DTYPES, both
+    yield lambda: models.transformer(1024, 1024, 8), DTYPES, one_pass
+    yield lambda: models.language_model(50_000, 1024, 128, 16), DTYPES, one_pass
+    yield lambda: models.conv_net(1024), DTYPES, one_pass
+    yield lambda: models.gru(1024, 64, 256), DTYPES, one_pass
     for T in (128, 320, 1024):
         yield functools.partial(models.deep_language_model, T=T, **GPT_2_SMALL), ("bfloat16",), (UNIT, ONE, TWO)
 
 
-def described(tree: Any, dtype: str) -> Any:
+def shape_structs(tree: Any, dtype: str) -> Any:
     """The shapes of a tree's arrays, with this dtype where they are floating."""
 
-    def one(a: jax.Array) -> jax.ShapeDtypeStruct:
+    def struct(a: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(a.shape, dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(struct, tree)
 
 
 def gradient(model: Model, name: str) -> functions.Function:
@@ -55,18 +55,18 @@ def gradient(model: Model, name: str) -> functions.Function:
 
 def workloads(settings: Settings) -> Iterator[Workload]:
     for target in TARGETS:
-        for make, dtypes, names in chosen(target, settings.small):
+        for make, dtypes, names in select_models(target, settings.small):
             model = make()
             arguments = (model.params, *model.batch)
             for dtype in dtypes:
                 name = f"{model.name}, {dtype}, {target.name}"
                 if settings.wants(NAME, name):
-                    of = {column: gradient(model, column) for column in names}
+                    columns = {column: gradient(model, column) for column in names}
                     labels = {"dtype": dtype, "target": target.name}
-                    yield Workload(name, of, described(arguments, dtype), section=target.name, labels=labels)
+                    yield Workload(name, columns, shape_structs(arguments, dtype), section=target.name, labels=labels)
 
 
-def measured(workload: Workload, settings: Settings) -> list[Row]:
+def measure_row(workload: Workload, settings: Settings) -> list[Row]:
     """The row of one model, dtype and target."""
     (target,) = (t for t in TARGETS if t.name == workload.labels["target"])
     row = Row(workload.name, workload.section, unit=UNIT, labels=workload.labels)
@@ -78,7 +78,7 @@ def measured(workload: Workload, settings: Settings) -> list[Row]:
     for name, function in workload.functions.items():
         jax.clear_caches()
         before = time.perf_counter()
-        program = compiled(function, workload.arguments, device)
+        program = compile_for(function, workload.arguments, device)
         row.compiling[name] = time.perf_counter() - before
         row.bytes[name] = memory(program)
         row.costs[name] = costs(Program(program.as_text()).counts(target.peak), target)
@@ -87,12 +87,12 @@ def measured(workload: Workload, settings: Settings) -> list[Row]:
 
 def costs(counts: Counts, target: Target) -> dict[str, float]:
     products = {f"products in {dtype}": float(n) for dtype, n in counts.products.items()}
-    return {"bytes moved": counts.bytes, "kernels": counts.kernels, "modelled seconds": counts.seconds} | products
+    return {"bytes moved": counts.bytes, "kernels": counts.kernels, "modeled seconds": counts.seconds} | products
 
 
 def cost(name: str, key: str, scale: float, title: str) -> Column:
     def cell(row: Row) -> str:
-        return report.number(row.costs[name][key] * scale) if name in row.costs else report.word(row, name)
+        return report.number(row.costs[name][key] * scale) if name in row.costs else report.skip_reason(row, name)
 
     return Column(title, cell)
 
@@ -111,7 +111,7 @@ def memory_ratio(name: str) -> Column:
     return Column(f"memory, {name}", cell)
 
 
-def wide(name: str) -> Column:
+def float32_share(name: str) -> Column:
     """Share of the operations in products that take operands of float32 in a model of a narrower dtype."""
 
     def cell(row: Row) -> str:
@@ -152,14 +152,14 @@ of float32, in models of bfloat16.""",
         memory_ratio(TWO),
         cost(UNIT, "kernels", 1, "plain, kernels"),
         cost(ONE, "kernels", 1, "one pass, kernels"),
-        wide(ONE),
-        cost(UNIT, "modelled seconds", 1e3, "plain, modelled ms"),
-        cost_ratio(ONE, "modelled seconds", "time, one pass"),
-        cost_ratio(TWO, "modelled seconds", "time, two passes"),
+        float32_share(ONE),
+        cost(UNIT, "modeled seconds", 1e3, "plain, modeled ms"),
+        cost_ratio(ONE, "modeled seconds", "time, one pass"),
+        cost_ratio(TWO, "modeled seconds", "time, two passes"),
         report.compiling(ONE),
     ),
     workloads,
-    measured,
+    measure_row,
     note,
     timed=False,
 )

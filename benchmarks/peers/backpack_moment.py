@@ -8,7 +8,7 @@ from backpack.extensions import SumGradSquared
 
 from benchmarks.peers.torch_models import Problem
 
-PACKAGES, WRITES_OUT = ("backpack-for-pytorch",), False
+PACKAGES, MATERIALIZES = ("backpack-for-pytorch",), False
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:

@@ -9,21 +9,21 @@ from backpack.extensions import BatchL2Grad
 
 from benchmarks.peers.torch_models import Problem
 
-PACKAGES, WRITES_OUT = ("backpack-for-pytorch",), False
+PACKAGES, MATERIALIZES = ("backpack-for-pytorch",), False
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """(the function that is timed, a function that returns what it computed)."""
     model = extend(problem.model)
-    held: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def call() -> None:
         model.zero_grad()
         with backpack(BatchL2Grad()):
             problem.losses(model(problem.inputs), problem.targets).sum().backward()
-        without = [name for name, p in problem.parameters.items() if not hasattr(p, "batch_l2")]
-        if without:
-            raise NotImplementedError(f"nothing for {without[0]}")
-        held["norms"] = torch.sqrt(sum(p.batch_l2 for p in problem.parameters.values()))
+        missing = [name for name, p in problem.parameters.items() if not hasattr(p, "batch_l2")]
+        if missing:
+            raise NotImplementedError(f"nothing for {missing[0]}")
+        results["norms"] = torch.sqrt(sum(p.batch_l2 for p in problem.parameters.values()))
 
-    return call, lambda: held
+    return call, lambda: results

@@ -8,7 +8,7 @@ from curvlinops import GGNLinearOperator
 from benchmarks.peers.curvlinops_products import product
 from benchmarks.peers.torch_models import Problem
 
-PACKAGES, WRITES_OUT = ("curvlinops-for-pytorch",), False
+PACKAGES, MATERIALIZES = ("curvlinops-for-pytorch",), False
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:

@@ -10,7 +10,7 @@ from benchmarks.peers.torch_models import Problem
 
 def product(operator: Any, problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """(the function that is timed, a function that returns its results), for one of curvlinops' classes."""
-    parameters, held = problem.parameters, {}
+    parameters, results = problem.parameters, {}
     matrix = operator(
         problem.model,
         nn.CrossEntropyLoss(),
@@ -21,6 +21,6 @@ def product(operator: Any, problem: Problem) -> tuple[Callable[[], Any], Callabl
     direction = [problem.direction[name] for name in parameters]
 
     def call() -> None:
-        held["sum"] = dict(zip(parameters, matrix @ direction, strict=True))
+        results["sum"] = dict(zip(parameters, matrix @ direction, strict=True))
 
-    return call, lambda: held
+    return call, lambda: results

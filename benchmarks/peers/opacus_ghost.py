@@ -10,7 +10,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 
 from benchmarks.peers.torch_models import Problem
 
-PACKAGES, WRITES_OUT = ("opacus",), False
+PACKAGES, MATERIALIZES = ("opacus",), False
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:

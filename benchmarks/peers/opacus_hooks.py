@@ -9,7 +9,7 @@ from opacus.optimizers import DPOptimizer
 
 from benchmarks.peers.torch_models import Problem
 
-PACKAGES, WRITES_OUT = ("opacus",), True
+PACKAGES, MATERIALIZES = ("opacus",), True
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:

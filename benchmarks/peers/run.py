@@ -17,12 +17,12 @@ import numpy as np
 
 from benchmarks.timing import keep_memory, medians, threads
 
-LARGEST = 2**31  # bytes that a peer may materialize at once
+MAX_BYTES = 2**31  # bytes that a peer may materialize at once
 
 
 def main(peer: str, model: str, folder: Path, seconds: float) -> None:
     try:
-        report, arrays = measured(peer, model, folder, seconds)
+        report, arrays = measure_peer(peer, model, folder, seconds)
     except ModuleNotFoundError:
         report, arrays = {"skipped": "not installed"}, {}
     except Exception as error:  # any error is this peer's result
@@ -32,7 +32,7 @@ def main(peer: str, model: str, folder: Path, seconds: float) -> None:
     (folder / "out.json").write_text(json.dumps(report), encoding="utf-8")
 
 
-def measured(peer: str, kind: str, folder: Path, seconds: float) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def measure_peer(peer: str, kind: str, folder: Path, seconds: float) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     module = importlib.import_module(f"benchmarks.peers.{peer}")
     import torch
 
@@ -44,12 +44,12 @@ def measured(peer: str, kind: str, folder: Path, seconds: float) -> tuple[dict[s
         problems = [torch_models.problem(kind, arrays) for _ in range(2)]  # a peer's hooks must not affect plain
     ours, theirs = problems
     size = 4 * len(ours.inputs) * sum(p.numel() for p in ours.parameters.values())
-    if module.WRITES_OUT and size > LARGEST:
+    if module.MATERIALIZES and size > MAX_BYTES:
         return {"skipped": "does not fit"}, {}
     calls: dict[str, Callable[[], Any]] = {"plain": plain(ours)}
     calls["peer"], results = module.prepare(theirs)
     calls["peer"]()
-    arrays = in_jax(theirs, results())
+    arrays = to_jax(theirs, results())
     report = {
         "seconds": medians(calls, seconds, 5),
         "bytes": {name: peak_bytes(call) for name, call in calls.items()},
@@ -71,11 +71,11 @@ def plain(problem: Any) -> Callable[[], Any]:
     return call
 
 
-def in_jax(problem: Any, results: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_jax(problem: Any, results: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The norms unchanged, and the sums over the batch by their parameters' names in JAX."""
     arrays = {"norms": results["norms"].detach().numpy()} if "norms" in results else {}
     if "sum" in results:
-        arrays |= {f"sum {path}": a for path, a in problem.as_in_jax(results["sum"]).items()}
+        arrays |= {f"sum {path}": a for path, a in problem.to_jax(results["sum"]).items()}
     return arrays
 
 
@@ -87,11 +87,11 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     del result
-    held = peak = 0
+    allocated = peak = 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return peak
 
 

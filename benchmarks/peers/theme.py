@@ -15,7 +15,7 @@ import numpy as np
 
 import benchmarks
 from benchmarks import functions, models, report
-from benchmarks.measure import NO_TIME, measure
+from benchmarks.measure import OUT_OF_TIME, measure
 from benchmarks.models import Model
 from benchmarks.peers.quantities import (
     CLIPPED,
@@ -23,10 +23,10 @@ from benchmarks.peers.quantities import (
     GAUSS_NEWTON,
     MOMENT,
     NORMS,
-    by_path,
-    direction_for,
-    expected,
-    ways,
+    leaves_by_path,
+    random_direction,
+    reference_results,
+    implementations,
     writes,
 )
 from benchmarks.workload import Row, Settings, Theme, Workload
@@ -42,12 +42,12 @@ class Peer(NamedTuple):
     Attributes:
         name: the name in the table.
         module: the file's name.
-        cannot: the models on which it is known to fail or to be wrong; on any other model that is an error.
+        unsupported: the models on which it is known to fail or to be wrong; on any other model that is an error.
     """
 
     name: str
     module: str
-    cannot: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
 
 
 PEERS = {
@@ -72,7 +72,7 @@ MODELS: dict[str, tuple[Callable[[], Model], tuple[str, ...]]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared(Workload):
+class PeerWorkload(Workload):
     """A workload in JAX, with what the peers need to know about it."""
 
     kind: str = ""
@@ -90,18 +90,18 @@ def workloads(settings: Settings) -> Iterator[Workload]:
                 yield workload(kind, model, quantity, name)
 
 
-def workload(kind: str, model: Model, quantity: str, name: str) -> Compared:
+def workload(kind: str, model: Model, quantity: str, name: str) -> PeerWorkload:
     bound = functions.max_norm(model)
-    in_jax = ways(model, quantity, bound)
-    agree = tuple(column for column in in_jax if column != "plain")
-    return Compared(
+    jax_functions = implementations(model, quantity, bound)
+    agree = tuple(column for column in jax_functions if column != "plain")
+    return PeerWorkload(
         name,
-        in_jax,
+        jax_functions,
         (model.params, *model.batch),
         agree=agree,
         sample=model.first(4),
-        writes=writes(model, quantity, in_jax),
-        apart=agree[1:],
+        materialized_bytes=materialized_bytes(model, quantity, jax_functions),
+        timed_last=agree[1:],
         section=name,
         kind=kind,
         quantity=quantity,
@@ -110,42 +110,42 @@ def workload(kind: str, model: Model, quantity: str, name: str) -> Compared:
     )
 
 
-def measured(workload: Workload, settings: Settings) -> Iterator[Row]:
+def measure_rows(workload: Workload, settings: Settings) -> Iterator[Row]:
     """A row for each method: those in JAX, then those in torch."""
-    assert isinstance(workload, Compared)
+    assert isinstance(workload, PeerWorkload)
     assert workload.model is not None
-    (together,) = measure(workload, settings)
+    (jax_results,) = measure(workload, settings)
     for column in ("plain", "jaxgrad", "vmap(grad)", "jax-privacy", "optax"):
         if any(name.split()[0] == column for name in workload.functions):
-            yield in_jax(together, column, workload.quantity)
-    reference = expected(workload.model, workload.quantity, workload.bound)
+            yield jax_row(jax_results, column, workload.quantity)
+    reference = reference_results(workload.model, workload.quantity, workload.bound)
     with tempfile.TemporaryDirectory() as folder:
-        write_numbers(Path(folder), workload.model, workload.bound)
+        write_problem(Path(folder), workload.model, workload.bound)
         for peer in PEERS[workload.quantity]:
             outcome = run_peer(peer, workload.kind, Path(folder), settings)
-            yield in_torch(together, workload, peer, outcome, reference, Path(folder))
+            yield torch_row(jax_results, workload, peer, outcome, reference, Path(folder))
 
 
-def in_jax(together: Row, column: str, quantity: str) -> Row:
-    best = together.best(column)
-    which = f", microbatches of {best.split()[1]}" if best.startswith("jax-privacy ") else ""
+def jax_row(jax_results: Row, column: str, quantity: str) -> Row:
+    best = jax_results.best(column)
+    suffix = f", microbatches of {best.split()[1]}" if best.startswith("jax-privacy ") else ""
     names = {"plain": "plain gradient, JAX", "vmap(grad)": "jit(vmap(jax.grad))"}
     names |= {"vmap(grad)": "jit(vmap(jax.jacrev))"} if quantity == GAUSS_NEWTON else {}
-    row = Row(names.get(column, column) + which.replace("of None", "of all"), together.section)
-    row.shapes, row.labels = together.shapes, {"with": f"jax {jax.__version__}"}
-    if best in together.seconds:
-        row.seconds = {"this": together.seconds[best], "plain": together.seconds["plain"]}
-        row.seconds |= {"jaxgrad": together.seconds["jaxgrad"]}
-        row.bytes = {"this": together.bytes[best]}
+    row = Row(names.get(column, column) + suffix.replace("of None", "of all"), jax_results.section)
+    row.shapes, row.labels = jax_results.shapes, {"versions": f"jax {jax.__version__}"}
+    if best in jax_results.seconds:
+        row.seconds = {"method": jax_results.seconds[best], "plain": jax_results.seconds["plain"]}
+        row.seconds |= {"jaxgrad": jax_results.seconds["jaxgrad"]}
+        row.bytes = {"method": jax_results.bytes[best]}
     else:
-        row.skipped = {"this": report.word(together, column)}
+        row.skipped = {"method": report.skip_reason(jax_results, column)}
     return row
 
 
-def write_numbers(folder: Path, model: Model, bound: float) -> None:
+def write_problem(folder: Path, model: Model, bound: float) -> None:
     """Write the weights, the batch, a direction and the bound to a file."""
-    arrays = {f"params {path}": a for path, a in by_path(model.params).items()}
-    arrays |= {f"direction {path}": a for path, a in by_path(direction_for(model)).items()}
+    arrays = {f"params {path}": a for path, a in leaves_by_path(model.params).items()}
+    arrays |= {f"direction {path}": a for path, a in leaves_by_path(random_direction(model)).items()}
     arrays |= {f"batch {k}": np.asarray(a) for k, a in enumerate(model.batch)}
     np.savez(folder / "in.npz", bound=np.asarray(bound), **arrays)  # type: ignore[arg-type]
 
@@ -157,31 +157,31 @@ def run_peer(peer: Peer, kind: str, folder: Path, settings: Settings) -> dict[st
     words = ["-m", "benchmarks.peers.run", peer.module, kind, str(folder), str(settings.seconds)]
     try:
         command = [settings.torch_python, *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 * MINUTES)
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 * MINUTES)
     except subprocess.TimeoutExpired:
-        return {"skipped": NO_TIME}
-    if done.returncode:
-        return {"failed": f"ended with status {done.returncode}", "trace": done.stderr}
+        return {"skipped": OUT_OF_TIME}
+    if process.returncode:
+        return {"failed": f"ended with status {process.returncode}", "trace": process.stderr}
     return json.loads((folder / "out.json").read_text(encoding="utf-8"))
 
 
-def in_torch(
-    together: Row, workload: Compared, peer: Peer, outcome: dict[str, Any], reference: dict[str, Any], folder: Path
+def torch_row(
+    jax_results: Row, workload: PeerWorkload, peer: Peer, outcome: dict[str, Any], reference: dict[str, Any], folder: Path
 ) -> Row:
-    row = Row(peer.name, together.section, shapes=together.shapes)
-    row.labels = {"with": ", ".join(f"{name} {version}" for name, version in outcome.get("versions", {}).items())}
+    row = Row(peer.name, jax_results.section, shapes=jax_results.shapes)
+    row.labels = {"versions": ", ".join(f"{name} {version}" for name, version in outcome.get("versions", {}).items())}
     word, wrong = outcome.get("skipped", ""), outcome.get("failed", "")
     if not word and not wrong:
         with np.load(folder / "out.npz") as arrays:
             wrong = difference(reference, arrays)
-    if wrong and workload.kind not in peer.cannot:
+    if wrong and workload.kind not in peer.unsupported:
         raise AssertionError(f"{workload.name}: {peer.name}: {wrong}\n{outcome.get('trace', '')}")
     if word or wrong:
-        row.skipped = {"this": word or wrong}
+        row.skipped = {"method": word or wrong}
         return row
     seconds = outcome["seconds"]
-    row.seconds = {"this": seconds["peer"], "plain": seconds["plain"], "jaxgrad": together.seconds["jaxgrad"]}
-    row.bytes = {"this": outcome["bytes"]["peer"], "plain": outcome["bytes"]["plain"]}
+    row.seconds = {"method": seconds["peer"], "plain": seconds["plain"], "jaxgrad": jax_results.seconds["jaxgrad"]}
+    row.bytes = {"method": outcome["bytes"]["peer"], "plain": outcome["bytes"]["plain"]}
     return row
 
 
@@ -203,19 +203,19 @@ THEME = Theme(
     NAME,
     "Peers",
     f"""
-One section for each model and quantity, one row for each way to compute it. The ways in JAX are timed in one process;
+One section for each model and quantity, one row for each way to compute it. The implementations in JAX are timed in one process;
 each peer in torch in a process of its own, from the same weights and batch, with as many threads, interleaved with
 torch's own gradient of the mean loss. Each holds to jaxgrad's result within {TOLERANCE} (norms: of the largest; sums:
 of each parameter's, in the Euclidean norm) or is not timed: the word says what it did instead. MiB is the peak of
 temporary memory: the compiled program's in JAX, what its allocator holds at most in torch. "does not fit": writes out
 more than 2 GiB. float32, CPU.""",
     (
-        report.milliseconds("this", "ms"),
-        report.wordless(report.ratio("this", "plain", "to its framework's plain gradient")),
-        report.wordless(report.ratio("this", "jaxgrad", "to jaxgrad")),
-        report.wordless(report.mebibytes("this", "MiB")),
-        report.label("with"),
+        report.milliseconds("method", "ms"),
+        report.blank_if_skipped(report.ratio("method", "plain", "to its framework's plain gradient")),
+        report.blank_if_skipped(report.ratio("method", "jaxgrad", "to jaxgrad")),
+        report.blank_if_skipped(report.mebibytes("method", "MiB")),
+        report.label("versions"),
     ),
     workloads,
-    measured,
+    measure_rows,
 )

@@ -9,13 +9,13 @@ from torch.func import functional_call, grad, vmap
 
 from benchmarks.peers.torch_models import Problem
 
-PACKAGES, WRITES_OUT = (), True
+PACKAGES, MATERIALIZES = (), True
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """(the function that is timed, a function that returns what it computed)."""
     parameters = {name: p.detach() for name, p in problem.parameters.items()}
-    held: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def loss(parameters: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
         return problem.losses(functional_call(problem.model, parameters, (x[None],)), target[None])[0]
@@ -26,6 +26,6 @@ def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
         gradients = per_example(parameters, problem.inputs, problem.targets)
         norms = torch.sqrt(sum(g.flatten(1).square().sum(1) for g in gradients.values()))
         c = problem.bound / norms.clamp(min=problem.bound)
-        held.update(norms=norms, sum={name: torch.tensordot(c, g, 1) for name, g in gradients.items()})
+        results.update(norms=norms, sum={name: torch.tensordot(c, g, 1) for name, g in gradients.items()})
 
-    return call, lambda: held
+    return call, lambda: results

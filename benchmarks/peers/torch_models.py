@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # The permutation of an array's axes from JAX to torch; from torch to JAX it is the inverse.
-TURNS: dict[str, tuple[int, ...]] = {"": (), "matrix": (1, 0), "kernel": (3, 2, 0, 1), "image": (0, 3, 1, 2)}
-Places = Mapping[str, tuple[str, str]]  # a parameter's path in JAX: its name in torch, its key in TURNS
+AXES: dict[str, tuple[int, ...]] = {"": (), "matrix": (1, 0), "kernel": (3, 2, 0, 1), "image": (0, 3, 1, 2)}
+ParameterMap = Mapping[str, tuple[str, str]]  # a parameter's path in JAX: its name in torch, its key in AXES
 
 
 @dataclasses.dataclass
@@ -23,7 +23,7 @@ class Problem:
         model: inputs [B, …] → outputs [B, …].
         inputs, targets: the batch.
         losses: (outputs, targets) → [B].
-        places: the name in torch of each parameter.
+        mapping: the name in torch of each parameter.
         bound: the norm to clip to.
         direction: a vector for products, by the parameter's name in torch.
     """
@@ -32,7 +32,7 @@ class Problem:
     inputs: Tensor
     targets: Tensor
     losses: Callable[[Tensor, Tensor], Tensor]
-    places: Places
+    mapping: ParameterMap
     bound: float
     direction: dict[str, Tensor]
 
@@ -41,34 +41,34 @@ class Problem:
         """The parameters that are trained, by name; a tied parameter appears once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def as_in_jax(self, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    def to_jax(self, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Tensors of the parameters' shapes, by their names in JAX and with JAX's order of axes."""
-        return {path: turned_back(tensors[name].detach(), turn) for path, (name, turn) in self.places.items()}
+        return {path: to_numpy(tensors[name].detach(), layout) for path, (name, layout) in self.mapping.items()}
 
 
 def problem(kind: str, arrays: Mapping[str, np.ndarray]) -> Problem:
     """The problem that the arrays written by `theme` describe."""
     params = {k.removeprefix("params "): a for k, a in arrays.items() if k.startswith("params ")}
-    model, places = MODELS[kind](params)
-    named = dict(model.named_parameters())
+    model, mapping = MODELS[kind](params)
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for path, (name, turn) in places.items():
-            named[name].copy_(turned(params[path], turn))
-    inputs = turned(arrays["batch 0"], "image" if arrays["batch 0"].ndim == 4 else "")
-    targets = turned(arrays["batch 1"], "").long() if "batch 1" in arrays else inputs
+        for path, (name, layout) in mapping.items():
+            parameters[name].copy_(to_torch(params[path], layout))
+    inputs = to_torch(arrays["batch 0"], "image" if arrays["batch 0"].ndim == 4 else "")
+    targets = to_torch(arrays["batch 1"], "").long() if "batch 1" in arrays else inputs
     losses = LOSSES.get(kind, cross_entropies)
     if kind == "language_model":
         inputs, targets = inputs[:, :-1], inputs[:, 1:].long()
-    direction = {name: turned(arrays[f"direction {path}"], turn) for path, (name, turn) in places.items()}
-    return Problem(model, inputs, targets, losses, places, float(arrays["bound"]), direction)
+    direction = {name: to_torch(arrays[f"direction {path}"], layout) for path, (name, layout) in mapping.items()}
+    return Problem(model, inputs, targets, losses, mapping, float(arrays["bound"]), direction)
 
 
-def turned(array: np.ndarray, turn: str) -> Tensor:
-    return torch.from_numpy(np.array(np.transpose(array, TURNS[turn]) if turn else array, order="C"))
+def to_torch(array: np.ndarray, layout: str) -> Tensor:
+    return torch.from_numpy(np.array(np.transpose(array, AXES[layout]) if layout else array, order="C"))
 
 
-def turned_back(tensor: Tensor, turn: str) -> np.ndarray:
-    return np.transpose(tensor.numpy(), np.argsort(TURNS[turn])) if turn else tensor.numpy()
+def to_numpy(tensor: Tensor, layout: str) -> np.ndarray:
+    return np.transpose(tensor.numpy(), np.argsort(AXES[layout])) if layout else tensor.numpy()
 
 
 def cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -84,27 +84,27 @@ def mean_squares(outputs: Tensor, targets: Tensor) -> Tensor:
 LOSSES = {"transformer": mean_squares}
 
 
-def mlp(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
+def mlp(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, ParameterMap]:
     layers: list[nn.Module] = []
-    places: dict[str, tuple[str, str]] = {}
+    mapping: dict[str, tuple[str, str]] = {}
     for k in range(len(params) // 2):
-        places |= {f"[{k}]['W']": (f"{2 * k}.weight", "matrix"), f"[{k}]['b']": (f"{2 * k}.bias", "")}
+        mapping |= {f"[{k}]['W']": (f"{2 * k}.weight", "matrix"), f"[{k}]['b']": (f"{2 * k}.bias", "")}
         layers += [nn.Linear(*params[f"[{k}]['W']"].shape), nn.ReLU()]
-    return nn.Sequential(*layers[:-1]), places
+    return nn.Sequential(*layers[:-1]), mapping
 
 
-def conv_net(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
+def conv_net(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, ParameterMap]:
     """The conv net. With stride 2, JAX's SAME pads an even size below and on the right."""
     layers: list[nn.Module] = []
-    places: dict[str, tuple[str, str]] = {}
+    mapping: dict[str, tuple[str, str]] = {}
     for k, stride in ((1, 1), (2, 2), (3, 2)):
         _, _, inputs, outputs = params[f"['k{k}']"].shape
         layers += [nn.ZeroPad2d((0, 1, 0, 1)) if stride == 2 else nn.ZeroPad2d(1)]
-        places |= {f"['k{k}']": (f"{len(layers)}.weight", "kernel"), f"['b{k}']": (f"{len(layers)}.bias", "")}
+        mapping |= {f"['k{k}']": (f"{len(layers)}.weight", "kernel"), f"['b{k}']": (f"{len(layers)}.bias", "")}
         layers += [nn.Conv2d(inputs, outputs, 3, stride), nn.ReLU()]
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(*params["['W']"].shape)]
     last = len(layers) - 1
-    return nn.Sequential(*layers), places | {"['W']": (f"{last}.weight", "matrix"), "['b']": (f"{last}.bias", "")}
+    return nn.Sequential(*layers), mapping | {"['W']": (f"{last}.weight", "matrix"), "['b']": (f"{last}.bias", "")}
 
 
 class Embedding(nn.Module):
@@ -117,11 +117,11 @@ class Embedding(nn.Module):
         return self.out(torch.tanh(self.table(ids).mean(1)))
 
 
-def embedding(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
+def embedding(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, ParameterMap]:
     return Embedding(params), {"['E']": ("table.weight", ""), "['W']": ("out.weight", "matrix")}
 
 
-def scale_alone(D: int) -> nn.Module:
+def layer_norm_without_bias(D: int) -> nn.Module:
     """A layer norm whose bias stays 0; Opacus fails on a layer norm without a bias."""
     norm = nn.LayerNorm(D)
     norm.bias.requires_grad_(False)
@@ -132,7 +132,7 @@ class Block(nn.Module):
     def __init__(self, D: int, heads: int = 8):
         super().__init__()
         self.heads = heads
-        self.norm_1, self.norm_2 = scale_alone(D), scale_alone(D)
+        self.norm_1, self.norm_2 = layer_norm_without_bias(D), layer_norm_without_bias(D)
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
         self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
@@ -143,14 +143,14 @@ class Block(nn.Module):
         return h + self.down(F.gelu(self.up(self.norm_2(h)), approximate="tanh"))
 
 
-def block_places(path: str = "", name: str = "") -> Places:
-    places = {f"{path}['{w}']": (f"{name}{w}.weight", "matrix") for w in ("qkv", "out", "up", "down")}
-    places |= {f"{path}['scale_{k}']": (f"{name}norm_{k}.weight", "") for k in (1, 2)}
-    return places | {f"{path}['b_{w}']": (f"{name}{w}.bias", "") for w in ("up", "down")}
+def block_mapping(path: str = "", name: str = "") -> ParameterMap:
+    mapping = {f"{path}['{w}']": (f"{name}{w}.weight", "matrix") for w in ("qkv", "out", "up", "down")}
+    mapping |= {f"{path}['scale_{k}']": (f"{name}norm_{k}.weight", "") for k in (1, 2)}
+    return mapping | {f"{path}['b_{w}']": (f"{name}{w}.bias", "") for w in ("up", "down")}
 
 
-def transformer(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
-    return Block(len(params["['out']"])), block_places()
+def transformer(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, ParameterMap]:
+    return Block(len(params["['out']"])), block_mapping()
 
 
 class GRU(nn.Module):
@@ -170,7 +170,7 @@ class GRU(nn.Module):
         return self.out(h)
 
 
-def gru(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
+def gru(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, ParameterMap]:
     matrices = {f"['{w}']": (f"{w}.weight", "matrix") for w in ("x", "h", "out")}
     return GRU(len(params["['h']"])), matrices | {"['b']": ("x.bias", "")}
 
@@ -183,23 +183,23 @@ class LanguageModel(nn.Module):
         self.table, self.out = nn.Embedding(V, D), nn.Linear(D, V, bias=False)
         self.out.weight = self.table.weight
         self.blocks = nn.Sequential(*(Block(D) for _ in range(blocks)))
-        self.norm = scale_alone(D)
+        self.norm = layer_norm_without_bias(D)
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.table(ids)
         return self.out(self.norm(self.blocks(h * math.sqrt(h.shape[-1]))))
 
 
-def language_model(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, Places]:
+def language_model(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, ParameterMap]:
     blocks = len({path.split("]")[1] for path in params if path.startswith("['blocks']")})
-    places = {"['E']": ("table.weight", ""), "['scale']": ("norm.weight", "")}
+    mapping = {"['E']": ("table.weight", ""), "['scale']": ("norm.weight", "")}
     for k in range(blocks):
-        places |= block_places(f"['blocks'][{k}]", f"blocks.{k}.")
+        mapping |= block_mapping(f"['blocks'][{k}]", f"blocks.{k}.")
     V, D = params["['E']"].shape
-    return LanguageModel(V, D, blocks), places
+    return LanguageModel(V, D, blocks), mapping
 
 
-MODELS: dict[str, Callable[[Any], tuple[nn.Module, Places]]] = {
+MODELS: dict[str, Callable[[Any], tuple[nn.Module, ParameterMap]]] = {
     "mlp": mlp,
     "conv_net": conv_net,
     "embedding": embedding,

@@ -15,16 +15,16 @@ class Built(NamedTuple):
     batch: tuple[Any, ...]
 
 
-def of_dtype(tree: Any, dtype: Any) -> Any:
+def cast(tree: Any, dtype: Any) -> Any:
     """The tree with every floating-point array cast to a dtype, and complex arrays to its complex counterpart."""
     complex_dtype = jnp.result_type(dtype, jnp.complex64)
 
-    def cast(a: Any) -> Any:
+    def cast_leaf(a: Any) -> Any:
         if jnp.issubdtype(a.dtype, jnp.complexfloating):
             return a.astype(complex_dtype)
         return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
-    return jax.tree.map(cast, tree)
+    return jax.tree.map(cast_leaf, tree)
 
 
 def squared_error(prediction: jax.Array, target: jax.Array) -> jax.Array:

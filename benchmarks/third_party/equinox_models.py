@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.models import Draw, cross_entropy
-from benchmarks.third_party.built import Built, of_dtype, squared_error
+from benchmarks.third_party.built import Built, cast, squared_error
 
 KEY = jax.random.key(0)
 
@@ -115,7 +115,7 @@ def spectral_norm(dtype: Any, B: int = 8) -> Built:
     draw = Draw()
 
     def loss(m: Any, x: Any, sign: Any) -> jax.Array:
-        return jax.nn.softplus(-sign * m(x, of_dtype(state, x.dtype)))
+        return jax.nn.softplus(-sign * m(x, cast(state, x.dtype)))
 
     return trained(module, loss, draw.data(B, 256), jnp.sign(draw.data(B)))
 

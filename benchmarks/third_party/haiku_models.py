@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.models import Draw, cross_entropy
-from benchmarks.third_party.built import Built, of_dtype
+from benchmarks.third_party.built import Built, cast
 
 KEY = jax.random.key(0)
 
@@ -21,7 +21,7 @@ def classifier(forward: Any, *shape: int, B: int = 8) -> Built:
     params, state = model.init(KEY, batch[0][:1], True)
 
     def loss(params: Any, x: Any, label: Any) -> jax.Array:
-        logits, _ = model.apply(params, of_dtype(state, x.dtype), KEY, x[None], False)
+        logits, _ = model.apply(params, cast(state, x.dtype), KEY, x[None], False)
         return cross_entropy(logits[0], label)
 
     return Built(loss, params, batch)
@@ -98,10 +98,10 @@ def vq_vae(dtype: Any, B: int = 8) -> Built:
     def forward(x: Any) -> Any:
         z = jax.nn.relu(hk.Conv2D(64, 4, 2)(x))
         z = hk.Conv2D(32, 4, 2)(z)
-        quantised = hk.nets.VectorQuantizer(32, 128, 0.25)(z, is_training=True)
-        y = jax.nn.relu(hk.Conv2DTranspose(64, 4, 2)(quantised["quantize"]))
+        quantized = hk.nets.VectorQuantizer(32, 128, 0.25)(z, is_training=True)
+        y = jax.nn.relu(hk.Conv2DTranspose(64, 4, 2)(quantized["quantize"]))
         y = hk.Conv2DTranspose(3, 4, 2)(y)
-        return jnp.mean((x - y) ** 2) + quantised["loss"]
+        return jnp.mean((x - y) ** 2) + quantized["loss"]
 
     x = Draw().data(B, 16, 16, 3)
     model = hk.without_apply_rng(hk.transform(forward))

@@ -26,7 +26,7 @@ def graphs(B: int, nodes: int = 20, edges: int = 60, width: int = 32) -> tuple[j
     return graph, draw.ids(10, B)
 
 
-def of_graphs(forward: Any, B: int = 8) -> Built:
+def graph_classifier(forward: Any, B: int = 8) -> Built:
     batch = graphs(B)
     model = hk.without_apply_rng(hk.transform(forward))
     params = model.init(jax.random.key(0), jax.tree.map(lambda a: a[0], batch[0]))
@@ -44,7 +44,7 @@ def graph_network(dtype: Any) -> Built:
             graph = jraph.GraphNetwork(mlp(), mlp(), mlp())(graph)
         return hk.Linear(10)(graph.globals[0])
 
-    return of_graphs(forward)
+    return graph_classifier(forward)
 
 
 def graph_attention(dtype: Any) -> Built:
@@ -57,4 +57,4 @@ def graph_attention(dtype: Any) -> Built:
         graph = jraph.GAT(query, logit)(graph._replace(edges=None))
         return hk.Linear(10)(graph.nodes.mean(0))
 
-    return of_graphs(forward)
+    return graph_classifier(forward)

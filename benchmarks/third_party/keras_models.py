@@ -15,7 +15,7 @@ from benchmarks.models import Draw, cross_entropy
 from benchmarks.third_party.built import Built
 
 
-def classified(make: Any, dtype: Any, batch: tuple[Any, ...], regularised: bool = False) -> Built:
+def classified(make: Any, dtype: Any, batch: tuple[Any, ...], regularized: bool = False) -> Built:
     """The loss of a Keras model, which is called statelessly."""
     keras.config.set_floatx(jnp.dtype(dtype).name)
     keras.utils.set_random_seed(0)
@@ -24,7 +24,7 @@ def classified(make: Any, dtype: Any, batch: tuple[Any, ...], regularised: bool 
 
     def loss(params: Any, x: Any, label: Any) -> jax.Array:
         logits, _, losses = model.stateless_call(params, state, x[None], training=False, return_losses=True)
-        penalty = sum(losses) if regularised else 0.0
+        penalty = sum(losses) if regularized else 0.0
         return cross_entropy(logits[0], label) + penalty
 
     return Built(loss, [v.value for v in model.trainable_variables], batch)
@@ -73,7 +73,7 @@ def mobile_net(dtype: Any, B: int = 8) -> Built:
     return classified(make, dtype, (draw.data(B, 32, 32, 3), draw.ids(10, B)))
 
 
-def penalised(dtype: Any, B: int = 8) -> Built:
+def penalized(dtype: Any, B: int = 8) -> Built:
     """Weight decay as a kernel_regularizer of every layer, in the loss."""
 
     def make() -> Any:
@@ -88,7 +88,7 @@ def penalised(dtype: Any, B: int = 8) -> Built:
         return keras.Model(x, layers.Dense(10, kernel_regularizer=l2)(h))
 
     draw = Draw()
-    return classified(make, dtype, (draw.data(B, 16, 16, 3), draw.ids(10, B)), regularised=True)
+    return classified(make, dtype, (draw.data(B, 16, 16, 3), draw.ids(10, B)), regularized=True)
 
 
 def spectral_norm(dtype: Any, B: int = 8) -> Built:

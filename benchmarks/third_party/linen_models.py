@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from benchmarks.models import Draw, cross_entropy
-from benchmarks.third_party.built import Built, of_dtype
+from benchmarks.third_party.built import Built, cast
 
 KEY = jax.random.key(0)
 
@@ -100,7 +100,7 @@ def classifier(module: nn.Module, *shape: int, B: int = 8, **kwargs: Any) -> Bui
     params = variables.pop("params")
 
     def loss(params: Any, x: Any, label: Any) -> jax.Array:
-        state = of_dtype(variables, x.dtype)
+        state = cast(variables, x.dtype)
         return cross_entropy(module.apply({"params": params, **state}, x[None], **kwargs)[0], label)
 
     return Built(loss, params, batch)

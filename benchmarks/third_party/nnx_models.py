@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.models import Draw, cross_entropy
-from benchmarks.third_party.built import Built, of_dtype, squared_error
+from benchmarks.third_party.built import Built, cast, squared_error
 
 
 def classifier(module: nnx.Module, *shape: int, B: int = 8) -> Built:
@@ -15,7 +15,7 @@ def classifier(module: nnx.Module, *shape: int, B: int = 8) -> Built:
     graph, params, rest = nnx.split(module, nnx.Param, ...)
 
     def loss(params: Any, x: Any, label: Any) -> jax.Array:
-        model = nnx.merge(graph, params, of_dtype(rest, x.dtype))
+        model = nnx.merge(graph, params, cast(rest, x.dtype))
         return cross_entropy(model(x[None])[0], label)
 
     return Built(loss, params, (draw.data(B, *shape), draw.ids(10, B)))

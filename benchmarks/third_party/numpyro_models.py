@@ -14,7 +14,7 @@ from benchmarks.third_party.built import Built
 N = 1000  # number of examples in the data; a batch is a part of them
 
 
-def of_program(program: Any, sites: dict[str, jax.Array], *batch: Any) -> Built:
+def posterior(program: Any, sites: dict[str, jax.Array], *batch: Any) -> Built:
     """The negative log density of one example scaled to all N, with the priors, divided by N."""
 
     def loss(sites: Any, *example: Any) -> jax.Array:
@@ -37,7 +37,7 @@ def bayesian_network(dtype: Any, B: int = 16, D: int = 128, H: int = 256) -> Bui
             numpyro.sample("y", dist.Normal(mean, 1.0 / jnp.sqrt(precision)), obs=y)
 
     sites = {"w": draw.weight(D, H), "v": draw.weight(H, H), "out": draw.weight(H, 1), "precision": jnp.ones(())}
-    return of_program(numpyro.handlers.seed(program, 0), sites, draw.data(B, D), draw.data(B))
+    return posterior(numpyro.handlers.seed(program, 0), sites, draw.data(B, D), draw.data(B))
 
 
 def hierarchical_regression(dtype: Any, B: int = 16, groups: int = 200, D: int = 32) -> Built:
@@ -56,7 +56,7 @@ def hierarchical_regression(dtype: Any, B: int = 16, groups: int = 200, D: int =
     factor = jnp.linalg.cholesky(0.9 * jnp.eye(D) + 0.1)
     sites = {"scale": jnp.ones(D), "correlation": factor, "z": draw.data(groups, D)}
     y = draw.ids(2, B).astype(jnp.float32)
-    return of_program(numpyro.handlers.seed(program, 0), sites, draw.data(B, D), draw.ids(groups, B), y)
+    return posterior(numpyro.handlers.seed(program, 0), sites, draw.data(B, D), draw.ids(groups, B), y)
 
 
 def topic_model(dtype: Any, B: int = 16, V: int = 500, topics: int = 20) -> Built:
@@ -73,4 +73,4 @@ def topic_model(dtype: Any, B: int = 16, V: int = 500, topics: int = 20) -> Buil
             numpyro.sample("words", dist.Categorical(mixture[:, None, :]).to_event(1), obs=words)
 
     sites = {"topic": draw.data(topics, V), "w": 0.1 * draw.data(V, 64), "out": draw.weight(64, topics)}
-    return of_program(numpyro.handlers.seed(program, 0), sites, draw.ids(V, B, 40))
+    return posterior(numpyro.handlers.seed(program, 0), sites, draw.ids(V, B, 40))

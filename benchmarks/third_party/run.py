@@ -1,6 +1,6 @@
 """The program of a model's process: python -m benchmarks.third_party.run FAMILY MODEL FOLDER SECONDS
 
-It writes FOLDER/out.json: the measurements, or a word that says why there are none.
+It writes FOLDER/out.json: the measurements, or a key that says why there are none.
 """
 
 import dataclasses
@@ -19,37 +19,37 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgrad as jg
-from benchmarks.functions import factored, in_axes, max_norm, plain, written_out
+from benchmarks.functions import factored, in_axes, max_norm, plain, materialized
 from benchmarks.measure import measure
 from benchmarks.models import Model
-from benchmarks.third_party.built import Built, of_dtype
+from benchmarks.third_party.built import Built, cast
 from benchmarks.timing import keep_memory
 from benchmarks.workload import Settings, Workload
 
 EXACT, ROUNDED = 1e-9, 1e-4  # allowed relative difference in float64; if float32 is used inside
 SINGLE = 1e-3  # the same in float32
-SHARES = ("factored", "formed", "vector", "unused", "direct")
+SHARES = ("factored", "smaller", "vector", "unused", "direct")
 ROOT = Path(__file__).parents[2]
 SMALL = 0.01  # fraction of the model's bytes below which a direct parameter is not listed
 
 
 def main(family: str, name: str, folder: Path, seconds: float) -> None:
-    outcome = reported(lambda: build(family, name, jnp.float32), "skipped") or reported(
-        lambda: measured(family, name, seconds), "failed"
+    outcome = try_step(lambda: build(family, name, jnp.float32), "skipped") or try_step(
+        lambda: measure_model(family, name, seconds), "failed"
     )
     (folder / "out.json").write_text(json.dumps(outcome), encoding="utf-8")
 
 
-def reported(step: Callable[[], Any], word: str) -> dict[str, Any]:
-    """The dict that a step returns, or its error under the key `word`; empty if it returns something else."""
+def try_step(step: Callable[[], Any], key: str) -> dict[str, Any]:
+    """The dict that a step returns, or its error under the key `key`; empty if it returns something else."""
     try:
         outcome = step()
         return outcome if isinstance(outcome, dict) else {}
     except ModuleNotFoundError as error:
-        return {word: f"not installed: {error.name}", "trace": traceback.format_exc()}
+        return {key: f"not installed: {error.name}", "trace": traceback.format_exc()}
     except Exception as error:  # any error is this model's result
         first = str(error).strip().split("\n")[0]
-        return {word: f"{type(error).__name__}: {first}", "trace": traceback.format_exc()}
+        return {key: f"{type(error).__name__}: {first}", "trace": traceback.format_exc()}
 
 
 def build(family: str, name: str, dtype: Any) -> Model:
@@ -60,37 +60,37 @@ def build(family: str, name: str, dtype: Any) -> Model:
     params = jax.tree.unflatten(
         tree, [jnp.asarray(a + 0.01 * rng.normal(size=a.shape)).astype(a.dtype) for a in leaves]
     )
-    return Model(name, built.loss, of_dtype(params, dtype), of_dtype(built.batch, dtype), 1.0)
+    return Model(name, built.loss, cast(params, dtype), cast(built.batch, dtype), 1.0)
 
 
-def measured(family: str, name: str, seconds: float) -> dict[str, Any]:
+def measure_model(family: str, name: str, seconds: float) -> dict[str, Any]:
     """Check agreement in float64, then explain each parameter, then measure time and memory in float32."""
     with jax.enable_x64(True):
         exact = build(family, name, jnp.float64)
-        difference = furthest(exact)
+        difference = max_difference(exact)
         tolerance = EXACT if is_exact(exact) else ROUNDED
     if not difference <= tolerance:
         raise AssertionError(f"jaxgrad and vmap(grad) differ by {difference:.1e} of their size")
     jax.clear_caches()
     model = build(family, name, jnp.float32)
-    told = jg.explain(model.loss)(model.params, *model.batch)
+    explanation = jg.explain(model.loss)(model.params, *model.batch)
     bound = max_norm(model)
     (row,) = measure(
         Workload(
             name,
-            {"plain": plain(model), "jaxgrad": factored(model, bound), "vmap(grad)": written_out(model, bound)},
+            {"plain": plain(model), "jaxgrad": factored(model, bound), "vmap(grad)": materialized(model, bound)},
             (model.params, *model.batch),
             agree=("jaxgrad", "vmap(grad)"),
             compare=close,
-            apart=("vmap(grad)",),
+            timed_last=("vmap(grad)",),
         ),
         Settings(seconds),
     )
     row.labels = {
         "difference": f"{difference:.0e}" + (" (float32 inside)" if difference > EXACT else ""),
-        **labels(told),
+        **labels(explanation),
     }
-    return {"row": dataclasses.asdict(row), "direct": listed(told)}
+    return {"row": dataclasses.asdict(row), "direct": direct_parameters(explanation)}
 
 
 def nbytes(row: Any) -> int:
@@ -102,23 +102,23 @@ def label(row: Any) -> str:
     """The column of the table that a parameter counts in."""
     if row.how != "materialized":
         return str(row.how)
-    return "direct" if row.primitive else {"smaller": "formed"}.get(row.why, row.why)
+    return "direct" if row.primitive else {"smaller": "smaller"}.get(row.why, row.why)
 
 
-def labels(told: Any) -> dict[str, str]:
+def labels(explanation: Any) -> dict[str, str]:
     """The number of parameters, and the shares of their bytes by how they are held."""
-    size = sum(map(nbytes, told.rows))
-    share = {how: sum(nbytes(r) for r in told.rows if label(r) == how) / size for how in SHARES}
+    size = sum(map(nbytes, explanation.rows))
+    share = {how: sum(nbytes(r) for r in explanation.rows if label(r) == how) / size for how in SHARES}
     return {
-        "parameters": f"{sum(math.prod(r.shape) for r in told.rows):,}",
+        "parameters": f"{sum(math.prod(r.shape) for r in explanation.rows):,}",
         **{how: f"{x:.1%}" for how, x in share.items()},
-        "held": f"{told.nbytes / told.materialized_nbytes:.2f}",
+        "held": f"{explanation.nbytes / explanation.materialized_nbytes:.2f}",
     }
 
 
-def listed(told: Any) -> list[dict[str, Any]]:
+def direct_parameters(explanation: Any) -> list[dict[str, Any]]:
     """The direct parameters that are not small."""
-    size = sum(map(nbytes, told.rows))
+    size = sum(map(nbytes, explanation.rows))
     return [
         {
             "path": r.path,
@@ -128,12 +128,12 @@ def listed(told: Any) -> list[dict[str, Any]]:
             "source": r.source.rpartition("site-packages/")[2].removeprefix(f"{ROOT}/"),
             "why": r.why,
         }
-        for r in told.direct
+        for r in explanation.direct
         if nbytes(r) > SMALL * size
     ]
 
 
-def furthest(model: Model) -> float:
+def max_difference(model: Model) -> float:
     """Largest relative difference of norms, clipped sum and Gram matrix from those that vmap(jax.grad) gives."""
     arguments = (model.params, *model.batch)
 
@@ -151,20 +151,20 @@ def furthest(model: Model) -> float:
         return g.norms(), g.gram(), g.clip(bound).sum()
 
     bound, *theirs = jax.jit(by_vmap)(*arguments)
-    return max(map(apart, jax.jit(ours)(bound, *arguments), theirs))
+    return max(map(relative_distance, jax.jit(ours)(bound, *arguments), theirs))
 
 
-def apart(ours: Any, theirs: Any) -> float:
+def relative_distance(ours: Any, theirs: Any) -> float:
     """The Euclidean distance of two trees, relative to the norm of the second. Two infinities count as equal."""
-    square = lambda leaves: math.sqrt(sum(float(jnp.sum(jnp.abs(a) ** 2)) for a in leaves))  # noqa: E731
+    norm = lambda leaves: math.sqrt(sum(float(jnp.sum(jnp.abs(a) ** 2)) for a in leaves))  # noqa: E731
     ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
-    return square([jnp.where(a == b, 0, a - b) for a, b in zip(ours, theirs, strict=True)]) / square(theirs)
+    return norm([jnp.where(a == b, 0, a - b) for a, b in zip(ours, theirs, strict=True)]) / norm(theirs)
 
 
 def close(ours: Any, theirs: Any) -> None:
     """Compare part by part: the mean loss, then the sum."""
     for a, b in zip(ours, theirs, strict=True):
-        assert apart(a, b) <= SINGLE, f"off by {apart(a, b):.1e}, more than {SINGLE}"
+        assert relative_distance(a, b) <= SINGLE, f"off by {relative_distance(a, b):.1e}, more than {SINGLE}"
 
 
 def is_exact(model: Model) -> bool:

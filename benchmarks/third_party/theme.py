@@ -12,7 +12,7 @@ from typing import Any
 
 import benchmarks
 from benchmarks import report
-from benchmarks.measure import NO_TIME
+from benchmarks.measure import OUT_OF_TIME
 from benchmarks.workload import Row, Settings, Theme, Workload
 
 NAME = "third_party"
@@ -87,7 +87,7 @@ MODELS = {  # a family is a file of this folder; each builder has its package an
         "transformer": ("keras", "transformer"),
         "recurrent": ("keras", "bidirectional LSTM, GRU"),
         "mobile_net": ("keras", "MobileNetV3"),
-        "penalised": ("keras", "conv net, kernel_regularizer"),
+        "penalized": ("keras", "conv net, kernel_regularizer"),
         "spectral_norm": ("keras", "SpectralNormalization"),
     },
     "numpyro_models": {
@@ -120,8 +120,8 @@ def workloads(settings: Settings) -> Iterator[Workload]:
                 yield Workload(name, {}, (), labels={"family": family, "builder": builder, "package": package})
 
 
-def measured(workload: Workload, settings: Settings) -> list[Row]:
-    """The model's row, or a row that says why it could not be measured. If jaxgrad fails, the row has failed."""
+def measure_row(workload: Workload, settings: Settings) -> list[Row]:
+    """The model's row, or a row that says why it could not be measure_row. If jaxgrad fails, the row has failed."""
     outcome = run_model(workload.labels["family"], workload.labels["builder"], settings)
     row = Row(**outcome.get("row", {}) | {"name": workload.name})
     row.labels = {**row.labels, "version": installed(workload.labels["package"])}
@@ -147,7 +147,7 @@ def run_model(family: str, name: str, settings: Settings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.third_party.run", family, name, folder, str(settings.seconds)]
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 command,
                 env=os.environ | ENVIRONMENT | {"PYTHONPATH": paths},
                 capture_output=True,
@@ -155,9 +155,9 @@ def run_model(family: str, name: str, settings: Settings) -> dict[str, Any]:
                 timeout=60 * MINUTES,
             )
         except subprocess.TimeoutExpired:
-            return {"skipped": NO_TIME}
-        if done.returncode:
-            return {"failed": f"ended with status {done.returncode}", "trace": done.stderr}
+            return {"skipped": OUT_OF_TIME}
+        if process.returncode:
+            return {"failed": f"ended with status {process.returncode}", "trace": process.stderr}
         return json.loads((Path(folder) / "out.json").read_text(encoding="utf-8"))
 
 
@@ -174,8 +174,8 @@ def note(rows: Sequence[Row]) -> str:
     lines = [line for row in rows for line in row.lines]
     if not lines:
         return "No parameter of more than 1 % of its model's bytes is written out."
-    head = [report.line(["model", "parameter", "of its bytes", "why"]), "|---|---|---:|---|"]
-    return "\n".join(["Parameters of more than 1 % of their model's bytes that are written out:", "", *head, *lines])
+    header = [report.line(["model", "parameter", "of its bytes", "why"]), "|---|---|---:|---|"]
+    return "\n".join(["Parameters of more than 1 % of their model's bytes that are written out:", "", *header, *lines])
 
 
 THEME = Theme(
@@ -194,7 +194,7 @@ model's bytes. Memory is the compiled program's temporary memory; compiling is t
         report.label("parameters"),
         report.label("difference"),
         report.label("factored"),
-        report.label("formed"),
+        report.label("smaller"),
         report.label("vector"),
         report.label("direct"),
         report.label("held"),
@@ -208,6 +208,6 @@ model's bytes. Memory is the compiled program's temporary memory; compiling is t
         report.compiling("vmap(grad)"),
     ),
     workloads,
-    measured,
+    measure_row,
     note,
 )

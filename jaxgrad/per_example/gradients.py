@@ -65,7 +65,7 @@ class PerExampleGrads(Held):
 
     Example:
         >>> delta, x = jnp.ones((4, 3)), jnp.ones((4, 2))         # four examples of a [3, 2] matrix
-        >>> g = PerExampleGrads({"W": (factors.Outer.of_matrix(delta, x, delta.dtype),)})
+        >>> g = PerExampleGrads({"W": (jg.per_example.Outer.of_matrix(delta, x, delta.dtype),)})
         >>> g.norms().round(4).tolist() == [jnp.sqrt(6.0).round(4)] * 4
         True
         >>> g.sum()["W"].shape

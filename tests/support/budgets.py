@@ -6,14 +6,14 @@ import jax.numpy as jnp
 
 from benchmarks import functions, models
 from benchmarks.compiled.program import Program
-from benchmarks.compiled.targets import H100, compiled, memory
-from benchmarks.compiled.theme import described
+from benchmarks.compiled.targets import H100, compile_for, memory
+from benchmarks.compiled.theme import shape_structs
 
 
 def measured(model):
     device = H100.device()
-    arguments = described((model.params, *model.batch), "bfloat16")
-    programs = [compiled(f, arguments, device) for f in (functions.plain(model), functions.factored(model, 1.0))]
+    arguments = shape_structs((model.params, *model.batch), "bfloat16")
+    programs = [compile_for(f, arguments, device) for f in (functions.plain(model), functions.factored(model, 1.0))]
     texts = [Program(p.as_text()) for p in programs]
     plain, ours = (p.counts() for p in texts)
     return {
