@@ -1,6 +1,7 @@
 """Curvature: each quantity against its dense definition in float64, and what is promised of rank and rounding."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -255,6 +256,40 @@ def test_the_exercise_s_logistic_loss_has_one_row_an_example_and_the_dense_matri
     product = curvature.gauss_newton_vector_product(network.margin, curvature.logistic)(params, v, X, Y)
     assert_close(flat(product), dense @ flat(v))
     assert_close(flat(natural_gradient(found, 0.01)), np.linalg.solve(dense + 0.01 * np.eye(len(dense)), mean))
+
+
+def test_the_rows_of_an_example_hold_its_activations_once():
+    O, sizes = 10, (64, 128, 10)  # noqa: E741
+    params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in itertools.pairwise(sizes)]
+
+    def model(params, x):
+        return jnp.tanh(x @ params[0]) @ params[1]
+
+    x, y = jax.ShapeDtypeStruct((32, 64), jnp.float32), jax.ShapeDtypeStruct((32,), jnp.int32)
+    found = jax.eval_shape(gauss_newton(model, curvature.softmax), params, x, y)
+    activations, cotangents, weights = 4 * 32 * (64 + 128), 4 * 32 * O * (128 + O), 4 * 32 * 2
+    assert found.jacobian.nbytes == activations + cotangents + weights
+    assert jax.eval_shape(lambda found: found.rows, found).nbytes == O * activations + cotangents
+
+
+@pytest.mark.every(0)
+@pytest.mark.parametrize("argnums", [0, (0, 2)])
+def test_gauss_newton_takes_argnums_and_axes_as_vmap_does(argnums):
+    model = lambda W, x, b, scale: scale * jnp.tanh(W @ x + b)  # noqa: E731
+    rng = np.random.default_rng(0)
+    W, X, b, Y = (jnp.asarray(rng.normal(size=shape)) for shape in ((3, 4), (4, 5), (3,), (5, 3)))
+    scale, axes = jnp.asarray(2.0), (None, 1, None, None, 0)
+    args = W, X, b, scale, Y
+    found = quick_jit(gauss_newton(model, curvature.squared, argnums=argnums, in_axes=axes))(*args)
+    J = jax.vmap(jax.jacrev(model, argnums), (None, 1, None, None))(*args[:-1])
+    J = np.concatenate([np.reshape(a, (5, 3, -1)) for a in jax.tree.leaves(J)], 2)
+    dense = np.einsum("bop,boq->pq", J, J) / 5
+    G = matrix(found.rows.materialize())
+    assert_close(G.T @ G / len(G), dense)
+    chosen = args[argnums] if isinstance(argnums, int) else tuple(args[k] for k in argnums)
+    v = random_like(chosen)
+    product = curvature.gauss_newton_vector_product(model, curvature.squared, argnums=argnums, in_axes=axes)
+    assert_close(flat(quick_jit(product)(W, v, *args[1:])), dense @ flat(v))
 
 
 @pytest.mark.every(5)
