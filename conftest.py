@@ -53,6 +53,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
+# Compiling takes most of the time of a small test, so LLVM's optimizations are off, except where a test is about the
+# compiled program itself: its digits at real sizes, its memory, or its time.
+AS_USED = (
+    "test_accelerators",
+    "test_benchmarks",
+    "test_compiled",
+    "test_differential",
+    "test_differential_curvature",
+    "test_differential_network",
+    "test_processes",
+    "test_two_passes",
+)
+
+
+@pytest.fixture(autouse=True)
+def _optimized_where_it_matters(request: pytest.FixtureRequest):
+    """Switch the compiler's optimizations on for `AS_USED` and for tests marked as_used, and off for the others."""
+    used = request.node.path.stem in AS_USED or request.node.get_closest_marker("as_used") is not None
+    jax.config.update("jax_disable_most_optimizations", not used)
+
+
 @pytest.fixture(autouse=True)
 def _as_a_reader_runs_it(request: pytest.FixtureRequest, doctest_namespace: dict):
     """Give examples in docstrings and in README.md the usual names, and JAX's default promotion rules."""

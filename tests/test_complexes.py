@@ -62,7 +62,7 @@ def real(tree):
 
 
 @pytest.mark.every(5)
-@pytest.mark.parametrize(("name", "jit"), [("penalised", False), *((name, True) for name in LOSSES)])
+@pytest.mark.parametrize(("name", "jit"), [*((name, True) for name in LOSSES), ("penalised", False)])
 def test_gradients_and_all_that_is_asked_of_them(name, jit):
     loss, params, x = LOSSES[name]
     want = quick_jit(jax.vmap(jax.grad(loss), (None, 0)))(params, x)

@@ -84,7 +84,7 @@ def in_the_backward_pass(record, W, x):
 @pytest.mark.parametrize(
     "loss", [in_the_loss, printed, ordered, in_jit, in_remat, in_cond, in_scan, in_the_backward_pass]
 )
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 def test_effects_are_those_of_vmap_of_grad(loss, jit, capfd):
     def ran(transform):
         record = []

@@ -96,6 +96,7 @@ def test_equinox_with_the_static_part_closed_over_and_the_check_to_do_first():
     assert agrees(loss, params, *batch)[".layers[0].weight"].how == "factored"
 
 
+@pytest.mark.every(0)
 def test_equinox_with_the_static_part_as_an_argument():
     """What is not trained, a frozen layer and a function here, is an argument that all examples share."""
     eqx = pytest.importorskip("equinox")
@@ -157,6 +158,7 @@ def test_equinox_attention_with_a_mask_and_layer_norm():
     assert agrees(loss, params, tokens[:, :-1], tokens[:, 1:])["[0].weight"].how == "factored"
 
 
+@pytest.mark.every(0)
 def test_equinox_recurrent_cell_in_a_scan():
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.GRUCell(3, 8, key=jax.random.key(0)), eqx.nn.Linear(8, 1, key=jax.random.key(1))
@@ -170,6 +172,7 @@ def test_equinox_recurrent_cell_in_a_scan():
     agrees(loss, params, normal(1, B, 5, 3), normal(2, B))
 
 
+@pytest.mark.every(0)
 def test_equinox_dropout_with_a_key_for_every_example():
     eqx = pytest.importorskip("equinox")
     keys = jax.random.split(jax.random.key(0))

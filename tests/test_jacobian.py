@@ -73,7 +73,7 @@ MODELS = {
 
 
 @pytest.mark.every(11)
-@pytest.mark.parametrize(("name", "jit"), [("dense", False), *((name, True) for name in MODELS)])
+@pytest.mark.parametrize(("name", "jit"), [*((name, True) for name in MODELS), ("dense", False)])
 def test_agrees_with_the_written_out_jacobian(name, jit):
     model, params, x = MODELS[name]
     direction = jax.tree.map(jnp.cos, params)
@@ -181,6 +181,7 @@ def test_the_kernel_of_a_convolutional_network_takes_no_more_memory_than_its_row
 @pytest.mark.every(5)
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-9)])
 @pytest.mark.parametrize("B", [64, 256])
+@pytest.mark.as_used
 def test_norms_and_kernels_under_jit_at_real_sizes_have_the_digits_of_their_dtype(dtype, rounding, B):
     """What is held is rounded to the dtype; all that is made of it is added up in float32."""
     params, x = {"W": normal(1, 128, 64) / 8, "b": normal(2, 128), "V": normal(3, 10, 128) / 8}, normal(4, B, 64)

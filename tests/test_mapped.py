@@ -93,6 +93,7 @@ CASES = [
 @pytest.mark.every(9)
 @pytest.mark.parametrize(("loss", "shape"), CASES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.as_used
 def test_norms_and_sums_have_the_digits_of_their_dtype(loss, shape, dtype):
     names = ["v", "g"] if loss is weight_norm else ["W"]
     exact = {n: normal(k, *(shape if n != "g" else shape[:1]), dtype=np.float64) / 8 for k, n in enumerate(names)}
@@ -190,6 +191,7 @@ def test_the_norm_of_a_map_that_spreads_its_input_counts_how_far():
 
 @pytest.mark.every(2)
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-9)])
+@pytest.mark.as_used
 def test_a_map_in_every_step_of_a_loop_has_the_digits_of_its_dtype_at_real_sizes(dtype, rounding):
     rng = np.random.default_rng(0)
     W, x = rng.normal(size=(64, 64)) / 8, rng.normal(size=(64, 5, 64))
@@ -253,6 +255,7 @@ def exponential(W, x):
         (exponential, jnp.float32, 2.0**-24),  # jax.scipy has none in bfloat16
     ],
 )
+@pytest.mark.as_used
 def test_loops_that_are_maps_have_the_digits_of_their_dtype_at_real_sizes(loss, dtype, rounding, B):
     rng = np.random.default_rng(0)
     W, X = jnp.asarray(rng.normal(size=(3, 64, 64)) / 8, dtype), jnp.asarray(rng.normal(size=(B, 64)), dtype)

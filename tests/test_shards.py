@@ -145,6 +145,7 @@ def test_a_sum_over_devices_that_each_goes_on_with_is_formed(mesh):
 @pytest.mark.every(17)
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8)])
 @pytest.mark.parametrize("name", ["rows and positions divided", "normalised before", "in a loop", "five times"])
+@pytest.mark.as_used
 def test_the_digits_are_those_of_the_dtype_at_real_sizes(name, dtype, rounding, mesh):
     loss, rng = LOSSES[name], np.random.default_rng(2)
     with jax.set_mesh(mesh):
