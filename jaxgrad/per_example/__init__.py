@@ -6,6 +6,7 @@ The user-facing modules are:
     jacobian      per_example_jacobian: the gradients of all outputs
     measure       per_example_norms: norms with a plain gradient's memory
     second_pass   the sum of weighted gradients as an ordinary gradient
+    custom_primitives  register_rule, check_rule: primitives of your own
     explain       how each parameter's gradient is held, and why
     gradients     PerExampleGrads: the algebra over a tree of parameters
     held          its tree of factors as a pytree, without the algebra
@@ -24,6 +25,7 @@ The implementation has two halves, and a module that joins them:
 from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Rows, Windows
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same
+from jaxgrad.per_example.custom_primitives import RegisteredRule, RuleReport, RuleRow, check_rule, register_rule
 from jaxgrad.per_example.explain import Explanation, ExplanationRow, explain
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.jacobian import PerExampleJacobian, per_example_jacobian
@@ -41,12 +43,17 @@ __all__ = [
     "Outer",
     "PerExampleGrads",
     "PerExampleJacobian",
+    "RegisteredRule",
     "Rows",
+    "RuleReport",
+    "RuleRow",
     "Same",
     "Windows",
+    "check_rule",
     "explain",
     "per_example_grad",
     "per_example_jacobian",
     "per_example_norms",
     "per_example_value_and_grad",
+    "register_rule",
 ]
