@@ -6,8 +6,8 @@ The user-facing modules are:
     jacobian      per_example_jacobian: the gradients of all outputs
     measure       per_example_norms: norms with a plain gradient's memory
     second_pass   the sum of weighted gradients as an ordinary gradient
-    custom_primitives  register_rule, check_rule: primitives of your own
     explain       how each parameter's gradient is held, and why
+    custom_primitives   register_rule and check_rule: primitives of your own
     gradients     PerExampleGrads: the algebra over a tree of parameters
     held          its tree of factors as a pytree, without the algebra
     checks        checks on the arguments of its methods: masks, indices, numbers, bounds

@@ -1,0 +1,570 @@
+"""Primitives that a user teaches the interpreter: Pallas kernels, narrow products, primitives made by hand."""
+
+import threading
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.interpreters import ad, batching, mlir
+
+import jaxgrad as jg
+from jaxgrad.per_example import check_rule
+from jaxgrad.per_example.interpreter import registered
+
+
+@pytest.fixture(autouse=True)
+def _no_rule_is_left():
+    before = registered.rules()
+    yield
+    assert registered.rules() == before
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+W, X = normal(0, 30, 20), normal(1, 4, 3, 30)
+
+
+def how(loss, *args, **options):
+    return jg.explain(loss, **options)(*args).rows[0].how
+
+
+def agrees(loss, params, *batch):
+    for transform in (jg.per_example_grad(loss), jax.jit(jg.per_example_grad(loss))):
+        assert jg.check_gradient(transform, loss, params, *batch).agrees
+
+
+def directly(loss, params, *batch):
+    """The gradients and their norms, by a loop over the examples."""
+    each = [jax.grad(loss)(params, *example) for example in zip(*batch, strict=True)]
+    return np.stack([np.asarray(g, np.float64) for g in each])
+
+
+# --- A Pallas matmul ------------------------------------------------------------------------------------------------
+
+
+def kernel(name, function=lambda a, b: a @ b):
+    def call(a, b):
+        def run(a, b, out):
+            out[...] = function(a[...], b[...])
+
+        out = jax.eval_shape(function, a, b)
+        return pl.pallas_call(run, out_shape=out, interpret=True, name=name)(a, b)
+
+    return call
+
+
+forward, toward_x = kernel("forward"), kernel("toward_x", lambda g, W: g @ W.T)
+toward_W = kernel("toward_W", lambda x, g: x.T @ g)
+
+
+def layer(toward_W=toward_W):
+    @jax.custom_vjp
+    def dense(W, x):
+        return forward(x, W)
+
+    dense.defvjp(lambda W, x: (forward(x, W), (W, x)), lambda kept, g: (toward_W(kept[1], g), toward_x(g, kept[0])))
+    return dense
+
+
+def pallas_loss(W, x):
+    return jnp.sin(layer()(W, x)).sum()
+
+
+def rule_for_toward_W():
+    return jg.register_rule("pallas_call", lambda x, g, **params: x.T @ g, name="toward_W")
+
+
+def test_a_pallas_kernel_takes_the_direct_route_until_it_has_a_rule():
+    row = jg.explain(pallas_loss)(W, X).rows[0]
+    assert (row.how, row.primitive) == ("materialized", "pallas_call")
+    assert "register_rule" in row.why
+    assert __file__ in row.source
+    with rule_for_toward_W():
+        row = jg.explain(pallas_loss)(W, X).rows[0]
+        assert (row.how, row.factors) == ("factored", ("Outer([4, 1, 3, 30], [4, 1, 3, 20])",))
+        agrees(pallas_loss, W, X)
+        g = jg.per_example_grad(pallas_loss, strict=True)(W, X)
+    expected = directly(pallas_loss, W, X)
+    np.testing.assert_allclose(g.norms(), np.sqrt((expected**2).sum((1, 2))), rtol=1e-5)
+    np.testing.assert_allclose(g.sum(), expected.sum(0), rtol=1e-4, atol=1e-5)
+    assert how(pallas_loss, W, X) == "materialized"
+
+
+@pytest.mark.parametrize("where", ["jit", "checkpoint", "scan", "cond", "a weight of the weight"])
+def test_a_rule_reaches_into_programs_and_maps(where):
+    layers = normal(2, 3, 20, 20) / 4
+
+    def loss(W, x):
+        match where:
+            case "jit":
+                return jax.jit(pallas_loss)(W, x)
+            case "checkpoint":
+                return jax.checkpoint(pallas_loss)(W, x)
+            case "scan":
+                step = jax.checkpoint(lambda h, W: (jnp.tanh(layer()(W, h)), None))
+                return lax.scan(step, x, W)[0].sum()
+            case "cond":
+                return lax.cond(x.sum() > 0, pallas_loss, lambda W, x: pallas_loss(2 * W, x), W, x)
+        return pallas_loss(jnp.tanh(W.T).T, x)
+
+    params, batch = (layers, X[..., :20]) if where == "scan" else (W, X)
+    assert how(loss, params, batch) == "materialized"
+    with rule_for_toward_W():
+        assert how(loss, params, batch) == "factored"
+        agrees(loss, params, batch)
+        _, norms = jg.per_example_norms(loss)(params, batch)
+    expected = directly(loss, params, batch).reshape(4, -1)
+    np.testing.assert_allclose(norms, np.linalg.norm(expected, axis=1), rtol=1e-5)
+
+
+def test_the_gradients_of_all_outputs_of_a_kernel_stay_factored():
+    with rule_for_toward_W():
+        J = jg.per_example_jacobian(lambda W, x: layer()(W, x).sum(0)[:5])(W, X)
+        assert J.nbytes < J.materialized_nbytes if hasattr(J, "nbytes") else True
+        found = J.materialize()
+    np.testing.assert_allclose(found, jax.vmap(jax.jacrev(lambda W, x: (x @ W).sum(0)[:5]), (None, 0))(W, X), rtol=1e-4)
+
+
+def test_a_rule_for_one_kernel_is_not_asked_for_others():
+    asked = []
+
+    def equals(x, g, **params):
+        asked.append(params["name"])
+        return x.T @ g
+
+    with jg.register_rule("pallas_call", equals, name="another"):
+        assert how(pallas_loss, W, X) == "materialized"
+    with jg.register_rule("pallas_call", equals, name="toward_W"):
+        assert how(pallas_loss, W, X) == "factored"
+    assert set(asked) == {"toward_W"}
+
+
+def test_a_kernel_that_the_loss_batches_by_vmap_takes_the_direct_route():
+    def loss(W, x):
+        return jax.vmap(pallas_loss, (None, 0))(W, x.reshape(3, 1, 30)).sum()
+
+    with rule_for_toward_W():
+        agrees(loss, W, X)
+
+
+def test_a_rule_that_declines_changes_nothing():
+    with jg.register_rule("pallas_call", lambda *operands, **params: None):
+        assert how(pallas_loss, W, X) == "materialized"
+        agrees(pallas_loss, W, X)
+        with pytest.raises(ValueError, match=r"check_rule: expected a rule that applies.*pallas_call declines"):
+            check_rule(forward, X[0], W)
+        with rule_for_toward_W():
+            assert how(pallas_loss, W, X) == "factored"
+
+
+def test_a_kernel_with_several_results_of_which_the_rule_knows_one():
+    def both(x, g, W):
+        def run(x, g, W, out, other):
+            out[...], other[...] = x[...].T @ g[...], g[...] @ W[...].T
+
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (W, x)]
+        return pl.pallas_call(run, out_shape=shapes, interpret=True, name="both")(x, g, W)
+
+    @jax.custom_vjp
+    def dense(W, x):
+        return forward(x, W)
+
+    dense.defvjp(lambda W, x: (forward(x, W), (W, x)), lambda kept, g: tuple(both(kept[1], g, kept[0])))
+
+    def loss(W, x):
+        return jnp.sin(dense(W, x)).sum()
+
+    def two_layers(params, x):
+        return jnp.sin(dense(params[1], jnp.tanh(dense(params[0], x)))).sum()
+
+    params = (W, normal(3, 20, 25))
+    with jg.register_rule("pallas_call", lambda x, g, W, **params: [x.T @ g, None], name="both"):
+        assert how(loss, W, X) == "factored"
+        assert [row.how for row in jg.explain(two_layers)(params, X).rows] == ["factored"] * 2
+        agrees(loss, W, X)
+        agrees(two_layers, params, X)
+        assert check_rule(both, X[0], X[0, :, :20], W).agrees
+
+
+# --- Products of float8 ---------------------------------------------------------------------------------------------
+
+E4, E5 = jnp.float8_e4m3fn, jnp.float8_e5m2
+
+
+def narrow(a, dtype):
+    """(a in this dtype, its scale)."""
+    scale = jnp.abs(a).max() / jnp.finfo(dtype).max.astype(a.dtype)
+    return (a / scale).astype(dtype), scale
+
+
+def narrow_layer(product):
+    """A dense layer whose products are of float8, in both directions."""
+
+    @jax.custom_vjp
+    def dense(W, x):
+        (a, s), (b, t) = narrow(x, E4), narrow(W, E4)
+        return product(a, b, (1, 0)) * (s * t)
+
+    def backward(kept, g):
+        W, x = kept
+        (a, s), (b, t), (c, u) = narrow(x, E4), narrow(W, E4), narrow(g, E5)
+        return product(a, c, (0, 0)) * (s * u), product(c, b, (1, 1)) * (t * u)
+
+    dense.defvjp(lambda W, x: (dense(W, x), (W, x)), backward)
+    return dense
+
+
+def dot(a, b, axes):
+    return lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def narrow_kernel(a, b, axes):
+    name = f"narrow_{axes[0]}{axes[1]}"
+    wide = lambda a, b: dot(a.astype(jnp.float32), b.astype(jnp.float32), axes)  # noqa: E731
+    return kernel(name, wide)(a, b)
+
+
+@pytest.mark.parametrize("product", [dot, narrow_kernel])
+def test_products_of_float8_stay_factored_and_keep_their_digits(product):
+    dense = narrow_layer(product)
+
+    def loss(W, x):
+        return jnp.sin(dense(jnp.flip(W, 1) * 3, jnp.tanh(x))).sum()
+
+    def equals(a, b, **params):
+        return dot(a, b, (0, 0))
+
+    with jg.register_rule("pallas_call", equals, name="narrow_00"):
+        assert how(loss, W, X) == "factored"
+        agrees(loss, W, X)
+        g = jax.jit(jg.per_example_grad(loss))(W, X)
+        expected = directly(loss, W, X)
+        norms = np.sqrt((expected**2).sum((1, 2)))
+        c = np.array([0.123, -1.7, 3.3e-3, 1e3])
+        numbers = [
+            (g.norms(), norms),
+            (g.sum(), expected.sum(0)),
+            (g.weighted_sum(jnp.asarray(c, jnp.float32)), np.einsum("b,bij->ij", c, expected)),
+            (g.clip(0.7).sum(), (expected * np.minimum(1, 0.7 / norms)[:, None, None]).sum(0)),
+            (g.gram(), np.einsum("bij,cij->bc", expected, expected)),
+            (g.second_moment(), (expected**2).mean(0)),
+            (g.dot(W), np.einsum("bij,ij->b", expected, W)),
+            (g.scale(jnp.asarray(c, jnp.float32)).norms(), norms * np.abs(c)),
+            (jg.per_example_norms(loss)(W, X)[1], norms),
+        ]
+    for found, wanted in numbers:
+        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
+    with jg.register_rule("pallas_call", equals, name="narrow_00"):
+        if product is narrow_kernel:
+            assert check_rule(lambda a, b: product(a, b, (0, 0)), X[0].astype(E4), X[0, :, :20].astype(E5)).factored
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_sums_and_products_of_float8_sides_are_not_rounded_to_float8(bias):
+    """What follows a product of float8, and acts on its sides, has the digits of the product's own dtype."""
+    C = normal(5, 20, 7)
+
+    @jax.custom_vjp
+    def dense(W, x):
+        return x @ W
+
+    def backward(kept, g):
+        W, x = kept
+        return dot(x.astype(E4), g.astype(E5), (0, 0)), g @ W.T
+
+    dense.defvjp(lambda W, x: (x @ W, (W, x)), backward)
+
+    def loss(V, x):
+        W = jnp.broadcast_to(V[:, None], (30, 20)) if bias else V @ C.T
+        return jnp.sin(dense(W, x)).sum()
+
+    V = normal(6, 30) if bias else normal(6, 30, 7)
+    agrees(loss, V, X)
+    np.testing.assert_allclose(jg.per_example_grad(loss)(V, X).materialize(), directly(loss, V, X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Fp8DirectDotGeneralOp", "Fp8Einsum"])
+def test_float8_layers_of_flax_stay_factored(name):
+    nn = pytest.importorskip("flax.linen")
+    if name == "Fp8Einsum":
+        layer = nn.fp8_ops.Fp8Einsum()
+        arguments = lambda W, x: ("ti,io->to", x, W)  # noqa: E731
+    else:
+        layer = nn.fp8_ops.Fp8DirectDotGeneralOp()
+        arguments = lambda W, x: (x, W, (((1,), (0,)), ((), ())))  # noqa: E731
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        state = layer.init(jax.random.key(0), *arguments(W, X[0]), **({"preferred_element_type": jnp.float32} if name == "Fp8Einsum" else {}))
+
+        def loss(W, x):
+            options = {"preferred_element_type": jnp.float32} if name == "Fp8Einsum" else {}
+            return jnp.sin(layer.apply(state, *arguments(W, x), **options)).sum()
+
+        assert how(loss, W, X) == "factored"
+        agrees(loss, W, X)
+        norms = np.sqrt((directly(loss, W, X) ** 2).sum((1, 2)))
+        np.testing.assert_allclose(jg.per_example_grad(loss)(W, X).norms(), norms, rtol=1e-5)
+
+
+# --- A primitive of one's own ---------------------------------------------------------------------------------------
+
+
+def primitive(name, function):
+    """A primitive that computes this function of arrays."""
+    p = jax.extend.core.Primitive(name)
+    p.def_abstract_eval(lambda *avals, **params: _shape(jax.eval_shape(lambda *a: function(*a, **params), *avals)))
+    mlir.register_lowering(p, mlir.lower_fun(function, multiple_results=False))
+    p.def_impl(jax.jit(function, static_argnames=("alpha",)))
+
+    def batch(operands, axes, **params):
+        return jax.vmap(lambda *a: function(*a, **params), axes)(*operands), 0
+
+    batching.primitive_batchers[p] = batch
+    return p
+
+
+def _shape(aval):
+    return jax.core.ShapedArray(aval.shape, aval.dtype)
+
+
+product_p = primitive("scaled_product", lambda a, b, *, alpha: alpha * (a @ b))  # a [M, K], b [K, N]
+half_p = primitive("half", lambda a: a / 2)
+ad.deflinear2(half_p, lambda ct, a: [half_p.bind(ct)])
+ad.defbilinear(
+    product_p,
+    lambda ct, a, b, *, alpha: product_p.bind(ct, b.T, alpha=alpha),
+    lambda ct, a, b, *, alpha: product_p.bind(a.T, ct, alpha=alpha),
+)
+
+
+def own_loss(W, x):
+    return jnp.sin(product_p.bind(x, half_p.bind(W), alpha=0.7)).sum()
+
+
+RULES = {
+    product_p: lambda a, b, *, alpha: alpha * jnp.matmul(a, b),
+    half_p: lambda a: 0.5 * a,
+}
+
+
+def test_primitives_made_by_hand_one_that_makes_a_product_and_one_that_keeps_it():
+    assert jg.explain(own_loss)(W, X).rows[0].primitive == "half"
+    with jg.register_rule(product_p, RULES[product_p]):
+        assert how(own_loss, W, X) == "materialized"
+        with jg.register_rule(half_p, RULES[half_p]):
+            row = jg.explain(own_loss)(W, X).rows[0]
+            assert (row.how, row.factors) == ("factored", ("Outer([4, 1, 3, 30], [4, 1, 3, 20])",))
+            agrees(own_loss, W, X)
+            report = check_rule(jax.grad(own_loss), W, X[0])
+    assert report.agrees
+    assert report.factored
+    operands = [(row.rule, row.operand) for row in report.rows]
+    assert operands[-2:] == [("half", "arrays"), ("half", "operand 0 a product")]
+    assert str(report).count("\n") == len(report.rows) - 1
+
+
+def test_the_primitive_itself_computes_what_is_not_part_of_a_product():
+    """A rule that is only near the primitive shows which of the two computed a number."""
+    near = primitive("near", lambda a, b: a @ b)
+
+    @jax.custom_vjp
+    def dense(W, x):
+        return x @ W
+
+    dense.defvjp(lambda W, x: (x @ W, (W, x)), lambda kept, g: (near.bind(kept[1].T, g), g @ kept[0].T))
+
+    def loss(W, x):
+        return jnp.sin(dense(W, x)).sum()
+
+    small, long = W[:4, :3], normal(4, 4, 50, 4)
+    with jg.register_rule(near, lambda a, b: 3 * (a @ b)):
+        row = jg.explain(loss)(small, long).rows[0]
+        assert (row.how, row.why) == ("materialized", "smaller")
+        agrees(loss, small, long)
+        found = jg.per_example_grad(loss)(W, X).materialize()
+    np.testing.assert_allclose(found, 3 * directly(loss, W, X), rtol=1e-4, atol=1e-4)
+
+
+def test_a_map_of_weights_in_a_loop_that_all_examples_share():
+    def loss(W, x):
+        W = lax.fori_loop(0, 3, lambda i, w: half_p.bind(w) + 0.1 * jnp.flip(w, 0), W)
+        return jnp.sin(x @ W).sum()
+
+    with jg.register_rule(half_p, RULES[half_p]):
+        agrees(loss, W, X)
+        g = jg.per_example_grad(loss)(W, X)
+        expected = directly(loss, W, X)
+        np.testing.assert_allclose(g.dot(W), np.einsum("bij,ij->b", expected, W), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(g.norms(), np.sqrt((expected**2).sum((1, 2))), rtol=1e-4)
+
+
+def test_a_rule_may_use_a_value_that_is_traced_now():
+    @jax.jit
+    def run(c, W, X):
+        with jg.register_rule(half_p, lambda a: c * a):
+            return jg.per_example_grad(lambda W, x: jnp.sin(x @ half_p.bind(W)).sum())(W, X).norms()
+
+    for _ in range(2):
+        norms = run(jnp.float32(0.5), W, X)
+        run.clear_cache()
+    expected = directly(lambda W, x: jnp.sin(x @ (W / 2)).sum(), W, X)
+    np.testing.assert_allclose(norms, np.sqrt((expected**2).sum((1, 2))), rtol=1e-5)
+
+
+# --- Wrong rules ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("equals", "message"),
+    [
+        (lambda a, b, *, alpha: a @ b, r"rule for scaled_product .*deviation of 4\.3e-01 with operands \(arrays\)"),
+        (lambda a, b, *, alpha: 0.7001 * (a @ b), r"rule for scaled_product .*deviation of 1\.4e-04"),
+        (lambda a, b, *, alpha: alpha * (a @ b[::-1]), r"rule for scaled_product .*with operands \(arrays\)"),
+        (lambda a, b, *, alpha: alpha * (a @ b) + 1e-3, r"rule for scaled_product .*deviation"),
+        (lambda a, b, *, alpha: jnp.full((8, 9), jnp.nan, a.dtype), r"deviation of nan"),
+    ],
+)
+def test_the_check_finds_a_wrong_rule(equals, message):
+    with jg.register_rule(product_p, equals), pytest.raises(AssertionError, match=message):
+        check_rule(lambda a, b: product_p.bind(a, b, alpha=0.7), normal(7, 8, 10), normal(8, 10, 9))
+
+
+def test_the_check_finds_a_rule_that_is_wrong_where_an_operand_is_a_product():
+    """It looks at the arrays that it is given, and is right for those alone."""
+    round_p = primitive("round_to_halves", lambda a: jnp.round(a * 2) / 2)
+    with jg.register_rule(round_p, lambda a: a):
+        with pytest.raises(AssertionError, match="round_to_halves"):
+            check_rule(round_p.bind, normal(7, 8, 10))
+    square_p = primitive("square_of_large", lambda a: jnp.where(jnp.abs(a) > 5, a * a, a))
+    with jg.register_rule(square_p, lambda a: a):
+        with pytest.raises(AssertionError, match=r"square_of_large .*\(operand 0 a product\)"):
+            check_rule(square_p.bind, normal(7, 8, 10))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64])
+def test_the_check_accepts_a_right_rule_in_every_dtype(dtype):
+    with jg.register_rule(product_p, RULES[product_p]):
+        report = check_rule(
+            lambda a, b: product_p.bind(a, b, alpha=0.5), jnp.ones((8, 40), dtype), jnp.zeros((40, 9), dtype)
+        )
+    assert len(report.rows) == 3
+
+
+def test_the_check_says_when_it_has_nothing_to_check():
+    with pytest.raises(ValueError, match=r"check_rule: expected a function that uses .* got the primitives half, sin\."):
+        check_rule(lambda a: jnp.sin(half_p.bind(a)), W)
+    with jg.register_rule(half_p, RULES[half_p]):
+        with pytest.raises(ValueError, match=r"outside of loops, .* got half inside of one"):
+            check_rule(lambda a: lax.fori_loop(0, 2, lambda i, a: half_p.bind(a), a), W)
+        assert check_rule(jax.jit(lambda a: half_p.bind(a) + 1), W).agrees
+
+
+@pytest.mark.parametrize(
+    ("equals", "message"),
+    [
+        (lambda a: a @ a, r"per_example_grad: the rule for half raised TypeError at operands \(float32\[30, 20\]\)"),
+        (lambda a: a.T, r"expected float32\[30, 20\] as result 0 of the rule for half, .* got float32\[20, 30\]"),
+        (lambda a: [a, a], r"expected the rule for half to return 1 results .* got 2"),
+        (lambda a: a > 0, r"expected float32\[30, 20\] as result 0 of the rule for half, .* got bool\[30, 20\]"),
+        (lambda a: half_p.bind(a), r"expected the rule for half in terms of other primitives, got one that comes back"),
+        (lambda a: jax.debug.print("{}", a) or a, r"expected a rule for half without effects"),
+    ],
+)
+def test_a_rule_that_does_not_fit_is_an_error(equals, message):
+    with jg.register_rule(half_p, equals), pytest.raises(ValueError, match=message):
+        jg.per_example_grad(lambda W, x: jnp.sin(x @ half_p.bind(W)).sum())(W, X)
+
+
+def test_rules_that_come_back_to_each_other_are_an_error():
+    double_p = primitive("double", lambda a: a * 2)
+    with jg.register_rule(half_p, lambda a: double_p.bind(a) / 4), jg.register_rule(double_p, lambda a: half_p.bind(a) * 4):
+        with pytest.raises(ValueError, match="comes back to it"):
+            check_rule(half_p.bind, W)
+    with jg.register_rule(half_p, lambda a: double_p.bind(a) / 4), jg.register_rule(double_p, lambda a: a * 2):
+        assert check_rule(half_p.bind, W).factored
+
+
+# --- The registry ---------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_is_registered_once():
+    with jg.register_rule(half_p, RULES[half_p]) as rule:
+        assert str(rule) == "the rule for half"
+        for again in (half_p, "half"):
+            with pytest.raises(ValueError, match=r"register_rule: expected a primitive without a rule, got half"):
+                jg.register_rule(again, RULES[half_p])
+        with jg.register_rule(half_p, lambda a: None, override=True):
+            assert check_rule(half_p.bind, W).agrees
+        with jg.register_rule("half", lambda a: a, override=True), pytest.raises(AssertionError):
+            check_rule(half_p.bind, W)
+        rule.remove()
+        with jg.register_rule(half_p, RULES[half_p]):
+            assert check_rule(half_p.bind, W).agrees
+        rule.remove()
+
+
+@pytest.mark.parametrize("primitive", [lax.dot_general_p, "dot_general", "transpose", "ragged_dot_general"])
+def test_a_primitive_that_is_known_already_needs_override(primitive):
+    with pytest.raises(ValueError, match="for which jaxgrad has its own"):
+        jg.register_rule(primitive, lambda *a, **params: None)
+    with jg.register_rule(primitive, lambda *a, **params: None, override=True):
+        loss = lambda W, x: jnp.sin(x @ W.T).sum()  # noqa: E731
+        assert how(loss, W.T, X) == "factored"
+        agrees(loss, W.T, X)
+
+
+def test_a_rule_of_ones_own_is_asked_before_a_known_one():
+    def by_hand(a, b, *, dimension_numbers, **params):
+        if dimension_numbers != (((0,), (0,)), ((), ())) or a.ndim != 2 or b.ndim != 2:
+            return None
+        return (a[:, :, None] * b[:, None, :]).sum(0)
+
+    one = lambda W, x: jnp.sin(x[:1] @ W).sum()  # noqa: E731
+    with jg.register_rule(lax.dot_general_p, by_hand, override=True):
+        agrees(one, W, X)
+        assert check_rule(lambda a, b: lax.dot_general(a, b, (((0,), (0,)), ((), ()))), X[0], X[0, :, :20]).agrees
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((kernel, lambda a: a), TypeError, "expected a primitive or its name, got function"),
+        (("", lambda a: a), TypeError, "expected a primitive or its name, got str"),
+        ((half_p, "a / 2"), TypeError, "expected equals to be a function, got str"),
+        (("jit", lambda a: a), ValueError, "got jit. Register a rule for the primitive inside of it"),
+        ((lax.scan_p, lambda a: a), ValueError, "got scan. Register a rule for the primitive inside of it"),
+    ],
+)
+def test_what_cannot_be_registered(arguments, error, message):
+    with pytest.raises(error, match=f"register_rule: .*{message}"):
+        jg.register_rule(*arguments)
+
+
+def test_a_jitted_function_keeps_the_rules_it_was_traced_with():
+    norms = jax.jit(lambda W, X: jg.per_example_grad(own_loss)(W, X).nbytes)
+    before = int(norms(W, X))
+    with jg.register_rule(half_p, RULES[half_p]), jg.register_rule(product_p, RULES[product_p]):
+        assert int(norms(W, X)) == before
+        assert jg.per_example_grad(own_loss)(W, X).nbytes < before
+
+
+def test_rules_are_registered_from_many_threads():
+    names = [f"thread_{k}" for k in range(16)]
+    rules = []
+
+    def work(name):
+        rules.append(jg.register_rule("pallas_call", lambda a, b, **params: a @ b, name=name))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {rule.name for rule in registered.rules()} >= set(names)
+    for rule in rules:
+        rule.remove()
