@@ -16,8 +16,10 @@ from jaxgrad.per_example.interpreter.rules import RECORDS
 from jaxgrad.per_example.interpreter.values import Shared, Undone, Value, array_of, forgotten, is_zero
 from jaxgrad.per_example.interpreter.walk import evaluate
 
-_WALKED = (_jax.jit_p, _jax.remat_p, _jax.scan_p, _jax.cond_p, lax.while_p, "shard_map", "custom_jvp_call")
-_WALKED = (*_WALKED, "custom_vjp_call")
+_WALKED = (
+    *(_jax.jit_p, _jax.remat_p, _jax.scan_p, _jax.cond_p, lax.while_p),
+    *("shard_map", "custom_jvp_call", "custom_vjp_call"),
+)  # primitives whose inner programs the interpreter reads, or leaves to JAX
 
 
 class RegisteredRule:
@@ -124,7 +126,7 @@ def register_rule(
 
 
 def _among(primitive: _jax.Primitive | str, known: Any) -> bool:
-    return any(primitive is p or primitive == str(p) for p in known)
+    return any(primitive is p or str(primitive) == p or primitive == str(p) for p in known)
 
 
 class RuleRow(NamedTuple):
@@ -337,11 +339,12 @@ def _compared(
         if product is None:
             count = len(reference.results)
             kinds.extend(isinstance(r, Undone) for r in _walked(reference.program, list(operands)))
-            return evaluate(reference.program, operands, [False] * count, [True] * count)
+            results = evaluate(reference.program, operands, [False] * count, [True] * count)
+            return [jnp.asarray(array_of(r)) for r in results]
         program = _jax.program_of(jax.make_jaxpr(primitive)(sides, operands))
         results = _walked(program, [*sides, *(Shared(v) if shared else v for v in operands)])
         kinds.extend(isinstance(r, Undone) and not is_zero(r) for r in results)
-        return [array_of(forgotten(r)) for r in results]
+        return [jnp.asarray(array_of(forgotten(r))) for r in results]
 
     expected = jax.jit(primitive)(sides, values)
     worst = RuleRow(str(reference.rule), operand, False, 0.0, 0.0)
@@ -377,5 +380,3 @@ def _deviation(found: Any, expected: Any) -> float:
 
 def _allowed(dtype: Any) -> float:
     return float(jnp.finfo(dtype).eps) ** 0.75 if jnp.issubdtype(dtype, jnp.inexact) else 0.0
-
-

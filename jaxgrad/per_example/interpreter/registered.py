@@ -107,10 +107,7 @@ def is_inside(eqn: _jax.Equation) -> bool:
     if not _RULES:
         return False
     return any(
-        rule.concerns(inner)
-        for jaxpr in _jax.programs_in(eqn)
-        for inner in _jax.equations_in(jaxpr)
-        for rule in _RULES
+        rule.concerns(inner) for jaxpr in _jax.programs_in(eqn) for inner in _jax.equations_in(jaxpr) for rule in _RULES
     )
 
 

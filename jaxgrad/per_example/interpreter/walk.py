@@ -113,11 +113,11 @@ def _tail(jaxpr: _jax.Jaxpr, wanted: tuple[bool, ...], used: tuple[bool, ...], r
 
 def _taken(reference: registered.Reference, wanted: Sequence[bool], used: Sequence[bool]) -> Sequence[int]:
     """The operands of an equation with a registered rule that may be unevaluated products."""
-    if any(use and not (want and k in reference.results) for k, (want, use) in enumerate(zip(wanted, used, strict=True))):
+    if any(
+        use and not (want and k in reference.results) for k, (want, use) in enumerate(zip(wanted, used, strict=True))
+    ):
         return ()  # the primitive itself computes a result, from arrays
-    inner = tail(
-        reference.program.jaxpr, [wanted[k] for k in reference.results], [used[k] for k in reference.results]
-    )
+    inner = tail(reference.program.jaxpr, [wanted[k] for k in reference.results], [used[k] for k in reference.results])
     return [k for k, v in enumerate(reference.program.jaxpr.invars) if v in inner.variables]
 
 
