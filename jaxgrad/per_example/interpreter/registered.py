@@ -175,8 +175,8 @@ def _results_of(rule: Rule, eqn: _jax.Equation, operands: Sequence[Any]) -> Sequ
         found = rule.equals(*operands, **eqn.params)
     except Exception as error:
         raise ValueError(
-            f"{called()}: the rule for {rule} raised {type(error).__name__} at operands ({shapes}): {error} "
-            f"Return None for operands that the rule is not meant for."
+            f"{called()}: the rule for {rule} raised {type(error).__name__} at operands ({shapes}): {error}. "
+            f"It is given the params as keyword arguments. Return None for operands that the rule is not meant for."
         ) from error
     if found is None:
         return None

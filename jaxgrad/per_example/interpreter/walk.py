@@ -326,9 +326,11 @@ def _inherited(eqn: _jax.Equation, values: Sequence[Value], taken: Sequence[int]
             return _refused(eqn, value)
     if eqn.primitive is lax.while_p:
         return reason_at(eqn, "it is computed in a loop with an unknown number of steps: give the loop a fixed number")
-    if any(numbers(value) >= size for value in values if not is_shared(value)):
+    largest = max((numbers(value) for value in values if not is_shared(value)), default=0)
+    foreign = _jax.is_foreign(eqn)  # it may have taken a product of its result's size
+    if largest > size or (largest == size and not foreign):
         return FORMED
-    if _jax.is_foreign(eqn):
+    if foreign:
         return reason_at(eqn, "it is not known what this primitive computes: jaxgrad.register_rule can say it")
     return reason_at(eqn, "its result is not a product of two smaller arrays")
 
