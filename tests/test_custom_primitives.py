@@ -1,16 +1,27 @@
-"""Primitives that a user teaches the interpreter: Pallas kernels, narrow products, primitives made by hand."""
+"""Primitives that a user teaches the interpreter: Pallas kernels, and primitives made by hand."""
 
 import threading
-from functools import partial
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.interpreters import ad, batching, mlir
+from support.own_primitives import (
+    RULES,
+    W,
+    X,
+    agrees,
+    directly,
+    half_p,
+    how,
+    kernel,
+    normal,
+    own_loss,
+    primitive,
+    product_p,
+)
 from support.quick import quick_jit
 
 import jaxgrad as jg
@@ -25,40 +36,7 @@ def _no_rule_is_left():
     assert registered.rules() == before
 
 
-def normal(seed, *shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
-W, X = normal(0, 30, 20), normal(1, 4, 3, 30)
-
-
-def how(loss, *args, **options):
-    return jg.explain(loss, **options)(*args).rows[0].how
-
-
-def agrees(loss, params, *batch):
-    assert jg.check_gradient(jg.per_example_grad(loss), loss, params, *batch).agrees
-
-
-def directly(loss, params, *batch):
-    """The gradients and their norms, by a loop over the examples."""
-    gradient = quick_jit(jax.grad(loss))
-    each = [gradient(params, *example) for example in zip(*batch, strict=True)]
-    return np.stack([np.asarray(g, np.float64) for g in each])
-
-
 # --- A Pallas matmul ------------------------------------------------------------------------------------------------
-
-
-def kernel(name, function=lambda a, b: a @ b):
-    def call(a, b):
-        def run(a, b, out):
-            out[...] = function(a[...], b[...])
-
-        out = jax.eval_shape(function, a, b)
-        return pl.pallas_call(run, out_shape=out, interpret=True, name=name)(a, b)
-
-    return call
 
 
 forward, input_kernel = kernel("forward"), kernel("input_kernel", lambda g, W: g @ W.T)
@@ -196,170 +174,7 @@ def test_a_kernel_with_several_results_of_which_the_rule_knows_one():
         assert check_rule(both, X[0], X[0, :, :20], W).agrees
 
 
-# --- Products of float8 ---------------------------------------------------------------------------------------------
-
-E4, E5 = jnp.float8_e4m3fn, jnp.float8_e5m2
-
-
-def narrow(a, dtype):
-    """(a in this dtype, its scale)."""
-    scale = jnp.abs(a).max() / jnp.finfo(dtype).max.astype(a.dtype)
-    return (a / scale).astype(dtype), scale
-
-
-def narrow_layer(product):
-    """A dense layer whose products are of float8, in both directions."""
-
-    @jax.custom_vjp
-    def dense(W, x):
-        (a, s), (b, t) = narrow(x, E4), narrow(W, E4)
-        return product(a, b, (1, 0)) * (s * t)
-
-    def backward(kept, g):
-        W, x = kept
-        (a, s), (b, t), (c, u) = narrow(x, E4), narrow(W, E4), narrow(g, E5)
-        return product(a, c, (0, 0)) * (s * u), product(c, b, (1, 1)) * (t * u)
-
-    dense.defvjp(lambda W, x: (dense(W, x), (W, x)), backward)
-    return dense
-
-
-def dot(a, b, axes):
-    return lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def narrow_kernel(a, b, axes):
-    name = f"narrow_{axes[0]}{axes[1]}"
-    wide = lambda a, b: dot(a.astype(jnp.float32), b.astype(jnp.float32), axes)  # noqa: E731
-    return kernel(name, wide)(a, b)
-
-
-@pytest.mark.parametrize("product", [dot, narrow_kernel])
-def test_products_of_float8_stay_factored_and_keep_their_digits(product):
-    dense = narrow_layer(product)
-
-    def loss(W, x):
-        return jnp.sin(dense(jnp.flip(W, 1) * 3, jnp.tanh(x))).sum()
-
-    def equals(a, b, **params):
-        return dot(a, b, (0, 0))
-
-    with jg.register_rule("pallas_call", equals, name="narrow_00"):
-        assert how(loss, W, X) == "factored"
-        agrees(loss, W, X)
-        g = jax.jit(jg.per_example_grad(loss))(W, X)
-        expected = directly(loss, W, X)
-        norms = np.sqrt((expected**2).sum((1, 2)))
-        c = np.array([0.123, -1.7, 3.3e-3, 1e3])
-        numbers = [
-            (g.norms(), norms),
-            (g.sum(), expected.sum(0)),
-            (g.weighted_sum(jnp.asarray(c, jnp.float32)), np.einsum("b,bij->ij", c, expected)),
-            (g.clip(0.7).sum(), (expected * np.minimum(1, 0.7 / norms)[:, None, None]).sum(0)),
-            (g.gram(), np.einsum("bij,cij->bc", expected, expected)),
-            (g.second_moment(), (expected**2).mean(0)),
-            (g.dot(W), np.einsum("bij,ij->b", expected, W)),
-            (g.scale(jnp.asarray(c, jnp.float32)).norms(), norms * np.abs(c)),
-            (jg.per_example_norms(loss)(W, X)[1], norms),
-        ]
-    for found, wanted in numbers:
-        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
-    with jg.register_rule("pallas_call", equals, name="narrow_00"):
-        if product is narrow_kernel:
-            assert check_rule(lambda a, b: product(a, b, (0, 0)), X[0].astype(E4), X[0, :, :20].astype(E5)).factored
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_sums_and_products_of_float8_sides_are_not_rounded_to_float8(bias):
-    """What follows a product of float8, and acts on its sides, has the digits of the product's own dtype."""
-    C = normal(5, 20, 7)
-
-    @jax.custom_vjp
-    def dense(W, x):
-        return x @ W
-
-    def backward(kept, g):
-        W, x = kept
-        return dot(x.astype(E4), g.astype(E5), (0, 0)), g @ W.T
-
-    dense.defvjp(lambda W, x: (x @ W, (W, x)), backward)
-
-    def loss(V, x):
-        W = jnp.broadcast_to(V[:, None], (30, 20)) if bias else V @ C.T
-        return jnp.sin(dense(W, x)).sum()
-
-    V = normal(6, 30) if bias else normal(6, 30, 7)
-    agrees(loss, V, X)
-    np.testing.assert_allclose(
-        jg.per_example_grad(loss)(V, X).materialize(), directly(loss, V, X), rtol=1e-5, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("name", ["Fp8DirectDotGeneralOp", "Fp8Einsum"])
-def test_float8_layers_of_flax_stay_factored(name):
-    nn = pytest.importorskip("flax.linen")
-    if name == "Fp8Einsum":
-        layer = nn.fp8_ops.Fp8Einsum()
-        arguments = lambda W, x: ("ti,io->to", x, W)  # noqa: E731
-    else:
-        layer = nn.fp8_ops.Fp8DirectDotGeneralOp()
-        arguments = lambda W, x: (x, W, (((1,), (0,)), ((), ())))  # noqa: E731
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        state = layer.init(
-            jax.random.key(0),
-            *arguments(W, X[0]),
-            **({"preferred_element_type": jnp.float32} if name == "Fp8Einsum" else {}),
-        )
-
-        def loss(W, x):
-            options = {"preferred_element_type": jnp.float32} if name == "Fp8Einsum" else {}
-            return jnp.sin(layer.apply(state, *arguments(W, x), **options)).sum()
-
-        assert how(loss, W, X) == "factored"
-        agrees(loss, W, X)
-        norms = np.sqrt((directly(loss, W, X) ** 2).sum((1, 2)))
-        np.testing.assert_allclose(jg.per_example_grad(loss)(W, X).norms(), norms, rtol=1e-5)
-
-
-# --- A primitive of one's own ---------------------------------------------------------------------------------------
-
-
-def primitive(name, function):
-    """A primitive that computes this function of arrays."""
-    p = jax.extend.core.Primitive(name)
-    p.def_abstract_eval(lambda *avals, **params: like(avals[0], jax.eval_shape(partial(function, **params), *avals)))
-    mlir.register_lowering(p, mlir.lower_fun(function, multiple_results=False))
-    p.def_impl(lambda *operands, **params: jax.jit(lambda *a: function(*a, **params))(*operands))
-
-    def batch(operands, axes, **params):
-        return jax.vmap(lambda *a: function(*a, **params), axes)(*operands), 0
-
-    batching.primitive_batchers[p] = batch
-    return p
-
-
-def like(aval, shape):
-    return aval.update(shape=shape.shape, dtype=shape.dtype)
-
-
-product_p = primitive("scaled_product", lambda a, b, *, alpha: alpha * (a @ b))  # a [M, K], b [K, N]
-half_p = primitive("half", lambda a: a / 2)
-ad.deflinear2(half_p, lambda ct, a: [half_p.bind(ct)])
-ad.defbilinear(
-    product_p,
-    lambda ct, a, b, *, alpha: product_p.bind(ct, b.T, alpha=alpha),
-    lambda ct, a, b, *, alpha: product_p.bind(a.T, ct, alpha=alpha),
-)
-
-
-def own_loss(W, x):
-    return jnp.sin(product_p.bind(x, half_p.bind(W), alpha=0.7)).sum()
-
-
-RULES = {
-    product_p: lambda a, b, *, alpha: alpha * jnp.matmul(a, b),
-    half_p: lambda a: 0.5 * a,
-}
+# --- Primitives made by hand ---------------------------------------------------------------------------------------
 
 
 def test_primitives_made_by_hand_one_that_makes_a_product_and_one_that_keeps_it():
@@ -424,83 +239,6 @@ def test_a_rule_may_use_a_value_that_is_traced_now():
         run.clear_cache()
     expected = directly(lambda W, x: jnp.sin(x @ (W / 2)).sum(), W, X)
     np.testing.assert_allclose(norms, np.sqrt((expected**2).sum((1, 2))), rtol=1e-5)
-
-
-# --- Wrong rules ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("equals", "message"),
-    [
-        (lambda a, b, *, alpha: a @ b, r"rule for scaled_product .*deviation of 4\.3e-01 with operands \(arrays\)"),
-        (lambda a, b, *, alpha: 0.7001 * (a @ b), r"rule for scaled_product .*deviation of 1\.4e-04"),
-        (lambda a, b, *, alpha: alpha * (a @ b[::-1]), r"rule for scaled_product .*with operands \(arrays\)"),
-        (lambda a, b, *, alpha: alpha * (a @ b) + 1e-3, r"rule for scaled_product .*deviation"),
-        (lambda a, b, *, alpha: jnp.full((8, 9), jnp.nan, a.dtype), r"deviation of nan"),
-    ],
-)
-def test_the_check_finds_a_wrong_rule(equals, message):
-    with jg.register_rule(product_p, equals), pytest.raises(AssertionError, match=message):
-        check_rule(lambda a, b: product_p.bind(a, b, alpha=0.7), normal(7, 8, 10), normal(8, 10, 9))
-
-
-def test_the_check_finds_a_rule_that_is_wrong_where_an_operand_is_a_product():
-    """The second rule is right for the numbers that are drawn from a normal distribution."""
-    round_p = primitive("round_to_halves", lambda a: jnp.round(a * 2) / 2)
-    with jg.register_rule(round_p, lambda a: a), pytest.raises(AssertionError, match="round_to_halves"):
-        check_rule(round_p.bind, normal(7, 8, 10))
-    square_p = primitive("square_of_large", lambda a: jnp.where(jnp.abs(a) > 5, a * a, a))
-    message = r"square_of_large .*\(operand 0 a product\)"
-    with jg.register_rule(square_p, lambda a: a), pytest.raises(AssertionError, match=message):
-        check_rule(square_p.bind, normal(7, 8, 10))
-
-
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64])
-def test_the_check_accepts_a_right_rule_in_every_dtype(dtype):
-    with jg.register_rule(product_p, RULES[product_p]):
-        report = check_rule(
-            lambda a, b: product_p.bind(a, b, alpha=0.5), jnp.ones((8, 40), dtype), jnp.zeros((40, 9), dtype)
-        )
-    assert len(report.rows) == 3
-
-
-def test_the_check_says_when_it_has_nothing_to_check():
-    with pytest.raises(
-        ValueError, match=r"check_rule: expected a function that uses .* got the primitives half, sin\."
-    ):
-        check_rule(lambda a: jnp.sin(half_p.bind(a)), W)
-    with jg.register_rule(half_p, RULES[half_p]):
-        with pytest.raises(ValueError, match=r"outside of loops, .* got half inside of one"):
-            check_rule(lambda a: lax.fori_loop(0, 2, lambda i, a: half_p.bind(a), a), W)
-        assert check_rule(jax.jit(lambda a: half_p.bind(a) + 1), W).agrees
-
-
-@pytest.mark.parametrize(
-    ("equals", "message"),
-    [
-        (lambda a: a @ a, r"per_example_grad: the rule for half raised TypeError at operands \(float32\[30, 20\]\)"),
-        (lambda a: a.T, r"expected float32\[30, 20\] as result 0 of the rule for half, .* got float32\[20, 30\]"),
-        (lambda a: [a, a], r"expected the rule for half to return 1 results .* got 2"),
-        (lambda a: a > 0, r"expected float32\[30, 20\] as result 0 of the rule for half, .* got bool\[30, 20\]"),
-        (lambda a: half_p.bind(a), r"expected the rule for half in terms of other primitives, got one that comes back"),
-        (lambda a: jax.debug.print("{}", a) or a, r"expected a rule for half without effects"),
-    ],
-)
-def test_a_rule_that_does_not_fit_is_an_error(equals, message):
-    with jg.register_rule(half_p, equals), pytest.raises(ValueError, match=message):
-        jg.per_example_grad(lambda W, x: jnp.sin(x @ half_p.bind(W)).sum())(W, X)
-
-
-def test_rules_that_come_back_to_each_other_are_an_error():
-    double_p = primitive("double", lambda a: a * 2)
-    with (
-        jg.register_rule(half_p, lambda a: double_p.bind(a) / 4),
-        jg.register_rule(double_p, lambda a: half_p.bind(a) * 4),
-        pytest.raises(ValueError, match="comes back to it"),
-    ):
-        check_rule(half_p.bind, W)
-    with jg.register_rule(half_p, lambda a: double_p.bind(a) / 4), jg.register_rule(double_p, lambda a: a * 2):
-        assert check_rule(half_p.bind, W).factored
 
 
 # --- The registry ---------------------------------------------------------------------------------------------------
