@@ -70,7 +70,7 @@ def test_a_pallas_kernel_takes_the_direct_route_until_it_has_a_rule():
     with rule_for_weight_kernel():
         row = jg.explain(pallas_loss)(W, X).rows[0]
         assert (row.how, row.factors) == ("factored", ("Outer([4, 1, 3, 30], [4, 1, 3, 20])",))
-        agrees(pallas_loss, W, X)
+        assert agrees(pallas_loss, W, X)
         g = jg.per_example_grad(pallas_loss, strict=True)(W, X)
     expected = directly(pallas_loss, W, X)
     np.testing.assert_allclose(g.norms(), np.sqrt((expected**2).sum((1, 2))), rtol=1e-5)
@@ -99,7 +99,7 @@ def test_a_rule_reaches_into_programs_and_maps(where):
     assert how(loss, params, batch) == "materialized"
     with rule_for_weight_kernel():
         assert how(loss, params, batch) == "factored"
-        agrees(loss, params, batch)
+        assert agrees(loss, params, batch)
         _, norms = jg.per_example_norms(loss)(params, batch)
     expected = directly(loss, params, batch).reshape(4, -1)
     np.testing.assert_allclose(norms, np.linalg.norm(expected, axis=1), rtol=1e-5)
@@ -132,13 +132,13 @@ def test_a_kernel_that_the_loss_batches_by_vmap_takes_the_direct_route():
         return jax.vmap(pallas_loss, (None, 0))(W, x.reshape(3, 1, 30)).sum()
 
     with rule_for_weight_kernel():
-        agrees(loss, W, X)
+        assert agrees(loss, W, X)
 
 
 def test_a_rule_that_declines_changes_nothing():
     with jg.register_rule("pallas_call", lambda *operands, **params: None):
         assert how(pallas_loss, W, X) == "materialized"
-        agrees(pallas_loss, W, X)
+        assert agrees(pallas_loss, W, X)
         with pytest.raises(ValueError, match=r"check_rule: expected a rule that applies.*pallas_call declines"):
             check_rule(forward, X[0], W)
         with rule_for_weight_kernel():
@@ -169,8 +169,8 @@ def test_a_kernel_with_several_results_of_which_the_rule_knows_one():
     with jg.register_rule("pallas_call", lambda x, g, W, **params: [x.T @ g, None], name="both"):
         assert how(loss, W, X) == "factored"
         assert [row.how for row in jg.explain(two_layers)(params, X).rows] == ["factored"] * 2
-        agrees(loss, W, X)
-        agrees(two_layers, params, X)
+        assert agrees(loss, W, X)
+        assert agrees(two_layers, params, X)
         assert check_rule(both, X[0], X[0, :, :20], W).agrees
 
 
@@ -184,7 +184,7 @@ def test_primitives_made_by_hand_one_that_makes_a_product_and_one_that_keeps_it(
         with jg.register_rule(half_p, RULES[half_p]):
             row = jg.explain(own_loss)(W, X).rows[0]
             assert (row.how, row.factors) == ("factored", ("Outer([4, 1, 3, 30], [4, 1, 3, 20])",))
-            agrees(own_loss, W, X)
+            assert agrees(own_loss, W, X)
             report = check_rule(jax.grad(own_loss), W, X[0])
     assert report.agrees
     assert report.factored
@@ -210,7 +210,7 @@ def test_the_primitive_itself_computes_what_is_not_part_of_a_product():
     with jg.register_rule(near, lambda a, b: 3 * (a @ b)):
         row = jg.explain(loss)(small, long).rows[0]
         assert (row.how, row.why) == ("materialized", "smaller")
-        agrees(loss, small, long)
+        assert agrees(loss, small, long)
         found = jg.per_example_grad(loss)(W, X).materialize()
     np.testing.assert_allclose(found, 3 * directly(loss, W, X), rtol=1e-4, atol=1e-4)
 
@@ -221,7 +221,7 @@ def test_a_map_of_weights_in_a_loop_that_all_examples_share():
         return jnp.sin(x @ W).sum()
 
     with jg.register_rule(half_p, RULES[half_p]):
-        agrees(loss, W, X)
+        assert agrees(loss, W, X)
         g = jg.per_example_grad(loss)(W, X)
         expected = directly(loss, W, X)
         np.testing.assert_allclose(g.dot(W), np.einsum("bij,ij->b", expected, W), rtol=1e-4, atol=1e-4)
@@ -267,7 +267,7 @@ def test_a_primitive_that_is_known_already_needs_override(primitive):
     with jg.register_rule(primitive, lambda *a, **params: None, override=True):
         loss = lambda W, x: jnp.sin(x @ W.T).sum()  # noqa: E731
         assert how(loss, W.T, X) == "factored"
-        agrees(loss, W.T, X)
+        assert agrees(loss, W.T, X)
 
 
 def test_a_rule_of_ones_own_is_asked_before_a_known_one():
@@ -278,7 +278,7 @@ def test_a_rule_of_ones_own_is_asked_before_a_known_one():
 
     one = lambda W, x: jnp.sin(x[:1] @ W).sum()  # noqa: E731
     with jg.register_rule(lax.dot_general_p, by_hand, override=True):
-        agrees(one, W, X)
+        assert agrees(one, W, X)
         assert check_rule(lambda a, b: lax.dot_general(a, b, (((0,), (0,)), ((), ()))), X[0], X[0, :, :20]).agrees
 
 

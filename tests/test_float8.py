@@ -58,7 +58,7 @@ def test_products_of_float8_stay_factored_and_keep_their_digits(product):
 
     with jg.register_rule("pallas_call", equals, name="narrow_00"):
         assert how(loss, W, X) == "factored"
-        agrees(loss, W, X)
+        assert agrees(loss, W, X)
         g = jax.jit(jg.per_example_grad(loss))(W, X)
         expected = directly(loss, W, X)
         norms = np.sqrt((expected**2).sum((1, 2)))
@@ -101,7 +101,7 @@ def test_sums_and_products_of_float8_sides_are_not_rounded_to_float8(bias):
         return jnp.sin(dense(W, x)).sum()
 
     V = normal(6, 30) if bias else normal(6, 30, 7)
-    agrees(loss, V, X)
+    assert agrees(loss, V, X)
     np.testing.assert_allclose(
         jg.per_example_grad(loss)(V, X).materialize(), directly(loss, V, X), rtol=1e-5, atol=1e-5
     )
@@ -128,6 +128,6 @@ def test_float8_layers_of_flax_stay_factored(name):
             return jnp.sin(layer.apply(state, *arguments(W, x), **options)).sum()
 
         assert how(loss, W, X) == "factored"
-        agrees(loss, W, X)
+        assert agrees(loss, W, X)
         norms = np.sqrt((directly(loss, W, X) ** 2).sum((1, 2)))
         np.testing.assert_allclose(jg.per_example_grad(loss)(W, X).norms(), norms, rtol=1e-5)

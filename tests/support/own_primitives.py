@@ -25,7 +25,16 @@ def how(loss, *args, **options):
 
 
 def agrees(loss, params, *batch):
-    assert jg.check_gradient(jg.per_example_grad(loss), loss, params, *batch).agrees
+    """Whether the gradients are those of JAX."""
+    axes = (None, *[0] * len(batch))
+
+    @quick_jit
+    def both(params, *batch):
+        g = jg.per_example_grad(loss)(params, *batch)
+        return g.materialize(), jax.vmap(jax.grad(loss), axes)(params, *batch)
+
+    pairs = zip(*map(jax.tree.leaves, both(params, *batch)), strict=True)
+    return all(np.abs(a - b).max() <= 1e-5 * np.abs(b).max() for a, b in pairs)
 
 
 def directly(loss, params, *batch):

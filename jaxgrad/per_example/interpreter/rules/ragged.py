@@ -1,5 +1,6 @@
 """Products of groups of rows, each with a matrix of its own (`jax.lax.ragged_dot`), as in a mixture of experts."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,9 +71,10 @@ def bind(eqn: _jax.Equation, values: Sequence[Any]) -> list[Any]:
     def over_examples(B: int, batched: Sequence[bool], *operands: Array) -> tuple[Array, bool]:
         lhs, rhs, sizes = operands
         if batched[1] or parts.rows in parts.lhs_contracted:
-            equals = _weights_gradient if parts.rows in parts.lhs_contracted else _product
+            equals: Any = _weights_gradient if parts.rows in parts.lhs_contracted else _product
             axes = [0 if on else None for on in batched]
-            return jax.vmap(lambda *operands: equals(*operands, **eqn.params), axes)(lhs, rhs, sizes), True
+            found: Array = jax.vmap(functools.partial(equals, **eqn.params), axes)(lhs, rhs, sizes)
+            return found, True
         lhs, sizes = (
             a if on else jnp.broadcast_to(a, (B, *a.shape)) for a, on in ((lhs, batched[0]), (sizes, batched[2]))
         )
