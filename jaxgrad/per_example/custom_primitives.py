@@ -52,10 +52,10 @@ def register_rule(
     """Teach `per_example_grad` what a primitive of yours computes, so that gradients through it stay factored.
 
     A parameter takes the direct route if its gradient ends in a primitive that jaxgrad does not know, such as a Pallas
-    kernel or a primitive that you made. `equals` says in operations of `jax.numpy` and
-    `jax.lax` what the primitive computes. It is traced to find out which matrix product the primitive is, or how it
-    rearranges or scales a product; every other number still comes from the primitive. The primitive that needs a rule
-    is the one that `explain` names: the one in the backward pass that returns the weight's gradient.
+    kernel or a primitive that you made. `equals` says in operations of `jax.numpy` and `jax.lax` what the primitive
+    computes. It is traced to find out which matrix product the primitive is, or how it rearranges or scales a product;
+    every other number still comes from the primitive. The primitive that needs a rule is the one that `explain` names:
+    the one in the backward pass that returns the weight's gradient.
 
     Rules are global, for all threads, and may be registered and removed at any time. Functions that `jax.jit` has
     traced before are not affected: register rules first.
