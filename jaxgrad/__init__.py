@@ -9,6 +9,7 @@ The transforms, which take a loss, or a model, of one example:
     explain                 what per_example_grad does with each parameter, and why
     check_gradient          compare any hand-written gradient with `jax.grad`: a report, leaf by leaf
     assert_agree            the same comparison as an assertion
+    register_rule           teach per_example_grad a primitive of your own, such as a Pallas kernel
 
 What they return: PerExampleGrads, PerExampleJacobian and ClipInfo.
 
@@ -34,6 +35,7 @@ from jaxgrad.per_example import (
     per_example_jacobian,
     per_example_norms,
     per_example_value_and_grad,
+    register_rule,
 )
 
 __version__ = "0.1.0"
@@ -55,5 +57,6 @@ __all__ = [
     "per_example_jacobian",
     "per_example_norms",
     "per_example_value_and_grad",
+    "register_rule",
     "streams",
 ]

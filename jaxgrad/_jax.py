@@ -5,7 +5,7 @@ tests/test_jax.py pins each layout that is read here, so a change in JAX fails t
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -108,6 +108,64 @@ def branches(eqn: Equation) -> list[Program]:
     return [program_of(branch) for branch in eqn.params["branches"]]
 
 
+def kernel_name(eqn: Equation) -> str | None:
+    """The name that a call carries among its params, as a Pallas kernel does; None if it has none."""
+    name = eqn.params.get("name")
+    return name if isinstance(name, str) else None
+
+
+def is_batched_kernel(eqn: Equation) -> bool:
+    """Whether the equation is a Pallas kernel that `jax.vmap` has batched; its operands then have more axes."""
+    return bool(getattr(eqn.params.get("grid_mapping"), "vmapped_dims", ()))
+
+
+class RaggedParts(NamedTuple):
+    """How a ragged product contracts its operands.
+
+    Attributes:
+        rows: the axis of the left operand that is divided into groups.
+        lhs_contracted, rhs_contracted: the axes that are contracted.
+        precision, dtype: as in `jax.lax.dot_general`.
+    """
+
+    rows: int
+    lhs_contracted: tuple[int, ...]
+    rhs_contracted: tuple[int, ...]
+    precision: Any
+    dtype: Any
+
+
+def ragged_parts(params: Mapping[str, Any]) -> RaggedParts | None:
+    """The parts of a `ragged_dot_general`; None if it has batch axes or an offset."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    (lhs, rhs), batch = numbers.dot_dimension_numbers
+    if any(map(len, batch)) or params["group_offset"] is not None or len(numbers.lhs_ragged_dimensions) != 1:
+        return None
+    (rows,) = numbers.lhs_ragged_dimensions
+    return RaggedParts(int(rows), tuple(lhs), tuple(rhs), params["precision"], params["preferred_element_type"])
+
+
+def traced_for(function: Any, eqn: Equation) -> Program:
+    """The program of a function of arrays like the equation's operands, in the context of the equation."""
+    with context(eqn):
+        return program_of(jax.make_jaxpr(function)(*map(_array_like, eqn.invars)))
+
+
+def _array_like(v: Any) -> jax.ShapeDtypeStruct:
+    lies = getattr(v.aval, "sharding", None)
+    if isinstance(lies, NamedSharding) and AxisType.Explicit in lies.mesh.axis_types:
+        return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=lies)
+    return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+
+
+def equations_in(jaxpr: Jaxpr) -> Iterator[Equation]:
+    """The equations of a program and of all programs within it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in programs_in(eqn):
+            yield from equations_in(inner)
+
+
 class ScanParts(NamedTuple):
     """The layout of a scan: its operands are consts, carry and xs, its results carry and ys."""
 
@@ -178,6 +236,16 @@ def gather_fills(eqn: Equation) -> bool:
 
 def _rank(v: Any) -> int:
     return len(v.aval.shape)
+
+
+@functools.cache
+def _of_jax() -> frozenset[Primitive]:
+    return frozenset(p for m in (lax, lax.linalg, primitives) for p in vars(m).values() if isinstance(p, Primitive))
+
+
+def is_foreign(eqn: Equation) -> bool:
+    """Whether the primitive is none of those that JAX exports: it is a user's own, or a kernel."""
+    return eqn.primitive not in _of_jax()
 
 
 def context(eqn: Equation) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 
 import jaxgrad
 from jaxgrad import _jax
@@ -70,6 +71,21 @@ def test_the_params_that_are_read(primitive, function, operands, params):
     eqn = next(eqn for eqn in reversed(program(function).jaxpr.eqns) if eqn.primitive is primitive)
     assert {name: eqn.params[name] for name in params} == params
     assert shapes(eqn.invars) == operands
+
+
+def test_a_pallas_kernel_has_a_name_and_says_whether_vmap_has_batched_it():
+    def call(x):
+        def kernel(x, out):
+            out[...] = 2 * x[...]
+
+        return pl.pallas_call(kernel, out_shape=jax.typeof(x), interpret=True, name="twice")(x)
+
+    for function, batched in ((call, False), (jax.vmap(call), True)):
+        (eqn,) = program(function, A).jaxpr.eqns
+        assert (eqn.primitive.name, _jax.kernel_name(eqn)) == ("pallas_call", "twice")
+        assert _jax.is_batched_kernel(eqn) == batched
+        assert _jax.is_foreign(eqn)
+    assert not any(map(_jax.is_foreign, program(jax.grad(everything), jnp.ones((4, 4)), V).jaxpr.eqns))
 
 
 def test_the_axes_of_a_lookups_gradient():

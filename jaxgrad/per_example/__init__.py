@@ -7,6 +7,8 @@ The user-facing modules are:
     measure       per_example_norms: norms with a plain gradient's memory
     second_pass   the sum of weighted gradients as an ordinary gradient
     explain       how each parameter's gradient is held, and why
+    custom_primitives   register_rule: primitives of your own
+    rule_check    check_rule: a test of what was registered
     gradients     PerExampleGrads: the algebra over a tree of parameters
     held          its tree of factors as a pytree, without the algebra
     checks        checks on the arguments of its methods: masks, indices, numbers, bounds
@@ -24,10 +26,12 @@ The implementation has two halves, and a module that joins them:
 from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Rows, Windows
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same
+from jaxgrad.per_example.custom_primitives import RegisteredRule, register_rule
 from jaxgrad.per_example.explain import Explanation, ExplanationRow, explain
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.jacobian import PerExampleJacobian, per_example_jacobian
 from jaxgrad.per_example.measure import per_example_norms
+from jaxgrad.per_example.rule_check import RuleReport, RuleRow, check_rule
 from jaxgrad.per_example.transform import per_example_grad, per_example_value_and_grad
 
 __all__ = [
@@ -41,12 +45,17 @@ __all__ = [
     "Outer",
     "PerExampleGrads",
     "PerExampleJacobian",
+    "RegisteredRule",
     "Rows",
+    "RuleReport",
+    "RuleRow",
     "Same",
     "Windows",
+    "check_rule",
     "explain",
     "per_example_grad",
     "per_example_jacobian",
     "per_example_norms",
     "per_example_value_and_grad",
+    "register_rule",
 ]

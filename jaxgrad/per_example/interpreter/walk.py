@@ -18,9 +18,9 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.interpreter import as_map, control, shards, through, undone
+from jaxgrad.per_example.interpreter import as_map, control, registered, shards, through, undone
 from jaxgrad.per_example.interpreter.measuring import remeasured, stays_factored, total_over_positions
-from jaxgrad.per_example.interpreter.rules import record_of, undone_product
+from jaxgrad.per_example.interpreter.rules import bind, record_of, undone_product
 from jaxgrad.per_example.interpreter.values import (
     FORMED,
     Broadcast,
@@ -64,11 +64,11 @@ def tail(jaxpr: _jax.Jaxpr, wanted: Sequence[bool], used: Sequence[bool]) -> Tai
         wanted: for each result, whether it is a gradient, or leads to one only through operations that have a rule.
         used: for each result, whether it is used at all.
     """
-    return _tail(jaxpr, tuple(wanted), tuple(used))
+    return _tail(jaxpr, tuple(wanted), tuple(used), registered.rules())
 
 
 @functools.lru_cache(512)  # a nested program is analyzed once, not once for each program that contains it
-def _tail(jaxpr: _jax.Jaxpr, wanted: tuple[bool, ...], used: tuple[bool, ...]) -> Tail:
+def _tail(jaxpr: _jax.Jaxpr, wanted: tuple[bool, ...], used: tuple[bool, ...], rules: Any) -> Tail:
     good: dict[Any, bool] = {}
 
     def use(v: Any, as_gradient: bool) -> None:
@@ -101,10 +101,24 @@ def _tail(jaxpr: _jax.Jaxpr, wanted: tuple[bool, ...], used: tuple[bool, ...]) -
             for v, w in zip(eqn.invars, _jax.body(eqn).jaxpr.invars, strict=True):
                 use(v, w in inner.variables)
             continue
-        taken = record_of(eqn).operands(eqn) if all(outs) else ()
+        reference = registered.reference_of(eqn) if any(outs) else None
+        if reference is not None:
+            taken = _taken(reference, outs, [v in good for v in eqn.outvars])
+        else:
+            taken = record_of(eqn).operands(eqn) if all(outs) else ()
         for k, v in enumerate(eqn.invars):
             use(v, k in taken)
     return Tail(frozenset(v for v, ok in good.items() if ok), tuple(live), frozenset(good))
+
+
+def _taken(reference: registered.Reference, wanted: Sequence[bool], used: Sequence[bool]) -> Sequence[int]:
+    """The operands of an equation with a registered rule that may be unevaluated products."""
+    if any(
+        use and not (want and k in reference.results) for k, (want, use) in enumerate(zip(wanted, used, strict=True))
+    ):
+        return ()  # the primitive itself computes a result, from arrays
+    inner = tail(reference.program.jaxpr, [wanted[k] for k in reference.results], [used[k] for k in reference.results])
+    return [k for k, v in enumerate(reference.program.jaxpr.invars) if v in inner.variables]
 
 
 def evaluate(
@@ -150,7 +164,8 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
             return evaluate(_jax.body(eqn), _behind_barrier(eqn, values), wanted, used)
         if eqn.primitive in (_jax.scan_p, _jax.cond_p):
             is_scan = eqn.primitive is _jax.scan_p
-            whole = None if eqn.effects else (as_map.scan if is_scan else as_map.cond)(evaluate, eqn, values, used)
+            alone = eqn.effects or registered.is_inside(eqn)
+            whole = None if alone else (as_map.scan if is_scan else as_map.cond)(evaluate, eqn, values, used)
             if whole is not None:
                 return _kept(whole, Written(eqn, values))
             kept = (control.scan if is_scan else control.cond)(evaluate, eqn, values, wanted, used)
@@ -159,6 +174,9 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
             whole = shards.shard_map(evaluate, eqn, values, wanted, used)
             if whole is not None:
                 return _kept(whole, Written(eqn, values))
+        reference = None if shared else registered.reference_of(eqn)
+        if reference is not None:
+            return _by_reference(eqn, reference, values, wanted, used)
     if not eqn.outvars:  # it has an effect but no result
         _jax.bind(eqn, [array_of(value) for value in values])
         return []
@@ -192,6 +210,42 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
     return _marked_shared(eqn, values, arrays)
 
 
+def _by_reference(
+    eqn: _jax.Equation,
+    reference: registered.Reference,
+    values: Sequence[Value],
+    wanted: Sequence[bool],
+    used: Sequence[bool],
+) -> list[Value]:
+    """Find the products in an equation with a registered rule; the primitive itself computes all other results."""
+    as_written = Written(eqn, values)
+    found = evaluate(
+        reference.program,
+        values,
+        [wanted[k] for k in reference.results],
+        [wanted[k] and used[k] for k in reference.results],
+    )
+    results: list[Value] = []
+    for k, v in enumerate(eqn.outvars):
+        result = found[reference.results.index(k)] if k in reference.results else None
+        if not used[k] or isinstance(result, Undone):
+            results.append(result)
+        elif is_zero(result):
+            results.append(zero(v.aval.shape, v.aval.dtype))
+        else:
+            array = as_written.evaluated()[k]
+            results.append(Plain(array, _no_product(eqn, result)) if wanted[k] else array)
+    return _kept(results, as_written)
+
+
+def _no_product(eqn: _jax.Equation, result: Value) -> undone.Reason:
+    if isinstance(result, Plain) and result.reason == FORMED:
+        return FORMED
+    if isinstance(result, Plain):
+        return reason_at(eqn, f"its registered rule makes no product: {result.reason.primitive}: {result.reason.why}")
+    return reason_at(eqn, "its registered rule has no product for this result")
+
+
 def _marked_shared(eqn: _jax.Equation, values: Sequence[Value], results: Sequence[Value]) -> list[Value]:
     """For an equation with inner programs, mark the result arrays that depend on no example as shared."""
     if eqn.effects or eqn.primitive not in (_jax.jit_p, _jax.remat_p, _jax.scan_p, _jax.cond_p):
@@ -223,7 +277,7 @@ class Written:
                 continue
             if written.results is None:
                 with _jax.context(written.eqn):
-                    written.results = _jax.bind(written.eqn, [array_of(value) for value in written.values])
+                    written.results = bind(written.eqn, [array_of(value) for value in written.values])
             waiting.pop()
         assert self.results is not None
         return self.results
@@ -272,8 +326,12 @@ def _inherited(eqn: _jax.Equation, values: Sequence[Value], taken: Sequence[int]
             return _refused(eqn, value)
     if eqn.primitive is lax.while_p:
         return reason_at(eqn, "it is computed in a loop with an unknown number of steps: give the loop a fixed number")
-    if any(numbers(value) >= size for value in values if not is_shared(value)):
+    largest = max((numbers(value) for value in values if not is_shared(value)), default=0)
+    foreign = _jax.is_foreign(eqn)  # it may have taken a product of its result's size
+    if largest > size or (largest == size and not foreign):
         return FORMED
+    if foreign:
+        return reason_at(eqn, "it is not known what this primitive computes: jaxgrad.register_rule can say it")
     return reason_at(eqn, "its result is not a product of two smaller arrays")
 
 

@@ -7,6 +7,7 @@
     indexing      scatter-add, dynamic slices, gather
     convolution   conv_general_dilated
     devices       sums over mesh axes inside shard_map
+    ragged        products of groups of rows, each with a matrix of its own
 
 To add a primitive, write its record in its family. `tests/test_through.py` checks that it is right: the rule's result,
 materialized, must equal the equation's result for the materialized product.
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxgrad import _jax
 from jaxgrad.per_example.interpreter.measuring import stays_factored
-from jaxgrad.per_example.interpreter.rules import arithmetic, contraction, convolution, devices, indexing, shape
+from jaxgrad.per_example.interpreter.rules import arithmetic, contraction, convolution, devices, indexing, ragged, shape
 from jaxgrad.per_example.interpreter.rules.record import Record
 from jaxgrad.per_example.interpreter.values import FORMED, Plain, Undone, Value, array_of, is_shared, nonempty
 
@@ -45,3 +46,8 @@ def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | Plai
     if term.windows or term.held < out.size or (of_examples and stays_factored()):
         return Undone(nonempty([term]), tuple(out.shape), out.dtype)
     return Plain(_jax.bind(eqn, [array_of(value) for value in values])[0], FORMED)
+
+
+def bind(eqn: _jax.Equation, values: Sequence[Any]) -> list[Any]:
+    """Evaluate the equation, also where JAX has no rule for a batch."""
+    return ragged.bind(eqn, values) if eqn.primitive.name in ragged.EQUALS else _jax.bind(eqn, values)

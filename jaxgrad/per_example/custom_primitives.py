@@ -1,0 +1,123 @@
+"""register_rule: teach `per_example_grad` a primitive that it does not know."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax import lax
+
+from jaxgrad import _jax
+from jaxgrad.errors import naming
+from jaxgrad.per_example.interpreter import registered
+from jaxgrad.per_example.interpreter.rules import RECORDS
+
+_WALKED = (
+    *(_jax.jit_p, _jax.remat_p, _jax.scan_p, _jax.cond_p, lax.while_p),
+    *("shard_map", "custom_jvp_call", "custom_vjp_call"),
+)  # primitives whose inner programs the interpreter reads, or leaves to JAX
+
+
+class RegisteredRule:
+    """A rule that `register_rule` has registered. As a context manager, it is removed at the end of the block.
+
+    Example:
+        >>> with register_rule("my_kernel", lambda x, dy, **params: x.T @ dy) as rule:
+        ...     print(rule)
+        the rule for my_kernel
+    """
+
+    def __init__(self, rule: registered.Rule):
+        self._rule = rule
+
+    def remove(self) -> None:
+        """Remove the rule; functions that were traced under `jax.jit` with it keep it."""
+        registered.remove(self._rule)
+
+    def __enter__(self) -> "RegisteredRule":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __str__(self) -> str:
+        return f"the rule for {self._rule}"
+
+
+def register_rule(
+    primitive: _jax.Primitive | str,
+    equals: Callable[..., Any],
+    *,
+    name: str | None = None,
+    override: bool = False,
+) -> RegisteredRule:
+    """Teach `per_example_grad` what a primitive of yours computes, so that gradients through it stay factored.
+
+    A parameter takes the direct route if its gradient ends in a primitive that jaxgrad does not know, such as a Pallas
+    kernel or a primitive that you made. `equals` says in operations of `jax.numpy` and `jax.lax` what the primitive
+    computes. It is traced to find out which matrix product the primitive is, or how it rearranges or scales a product;
+    every other number still comes from the primitive. The primitive that needs a rule is the one that `explain` names:
+    the one in the backward pass that returns the weight's gradient.
+
+    Rules are global, for all threads, and may be registered and removed at any time. Functions that `jax.jit` has
+    traced before are not affected: register rules first.
+
+    Guarantees:
+        A parameter whose gradient stays factored is computed from what `equals` says, and a wrong `equals` gives wrong
+        numbers. `check_rule` finds that, and so does `check_gradient`. A rule that declines changes nothing.
+
+    Args:
+        primitive: the primitive, or its name where JAX does not export it, as "pallas_call".
+        equals: a function of the primitive's operands, and of its params as keyword arguments, that returns the same
+            result in other operations, up to rounding; for a primitive with several results a list of them, with None
+            for a result that it does not know. It returns None to decline, which it decides from shapes, dtypes and
+            params. A result may have another floating dtype, and is then converted.
+        name: for a primitive that stands for many functions, the name of the one that is meant: `pallas_call(…, name=)`
+            or the kernel function's name. A kernel that `jax.vmap` has batched inside the loss is not meant; it takes
+            the direct route.
+        override: whether to put this rule before one that exists, which is then asked if this one declines.
+
+    Returns:
+        The registered rule, to be removed with `.remove()` or used in a `with` statement.
+
+    Raises:
+        TypeError: the primitive is neither a primitive nor a string, or `equals` is not a function.
+        ValueError: there is a rule for this primitive and name, also one of jaxgrad's own, and override is not set; or
+            the primitive is one whose inner programs jaxgrad reads, such as jit and scan. Later, in `per_example_grad`:
+            `equals` raises, or returns shapes that the primitive does not return.
+
+    Example:
+        >>> from jax.experimental import pallas as pl
+        >>> def kernel(x, dy, out):
+        ...     out[...] = x[...].T @ dy[...]
+        >>> def product(x, dy):                                                         # xᵀ dy
+        ...     shape = jax.ShapeDtypeStruct((x.shape[1], dy.shape[1]), x.dtype)
+        ...     return pl.pallas_call(kernel, out_shape=shape, interpret=True, name="my_product")(x, dy)
+        >>> rule = register_rule("pallas_call", lambda x, dy, **params: x.T @ dy, name="my_product")
+        >>> jg.per_example.check_rule(product, jnp.ones((4, 8)), jnp.ones((4, 9))).agrees
+        True
+        >>> rule.remove()
+    """
+    with naming("register_rule"):
+        if not isinstance(primitive, _jax.Primitive | str) or not primitive:
+            raise TypeError(
+                f"register_rule: expected a primitive or its name, got {type(primitive).__name__}. `explain` prints "
+                f"the name; for a Pallas kernel pass 'pallas_call' and the kernel's name as name=."
+            )
+        if not callable(equals):
+            raise TypeError(f"register_rule: expected equals to be a function, got {type(equals).__name__}.")
+        if _among(primitive, _WALKED):
+            raise ValueError(
+                f"register_rule: expected a primitive without inner programs that jaxgrad reads, got {primitive}. "
+                f"Register a rule for the primitive inside of it."
+            )
+        if not override and _among(primitive, (*RECORDS, *(rule.primitive for rule in registered.BUILT_IN))):
+            raise ValueError(
+                f"register_rule: expected a primitive without a rule, got {primitive}, for which jaxgrad has its own. "
+                f"Pass override=True to put yours before it."
+            )
+        rule = registered.Rule(primitive, name, equals)
+        registered.add(rule, override)
+        return RegisteredRule(rule)
+
+
+def _among(primitive: _jax.Primitive | str, known: Any) -> bool:
+    return any(primitive is p or str(primitive) == p or primitive == str(p) for p in known)
