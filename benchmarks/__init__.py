@@ -2,5 +2,5 @@
 
 import os
 
-# Set before NumPy and SciPy are loaded: JAX solves with OpenBLAS on a CPU, whose threads may stall next to XLA's.
+# Set this before NumPy and SciPy are loaded: JAX's solvers on a CPU call OpenBLAS, whose threads can stall XLA's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

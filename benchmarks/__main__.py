@@ -1,8 +1,8 @@
 """Measure every claim about speed with one command: python -m benchmarks
 
-The results of the functions that are compared must agree. They are then timed interleaved, in one process where that is
-possible. `--only` takes a theme's name (for all of its rows) or a word in rows' names. `--device gpu` runs the table of
-sizes that fill a GPU; `--small` runs a small table of the same form on any machine.
+Functions that are compared must first return the same results. Then they are timed interleaved, in one process if
+possible. `--only` takes the name of a theme, for all of its rows, or a word in the names of rows. `--device gpu`
+runs the theme `card`, whose sizes fill a GPU; `--small` runs it at sizes that fit on any machine.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.measure import environment, measure
 from benchmarks.timing import keep_memory
 from benchmarks.workload import Row, Settings, Theme
 
-THEMES = {  # name of a theme: its module, which defines THEME
+THEMES = {  # the name of a theme: its module, which defines THEME
     "exercise": "benchmarks.exercise",
     "factors": "benchmarks.factors",
     "transform": "benchmarks.transform",
@@ -33,10 +33,10 @@ THEMES = {  # name of a theme: its module, which defines THEME
     "card": "benchmarks.card",
     "compiled": "benchmarks.compiled.theme",
 }
-ROW_SECONDS = 60.0  # for one row on a GPU
-THIRD_PARTY = "third_party"  # has an environment of its own, and runs only if it is named
-COMPILED = "compiled"  # needs the compilers of accelerators, and runs only if it is named
-CARD = "card"  # runs on a GPU, or with --small at small sizes anywhere
+ROW_SECONDS = 60.0  # the time limit of one row on a GPU
+THIRD_PARTY = "third_party"  # needs an environment of its own, so it runs only if it is named
+COMPILED = "compiled"  # needs the compilers of accelerators, so it runs only if it is named
+CARD = "card"  # runs on a GPU, or with --small on any machine
 
 
 def load(name: str) -> Theme:
@@ -44,39 +44,39 @@ def load(name: str) -> Theme:
 
 
 def run(theme: Theme, settings: Settings) -> list[Row]:
-    """Measure a theme's rows and print each one when it is done."""
+    """Measure the rows of a theme and print each one when it is done."""
     rows: list[Row] = []
     for workload in theme.workloads(settings):
         if not settings.wants(theme.name, workload.name):
             continue
         for row in (theme.measure or measure)(workload, settings):
             if not rows or row.section != rows[-1].section:
-                top = [*([row.section, ""] if row.section else []), *report.header(theme.columns, theme.name)]
-                print("\n" + "\n".join(top))
+                heading = [row.section, ""] if row.section else []
+                print("\n" + "\n".join([*heading, *report.header(theme.columns, theme.name)]))
             rows.append(row)
             print(report.row_line(theme.columns, row), flush=True)
     return rows
 
 
 def main(argv: Sequence[str] | None = None, themes: Iterable[Theme] | None = None) -> list[Row]:
-    """Run the themes that the arguments name, and write the files that they ask for."""
+    """Run the themes that the arguments select, and write the files that they request."""
     options = command_line().parse_args(argv)
-    settings = settings_of(options)
-    names = chosen(options)
-    command = as_typed(options)
-    everything: list[Row] = []
+    settings = make_settings(options)
+    names = select_themes(options)
+    command = command_text(options)
+    all_rows: list[Row] = []
     for theme in map(load, names) if themes is None else themes:
         rows = run(theme, settings)
         if rows and options.write:
             report.write(options.write, theme, rows, environment(), command)
-        everything += rows
-    failed = [f"{row.name}: {row.failed}" for row in everything if row.failed]
+        all_rows += rows
+    failed = [f"{row.name}: {row.failed}" for row in all_rows if row.failed]
     if failed:
         raise SystemExit("\n\n".join(["python -m benchmarks: error: these rows are wrong", *failed]))
-    return everything
+    return all_rows
 
 
-def chosen(options: argparse.Namespace) -> list[str]:
+def select_themes(options: argparse.Namespace) -> list[str]:
     if options.only in THEMES:
         return [options.only]
     if options.small or options.device == "gpu":
@@ -84,8 +84,8 @@ def chosen(options: argparse.Namespace) -> list[str]:
     return [name for name in THEMES if name not in (CARD, THIRD_PARTY, COMPILED)]
 
 
-def as_typed(options: argparse.Namespace) -> str:
-    """The command that gives these results, without the options that are specific to this machine."""
+def command_text(options: argparse.Namespace) -> str:
+    """The command that gives these results, without the options that depend on this machine."""
     words = ["python", "-m", "benchmarks"]
     for name, default in (("only", ""), ("seconds", None), ("device", "cpu"), ("write", None)):
         value = getattr(options, name)
@@ -93,7 +93,7 @@ def as_typed(options: argparse.Namespace) -> str:
     return shlex.join(words + (["--small"] if options.small else []))
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
+def make_settings(options: argparse.Namespace) -> Settings:
     """The settings for the chosen device. Only this function chooses a device."""
     if options.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
@@ -113,13 +113,17 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", metavar="WORD", help=f"{', '.join(THEMES)}; or rows with it")
-    parser.add_argument("--seconds", type=float, metavar="S", help="for each row; 3, on a GPU 1")
+    parser.add_argument("--only", default="", metavar="WORD", help=f"{', '.join(THEMES)}; or a word in row names")
+    parser.add_argument("--seconds", type=float, metavar="S", help="time for each row; by default 3, on a GPU 1")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--small", action="store_true", help="the card's table at sizes that any machine holds")
-    parser.add_argument("--minutes", type=float, default=7.0, metavar="M", help="on a GPU: begin nothing after these")
-    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write a table for each theme, and results.json")
-    parser.add_argument("--torch-python", default=sys.executable, metavar="PATH", help="the interpreter of the peers")
+    parser.add_argument("--small", action="store_true", help="the theme card at sizes that fit on any machine")
+    parser.add_argument(
+        "--minutes", type=float, default=7.0, metavar="M", help="on a GPU: start nothing later than this"
+    )
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write a file for each theme, and results.json")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, metavar="PATH", help="the Python that runs the peers in torch"
+    )
     return parser
 
 

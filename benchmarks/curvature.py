@@ -1,4 +1,4 @@
-"""Quantities that a Gram matrix or the factors make cheap: neural tangent kernels, natural gradients, and others."""
+"""Quantities that are cheap to compute from factors: neural tangent kernels, natural gradients, and others."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -21,8 +21,8 @@ RATE = 0.1
 Function = Callable[..., Any]
 
 
-def rows(model: Model, params: Any, batch: Any) -> jax.Array:
-    """G [B, parameters], from the gradients that vmap(jax.grad) returns."""
+def gradient_matrix(model: Model, params: Any, batch: Any) -> jax.Array:
+    """G [B, parameters], from the gradients that vmap(jax.grad) materializes."""
     G = jax.vmap(jax.grad(model.loss), (None, *[0] * len(batch)))(params, *batch)
     return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(G)], 1)
 
@@ -31,8 +31,8 @@ def step(params: Any, direction: Any) -> Any:
     return jax.tree.map(lambda p, d: p - RATE * d, params, direction)
 
 
-def on_gradients(model: Model) -> dict[str, tuple[Function, Function]]:
-    """name: (function of params and factors, function of params and the materialized matrix)."""
+def quantities(model: Model) -> dict[str, tuple[Function, Function]]:
+    """By name: (function of params and factors, function of params and the materialized matrix G)."""
 
     def dense_step(params: Any, G: jax.Array) -> Any:
         _, unravel = ravel_pytree(params)
@@ -61,48 +61,48 @@ def on_gradients(model: Model) -> dict[str, tuple[Function, Function]]:
 GOALS = {"natural gradient step": 3.0}
 
 
-def of_gradients(model: Model, name: str) -> Workload:
-    ours, dense = on_gradients(model)[name]
+def quantity_workload(model: Model, name: str) -> Workload:
+    from_factors, dense = quantities(model)[name]
 
     def factored(params: Any, *batch: Any) -> Any:
         values, g = jg.per_example_value_and_grad(model.loss)(params, *batch)
-        return values.mean(), ours(params, g)
+        return values.mean(), from_factors(params, g)
 
-    def written(params: Any, *batch: Any) -> Any:
-        return plain_value(model, params, batch), dense(params, rows(model, params, batch))
+    def materialized(params: Any, *batch: Any) -> Any:
+        return mean_loss(model, params, batch), dense(params, gradient_matrix(model, params, batch))
 
-    return workload(model, name, factored, written, GOALS.get(name))
+    return workload(model, name, factored, materialized, GOALS.get(name))
 
 
-def plain_value(model: Model, params: Any, batch: Any) -> jax.Array:
+def mean_loss(model: Model, params: Any, batch: Any) -> jax.Array:
     return jax.vmap(model.loss, (None, *[0] * len(batch)))(params, *batch).mean()
 
 
-def kernel(model: Model) -> Workload:
-    """The kernel of a scalar model, which is passed in place of a loss."""
+def tangent_kernel(model: Model) -> Workload:
+    """The neural tangent kernel of a model with one output, which stands in for the loss."""
 
-    def written(params: Any, *batch: Any) -> Any:
-        J = rows(model, params, batch)
+    def materialized(params: Any, *batch: Any) -> Any:
+        J = gradient_matrix(model, params, batch)
         return J @ J.T
 
-    one = lambda params, example: model.loss(params, *example)  # noqa: E731
-    return workload(model, "NTK", lambda params, *batch: jg.attribution.ntk(one)(params, batch), written, 1.2)
+    output = lambda params, example: model.loss(params, *example)  # noqa: E731
+    return workload(model, "NTK", lambda params, *batch: jg.attribution.ntk(output)(params, batch), materialized, 1.2)
 
 
-def kronecker(model: Model) -> Workload:
-    """Without a column to compare with: KFAC factors cannot be computed from materialized gradients."""
+def kfac(model: Model) -> Workload:
+    """KFAC factors. No column compares with them, since they cannot be computed from materialized gradients."""
 
     def factored(params: Any, *batch: Any) -> Any:
         values, g = jg.per_example_value_and_grad(model.loss)(params, *batch)
         return values.mean(), curvature.kfac_factors(g)
 
-    return workload(model, "KFAC factors", factored, "no factors", 1.3)
+    return workload(model, "KFAC factors", factored, "not applicable", 1.3)
 
 
-def workload(model: Model, name: str, ours: Function, written: Function | str, goal: float | None) -> Workload:
+def workload(model: Model, name: str, factored: Function, materialized: Function | str, goal: float | None) -> Workload:
     return Workload(
         f"{name}: {model.name}",
-        {"plain": plain(model), "jaxgrad": ours, "vmap(grad)": written},
+        {"plain": plain(model), "jaxgrad": factored, "vmap(grad)": materialized},
         (model.params, *model.batch),
         agree=("jaxgrad", "vmap(grad)"),
         compare=functools.partial(chex.assert_trees_all_close, rtol=5e-3, atol=1e-3),
@@ -112,8 +112,8 @@ def workload(model: Model, name: str, ours: Function, written: Function | str, g
     )
 
 
-def scalar(model: Model) -> Model:
-    """The model with its output in place of a loss."""
+def first_output(model: Model) -> Model:
+    """The model with its first output in place of the loss."""
 
     def output(params: Any, x: jax.Array) -> jax.Array:
         for layer in params[:-1]:
@@ -124,18 +124,20 @@ def scalar(model: Model) -> Model:
 
 
 def workloads(settings: Settings) -> Iterator[Workload]:
-    yield kernel(scalar(mlp((256, 512, 512, 512, 1))))
-    yield kronecker(mlp())
+    yield tangent_kernel(first_output(mlp((256, 512, 512, 512, 1))))
+    yield kfac(mlp())
     for name in ("natural gradient step", "self-influence, damped", "Fisher product", "noise scale"):
-        yield of_gradients(mlp(), name)
+        yield quantity_workload(mlp(), name)
 
 
 THEME = Theme(
     "curvature",
     "Curvature and attribution",
     """
-Plain, `jit(value_and_grad(mean loss))` (for the kernel: of the mean output), is 1.00; `vmap(grad)` is the same quantity
-from the matrix that `vmap(jax.grad)` writes out. float32. Memory is the compiled program's temporary memory.""",
+`plain` is `jit(value_and_grad(mean loss))`; for the neural tangent kernel (NTK) it is the gradient of the mean output.
+The columns *time* and *memory* are multiples of it. `jaxgrad` computes the quantity from factors, `vmap(grad)` from
+the matrix of gradients that `vmap(jax.grad)` materializes. All arrays are float32. Memory is the temporary memory of
+the compiled program.""",
     (
         report.milliseconds("plain"),
         report.ratio("jaxgrad"),
@@ -147,12 +149,12 @@ from the matrix that `vmap(jax.grad)` writes out. float32. Memory is the compile
     ),
     workloads,
     note="""
-Where the floor of the KFAC factors is. A plain gradient of this MLP takes 1.85 million multiplications an example:
-forward, back, and for the weights. With the product of each side with itself in place of the last of these it is 2.82
-million, 1.52 of that: the goal of 1.30 is out of reach for separate products, unless half of a symmetric one could be
-had for half the time.
+The KFAC factors cannot reach their goal of 1.30. A plain gradient of this MLP takes 1.85 million multiplications per
+example: for the forward pass, the backward pass and the weights' gradients. The KFAC factors replace the weights'
+gradients by the products δδᵀ and xxᵀ, which makes 2.82 million, or 1.52 times as many. They would be cheaper if XLA
+computed only half of a symmetric product.
 
-Solves are by one thread of OpenBLAS (`OPENBLAS_NUM_THREADS=1`): JAX's Cholesky decomposition on a CPU calls it, and
-where its threads wait beside XLA's, a step takes 20 times as long.
+OpenBLAS runs on one thread (`OPENBLAS_NUM_THREADS=1`). JAX's Cholesky decomposition calls it on a CPU, and if its
+threads compete with XLA's, a step takes 20 times as long.
 """,
 )

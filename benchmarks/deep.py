@@ -1,4 +1,4 @@
-"""Clipped sums of deep models with scanned, checkpointed layers: one pass and two against a plain gradient."""
+"""Clipped sums of deep models with scanned, checkpointed layers, in one pass and in two."""
 
 from collections.abc import Iterator
 
@@ -29,10 +29,11 @@ THEME = Theme(
     NAME,
     "Deep models: one pass or two",
     """
-Plain is `jit(value_and_grad(mean loss))` with `lax.scan` over the layers and `jax.checkpoint` in the loop, 1.00. One
-pass is `jaxgrad.clipped_grad`, which holds the factors of all layers at once. Two passes is `clipped_grad(passes=2)`,
-which takes each layer's norm inside the loop and then computes an ordinary gradient of the weighted losses. float32.
-Memory is the compiled program's temporary memory.""",
+`plain` is `jit(value_and_grad(mean loss))`, with `lax.scan` over the layers and `jax.checkpoint` in the loop; the
+columns *time* and *memory* are multiples of it. `one pass` is `jaxgrad.clipped_grad`, which holds the factors of all
+layers at once. `two passes` is `clipped_grad(passes=2)`, which computes each layer's norms inside the loop and then an
+ordinary gradient of the weighted losses. All arrays are float32. Memory is the temporary memory of the compiled
+program.""",
     (
         report.milliseconds("plain"),
         report.ratio("one pass"),

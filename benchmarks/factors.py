@@ -15,11 +15,11 @@ from jaxgrad.network import Params, closed_form, loss
 
 Operation = Callable[[Params, jax.Array, jax.Array], Any]
 MAX_NORM = 0.1
-GROWTH = "Growth of norms + clipped sum, from (64, 256, 256), as B and as H double:"
+GROWTH = "Norms + clipped sum from (64, 256, 256) on, as B or H doubles:"
 
 
 def gradient_matrix(params: Params, X: jax.Array, Y: jax.Array) -> jax.Array:
-    """G [B, parameters], from the gradients that vmap(jax.grad) returns."""
+    """G [B, parameters], from the gradients that vmap(jax.grad) materializes."""
     G = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(params, X, Y)
     return jnp.concatenate([leaf.reshape(len(X), -1) for leaf in G], axis=1)
 
@@ -47,7 +47,7 @@ def gram_products(params: Params, X: jax.Array, Y: jax.Array) -> Any:
     return Z.T @ Z, X @ X.T
 
 
-# name: (on factors, on materialized gradients, the matrix products that the operation needs)
+# By name: (on factors, on materialized gradients, the matrix products that the operation needs).
 OPERATIONS: dict[str, tuple[Operation, Callable[[jax.Array], jax.Array], Operation]] = {
     "norms": (
         lambda p, X, Y: closed_form.factored_grads(p, X, Y).norms(),
@@ -102,7 +102,7 @@ def workload(size: tuple[int, int, int], name: str, section: str = "") -> Worklo
 def workloads(settings: Settings) -> Iterator[Workload]:
     for size in SIZES:
         for name in OPERATIONS:
-            if name != "Gram matrix" or size[0] <= 1024:  # B × B is larger than anything else there
+            if name != "Gram matrix" or size[0] <= 1024:  # at the other sizes, B × B is larger than all other arrays
                 yield workload(size, name)
     for k in range(6):
         for size in sorted({(64 * 2**k, 256, 256), (64, 256, 256 * 2**k)}):
@@ -111,11 +111,13 @@ def workloads(settings: Settings) -> Iterator[Workload]:
 
 THEME = Theme(
     "factors",
-    "Per-example gradients as factors, and written out",
+    "Per-example gradients: factored and materialized",
     """
-Rows are (B, D, H) and an operation, float32. Plain, `jit(value_and_grad(mean loss))`, is 1.00; `products` are the
-matrix products the operation cannot do without; `vmap(grad)` is the operation after `jit(vmap(jax.grad))`. Memory is
-the compiled program's temporary memory; its goal is 1.25 × plain.""",
+Each row has the sizes (B, D, H) and an operation on the exercise's per-example gradients. `plain` is
+`jit(value_and_grad(mean loss))`; the columns *time* and *memory* are multiples of it. `jaxgrad` computes the operation
+from factors, and `vmap(grad)` from the gradients that `vmap(jax.grad)` materializes. `products` computes only the
+matrix products that the operation needs. All arrays are float32. Memory is the temporary memory of the compiled
+program; its goal is 1.25.""",
     (
         report.milliseconds("plain"),
         report.ratio("jaxgrad"),
@@ -128,11 +130,14 @@ the compiled program's temporary memory; its goal is 1.25 × plain.""",
     ),
     workloads,
     note="""
-Where the floor is. `products` is the time of the matrix products alone. Norms + clipped sum needs two, Z = W Xᵀ and
-(c δ)ᵀ X, and between them what makes δ from Z, the norms of δ and of x, and one scaled copy of the smaller of δ and x;
-plain needs the same but for the norms and the copy. That copy is the memory beyond plain: B·min(D, H) numbers, to which
-the norms add their squares of one side. The second moment is the product of both sides squared, which have to be
-written as they are operands: B·(D + H) numbers. A Gram matrix has two products of B × B numbers each; where B is larger
-than D and H that is more than everything else, time and memory.
+What limits the ratios:
+
+- *Norms + clipped sum* takes two matrix products, Z = W Xᵀ and (c ⊙ δ)ᵀ X. Between them it computes δ from Z, the
+  norms of δ and x, and a scaled copy of the smaller of δ and x. A plain gradient needs neither the norms nor the copy.
+  The copy takes B·min(D, H) numbers of memory beyond a plain gradient's. The norms also hold the squares of δ or of x.
+- *Second moment* is the product of δ ⊙ δ and x ⊙ x. These squares are operands of a matrix product, so they must be
+  materialized: B·(D + H) numbers.
+- *Gram matrix* takes two products with B × B results. If B is larger than D and H, they take more time and memory than
+  everything else.
 """,
 )

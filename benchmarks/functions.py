@@ -1,4 +1,4 @@
-"""The functions that are compared on a model in JAX: a plain gradient, and several ways to a sum of clipped gradients.
+"""The functions that are compared on a model in JAX: a plain gradient, and several ways to sum clipped gradients.
 
 Each is a function of (params, *batch) that returns (mean loss, gradient). A clipped gradient is a sum over the batch.
 """
@@ -31,54 +31,58 @@ def max_norm(model: Model, examples: int | None = None) -> float:
 
 
 def plain(model: Model) -> Function:
-    """The mean loss and its gradient: the cost that is 1.00 in the tables."""
+    """The mean loss and its gradient. The tables give the cost of the other functions as multiples of this one's."""
     return lambda params, *batch: jax.value_and_grad(lambda p: jax.vmap(model.loss, in_axes(model))(p, *batch).mean())(
         params
     )
 
 
 def factored(model: Model, bound: float) -> Function:
-    def of(params: Any, *batch: Any) -> Any:
+    """The mean loss and the clipped sum, from factors."""
+
+    def compute(params: Any, *batch: Any) -> Any:
         values, g = jg.per_example_value_and_grad(model.loss)(params, *batch)
         return values.mean(), g.clip(bound).sum()
 
-    return of
+    return compute
 
 
 def norms(model: Model) -> Function:
     """The mean loss and the norms, without a sum."""
 
-    def of(params: Any, *batch: Any) -> Any:
+    def compute(params: Any, *batch: Any) -> Any:
         values, g = jg.per_example_value_and_grad(model.loss)(params, *batch)
         return values.mean(), g.norms()
 
-    return of
+    return compute
 
 
-def weighted(model: Model) -> Function:
-    """The mean loss and a weighted sum, without norms: the weights are known in advance."""
+def weighted_sum(model: Model) -> Function:
+    """The mean loss and a sum with weights that are known in advance, without norms."""
     c = jnp.linspace(0.5, 1.5, model.batch_size)
 
-    def of(params: Any, *batch: Any) -> Any:
+    def compute(params: Any, *batch: Any) -> Any:
         values, g = jg.per_example_value_and_grad(model.loss)(params, *batch)
         return values.mean(), g.weighted_sum(c)
 
-    return of
+    return compute
 
 
 def clipped(model: Model, bound: float, passes: int = 1) -> Function:
     """`jaxgrad.clipped_grad`, with a mask."""
     gradient = jg.clipped_grad(model.loss, bound, passes=passes)
 
-    def of(params: Any, *batch: Any) -> Any:
+    def compute(params: Any, *batch: Any) -> Any:
         total, info = gradient(params, *batch, mask=jnp.ones(len(jax.tree.leaves(batch)[0]), bool))
         return info.values.mean(), total
 
-    return of
+    return compute
 
 
 def materialized(model: Model, bound: float) -> Function:
-    def of(params: Any, *batch: Any) -> Any:
+    """The mean loss and the clipped sum, from the gradients that `vmap(jax.grad)` materializes."""
+
+    def compute(params: Any, *batch: Any) -> Any:
         values, G = jax.vmap(jax.value_and_grad(model.loss), in_axes(model))(params, *batch)
         squares = sum(
             jnp.sum(jnp.abs(leaf.reshape(len(leaf), -1)) ** 2, 1, dtype=jnp.float32) for leaf in jax.tree.leaves(G)
@@ -86,7 +90,7 @@ def materialized(model: Model, bound: float) -> Function:
         c = bound / jnp.maximum(bound, jnp.sqrt(squares))
         return values.mean(), jax.tree.map(lambda leaf: jnp.tensordot(c.astype(leaf.dtype), leaf, 1), G)
 
-    return of
+    return compute
 
 
 def optax(model: Model, bound: float) -> Function | str:
@@ -95,27 +99,27 @@ def optax(model: Model, bound: float) -> Function | str:
         return NOT_INSTALLED
     from optax import per_example_global_norm_clip
 
-    def of(params: Any, *batch: Any) -> Any:
+    def compute(params: Any, *batch: Any) -> Any:
         values, G = jax.vmap(jax.value_and_grad(model.loss), in_axes(model))(params, *batch)
         leaves, tree = jax.tree.flatten(G)
         return values.mean(), jax.tree.unflatten(tree, per_example_global_norm_clip(leaves, bound)[0])
 
-    return of
+    return compute
 
 
 def jax_privacy(model: Model, bound: float, microbatches: tuple[int | None, ...] = MICROBATCHES) -> dict[str, Any]:
-    """jax-privacy's clipped_grad at several microbatch sizes (None for the whole batch), as columns of one table."""
+    """jax-privacy's clipped_grad at several microbatch sizes (None for the whole batch), by column."""
     name = "jax-privacy"
     if importlib.util.find_spec("jax_privacy") is None:
         return {name: NOT_INSTALLED}
-    import jax_privacy as installed
+    import jax_privacy as library
 
     warnings.filterwarnings("ignore", message="optax.global_norm is deprecated")
 
-    def of(microbatch: int | None) -> Function:
-        def clipped(params: Any, *batch: Any) -> Any:
+    def at_size(microbatch: int | None) -> Function:
+        def compute(params: Any, *batch: Any) -> Any:
             size = None if microbatch is None or microbatch >= len(jax.tree.leaves(batch)[0]) else microbatch
-            gradient = installed.clipped_grad(
+            gradient = library.clipped_grad(
                 model.loss,
                 l2_clip_norm=bound,
                 batch_argnums=tuple(range(1, 1 + len(model.batch))),
@@ -126,18 +130,18 @@ def jax_privacy(model: Model, bound: float, microbatches: tuple[int | None, ...]
             total, aux = gradient(params, *batch)
             return aux.values.mean(), total
 
-        return clipped
+        return compute
 
     B = model.batch_size
-    return {f"{name} {m}": of(m) for m in microbatches if m is None or (m < B and B % m == 0)}
+    return {f"{name} {m}": at_size(m) for m in microbatches if m is None or (m < B and B % m == 0)}
 
 
 def materialized_bytes(model: Model, columns: dict[str, Any]) -> dict[str, int]:
-    """Bytes of the materialized gradients of a batch or microbatch, for those columns that materialize them."""
-    each = model.gradient_bytes // model.batch_size
-    whole = dict.fromkeys(("vmap(grad)", "optax"), model.gradient_bytes)
+    """Bytes of gradients that are materialized at once, for the columns that materialize a batch or a microbatch."""
+    example_bytes = model.gradient_bytes // model.batch_size
+    sizes = dict.fromkeys(("vmap(grad)", "optax"), model.gradient_bytes)
     for column in columns:
         if column.startswith("jax-privacy "):
-            size = column.split()[1]
-            whole[column] = each * (model.batch_size if size == "None" else int(size))
-    return whole
+            microbatch = column.split()[1]
+            sizes[column] = example_bytes * (model.batch_size if microbatch == "None" else int(microbatch))
+    return sizes

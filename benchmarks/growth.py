@@ -1,11 +1,11 @@
-"""Time and memory as the batch and the parameters grow. `benchmarks.picture` draws the results."""
+"""Time and memory as the batch and the model grow. `benchmarks.picture` draws the results."""
 
 from collections.abc import Iterator
 
 import jax
 
 from benchmarks import models, report
-from benchmarks.functions import factored, max_norm, plain, materialized
+from benchmarks.functions import factored, materialized, max_norm, plain
 from benchmarks.workload import Settings, Theme, Workload
 
 NAME = "growth"
@@ -35,8 +35,9 @@ THEME = Theme(
     NAME,
     "Growth",
     """
-Norms and clipped sum of the per-example gradients of MLPs: as factors, and written out by `vmap(jax.grad)`; plain is
-`jit(value_and_grad(mean loss))`. float32. Memory is the compiled program's temporary memory.""",
+Norms and clipped sum of the per-example gradients of MLPs: `jaxgrad` computes them from factors, `vmap(grad)` from the
+gradients that `vmap(jax.grad)` materializes. `plain` is `jit(value_and_grad(mean loss))`. All arrays are float32.
+Memory is the temporary memory of the compiled program.""",
     (
         report.label("B × parameters"),
         report.milliseconds("plain"),

@@ -1,4 +1,4 @@
-"""The models of the tables in plain JAX: loss(params, *example) of one example, params and batch, in float32."""
+"""The models of the tables in plain JAX, in float32: the loss(params, *example) of one example, params and a batch."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ class Model(NamedTuple):
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """The number of examples, B."""
         return len(jax.tree.leaves(self.batch)[0])
 
     @property
@@ -42,7 +42,7 @@ class Model(NamedTuple):
 
 
 def models() -> Iterator[Model]:
-    """The models, each with its goal for norms + clipped sum, as a multiple of a plain gradient."""
+    """The models. The goal of each is for norms + clipped sum, as a multiple of a plain gradient's time."""
     yield mlp()
     for D, T, B in ((512, 16, 64), (512, 128, 8), (256, 64, 32)):
         yield transformer(D, T, B)
@@ -53,6 +53,8 @@ def models() -> Iterator[Model]:
 
 
 class Draw:
+    """Random weights, data and ids, the same in every run."""
+
     def __init__(self) -> None:
         self.rng = np.random.default_rng(0)
 
@@ -193,7 +195,7 @@ def language_model(V: int = 4096, D: int = 256, T: int = 64, B: int = 16) -> Mod
 
 
 def deep_language_model(L: int = 6, V: int = 4096, D: int = 256, T: int = 512, B: int = 4) -> Model:
-    """Layers stacked along an axis, scanned over, and recomputed in the backward pass."""
+    """A language model whose layers are stacked along an axis, scanned over, and recomputed in the backward pass."""
     draw = Draw()
     blocks = [block_params(draw, D) for _ in range(L)]
     layers = jax.tree.map(lambda *a: jnp.stack(a), *blocks)

@@ -1,9 +1,9 @@
-"""Draw the picture in README.md from the results of the theme `growth`:
+"""Draw the picture in README.md from the results of the theme `growth`.
 
 python -m benchmarks --only growth --write benchmarks && python -m benchmarks.picture
 
-The picture shows time and memory of the norms and the clipped sum of per-example gradients, against B × parameters. The
-background is transparent, and the colors are legible on white and on black.
+The picture shows the time and the memory of the norms and the clipped sum of per-example gradients against
+B × parameters. Its background is transparent, and its colors are legible on white and on black.
 """
 
 import json
@@ -28,23 +28,25 @@ NUMBERS = {1e5: "10⁵", 1e7: "10⁷", 1e9: "10⁹"}
 
 
 def series(rows: list[dict[str, Any]], column: str, kind: str) -> tuple[list[float], list[float]]:
-    """(B × parameters, seconds or bytes) of the rows that have a result."""
-    there = [row for row in rows if column in row[kind]]
-    return [float(row["labels"]["B × parameters"]) for row in there], [row[kind][column] for row in there]
+    """(B × parameters, seconds or bytes) of the rows with a measurement."""
+    measured = [row for row in rows if column in row[kind]]
+    return [float(row["labels"]["B × parameters"]) for row in measured], [row[kind][column] for row in measured]
 
 
 def panel(axes: Axes, rows: list[dict[str, Any]], kind: str, title: str, ticks: dict[float, str]) -> None:
     x, plain = series(rows, "plain", kind)
-    _, ours = series(rows, "jaxgrad", kind)
-    x_written, written = series(rows, "vmap(grad)", kind)
+    _, factored = series(rows, "jaxgrad", kind)
+    x_materialized, materialized = series(rows, "vmap(grad)", kind)
     axes.loglog(x, plain, color=GREY, linewidth=6, alpha=0.45, solid_capstyle="round")
-    axes.loglog(x, ours, color=BLUE, linewidth=1.8, marker="o", markersize=4)
-    axes.loglog(x_written, written, color=RED, linewidth=1.8, marker="o", markersize=4)
-    named(axes, x_written[-1], written[-1], "vmap(jax.grad)", RED, (-8, 0), "right", "center")
-    if len(x_written) < len(x):
-        named(axes, x_written[-1], written[-1], "does not fit into 2 GiB", RED, (8, 0), "left", "center", 8)
-    named(axes, x[-3], ours[-3], "jaxgrad", BLUE, (-4, 9), "right", "bottom")
-    named(axes, x[-3], plain[-3], "plain gradient", GREY, (12, -8), "left", "top")
+    axes.loglog(x, factored, color=BLUE, linewidth=1.8, marker="o", markersize=4)
+    axes.loglog(x_materialized, materialized, color=RED, linewidth=1.8, marker="o", markersize=4)
+    annotate(axes, x_materialized[-1], materialized[-1], "vmap(jax.grad)", RED, (-8, 0), "right", "center")
+    if len(x_materialized) < len(x):
+        annotate(
+            axes, x_materialized[-1], materialized[-1], "does not fit into 2 GiB", RED, (8, 0), "left", "center", 8
+        )
+    annotate(axes, x[-3], factored[-3], "jaxgrad", BLUE, (-4, 9), "right", "bottom")
+    annotate(axes, x[-3], plain[-3], "plain gradient", GREY, (12, -8), "left", "top")
     axes.set_title(title, loc="left", fontsize=11, color=GREY, fontweight="bold")
     axes.set_xlabel("B × parameters", color=GREY)
     axes.set_xticks(list(NUMBERS), list(NUMBERS.values()))
@@ -52,7 +54,7 @@ def panel(axes: Axes, rows: list[dict[str, Any]], kind: str, title: str, ticks: 
     axes.set_xlim(x[0] / 2, x[-1] * 12)
 
 
-def named(
+def annotate(
     axes: Axes, x: float, y: float, text: str, color: str, offset: tuple[int, int], ha: Any, va: Any, size: int = 10
 ) -> None:
     axes.annotate(text, (x, y), offset, textcoords="offset points", ha=ha, va=va, color=color, fontsize=size)

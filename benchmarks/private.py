@@ -1,4 +1,4 @@
-"""A step of gradient descent with clipped gradients, compared with a plain step."""
+"""A step of gradient descent with clipped gradients compared with a plain step."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from benchmarks import report
-from benchmarks.functions import clipped, jax_privacy, max_norm, optax, plain, writes
+from benchmarks.functions import clipped, jax_privacy, materialized_bytes, max_norm, optax, plain
 from benchmarks.models import Model, models
 from benchmarks.workload import Settings, Theme, Workload
 
@@ -15,7 +15,7 @@ RATE = 1e-3
 
 
 def step(gradient: Any) -> Any:
-    """One step of plain gradient descent with a gradient function: it returns (new parameters, mean loss)."""
+    """A step of gradient descent with a gradient function. The step returns (new parameters, mean loss)."""
     if isinstance(gradient, str):
         return gradient
 
@@ -28,16 +28,16 @@ def step(gradient: Any) -> Any:
 
 def workload(model: Model) -> Workload:
     bound = max_norm(model)
-    theirs = jax_privacy(model, bound) | {"optax": optax(model, bound)}
-    functions = {"plain": plain(model), "clipped": clipped(model, bound)} | theirs
+    libraries = jax_privacy(model, bound) | {"optax": optax(model, bound)}
+    functions = {"plain": plain(model), "clipped": clipped(model, bound)} | libraries
     return Workload(
         model.name,
         {name: step(gradient) for name, gradient in functions.items()},
         (model.params, *model.batch),
-        agree=("clipped", *theirs),
+        agree=("clipped", *libraries),
         sample=model.first(4),
-        materialized_bytes=materialized_bytes(model, theirs),
-        timed_last=tuple(theirs),
+        materialized_bytes=materialized_bytes(model, libraries),
+        timed_last=tuple(libraries),
     )
 
 
@@ -49,18 +49,19 @@ def workloads(settings: Settings) -> Iterator[Workload]:
 
 THEME = Theme(
     NAME,
-    "A clipped step against a plain one",
+    "A clipped step and a plain step",
     """
-Plain, a step with `jit(value_and_grad(mean loss))`, is 1.00; clipped is `jaxgrad.clipped_grad`, with a mask, the
-loss's values and the norms. All end in the same update of the parameters, without noise. jax-privacy's clipped_grad is
-timed at the microbatch size that is fastest of those that divide the batch (of None, the whole batch, 64, 16, 4 and 1),
-where its gradients fit into memory; optax is `vmap(jax.grad)` and `per_example_global_norm_clip`. float32. Memory is
-the compiled program's temporary memory.""",
+`plain` is a step with `jit(value_and_grad(mean loss))`; the columns *time* and *memory* are multiples of it. `clipped`
+is `jaxgrad.clipped_grad` with a mask; it also returns the losses and the norms. `jax-privacy` is that library's
+`clipped_grad` at its fastest microbatch size: 64, 16, 4, 1 or None, which is the whole batch. Sizes that do not divide
+the batch, or whose gradients do not fit in memory, are left out. `optax` is `vmap(jax.grad)` and
+`per_example_global_norm_clip`. All steps end with the same update of the parameters, without noise. All arrays are
+float32. Memory is the temporary memory of the compiled program.""",
     (
         report.milliseconds("plain"),
         report.ratio("clipped"),
-        report.ratio("jax-privacy", title="jax-privacy (microbatch)"),
-        report.ratio("jax-privacy", to="clipped", title="jax-privacy/clipped"),
+        report.ratio("jax-privacy", title="jax-privacy, time (microbatch)"),
+        report.ratio("jax-privacy", unit="clipped", title="jax-privacy/clipped, time"),
         report.ratio("optax"),
         report.mebibytes("plain"),
         report.memory("clipped"),
@@ -69,9 +70,9 @@ the compiled program's temporary memory.""",
     ),
     workloads,
     note="""
-What a clipped step has beyond norms and a clipped sum: an example that is masked or whose gradient is not finite adds
-exactly zero, and as 0 · NaN is NaN, both sides of every factor are written once more with such examples left out,
-whether there are any or not. Where T positions are many and examples few, the gradients written out (optax) take little
-more time; they take the memory.
+A clipped step does more than norms and a clipped sum: an example that is masked, or whose gradient is not finite, adds
+exactly zero. Since 0 · NaN is NaN, it sets such examples to zero in both arrays of every factor, and writes these
+arrays once more even if there are no such examples. With many positions and few examples, materialized gradients
+(`optax`) take little more time but much more memory.
 """,
 )

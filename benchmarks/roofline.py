@@ -1,4 +1,4 @@
-"""Lower bound on a program's time: its operations and its bytes, divided by the rates measured on the device."""
+"""A lower bound on a program's time: its operations and its bytes, divided by the rates measured on the device."""
 
 import functools
 import math
@@ -13,16 +13,16 @@ from benchmarks.workload import Row
 
 
 def product_operations(function: Any, *arguments: Any) -> float:
-    """Multiplications and additions of a function's matrix products and convolutions.
+    """The number of multiplications and additions in a function's matrix products and convolutions.
 
-    They are counted in the jaxpr and not in the compiled jaxpr, which counts a loop's body once and does not count
-    what a vendor's library computes. The body of a `while` still counts once; a `cond` counts as its longest branch.
+    They are counted in the jaxpr, because the compiled program's own count takes the body of a loop once and omits
+    products that a vendor's library computes. The body of a `while` counts once, and a `cond` as its costliest branch.
     """
     return count_operations(jax.make_jaxpr(function)(*arguments))
 
 
 def count_operations(jaxpr: Any) -> float:
-    return math.fsum(count_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", program).eqns)
+    return math.fsum(count_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
 def count_equation(eqn: Any) -> float:
@@ -51,9 +51,9 @@ def inner_jaxprs(params: Any) -> Iterator[Any]:
 
 @functools.cache
 def product_rate(dtype: str, n: int) -> float:
-    """Operations per second of one matrix product [n, n] in JAX's default precision.
+    """Operations per second of one product of [n, n] matrices in JAX's default precision.
 
-    The matrices are random: constants take less power, and the GPU clocks higher on them than on real data.
+    The matrices are random. On constants a GPU needs less power and clocks higher than on real data.
     """
     a = jax.random.normal(jax.random.key(0), (n, n), dtype)
     return 2.0 * n**3 / median_seconds(lambda a: a @ a, a)
@@ -72,7 +72,7 @@ def median_seconds(function: Any, *arguments: Any) -> float:
 
 
 def add_limit(row: Row, name: str, function: Any, arguments: Any, rates: tuple[float, float]) -> None:
-    """Store the lower bound on a function's time: that of its operations or of its bytes, whichever is longer."""
+    """Store the lower bound on a function's time: the longer of the times for its operations and for its bytes."""
     costs = row.costs[name]
     costs["operations"] = max(costs["operations"], product_operations(function, *arguments))
     nbytes = max(costs["bytes accessed"], costs["bytes in and out"])

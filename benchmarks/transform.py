@@ -1,12 +1,12 @@
-"""per_example_grad compared with a plain gradient, on eight models and on the exercise."""
+"""`per_example_grad` compared with a plain gradient, on eight models and on the exercise."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import exercise, report
-from benchmarks.functions import factored, max_norm, norms, plain, weighted, materialized
+from benchmarks.functions import factored, materialized, max_norm, norms, plain, weighted_sum
 from benchmarks.models import Model, models
-from benchmarks.workload import Settings, Theme, Workload, same
+from benchmarks.workload import Settings, Theme, Workload, identity
 from jaxgrad import per_example_grad
 from jaxgrad.network import closed_form, loss
 
@@ -22,7 +22,7 @@ def workload(model: Model) -> Workload:
             "plain": plain(model),
             "jaxgrad": factored(model, bound),
             "norms": norms(model),
-            "sum": weighted(model),
+            "sum": weighted_sum(model),
             "vmap(grad)": materialized(model, bound),
         },
         (model.params, *model.batch),
@@ -34,23 +34,23 @@ def workload(model: Model) -> Workload:
     )
 
 
-def the_exercise(size: tuple[int, int, int] = (256, 784, 1024)) -> Workload:
+def exercise_workload(size: tuple[int, int, int] = (256, 784, 1024)) -> Workload:
     params, X, Y = exercise.problem(*size)
     model = Model("exercise", loss, params, (X, Y), 1.0)
 
     def by_hand(params: Any, X: Any, Y: Any) -> Any:
         return closed_form.factored_grads(params, X, Y).clip(MAX_NORM).sum()
 
-    def found(params: Any, X: Any, Y: Any) -> Any:
+    def from_jaxpr(params: Any, X: Any, Y: Any) -> Any:
         return per_example_grad(loss)(params, X, Y).clip(MAX_NORM).sum()
 
-    functions = {"plain": plain(model), "jaxgrad": found, "norms": norms(model), "sum": weighted(model)}
+    functions = {"plain": plain(model), "jaxgrad": from_jaxpr, "norms": norms(model), "sum": weighted_sum(model)}
     functions["by hand"] = by_hand
     return Workload(
         f"the exercise's own loss, (B, D, H) = {size}",
         functions | {"vmap(grad)": materialized(model, MAX_NORM)},
         (params, X, Y),
-        agree={"jaxgrad": same, "by hand": same, "vmap(grad)": lambda both: both[1]},
+        agree={"jaxgrad": identity, "by hand": identity, "vmap(grad)": lambda pair: pair[1]},
         goal=1.0,
         timed_last=("vmap(grad)",),
     )
@@ -60,17 +60,19 @@ def workloads(settings: Settings) -> Iterator[Workload]:
     for model in models():
         if settings.wants(NAME, model.name):
             yield workload(model)
-    yield the_exercise()
+    yield exercise_workload()
 
 
 THEME = Theme(
     NAME,
-    "per_example_grad against a plain gradient",
+    "per_example_grad and a plain gradient",
     """
-Plain, `jit(value_and_grad(mean loss))`, is 1.00. `jaxgrad` is the mean loss, the norms and the clipped sum of the
-per-example gradients as factors; `norms` has no sum, and `sum` has weights that are known beforehand and no norms.
-`vmap(grad)` is the first after `vmap(jax.grad)`; `by hand` starts from hand-written factors. float32. Memory is the
-compiled program's temporary memory; compiling is tracing and compiling together.""",
+`plain` is `jit(value_and_grad(mean loss))`; the columns *time*, *memory* and *compile time* are multiples of it.
+`jaxgrad` computes the mean loss, the norms and the clipped sum of the per-example gradients from factors. `norms`
+computes the norms but no sum, and `sum` a sum with weights that are known in advance but no norms. `vmap(grad)`
+computes the same as `jaxgrad` from the gradients that `vmap(jax.grad)` materializes. `by hand` starts from factors
+that were derived by hand. All arrays are float32. Memory is the temporary memory of the compiled program. Compile time
+includes tracing.""",
     (
         report.milliseconds("plain"),
         report.ratio("jaxgrad"),
@@ -82,21 +84,27 @@ compiled program's temporary memory; compiling is tracing and compiling together
         report.mebibytes("plain"),
         report.memory("jaxgrad"),
         report.memory("vmap(grad)"),
-        report.compiling("jaxgrad"),
+        report.compile_time("jaxgrad"),
     ),
     workloads,
     note="""
-Where the floor is. `sum` does the plain gradient's matrix products and scales one side of every matrix: where it is
-above 1.00, so is `jaxgrad`, which has the norms besides. In the MLP those read both sides of every matrix twice, for
-the power of two by which they are scaled and for the squares. The products for the weights have to wait for the norms,
-and so cannot run beside the elementwise parts of the backward pass, as they do in a plain gradient. With T positions
-the norm of a D × D matrix takes 2·T²·D multiplications, of 3·T·D² for a plain gradient 2T/3D: 17 % at T = 128 and
-D = 512, or T = 64 and D = 256; what `sum` saves on the plain gradient, which turns its operands, pays for them or not.
-In the embedding, plain writes 49 MiB of zeros and little else. To compile the conv net is to compile three loops over
-blocks of unfolded images as well, which bound its memory.
+What limits the ratios:
 
-Freed memory is kept because glibc by itself returns blocks above 32 MiB to the kernel after every call, and to fault
-them in again can take longer than the gradient: 28 MiB and 36 MiB are then far apart. In a program of your own that
-runs on a CPU, `MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647` in its environment does the same.
+- `sum` computes the matrix products of a plain gradient and scales one array of every factor. `jaxgrad` also computes
+  the norms, so it is above 1.00 wherever `sum` is.
+- In the MLP, the norms read both arrays of every factor twice: once for the power of two that scales them, and once
+  for the squares. The products that make the weights' gradients depend on the norms, so they cannot overlap with the
+  elementwise operations of the backward pass, as they do in a plain gradient.
+- With T positions, the norm of a D × D weight's gradient takes 2·T²·D multiplications. A plain gradient takes 3·T·D²,
+  so the norm adds 2T/3D: 17 % at T = 128 and D = 512, or at T = 64 and D = 256. `sum` is cheaper than a plain
+  gradient, which transposes its operands, and this may make up for the norms.
+- In the embedding, a plain gradient does little but write 49 MiB of zeros.
+- The conv net compiles slowly because three loops over blocks of unfolded images are compiled with it. These loops
+  bound its memory.
+
+These benchmarks make glibc keep freed memory. By default it returns blocks above 32 MiB to the kernel after every
+call, and the page faults of the next call can take longer than the gradient. Functions that need 28 MiB and 36 MiB
+would then take very different times. To do the same in your own program on a CPU, set
+`MALLOC_MMAP_THRESHOLD_=1073741824` and `MALLOC_TRIM_THRESHOLD_=2147483647` in its environment.
 """,
 )

@@ -1,7 +1,11 @@
-"""The harness of benchmarks/: a tiny workload from end to end, and what it refuses."""
+"""The harness of benchmarks/: a tiny workload from end to end, functions that are wrong or skipped, and the tables."""
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +14,13 @@ import pytest
 
 from benchmarks import card, models, report, roofline
 from benchmarks.__main__ import main
-from benchmarks.functions import factored, optax, plain, materialized
+from benchmarks.functions import factored, materialized, optax, plain
 from benchmarks.measure import measure
 from benchmarks.workload import Settings, Theme, Workload
 
-# What the command runs in: JAX's own defaults, whatever conftest.py has made stricter.
+ROOT = Path(__file__).parents[1]
+
+# The command runs with JAX's own defaults, without the stricter settings of conftest.py.
 pytestmark = pytest.mark.usefixtures("plain_types")
 
 
@@ -61,7 +67,7 @@ def test_a_table_from_end_to_end(tmp_path, capsys):
 
 
 @pytest.mark.every(0)
-def test_another_theme_keeps_what_was_written(tmp_path):
+def test_writing_a_theme_keeps_the_results_of_the_others(tmp_path):
     for name in ("first", "second"):
         main(["--seconds", "0", "--write", str(tmp_path)], [dataclasses.replace(theme(tiny()), name=name)])
     assert set(json.loads((tmp_path / report.RESULTS).read_text())) == {"first", "second"}
@@ -74,7 +80,7 @@ def test_a_wrong_function_is_not_timed():
 
 
 @pytest.mark.every(0)
-def test_what_does_not_fit_is_held_to_agree_on_a_sample():
+def test_columns_that_do_not_fit_are_compared_on_a_sample():
     model = models.mlp((5, 4, 3), 6)
     large = {"sample": model.first(2), "materialized_bytes": {"vmap(grad)": 2**40}}
     (row,) = measure(tiny(**large), Settings(seconds=0))
@@ -85,20 +91,20 @@ def test_what_does_not_fit_is_held_to_agree_on_a_sample():
         measure(tiny(functions=functions, **large), Settings(seconds=0))
 
 
-def test_what_has_no_time_left_is_skipped():
+def test_functions_after_the_deadline_are_skipped():
     (row,) = measure(tiny(), Settings(seconds=0, deadline=0.0))
     assert set(row.skipped.values()) == {"out of time", "not installed"}
     assert not row.seconds
 
 
-def test_the_card_prepares_nothing_after_its_time():
+def test_the_theme_for_gpus_prepares_nothing_after_the_deadline():
     rows = [row for w in card.workloads(Settings(small=True, deadline=0.0)) for row in measure(w, Settings(seconds=0))]
-    assert {word for row in rows for word in row.skipped.values()} == {"out of time"}
+    assert {reason for row in rows for reason in row.skipped.values()} == {"out of time"}
     assert not any(row.seconds for row in rows)
     assert len(rows) == 3 + 2 * (6 + 4)
 
 
-def test_the_tolerance_of_the_card_is_by_norm():
+def test_the_theme_for_gpus_compares_by_norm():
     compare = card.by_norm(0.01)
     a = {"w": jnp.ones((3, 4)), "b": jnp.zeros(2)}
     compare(a, {"w": a["w"] * 1.009, "b": a["b"] + 1e-6})
@@ -107,7 +113,7 @@ def test_the_tolerance_of_the_card_is_by_norm():
             compare(a, other)
 
 
-def test_operations_are_those_of_products_and_count_loops():
+def test_operations_count_products_and_the_steps_of_loops():
     a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
     assert roofline.product_operations(lambda a, b: a @ b, a, b) == 2 * 3 * 4 * 5
 
@@ -121,8 +127,17 @@ def test_operations_are_those_of_products_and_count_loops():
 
 
 @pytest.mark.every(0)
-def test_optax_and_the_factors_agree():
+def test_optax_and_factors_agree():
     model = models.mlp((5, 4, 3), 6)
     arguments = (model.params, *model.batch)
-    ours, theirs = factored(model, 0.5)(*arguments), optax(model, 0.5)(*arguments)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs)
+    from_factors, from_optax = factored(model, 0.5)(*arguments), optax(model, 0.5)(*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), from_factors, from_optax)
+
+
+# The script runs in a process of its own because the theme `compiled` sets environment variables for compilers.
+def test_the_committed_tables_follow_from_the_committed_results():
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
+    script = ROOT / "tests" / "support" / "tables.py"
+    process = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == ""

@@ -1,1 +1,1 @@
-"""What the compilers of an H100 and of a TPU make of a program, on a machine that has neither."""
+"""Compile programs for an H100 and a TPU on a machine that has neither, and count what they do."""

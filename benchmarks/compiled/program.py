@@ -1,14 +1,15 @@
-"""Count what a compiled program does: the kernels it runs, the bytes they move, and the products they compute.
+"""Count the kernels that a compiled program runs, the bytes that they move, and the products that they compute.
 
-The count is read off the scheduled program that the compiler prints. A kernel is an instruction that the device runs:
-a fusion, a product, a copy, a reduction. It moves what it reads and what it writes, with these exceptions:
+The counts come from the scheduled program that the compiler prints. A kernel is an instruction that runs on the device:
+a fusion, a product, a copy, a reduction. It moves the bytes of its operands and of its results, with these exceptions:
 
-* of an operand that is only sliced or looked up in, what is used out; an operand that is given twice is read once;
-* of an array that is updated in place, the part that is written;
-* what lies in a TPU's on-chip memory, nothing.
+* An operand that is only sliced or gathered from counts with the elements that are read. An operand that is passed
+  twice counts once.
+* An array that is updated in place counts with the part that is written.
+* An array in the on-chip memory of a TPU does not count.
 
-A loop's body counts as often as it runs, and of a conditional's branches the one that moves most. Arrays with a tiled
-layout, as on a TPU, are counted with their padding.
+The body of a loop counts once for each iteration, and a conditional counts as the branch that moves the most bytes.
+Arrays with a tiled layout, as on a TPU, count with their padding.
 """
 
 import dataclasses
@@ -24,13 +25,13 @@ BITS |= {"f8e4m3fn": 8, "f8e5m2": 8, "f16": 16, "bf16": 16, "f32": 32, "f64": 64
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "add-dependency", "iota", "copy-done", "async-done", "async-update", "domain"}
 SLICES = {"dynamic-slice", "slice", "gather"}
-UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place; which operand is written
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place: the index of the operand with the new elements
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array: its dtype, its dimensions and how they lie in memory."""
+    """One array: its dtype, its dimensions and its layout in memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -44,7 +45,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Bytes in the device's main memory, with the padding of tiles."""
+        """Bytes in the device's main memory, including the padding of tiles."""
         if self.on_chip:
             return 0
         dims = [self.dims[k] for k in reversed(self.order)] if self.order else list(self.dims)
@@ -60,7 +61,7 @@ class Instruction:
     shapes: tuple[Shape, ...]
     opcode: str
     operands: tuple[str, ...]
-    rest: str  # what follows the operands
+    rest: str  # the text after the operands
     root: bool
 
     @property
@@ -69,7 +70,7 @@ class Instruction:
 
     @property
     def logical(self) -> int:
-        """Bytes without regard to where and how the result is laid out."""
+        """Bytes of the result without its layout: without padding, and on the chip or not."""
         return sum(shape.size * BITS[shape.dtype] // 8 for shape in self.shapes)
 
     def attribute(self, name: str) -> str:
@@ -80,7 +81,7 @@ class Instruction:
         return [c for name in names for c in re.findall(r"%([\w.\-]+)", self.attribute(name))]
 
 
-Computation = Mapping[str, Instruction]  # in the order in which they run
+Computation = Mapping[str, Instruction]  # by name, in the order of execution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +89,11 @@ class Kernel:
     """An instruction that runs on the device.
 
     Attributes:
-        instruction: as the program has it.
+        instruction: the instruction in the program.
         times: how often it runs.
-        bytes: what it moves each time.
-        products: its multiplications and additions in products each time, by the dtype of their operands; "f32 highest"
-            for products of float32 in full precision.
+        bytes: the bytes that it moves each time.
+        products: the multiplications and additions of its products each time, by the dtype of their operands. Products
+            of float32 in full precision count as "f32 highest".
     """
 
     instruction: Instruction
@@ -103,7 +104,7 @@ class Kernel:
 
 @dataclasses.dataclass
 class Counts:
-    """What a program does: the sums over its kernels."""
+    """The sums over all kernels of a program."""
 
     bytes: int = 0
     kernels: int = 0
@@ -113,7 +114,7 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """A device's rates. A kernel takes the longer of its bytes and its operations, each at its rate."""
+    """A device's rates. A kernel takes the longer of the times for its bytes and for its operations."""
 
     bytes: float
     operations: Mapping[str, float]
@@ -124,7 +125,7 @@ class Peak:
 
 
 class Program:
-    """A compiled program, from `compiled.as_text()`."""
+    """A compiled program, read from `compiled.as_text()`."""
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -138,7 +139,7 @@ class Program:
                 current[instruction.name] = instruction
 
     def counts(self, peak: Peak | None = None) -> Counts:
-        """The sums over all kernels; their seconds only with a peak."""
+        """The sums over all kernels. The seconds are 0 without a peak."""
         total = Counts()
         for kernel in self.kernels():
             total.bytes += kernel.times * kernel.bytes
@@ -149,7 +150,7 @@ class Program:
         return total
 
     def kernels(self) -> Iterator[Kernel]:
-        """The kernels in the order in which they run, those of a loop once.
+        """The kernels in the order of execution. Those of a loop appear once.
 
         Raises:
             ValueError: the program does not say how often a loop runs.
@@ -176,7 +177,7 @@ class Program:
                     yield from self._kernels(part, times)
             else:
                 kernel = self._kernel(i, body, times)
-                if kernel.bytes or kernel.products:  # the others are scalars of the host, or on the chip
+                if kernel.bytes or kernel.products:  # skip scalars on the host and arrays on the chip
                     yield kernel
 
     def _kernel(self, i: Instruction, computation: Computation, times: int) -> Kernel:
@@ -195,7 +196,7 @@ class Program:
         return sum(min(computation[name].bytes, used) for name, used in read.items())
 
     def _bytes_used(self, p: Instruction, body: Computation) -> int:
-        """How many bytes of p its users read."""
+        """The number of bytes of p that its users read."""
         total = 0
         for user in body.values():
             for k, name in enumerate(user.operands):
@@ -247,13 +248,17 @@ class Program:
 
 
 def _bytes_moved(i: Instruction, computation: Computation) -> int:
-    """Bytes moved by an instruction that is a kernel of its own."""
-    sizes = [computation[name].bytes * (name not in i.operands[:k]) for k, name in enumerate(i.operands) if name in computation]
+    """The bytes that an instruction moves if it is a kernel of its own."""
+    sizes = [
+        computation[name].bytes * (name not in i.operands[:k])
+        for k, name in enumerate(i.operands)
+        if name in computation
+    ]
     if i.opcode in SLICES:
         return i.bytes + min(i.logical, sizes[0]) + sum(sizes[1:])
     if i.opcode in UPDATES:
         return sum(sizes[1:]) + sizes[UPDATES[i.opcode]]
-    if i.opcode == "custom-call":  # a library's workspace is not what it moves
+    if i.opcode == "custom-call":  # a library's workspace does not count
         return sum(sizes) + sum(s.bytes for s in i.shapes if s.dtype not in ("s8", "u8"))
     if i.opcode == "copy-start":
         return sizes[0] + i.shapes[0].bytes
@@ -266,7 +271,7 @@ def _precision(i: Instruction, left: Shape, right: Shape) -> str:
 
 
 def _operations(i: Instruction, left: Shape, right: Shape) -> int:
-    """Two for each multiplication and addition."""
+    """The number of operations of a product: two for each multiplication and addition."""
     out = i.shapes[0].size
     if labels := i.attribute("dim_labels"):
         kernel = re.split("_|->", labels)[1]
@@ -279,11 +284,11 @@ def _operations(i: Instruction, left: Shape, right: Shape) -> int:
     return 2 * out * math.prod(left.dims[int(k)] for k in re.findall(r"\d+", contracted))
 
 
-# --- Reading the text ----------------------------------------------------------------------------------------------
+# --- Parsing the text ----------------------------------------------------------------------------------------------
 
 
 def parse_instruction(line: str) -> Instruction | None:
-    """The instruction on a line of the program's text; None if there is none."""
+    """Parse a line of the program's text. Return None if it has no instruction."""
     found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
     if not found:
         return None
@@ -296,7 +301,7 @@ def parse_instruction(line: str) -> Instruction | None:
 
 
 def shapes(types: str) -> Iterator[Shape]:
-    """The arrays of a type, such as f32[8,128]{1,0:T(8,128)} or a tuple of them."""
+    """The arrays of a type such as f32[8,128]{1,0:T(8,128)} or of a tuple of types."""
     for dtype, dims, order, layout in ARRAY.findall(types):
         tile = re.search(r"T\(([\d,]+)\)", layout)
         yield Shape(dtype, _numbers(dims), _numbers(order), _numbers(tile[1]) if tile else (), "S(1)" in layout)
@@ -307,15 +312,15 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _split_type(text: str) -> tuple[str, str]:
-    """(the type at the beginning, what follows)."""
+    """(the type at the beginning, the rest of the text)."""
     if text.startswith("("):
         return _split_parentheses(text)
-    before, _, after = text.partition(" ")
-    return before, after
+    first, _, rest = text.partition(" ")
+    return first, rest
 
 
 def _split_parentheses(text: str) -> tuple[str, str]:
-    """(what is inside the parentheses at the beginning, what follows them)."""
+    """(the text in the parentheses at the beginning, the text after them)."""
     depths: Sequence[int] = list(itertools.accumulate((c == "(") - (c == ")") for c in text))
     end = depths.index(0)
     return text[1:end], text[end + 1 :]

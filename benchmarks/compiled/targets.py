@@ -1,4 +1,4 @@
-"""The devices that programs are compiled for. None of them has to be there; its compiler has to be installed."""
+"""The devices that programs are compiled for. Their compilers must be installed, but no device is needed."""
 
 import dataclasses
 import os
@@ -21,7 +21,7 @@ gpu_device_info {
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-"""What XLA needs to know of the card, as a GpuTargetConfigProto in text form."""
+"""The description of the GPU for XLA: a GpuTargetConfigProto in text form."""
 
 
 class NotInstalledError(Exception):
@@ -33,11 +33,11 @@ class Target:
     """A device to compile for.
 
     Attributes:
-        name: as in the table.
-        extra: the extra of the package that installs its compiler.
-        peak: the rates of its data sheet.
+        name: the name in the table.
+        extra: the extra of this package that installs its compiler.
+        peak: the rates on its data sheet.
         topology: arguments of `topologies.get_topology_desc`.
-        variables: environment variables that its compiler reads when it is loaded.
+        variables: the environment variables that its compiler reads when it is loaded.
     """
 
     name: str
@@ -47,32 +47,32 @@ class Target:
     variables: dict[str, str]
 
     def device(self) -> Any:
-        """A description of the device, which `jax.jit(…).lower` takes in place of one.
+        """A description of the device. JAX compiles for it as for a real device.
 
         Raises:
-            NotInstalledError: its compiler is not there.
+            NotInstalledError: its compiler is not installed.
         """
         try:
             return topologies.get_topology_desc(**self.topology).devices[0]
-        except Exception as error:  # whatever the plugin raises; the table says that the target is left out
+        except Exception as error:  # plugins raise various errors; the table shows that the target is skipped
             raise NotInstalledError(f"{self.name}: pip install 'jaxgrad[{self.extra}]' ({error})") from error
 
 
 def compile_for(function: Any, arguments: Any, device: Any) -> Any:
-    """The function compiled for a device, for arguments of these shapes and dtypes."""
+    """Compile a function for a device and for arguments of these shapes and dtypes."""
     sharding = SingleDeviceSharding(device)
     structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     return jax.jit(function).lower(*structs).compile()
 
 
 def memory(program: Any) -> int:
-    """Bytes that a compiled program holds besides its arguments: temporary arrays and results."""
+    """The bytes that a compiled program holds besides its arguments: temporary arrays and results."""
     sizes = program.memory_analysis()
     return int(sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
 
 
-# Dense rates. A GPU computes float32 products by TensorFloat-32 unless a program asks for full precision; a TPU rounds
-# them to bfloat16, or takes six products for full precision.
+# Rates of dense products. A GPU rounds the operands of float32 products to TensorFloat-32, and a TPU to bfloat16,
+# unless the program asks for full precision. For full precision a TPU computes six products.
 H100 = Target(
     "H100",
     "aot-cuda",
@@ -89,6 +89,6 @@ V5E = Target(
 )
 TARGETS = (H100, V5E)
 
-for _target in TARGETS:  # read when a compiler is loaded, and XLA's flags as soon as JAX computes anything
+for _target in TARGETS:  # a compiler reads them when it is loaded, and XLA its flags when JAX first computes
     for _name, _value in _target.variables.items():
         os.environ.setdefault(_name, _value)

@@ -1,4 +1,4 @@
-"""The table of compiled programs: what an H100 and a TPU would move, hold and compute, against a plain gradient."""
+"""The table of compiled programs: the bytes, memory and products on an H100 and a TPU, relative to a plain gradient."""
 
 import functools
 import time
@@ -20,8 +20,10 @@ GPT_2_SMALL = {"L": 12, "V": 50304, "D": 768, "B": 8}
 UNIT, ONE, TWO = "plain", "one pass", "two passes"
 
 
-def select_models(target: Target, small: bool) -> Iterator[tuple[Callable[[], Model], tuple[str, ...], tuple[str, ...]]]:
-    """(model, dtypes, functions) for each row; two models for a TPU, whose compiler takes minutes for each."""
+def select_models(
+    target: Target, small: bool
+) -> Iterator[tuple[Callable[[], Model], tuple[str, ...], tuple[str, ...]]]:
+    """(model, dtypes, columns). A TPU has only two models, because its compiler takes minutes for each."""
     one_pass = (UNIT, ONE)
     if small:
         yield lambda: models.mlp((64, 64, 10), 32), DTYPES, one_pass
@@ -39,7 +41,7 @@ def select_models(target: Target, small: bool) -> Iterator[tuple[Callable[[], Mo
 
 
 def shape_structs(tree: Any, dtype: str) -> Any:
-    """The shapes of a tree's arrays, with this dtype where they are floating."""
+    """The shapes of the arrays in a tree, with this dtype for floating-point arrays."""
 
     def struct(a: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(a.shape, dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype)
@@ -67,7 +69,7 @@ def workloads(settings: Settings) -> Iterator[Workload]:
 
 
 def measure_row(workload: Workload, settings: Settings) -> list[Row]:
-    """The row of one model, dtype and target."""
+    """Compile the programs of one model, dtype and target, and count what they do."""
     (target,) = (t for t in TARGETS if t.name == workload.labels["target"])
     row = Row(workload.name, workload.section, unit=UNIT, labels=workload.labels)
     try:
@@ -77,9 +79,9 @@ def measure_row(workload: Workload, settings: Settings) -> list[Row]:
         return [row]
     for name, function in workload.functions.items():
         jax.clear_caches()
-        before = time.perf_counter()
+        start = time.perf_counter()
         program = compile_for(function, workload.arguments, device)
-        row.compiling[name] = time.perf_counter() - before
+        row.compiling[name] = time.perf_counter() - start
         row.bytes[name] = memory(program)
         row.costs[name] = costs(Program(program.as_text()).counts(target.peak), target)
     return [row]
@@ -108,11 +110,11 @@ def memory_ratio(name: str) -> Column:
     def cell(row: Row) -> str:
         return report.number(row.bytes[name] / row.bytes[row.unit]) if name in row.bytes else ""
 
-    return Column(f"memory, {name}", cell)
+    return Column(f"{name}, memory", cell)
 
 
 def float32_share(name: str) -> Column:
-    """Share of the operations in products that take operands of float32 in a model of a narrower dtype."""
+    """The share of operations that are in products of float32, for models of a narrower dtype."""
 
     def cell(row: Row) -> str:
         if name not in row.costs or row.labels["dtype"] == "float32":
@@ -120,7 +122,7 @@ def float32_share(name: str) -> Column:
         products = {k: n for k, n in row.costs[name].items() if k.startswith("products")}
         return f"{sum(n for k, n in products.items() if 'f32' in k) / sum(products.values()):.0%}"
 
-    return Column(f"in float32, {name}", cell)
+    return Column(f"{name}, in float32", cell)
 
 
 def note(rows: Sequence[Row]) -> str:
@@ -129,24 +131,27 @@ def note(rows: Sequence[Row]) -> str:
         + ", ".join(f"{dtype} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in t.peak.operations.items())
         for t in TARGETS
     ]
-    return "Rates of the model of time, from the data sheets. " + ". ".join(rates) + "."
+    return "The modeled times use the rates on the data sheets. " + ". ".join(rates) + "."
 
 
 THEME = Theme(
     NAME,
     "Compiled for accelerators",
     """
-No device is used here: the compilers of an H100 (through `jax-cuda12-plugin`) and of a TPU v5e (through `libtpu`)
-compile the programs ahead of time, and the numbers are read off what they print. `benchmarks/compiled/program.py` says
-how kernels and bytes are counted. Plain is `jit(value_and_grad(mean loss))`, 1.00. One pass is the mean loss, the norms
-and the clipped sum from `per_example_value_and_grad`; two passes is `clipped_grad(passes=2)`. Memory is temporary
-memory and results. Time is a model and not a measurement: each kernel takes the longer of its bytes and the operations
-of its products, each at the device's rate. `In float32` is the share of all products' operations that take operands
-of float32, in models of bfloat16.""",
+This table needs no device. The compilers of an H100 (through `jax-cuda12-plugin`) and of a TPU v5e (through `libtpu`)
+compile the programs ahead of time, and the numbers come from the compiled programs. `plain` is
+`jit(value_and_grad(mean loss))`. `one pass` is the mean loss, the norms and the clipped sum from
+`per_example_value_and_grad`. `two passes` is `clipped_grad(passes=2)`.
+
+The columns *moved*, *memory*, *time* and *compile time* are multiples of plain's. *Moved* counts the bytes that the
+kernels read and write; `benchmarks/compiled/program.py` says how kernels and bytes are counted. *Memory* counts
+temporary arrays and results. *Time* is modeled and not measured: each kernel takes the longer of the times for its
+bytes and for the operations of its products, at the device's rates. *In float32* is the share of the products'
+operations that have operands of float32, for models in bfloat16.""",
     (
         cost(UNIT, "bytes moved", 2.0**-30, "plain, GiB moved"),
-        cost_ratio(ONE, "bytes moved", "moved, one pass"),
-        cost_ratio(TWO, "bytes moved", "moved, two passes"),
+        cost_ratio(ONE, "bytes moved", "one pass, moved"),
+        cost_ratio(TWO, "bytes moved", "two passes, moved"),
         report.mebibytes(UNIT),
         memory_ratio(ONE),
         memory_ratio(TWO),
@@ -154,9 +159,9 @@ of float32, in models of bfloat16.""",
         cost(ONE, "kernels", 1, "one pass, kernels"),
         float32_share(ONE),
         cost(UNIT, "modeled seconds", 1e3, "plain, modeled ms"),
-        cost_ratio(ONE, "modeled seconds", "time, one pass"),
-        cost_ratio(TWO, "modeled seconds", "time, two passes"),
-        report.compiling(ONE),
+        cost_ratio(ONE, "modeled seconds", "one pass, time"),
+        cost_ratio(TWO, "modeled seconds", "two passes, time"),
+        report.compile_time(ONE),
     ),
     workloads,
     measure_row,

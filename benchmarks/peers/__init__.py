@@ -1,8 +1,9 @@
-"""The same quantities computed by other libraries: one small file for each peer, run in a process of its own.
+"""The same quantities computed by other libraries, the peers. Each has a small file here and runs in its own process.
 
-theme               the rows: writes the numbers, runs the peers, compares their results with jaxgrad's
-run                 the program of a peer's process: the timing, the memory, and what went wrong
-torch_models        the models of `benchmarks.models` in torch, from the same numbers
+theme               the table: it writes the inputs, runs the peers and compares their results with jaxgrad's
+run                 the program of a peer's process: it measures time and memory, and reports errors
+quantities          the quantities in JAX
+torch_models        the models of `benchmarks.models` in torch, with the same weights
 
-Everything but `theme` needs torch and no JAX.
+The peers, `run` and `torch_models` need torch and no JAX; `theme` and `quantities` need JAX and no torch.
 """

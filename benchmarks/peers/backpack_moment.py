@@ -1,4 +1,4 @@
-"""BackPACK's SumGradSquared: the sum of every example's squared gradient, during a backward pass."""
+"""BackPACK's SumGradSquared: the sum of every example's squared gradient, computed in the backward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ PACKAGES, MATERIALIZES = ("backpack-for-pytorch",), False
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(the function that is timed, a function that returns what it computed)."""
+    """(the function that is timed, a function that returns its results)."""
     model = extend(problem.model)
 
     def call() -> None:

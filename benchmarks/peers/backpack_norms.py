@@ -1,4 +1,4 @@
-"""BackPACK's BatchL2Grad: the norms of every parameter's gradients, during a backward pass."""
+"""BackPACK's BatchL2Grad: the norms of every parameter's gradients, computed in the backward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ PACKAGES, MATERIALIZES = ("backpack-for-pytorch",), False
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(the function that is timed, a function that returns what it computed)."""
+    """(the function that is timed, a function that returns its results)."""
     model = extend(problem.model)
     results: dict[str, Any] = {}
 
@@ -23,7 +23,7 @@ def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
             problem.losses(model(problem.inputs), problem.targets).sum().backward()
         missing = [name for name, p in problem.parameters.items() if not hasattr(p, "batch_l2")]
         if missing:
-            raise NotImplementedError(f"nothing for {missing[0]}")
+            raise NotImplementedError(f"no result for {missing[0]}")
         results["norms"] = torch.sqrt(sum(p.batch_l2 for p in problem.parameters.values()))
 
     return call, lambda: results

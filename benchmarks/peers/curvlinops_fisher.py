@@ -1,4 +1,4 @@
-"""curvlinops' empirical Fisher matrix, times a vector."""
+"""curvlinops' empirical Fisher matrix times a vector."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,5 +12,5 @@ PACKAGES, MATERIALIZES = ("curvlinops-for-pytorch",), False
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(the function that is timed, a function that returns what it computed)."""
+    """(the function that is timed, a function that returns its results)."""
     return product(EFLinearOperator, problem)

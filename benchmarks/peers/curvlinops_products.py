@@ -1,4 +1,4 @@
-"""curvlinops' linear operators: the product of a curvature matrix with a vector, from scratch."""
+"""curvlinops' linear operators: the product of a curvature matrix and a vector, with nothing precomputed."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Opacus with ghost clipping: norms from activations and backpropagated gradients, and a second backward pass."""
+"""Opacus with ghost clipping: norms from activations and cotangents, then a second backward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ PACKAGES, MATERIALIZES = ("opacus",), False
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(the function that is timed, a function that returns what it computed)."""
+    """(the function that is timed, a function that returns its results)."""
     parameters = problem.parameters
     module = GradSampleModuleFastGradientClipping(
         problem.model, max_grad_norm=problem.bound, use_ghost_clipping=True, loss_reduction="mean"

@@ -1,4 +1,4 @@
-"""Opacus with its hooks: every layer's per-example gradients are materialized, then clipped and summed."""
+"""Opacus with its hooks, which materialize every layer's per-example gradients, then clip and sum them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ PACKAGES, MATERIALIZES = ("opacus",), True
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(the function that is timed, a function that returns what it computed)."""
+    """(the function that is timed, a function that returns its results)."""
     B, parameters = len(problem.inputs), problem.parameters
     module = GradSampleModule(problem.model)
     optimizer = DPOptimizer(

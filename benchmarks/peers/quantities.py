@@ -1,4 +1,4 @@
-"""The quantities that peers compute, in JAX: from factors, and from materialized gradients."""
+"""The quantities that the peers compute, in JAX: from factors and from materialized gradients."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def implementations(model: Model, quantity: str, bound: float) -> dict[str, Any]
 
 
 def materialized_bytes(model: Model, quantity: str, columns: dict[str, Any]) -> dict[str, int]:
-    """Bytes of the materialized gradients; for the Gauss-Newton matrix, of the Jacobians of all outputs."""
+    """Bytes of the materialized gradients, or for the Gauss-Newton matrix of the Jacobians of all outputs."""
     outputs = model.params[-1]["b"].size if quantity == GAUSS_NEWTON else 1
     return {name: outputs * n for name, n in functions.materialized_bytes(model, columns).items()}
 
@@ -75,7 +75,7 @@ def random_direction(model: Model) -> Any:
 
 
 def reference_results(model: Model, quantity: str, bound: float) -> dict[str, np.ndarray]:
-    """jaxgrad's results under the names that the peers use for dense: norms, and sums over the batch by leaf."""
+    """jaxgrad's results under the names that the peers use: norms, and sums over the batch by leaf."""
 
     def compute(params: Any, *batch: Any) -> dict[str, Any]:
         if quantity in (CLIPPED, NORMS):

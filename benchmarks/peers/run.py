@@ -1,7 +1,7 @@
 """The program of a peer's process: python -m benchmarks.peers.run PEER MODEL FOLDER SECONDS
 
-It reads FOLDER/in.npz and writes FOLDER/out.json (the medians, the memory, the versions; or the word that says why
-there are none) and FOLDER/out.npz (the peer's results). It also times torch's own plain gradient of the mean loss.
+It reads FOLDER/in.npz. It writes FOLDER/out.json (the medians, the memory and the versions, or why there are none) and
+FOLDER/out.npz (the peer's results). It also times torch's own gradient of the mean loss.
 """
 
 import importlib
@@ -41,15 +41,17 @@ def measure_peer(peer: str, kind: str, folder: Path, seconds: float) -> tuple[di
     torch.set_num_threads(threads())
     torch.manual_seed(0)
     with np.load(folder / "in.npz") as arrays:
-        problems = [torch_models.problem(kind, arrays) for _ in range(2)]  # a peer's hooks must not affect plain
-    ours, theirs = problems
-    size = 4 * len(ours.inputs) * sum(p.numel() for p in ours.parameters.values())
+        problems = [
+            torch_models.problem(kind, arrays) for _ in range(2)
+        ]  # a peer's hooks must not affect the plain gradient
+    plain_problem, peer_problem = problems
+    size = 4 * len(plain_problem.inputs) * sum(p.numel() for p in plain_problem.parameters.values())
     if module.MATERIALIZES and size > MAX_BYTES:
         return {"skipped": "does not fit"}, {}
-    calls: dict[str, Callable[[], Any]] = {"plain": plain(ours)}
-    calls["peer"], results = module.prepare(theirs)
+    calls: dict[str, Callable[[], Any]] = {"plain": plain(plain_problem)}
+    calls["peer"], results = module.prepare(peer_problem)
     calls["peer"]()
-    arrays = to_jax(theirs, results())
+    arrays = to_jax(peer_problem, results())
     report = {
         "seconds": medians(calls, seconds, 5),
         "bytes": {name: peak_bytes(call) for name, call in calls.items()},
@@ -72,7 +74,7 @@ def plain(problem: Any) -> Callable[[], Any]:
 
 
 def to_jax(problem: Any, results: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The norms unchanged, and the sums over the batch by their parameters' names in JAX."""
+    """The norms unchanged, and the sums over the batch by the names of their parameters in JAX."""
     arrays = {"norms": results["norms"].detach().numpy()} if "norms" in results else {}
     if "sum" in results:
         arrays |= {f"sum {path}": a for path, a in problem.to_jax(results["sum"]).items()}
@@ -80,7 +82,7 @@ def to_jax(problem: Any, results: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Peak of the memory allocated during a call, in addition to what was allocated before it."""
+    """The peak of the memory that a call allocates."""
     from torch.profiler import ProfilerActivity, profile
 
     call()

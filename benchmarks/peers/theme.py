@@ -1,4 +1,4 @@
-"""Peers side by side, on the same numbers: all methods in JAX in one process, each torch library in its own."""
+"""Compare with peers on the same inputs: all methods in JAX run in one process, each torch library in its own."""
 
 import dataclasses
 import functools
@@ -23,26 +23,26 @@ from benchmarks.peers.quantities import (
     GAUSS_NEWTON,
     MOMENT,
     NORMS,
+    implementations,
     leaves_by_path,
+    materialized_bytes,
     random_direction,
     reference_results,
-    implementations,
-    writes,
 )
 from benchmarks.workload import Row, Settings, Theme, Workload
 
 NAME = "peers"
-TOLERANCE = 1e-3  # norms: relative to the largest; each parameter's array: in the Euclidean norm
-MINUTES = 10.0  # for one peer on one model
+TOLERANCE = 1e-3  # of norms relative to the largest norm, of each parameter's sum relative to its Euclidean norm
+MINUTES = 10.0  # the time limit of one peer on one model
 
 
 class Peer(NamedTuple):
-    """A file of this folder.
+    """A peer, which has a file in this folder.
 
     Attributes:
         name: the name in the table.
         module: the file's name.
-        unsupported: the models on which it is known to fail or to be wrong; on any other model that is an error.
+        unsupported: the models on which it is known to fail or to be wrong. On any other model, this is an error.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Peer(NamedTuple):
 PEERS = {
     CLIPPED: (
         Peer("Opacus, hooks", "opacus_hooks"),
-        Peer("Opacus, ghost clipping", "opacus_ghost", ("gru", "language_model")),  # weights tied or used in a loop
+        Peer("Opacus, ghost clipping", "opacus_ghost", ("gru", "language_model")),  # weights are tied or used in a loop
         Peer("torch.func", "torch_func"),
     ),
     NORMS: (Peer("BackPACK, BatchL2Grad", "backpack_norms", ("transformer", "gru", "language_model")),),
@@ -73,7 +73,7 @@ MODELS: dict[str, tuple[Callable[[], Model], tuple[str, ...]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class PeerWorkload(Workload):
-    """A workload in JAX, with what the peers need to know about it."""
+    """A workload in JAX, with the inputs of the peers."""
 
     kind: str = ""
     quantity: str = ""
@@ -111,7 +111,7 @@ def workload(kind: str, model: Model, quantity: str, name: str) -> PeerWorkload:
 
 
 def measure_rows(workload: Workload, settings: Settings) -> Iterator[Row]:
-    """A row for each method: those in JAX, then those in torch."""
+    """Measure one row for each method, first those in JAX, then those in torch."""
     assert isinstance(workload, PeerWorkload)
     assert workload.model is not None
     (jax_results,) = measure(workload, settings)
@@ -131,7 +131,7 @@ def jax_row(jax_results: Row, column: str, quantity: str) -> Row:
     suffix = f", microbatches of {best.split()[1]}" if best.startswith("jax-privacy ") else ""
     names = {"plain": "plain gradient, JAX", "vmap(grad)": "jit(vmap(jax.grad))"}
     names |= {"vmap(grad)": "jit(vmap(jax.jacrev))"} if quantity == GAUSS_NEWTON else {}
-    row = Row(names.get(column, column) + suffix.replace("of None", "of all"), jax_results.section)
+    row = Row(names.get(column, column) + suffix.replace("microbatches of None", "whole batch"), jax_results.section)
     row.shapes, row.labels = jax_results.shapes, {"versions": f"jax {jax.__version__}"}
     if best in jax_results.seconds:
         row.seconds = {"method": jax_results.seconds[best], "plain": jax_results.seconds["plain"]}
@@ -143,7 +143,7 @@ def jax_row(jax_results: Row, column: str, quantity: str) -> Row:
 
 
 def write_problem(folder: Path, model: Model, bound: float) -> None:
-    """Write the weights, the batch, a direction and the bound to a file."""
+    """Write the weights, the batch, a direction and the bound to FOLDER/in.npz."""
     arrays = {f"params {path}": a for path, a in leaves_by_path(model.params).items()}
     arrays |= {f"direction {path}": a for path, a in leaves_by_path(random_direction(model)).items()}
     arrays |= {f"batch {k}": np.asarray(a) for k, a in enumerate(model.batch)}
@@ -154,9 +154,9 @@ def run_peer(peer: Peer, kind: str, folder: Path, settings: Settings) -> dict[st
     """Run the peer's process and return its report."""
     root = str(Path(benchmarks.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    words = ["-m", "benchmarks.peers.run", peer.module, kind, str(folder), str(settings.seconds)]
+    arguments = ["-m", "benchmarks.peers.run", peer.module, kind, str(folder), str(settings.seconds)]
     try:
-        command = [settings.torch_python, *words]
+        command = [settings.torch_python, *arguments]
         process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 * MINUTES)
     except subprocess.TimeoutExpired:
         return {"skipped": OUT_OF_TIME}
@@ -166,18 +166,23 @@ def run_peer(peer: Peer, kind: str, folder: Path, settings: Settings) -> dict[st
 
 
 def torch_row(
-    jax_results: Row, workload: PeerWorkload, peer: Peer, outcome: dict[str, Any], reference: dict[str, Any], folder: Path
+    jax_results: Row,
+    workload: PeerWorkload,
+    peer: Peer,
+    outcome: dict[str, Any],
+    reference: dict[str, Any],
+    folder: Path,
 ) -> Row:
     row = Row(peer.name, jax_results.section, shapes=jax_results.shapes)
     row.labels = {"versions": ", ".join(f"{name} {version}" for name, version in outcome.get("versions", {}).items())}
-    word, wrong = outcome.get("skipped", ""), outcome.get("failed", "")
-    if not word and not wrong:
+    skipped, error = outcome.get("skipped", ""), outcome.get("failed", "")
+    if not skipped and not error:
         with np.load(folder / "out.npz") as arrays:
-            wrong = difference(reference, arrays)
-    if wrong and workload.kind not in peer.unsupported:
-        raise AssertionError(f"{workload.name}: {peer.name}: {wrong}\n{outcome.get('trace', '')}")
-    if word or wrong:
-        row.skipped = {"method": word or wrong}
+            error = difference(reference, arrays)
+    if error and workload.kind not in peer.unsupported:
+        raise AssertionError(f"{workload.name}: {peer.name}: {error}\n{outcome.get('trace', '')}")
+    if skipped or error:
+        row.skipped = {"method": skipped or error}
         return row
     seconds = outcome["seconds"]
     row.seconds = {"method": seconds["peer"], "plain": seconds["plain"], "jaxgrad": jax_results.seconds["jaxgrad"]}
@@ -185,34 +190,38 @@ def torch_row(
     return row
 
 
-def difference(ours: dict[str, np.ndarray], theirs: Any) -> str:
-    """The difference between a peer's result and jaxgrad's, in words; empty within the tolerance."""
-    if set(ours) != set(theirs):
-        return f"wrong: returns {sorted(set(theirs) ^ set(ours))} of the expected"
-    for name, a in ours.items():
-        b = theirs[name]
-        size = np.abs(a).max() if name == "norms" else np.linalg.norm(a)
-        off = np.abs(a - b).max() if name == "norms" else np.linalg.norm(a - b)
-        if not off <= TOLERANCE * size:
-            what = "norms" if name == "norms" else name
-            return f"wrong: {what} off by {off / size:.1%}"
+def difference(reference: dict[str, np.ndarray], results: Any) -> str:
+    """Describe how a peer's results differ from jaxgrad's; empty if they agree within the tolerance."""
+    if set(reference) != set(results):
+        return f"wrong: expected {sorted(reference)}, got {sorted(results)}"
+    for name, a in reference.items():
+        b = results[name]
+        scale = np.abs(a).max() if name == "norms" else np.linalg.norm(a)
+        error = np.abs(a - b).max() if name == "norms" else np.linalg.norm(a - b)
+        if not error <= TOLERANCE * scale:
+            return f"wrong: {name} off by {error / scale:.1%}"
     return ""
 
 
 THEME = Theme(
     NAME,
-    "Peers",
+    "Other libraries",
     f"""
-One section for each model and quantity, one row for each way to compute it. The implementations in JAX are timed in one process;
-each peer in torch in a process of its own, from the same weights and batch, with as many threads, interleaved with
-torch's own gradient of the mean loss. Each holds to jaxgrad's result within {TOLERANCE} (norms: of the largest; sums:
-of each parameter's, in the Euclidean norm) or is not timed: the word says what it did instead. MiB is the peak of
-temporary memory: the compiled program's in JAX, what its allocator holds at most in torch. "does not fit": writes out
-more than 2 GiB. float32, CPU.""",
+Each section is a model and a quantity, and each row a method that computes it. The methods in JAX are timed in one
+process. Each method in torch is timed in a process of its own, with the same weights, batch and number of threads,
+interleaved with torch's own gradient of the mean loss.
+
+The column *relative to plain* is the time divided by that of a plain gradient in the same framework; *relative to
+jaxgrad* is the time divided by jaxgrad's. *MiB* is the peak of temporary memory: of the compiled program in JAX, and
+of the allocator in torch.
+
+A method must agree with jaxgrad to a relative error of {TOLERANCE}: norms relative to the largest norm, and each
+parameter's sum in the Euclidean norm. The row of a method that fails or does not agree shows the error in place of a
+time. A method does not fit if it materializes more than 2 GiB. All arrays are float32, on a CPU.""",
     (
         report.milliseconds("method", "ms"),
-        report.blank_if_skipped(report.ratio("method", "plain", "to its framework's plain gradient")),
-        report.blank_if_skipped(report.ratio("method", "jaxgrad", "to jaxgrad")),
+        report.blank_if_skipped(report.ratio("method", "plain", "relative to plain")),
+        report.blank_if_skipped(report.ratio("method", "jaxgrad", "relative to jaxgrad")),
         report.blank_if_skipped(report.mebibytes("method", "MiB")),
         report.label("versions"),
     ),

@@ -1,4 +1,4 @@
-"""torch.func: vmap(grad) materializes the per-example gradients, which are then clipped and summed."""
+"""torch.func: vmap(grad) materializes the per-example gradients, then they are clipped and summed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ PACKAGES, MATERIALIZES = (), True
 
 
 def prepare(problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(the function that is timed, a function that returns what it computed)."""
+    """(the function that is timed, a function that returns its results)."""
     parameters = {name: p.detach() for name, p in problem.parameters.items()}
     results: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""The models of `benchmarks.models` in torch, with the same numbers, and the map back to their names in JAX."""
+"""The models of `benchmarks.models` in torch with the same weights, and the names of their parameters in JAX."""
 
 import dataclasses
 import math
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The permutation of an array's axes from JAX to torch; from torch to JAX it is the inverse.
+# The permutation of an array's axes from JAX to torch. The one from torch to JAX is its inverse.
 AXES: dict[str, tuple[int, ...]] = {"": (), "matrix": (1, 0), "kernel": (3, 2, 0, 1), "image": (0, 3, 1, 2)}
-ParameterMap = Mapping[str, tuple[str, str]]  # a parameter's path in JAX: its name in torch, its key in AXES
+ParameterMap = Mapping[str, tuple[str, str]]  # path in JAX: (name in torch, key in AXES)
 
 
 @dataclasses.dataclass
 class Problem:
-    """A model with its weights, a batch, and what is needed to compute with them.
+    """A model with its weights, a batch, and the inputs of the quantities.
 
     Attributes:
         model: inputs [B, …] → outputs [B, …].
         inputs, targets: the batch.
         losses: (outputs, targets) → [B].
-        mapping: the name in torch of each parameter.
-        bound: the norm to clip to.
-        direction: a vector for products, by the parameter's name in torch.
+        mapping: the name of each parameter in torch, by its path in JAX.
+        bound: the norm that gradients are clipped to.
+        direction: the vector for matrix-vector products, by the names of the parameters in torch.
     """
 
     model: nn.Module
@@ -38,16 +38,16 @@ class Problem:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by name; a tied parameter appears once."""
+        """The trained parameters by name. A tied parameter appears once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def to_jax(self, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Tensors of the parameters' shapes, by their names in JAX and with JAX's order of axes."""
+        """Tensors with the parameters' shapes, by their paths in JAX and with JAX's order of axes."""
         return {path: to_numpy(tensors[name].detach(), layout) for path, (name, layout) in self.mapping.items()}
 
 
 def problem(kind: str, arrays: Mapping[str, np.ndarray]) -> Problem:
-    """The problem that the arrays written by `theme` describe."""
+    """The problem that the arrays from `theme` describe."""
     params = {k.removeprefix("params "): a for k, a in arrays.items() if k.startswith("params ")}
     model, mapping = MODELS[kind](params)
     parameters = dict(model.named_parameters())
@@ -72,7 +72,7 @@ def to_numpy(tensor: Tensor, layout: str) -> np.ndarray:
 
 
 def cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The cross entropy of each example; the mean over positions if it has several."""
+    """The cross entropy of each example, averaged over its positions."""
     losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
     return losses if targets.ndim == 1 else losses.unflatten(0, targets.shape).mean(1)
 
@@ -94,7 +94,7 @@ def mlp(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, ParameterMap]:
 
 
 def conv_net(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, ParameterMap]:
-    """The conv net. With stride 2, JAX's SAME pads an even size below and on the right."""
+    """The conv net. With stride 2, JAX's SAME pads an even size only at the bottom and on the right."""
     layers: list[nn.Module] = []
     mapping: dict[str, tuple[str, str]] = {}
     for k, stride in ((1, 1), (2, 2), (3, 2)):
@@ -122,7 +122,7 @@ def embedding(params: Mapping[str, np.ndarray]) -> tuple[nn.Module, ParameterMap
 
 
 def layer_norm_without_bias(D: int) -> nn.Module:
-    """A layer norm whose bias stays 0; Opacus fails on a layer norm without a bias."""
+    """A layer norm whose bias stays 0, because Opacus fails on a layer norm that has none."""
     norm = nn.LayerNorm(D)
     norm.bias.requires_grad_(False)
     return norm

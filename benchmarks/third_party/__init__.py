@@ -1,9 +1,9 @@
-"""Models from other packages, compared with vmap(jax.grad): one builder for each, run in a process of its own.
+"""Models from other packages, each built by a function here and measured in its own process.
 
-theme               the rows: the list of models, and their processes
-run                 the program of a model's process: agreement, how each parameter is held, time and memory
+theme               the table: it lists the models and starts their processes
+run                 the program of a model's process: it checks agreement and measures time and memory
 built               the type that a builder returns
 *_models, hugging_face   the builders, by the package of the modules
 
-A builder is a function of the dtype of the model's numbers; `theme` lists it by name.
+A builder is a function of the dtype of the model's parameters and inputs. `theme` lists it by name.
 """

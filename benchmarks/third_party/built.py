@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 class Built(NamedTuple):
-    """A model: its loss(params, *example) of one example, its params, and a batch."""
+    """A model: the loss(params, *example) of one example, the parameters, and a batch."""
 
     loss: Callable[..., jax.Array]
     params: Any
@@ -16,7 +16,7 @@ class Built(NamedTuple):
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """The tree with every floating-point array cast to a dtype, and complex arrays to its complex counterpart."""
+    """Cast the floating-point arrays of a tree to a dtype, and the complex ones to its complex counterpart."""
     complex_dtype = jnp.result_type(dtype, jnp.complex64)
 
     def cast_leaf(a: Any) -> Any:

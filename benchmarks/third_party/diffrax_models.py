@@ -1,4 +1,4 @@
-"""Differential equations of diffrax, whose vector fields are Equinox networks."""
+"""Neural differential equations in diffrax, with Equinox networks as vector fields."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def neural_ode(B: int, adjoint: Any, controller: Any) -> Built:
 
 
 def ode_by_checkpoints(dtype: Any, B: int = 8) -> Built:
-    """A neural ODE with diffrax's defaults: adaptive steps, loops with checkpoints."""
+    """A neural ODE with adaptive steps and diffrax's default adjoint, which uses a loop with checkpoints."""
     return neural_ode(B, diffrax.RecursiveCheckpointAdjoint(), diffrax.PIDController(rtol=1e-3, atol=1e-6))
 
 
@@ -44,7 +44,7 @@ def ode_direct(dtype: Any, B: int = 8) -> Built:
 
 
 def neural_cde(dtype: Any, B: int = 8, T: int = 12) -> Built:
-    """A controlled equation: a matrix computed by the network, times the derivative of the data."""
+    """A controlled differential equation: the network computes a matrix that multiplies the derivative of the data."""
 
     class Vector(eqx.Module):
         mlp: Any

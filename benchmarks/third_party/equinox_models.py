@@ -21,7 +21,7 @@ def trained(module: Any, loss: Callable[..., Any], *batch: Any) -> Built:
 
 
 class Encoder(eqx.Module):
-    """A transformer with eqx.nn's attention and a linear layer for each position."""
+    """A transformer with eqx.nn's attention and rotary positions."""
 
     embedding: Any
     attention: list[Any]
@@ -42,9 +42,9 @@ class Encoder(eqx.Module):
         rope = eqx.nn.RotaryPositionalEmbedding(h.shape[-1] // 4)
         mask = jnp.tril(jnp.ones((len(ids), len(ids)), bool))
         for k, attention in enumerate(self.attention):
-            turned = lambda q, k, v: (*(jax.vmap(rope, 1, 1)(a).astype(a.dtype) for a in (q, k)), v)  # noqa: E731
+            rotate = lambda q, k, v: (*(jax.vmap(rope, 1, 1)(a).astype(a.dtype) for a in (q, k)), v)  # noqa: E731
             normed = jax.vmap(self.norms[2 * k])(h)
-            h = h + attention(normed, normed, normed, mask=mask, process_heads=turned)
+            h = h + attention(normed, normed, normed, mask=mask, process_heads=rotate)
             h = h + jax.vmap(self.mlps[k])(jax.vmap(self.norms[2 * k + 1])(h))
         return jax.vmap(self.head)(h)
 
@@ -71,7 +71,7 @@ def gru(dtype: Any, B: int = 8) -> Built:
 
 
 def weight_norm(dtype: Any, B: int = 8) -> Built:
-    """eqx.nn.WeightNorm around the layers of a network of convolutions."""
+    """A conv net with eqx.nn.WeightNorm around its layers."""
     keys = jax.random.split(KEY, 4)
     module = eqx.nn.Sequential(
         [

@@ -28,7 +28,7 @@ def classifier(forward: Any, *shape: int, B: int = 8) -> Built:
 
 
 def resnet(dtype: Any) -> Built:
-    """hk.nets.ResNet with bottlenecks, with batch norm that uses its running averages."""
+    """hk.nets.ResNet with bottlenecks. Its batch norm uses the running averages."""
 
     def forward(x: Any, is_training: bool) -> Any:
         return hk.nets.ResNet((1, 1, 1, 1), 10, channels_per_group=(64, 128, 256, 256))(x, is_training)
@@ -70,7 +70,7 @@ def spectral_norm(dtype: Any) -> Built:
 
 
 def transformer(dtype: Any, B: int = 8, T: int = 16, V: int = 512) -> Built:
-    """Haiku's own example: attention of hk.MultiHeadAttention, a causal mask, and its own tied vocabulary."""
+    """A language model with hk.MultiHeadAttention and a causal mask, as in Haiku's own example."""
 
     def forward(ids: Any) -> Any:
         h = hk.Embed(V, 128)(ids) + hk.get_parameter("positions", [T, 128], init=hk.initializers.TruncatedNormal(0.02))

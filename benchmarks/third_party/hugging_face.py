@@ -85,7 +85,7 @@ def resnet(dtype: Any, B: int = 8) -> Built:
 
 
 def wav2vec2(dtype: Any, B: int = 8) -> Built:
-    """A model with a CTC loss; the convolution of the positions has weight norm."""
+    """FlaxWav2Vec2ForCTC with the same label in every frame. Its convolution of positions has weight norm."""
     config = tr.Wav2Vec2Config(
         vocab_size=32, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
         conv_dim=(64, 64, 64), conv_stride=(5, 2, 2), conv_kernel=(10, 3, 3), num_feat_extract_layers=3,
@@ -119,7 +119,7 @@ def whisper(dtype: Any, B: int = 8, T: int = 12) -> Built:
 
 
 def clip(dtype: Any, B: int = 8, T: int = 12) -> Built:
-    """Two towers; each example is scored against four captions."""
+    """Two towers. The loss scores each image against four captions."""
     layers = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
     text = {**layers, "vocab_size": 512, "max_position_embeddings": 32, "eos_token_id": 511}
     vision = {**layers, "image_size": 32, "patch_size": 8}
@@ -135,7 +135,7 @@ def clip(dtype: Any, B: int = 8, T: int = 12) -> Built:
 
 
 def diffusion_unet(dtype: Any, B: int = 8) -> Built:
-    """The error of the noise that the U-Net of diffusers predicts, with cross attention."""
+    """The U-Net of diffusers, with cross attention. The loss is the error of the noise that it predicts."""
     import diffusers
 
     module = diffusers.FlaxUNet2DConditionModel(

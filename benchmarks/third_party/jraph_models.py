@@ -34,7 +34,7 @@ def graph_classifier(forward: Any, B: int = 8) -> Built:
 
 
 def graph_network(dtype: Any) -> Built:
-    """jraph.GraphNetwork, two rounds, with MLPs that update edges, nodes and globals."""
+    """Two rounds of jraph.GraphNetwork, with MLPs that update edges, nodes and globals."""
 
     def mlp() -> Any:
         return jraph.concatenated_args(lambda x: hk.nets.MLP([128, 128])(x))

@@ -16,7 +16,7 @@ from benchmarks.third_party.built import Built
 
 
 def classified(make: Any, dtype: Any, batch: tuple[Any, ...], regularized: bool = False) -> Built:
-    """The loss of a Keras model, which is called statelessly."""
+    """The loss of a Keras model, computed with `stateless_call`."""
     keras.config.set_floatx(jnp.dtype(dtype).name)
     keras.utils.set_random_seed(0)
     model = make()
@@ -74,7 +74,7 @@ def mobile_net(dtype: Any, B: int = 8) -> Built:
 
 
 def penalized(dtype: Any, B: int = 8) -> Built:
-    """Weight decay as a kernel_regularizer of every layer, in the loss."""
+    """A conv net whose loss has a kernel_regularizer for every layer."""
 
     def make() -> Any:
         x = keras.Input((16, 16, 3))

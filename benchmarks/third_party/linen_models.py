@@ -165,7 +165,7 @@ def lstm(dtype: Any) -> Built:
 
 
 def brax_ppo(dtype: Any, B: int = 16) -> Built:
-    """The policy part and the value part of PPO's loss for one step of experience."""
+    """PPO's loss for one step of experience: its policy, value and entropy terms."""
     from brax.training.agents.ppo import networks as ppo
 
     networks = ppo.make_ppo_networks(

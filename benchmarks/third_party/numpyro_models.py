@@ -1,4 +1,4 @@
-"""Log densities of numpyro's programs, priors included."""
+"""Log densities of numpyro's programs, including the priors."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from numpyro.infer.util import log_density
 from benchmarks.models import Draw
 from benchmarks.third_party.built import Built
 
-N = 1000  # number of examples in the data; a batch is a part of them
+N = 1000  # number of examples in the data, of which a batch is a part
 
 
 def posterior(program: Any, sites: dict[str, jax.Array], *batch: Any) -> Built:
-    """The negative log density of one example scaled to all N, with the priors, divided by N."""
+    """The loss of one example: the negative log density of the priors and of N such examples, divided by N."""
 
     def loss(sites: Any, *example: Any) -> jax.Array:
         return -log_density(program, tuple(a[None] for a in example), {}, sites)[0] / N

@@ -1,6 +1,6 @@
 """The program of a model's process: python -m benchmarks.third_party.run FAMILY MODEL FOLDER SECONDS
 
-It writes FOLDER/out.json: the measurements, or a key that says why there are none.
+It writes FOLDER/out.json: the measurements, or the reason why there are none.
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxgrad as jg
-from benchmarks.functions import factored, in_axes, max_norm, plain, materialized
+from benchmarks.functions import factored, in_axes, materialized, max_norm, plain
 from benchmarks.measure import measure
 from benchmarks.models import Model
 from benchmarks.third_party.built import Built, cast
 from benchmarks.timing import keep_memory
 from benchmarks.workload import Settings, Workload
 
-EXACT, ROUNDED = 1e-9, 1e-4  # allowed relative difference in float64; if float32 is used inside
-SINGLE = 1e-3  # the same in float32
+EXACT, ROUNDED = 1e-9, 1e-4  # allowed relative difference in float64, and if the package computes in float32
+SINGLE = 1e-3  # allowed relative difference in float32
 SHARES = ("factored", "smaller", "vector", "unused", "direct")
 ROOT = Path(__file__).parents[2]
-SMALL = 0.01  # fraction of the model's bytes below which a direct parameter is not listed
+SMALL = 0.01  # a direct parameter below this share of the model's bytes is not listed
 
 
 def main(family: str, name: str, folder: Path, seconds: float) -> None:
@@ -41,19 +41,19 @@ def main(family: str, name: str, folder: Path, seconds: float) -> None:
 
 
 def try_step(step: Callable[[], Any], key: str) -> dict[str, Any]:
-    """The dict that a step returns, or its error under the key `key`; empty if it returns something else."""
+    """Run a step and return its dict, or its error under `key`; empty if the step returns something else."""
     try:
         outcome = step()
         return outcome if isinstance(outcome, dict) else {}
     except ModuleNotFoundError as error:
         return {key: f"not installed: {error.name}", "trace": traceback.format_exc()}
-    except Exception as error:  # any error is this model's result
+    except Exception as error:  # any error is the result of this model
         first = str(error).strip().split("\n")[0]
         return {key: f"{type(error).__name__}: {first}", "trace": traceback.format_exc()}
 
 
 def build(family: str, name: str, dtype: Any) -> Model:
-    """The model in the dtype. Noise is added to its parameters: initial zeros and ones can make gradients vanish."""
+    """Build the model in the dtype. Noise is added to its parameters, since initial zeros can make gradients vanish."""
     built: Built = getattr(importlib.import_module(f"benchmarks.third_party.{family}"), name)(dtype)
     leaves, tree = jax.tree.flatten(built.params)
     rng = np.random.default_rng(1)
@@ -64,7 +64,7 @@ def build(family: str, name: str, dtype: Any) -> Model:
 
 
 def measure_model(family: str, name: str, seconds: float) -> dict[str, Any]:
-    """Check agreement in float64, then explain each parameter, then measure time and memory in float32."""
+    """Check agreement in float64, explain how each parameter is held, and measure time and memory in float32."""
     with jax.enable_x64(True):
         exact = build(family, name, jnp.float64)
         difference = max_difference(exact)
@@ -94,19 +94,19 @@ def measure_model(family: str, name: str, seconds: float) -> dict[str, Any]:
 
 
 def nbytes(row: Any) -> int:
-    """Bytes of a parameter, from its row in explain."""
+    """The bytes of a parameter, from its row in `explain`."""
     return math.prod(row.shape) * row.dtype.itemsize
 
 
 def label(row: Any) -> str:
-    """The column of the table that a parameter counts in."""
+    """The column of the table that counts a parameter."""
     if row.how != "materialized":
         return str(row.how)
-    return "direct" if row.primitive else {"smaller": "smaller"}.get(row.why, row.why)
+    return "direct" if row.primitive else str(row.why)
 
 
 def labels(explanation: Any) -> dict[str, str]:
-    """The number of parameters, and the shares of their bytes by how they are held."""
+    """The number of parameters, the shares of their bytes by how they are held, and the size of the factors."""
     size = sum(map(nbytes, explanation.rows))
     share = {how: sum(nbytes(r) for r in explanation.rows if label(r) == how) / size for how in SHARES}
     return {
@@ -117,7 +117,7 @@ def labels(explanation: Any) -> dict[str, str]:
 
 
 def direct_parameters(explanation: Any) -> list[dict[str, Any]]:
-    """The direct parameters that are not small."""
+    """The parameters that take the direct route and are not small."""
     size = sum(map(nbytes, explanation.rows))
     return [
         {
@@ -134,7 +134,7 @@ def direct_parameters(explanation: Any) -> list[dict[str, Any]]:
 
 
 def max_difference(model: Model) -> float:
-    """Largest relative difference of norms, clipped sum and Gram matrix from those that vmap(jax.grad) gives."""
+    """The largest relative difference of norms, clipped sum and Gram matrix from those by vmap(jax.grad)."""
     arguments = (model.params, *model.batch)
 
     def by_vmap(params: Any, *batch: Any) -> Any:
@@ -146,24 +146,24 @@ def max_difference(model: Model) -> float:
         c = bound / jnp.maximum(bound, norms)
         return bound, norms, gram, jax.tree.map(lambda a: jnp.tensordot(c, a, 1), G)
 
-    def ours(bound: Any, params: Any, *batch: Any) -> Any:
+    def from_factors(bound: Any, params: Any, *batch: Any) -> Any:
         g = jg.per_example_grad(model.loss)(params, *batch)
         return g.norms(), g.gram(), g.clip(bound).sum()
 
-    bound, *theirs = jax.jit(by_vmap)(*arguments)
-    return max(map(relative_distance, jax.jit(ours)(bound, *arguments), theirs))
+    bound, *expected = jax.jit(by_vmap)(*arguments)
+    return max(map(relative_distance, jax.jit(from_factors)(bound, *arguments), expected))
 
 
-def relative_distance(ours: Any, theirs: Any) -> float:
+def relative_distance(tree: Any, reference: Any) -> float:
     """The Euclidean distance of two trees, relative to the norm of the second. Two infinities count as equal."""
     norm = lambda leaves: math.sqrt(sum(float(jnp.sum(jnp.abs(a) ** 2)) for a in leaves))  # noqa: E731
-    ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
-    return norm([jnp.where(a == b, 0, a - b) for a, b in zip(ours, theirs, strict=True)]) / norm(theirs)
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True)
+    return norm([jnp.where(a == b, 0, a - b) for a, b in pairs]) / norm(jax.tree.leaves(reference))
 
 
-def close(ours: Any, theirs: Any) -> None:
-    """Compare part by part: the mean loss, then the sum."""
-    for a, b in zip(ours, theirs, strict=True):
+def close(reference: Any, other: Any) -> None:
+    """Compare the mean losses, then the sums."""
+    for a, b in zip(reference, other, strict=True):
         assert relative_distance(a, b) <= SINGLE, f"off by {relative_distance(a, b):.1e}, more than {SINGLE}"
 
 

@@ -1,4 +1,4 @@
-"""Third-party models: each in a process of its own, so that a package that cannot be loaded only loses its own rows."""
+"""Third-party models. Each runs in its own process, so a package that cannot be imported affects only its own rows."""
 
 import importlib.metadata
 import json
@@ -16,9 +16,9 @@ from benchmarks.measure import OUT_OF_TIME
 from benchmarks.workload import Row, Settings, Theme, Workload
 
 NAME = "third_party"
-MINUTES = 10.0  # for one model
+MINUTES = 10.0  # the time limit of one model
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "HF_HUB_OFFLINE": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-MODELS = {  # a family is a file of this folder; each builder has its package and a description of the model
+MODELS = {  # by family, which is a file of this folder: each builder's package and model
     "linen_models": {
         "gpt": ("flax", "linen: GPT, tied embedding"),
         "partitioned_gpt": ("flax", "linen: GPT, nn.with_partitioning"),
@@ -112,7 +112,7 @@ MODELS = {  # a family is a file of this folder; each builder has its package an
 
 
 def workloads(settings: Settings) -> Iterator[Workload]:
-    """A workload for each model, which only names its builder; the model is built in its own process."""
+    """A workload for each model. It only names the builder, because the model is built in its own process."""
     for family, builders in MODELS.items():
         for builder, (package, title) in builders.items():
             name = f"{package}, {title}"
@@ -121,7 +121,7 @@ def workloads(settings: Settings) -> Iterator[Workload]:
 
 
 def measure_row(workload: Workload, settings: Settings) -> list[Row]:
-    """The model's row, or a row that says why it could not be measure_row. If jaxgrad fails, the row has failed."""
+    """Measure a model in its process. The row says so if the model could not be measured or jaxgrad failed."""
     outcome = run_model(workload.labels["family"], workload.labels["builder"], settings)
     row = Row(**outcome.get("row", {}) | {"name": workload.name})
     row.labels = {**row.labels, "version": installed(workload.labels["package"])}
@@ -162,33 +162,47 @@ def run_model(family: str, name: str, settings: Settings) -> dict[str, Any]:
 
 
 def direct_line(model: str, direct: dict[str, Any]) -> str:
-    """A row of the list below the table."""
-    at = f" at {direct['source']}" if direct["source"] else ""
+    """A row of the table of direct parameters."""
+    location = f" at {direct['source']}" if direct["source"] else ""
     shape = "×".join(map(str, direct["shape"]))
     return report.line(
-        [model, f"`{direct['path']}` {shape}", f"{direct['share']:.0%}", f"{direct['primitive']}{at}: {direct['why']}"]
+        [
+            model,
+            f"`{direct['path']}` {shape}",
+            f"{direct['share']:.0%}",
+            f"{direct['primitive']}{location}: {direct['why']}",
+        ]
     )
 
 
 def note(rows: Sequence[Row]) -> str:
     lines = [line for row in rows for line in row.lines]
     if not lines:
-        return "No parameter of more than 1 % of its model's bytes is written out."
-    header = [report.line(["model", "parameter", "of its bytes", "why"]), "|---|---|---:|---|"]
-    return "\n".join(["Parameters of more than 1 % of their model's bytes that are written out:", "", *header, *lines])
+        return "No parameter with more than 1 % of its model's bytes takes the direct route."
+    header = [report.line(["model", "parameter", "share of bytes", "why"]), "|---|---|---:|---|"]
+    return "\n".join(
+        ["These parameters take the direct route and have more than 1 % of their model's bytes:", "", *header, *lines]
+    )
 
 
 THEME = Theme(
     NAME,
     "Third-party models",
     """
-Models as packages build them, from configurations, at modest sizes; batches of 8 or 16. Each runs in a process of its
-own: norms, clipped sum and Gram matrix are first held against those of `vmap(jax.grad)` in float64, where
-`difference` is how far they lie apart, relative to their size (a package may compute in float32 inside all the same),
-then the clipped sum in float32. `jaxgrad` is `per_example_grad`, norms and clipped sum; plain, the mean loss and its
-gradient, is 1.00. `held` is what the factors hold, of all gradients written out; `factored`, `formed` (a product that
-is smaller carried out, as are `vectors`) and `direct` (written out as `vmap(jax.grad)` does) are shares of the
-model's bytes. Memory is the compiled program's temporary memory; compiling is tracing and compiling together.""",
+Each row is a model that a package builds from a configuration, at a modest size and with 8 or 16 examples. Each model
+runs in its own process. `plain` is `jit(value_and_grad(mean loss))`; the columns *time*, *memory* and *compile time*
+are multiples of it. `jaxgrad` computes the mean loss, the norms and the clipped sum of the per-example gradients from
+factors, and `vmap(grad)` computes them from the gradients that `vmap(jax.grad)` materializes.
+
+- *difference*: norms, clipped sum and Gram matrix are compared with those by `vmap(jax.grad)` in float64, and this is
+  the largest relative difference. Some packages compute in float32 all the same. The clipped sums are also compared in
+  float32.
+- *factored*, *smaller*, *vector*, *direct*: shares of the model's bytes. The gradients of the first share stay
+  factored and the others are materialized, for the reason that [Concepts](../docs/concepts.md#what-explain-prints)
+  explains.
+- *held*: the bytes of the factors divided by the bytes of the materialized gradients.
+
+Memory is the temporary memory of the compiled program. Compile time includes tracing.""",
     (
         report.label("version"),
         report.label("parameters"),
@@ -204,8 +218,8 @@ model's bytes. Memory is the compiled program's temporary memory; compiling is t
         report.mebibytes("plain"),
         report.memory("jaxgrad"),
         report.memory("vmap(grad)"),
-        report.compiling("jaxgrad"),
-        report.compiling("vmap(grad)"),
+        report.compile_time("jaxgrad"),
+        report.compile_time("vmap(grad)"),
     ),
     workloads,
     measure_row,
