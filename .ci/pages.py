@@ -1,10 +1,20 @@
-"""The repository's own files as pages of the documentation, each at its path: links between them hold in both."""
+"""The repository's own files as pages of the documentation, each at its path: links between them hold in both.
 
+The site loads nothing from elsewhere; the build fails if a page does.
+"""
+
+import re
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+sys.path.append(str(Path(__file__).parent))
+import offline
 
 PAGES = (
     "README.md",
@@ -12,8 +22,17 @@ PAGES = (
     "CONTRIBUTING.md",
     "docs/**/*.md",
     "docs/*.png",
+    "docs/*.svg",
+    "docs/site/**/*.*",
+    "docs/site/katex/LICENSE",
     "benchmarks/*.md",
     "notebooks/*.ipynb",
+)
+
+# What the notebooks' template loads: MathJax, in whose place `docs/site` has KaTeX, and Mermaid, which no notebook uses.
+FROM_ELSEWHERE = re.compile(
+    r"<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->|<script type=\"module\">(?:(?!</script>).)*mermaid.*?</script>",
+    re.DOTALL,
 )
 
 
@@ -24,7 +43,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if file.src_dir == config.docs_dir:
             files.remove(file)
     root = Path(config.config_file_path).parent
-    for path in sorted(path for pattern in PAGES for path in root.glob(pattern)):
+    for path in sorted({path for pattern in PAGES for path in root.glob(pattern)}):
         name = path.relative_to(root).as_posix()
         files.append(File(name, str(root), config.site_dir, config.use_directory_urls))
     return files
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The page without what it would load from elsewhere."""
+    return FROM_ELSEWHERE.sub("", html) if page.file.src_uri.endswith(".ipynb") else html
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Stop where a page loads something that does not come with the site."""
+    if faults := offline.faults(Path(config.site_dir)):
+        raise PluginError("\n".join(faults))
