@@ -20,6 +20,7 @@ PAGES = (
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "CITATION.cff",
     "docs/**/*.md",
     "docs/*.png",
     "docs/*.svg",
