@@ -63,10 +63,13 @@ def faults(site: Path) -> list[str]:
     for page in sorted(site.rglob("*.html")):
         for address in loads(page.read_text()):
             parts = urlsplit(address)
-            base = site if address.startswith("/") else page.parent
+            # 404.html is served for any address, so its own are absolute; elsewhere they would fail from a disk.
+            rooted = page == site / "404.html" and address.startswith("/")
             if parts.scheme or parts.netloc:
                 lines.append(f"{page.relative_to(site)} loads {address} from elsewhere")
-            elif not parts.path or not (base / unquote(parts.path).lstrip("/")).is_file():
+            elif not rooted and address.startswith("/"):
+                lines.append(f"{page.relative_to(site)} loads {address} by an absolute path")
+            elif not parts.path or not ((site if rooted else page.parent) / unquote(parts.path).lstrip("/")).is_file():
                 lines.append(f"{page.relative_to(site)} loads {address!r}, which is not there")
     for sheet in sorted(site.rglob("*.css")):
         lines += [f"{sheet.relative_to(site)} loads {address}" for address in IN_CSS.findall(sheet.read_text())]

@@ -6,12 +6,15 @@ The site loads nothing from elsewhere; the build fails if a page does.
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
+from mkdocs.utils import get_relative_url
 
 sys.path.append(str(Path(__file__).parent))
 import offline
@@ -25,14 +28,17 @@ PAGES = (
     "docs/*.png",
     "docs/*.svg",
     "docs/site/**/*.*",
-    "docs/site/katex/LICENSE",
+    "docs/site/*/LICENSE",
     "benchmarks/*.md",
     "notebooks/*.ipynb",
 )
 
-# What the notebooks' template loads: MathJax, in whose place `docs/site` has KaTeX, and Mermaid, which no notebook uses.
+SEARCH_SHIM = "docs/site/iframe-worker/shim.js"
+
+# What the notebooks' template loads: MathJax, in whose place `docs/site` has KaTeX; Mermaid, which no notebook uses.
 FROM_ELSEWHERE = re.compile(
-    r"<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->|<script type=\"module\">(?:(?!</script>).)*mermaid.*?</script>",
+    r"<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->"
+    r"|<script type=\"module\">(?:(?!</script>).)*mermaid.*?</script>",
     re.DOTALL,
 )
 
@@ -53,6 +59,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """The page without what it would load from elsewhere."""
     return FROM_ELSEWHERE.sub("", html) if page.file.src_uri.endswith(".ipynb") else html
+
+
+def on_page_context(context: dict[str, Any], page: Page, config: MkDocsConfig, nav: Navigation) -> None:
+    """Give the theme, which takes the addresses of polyfills as they are, the one that is right on this page."""
+    config.extra["polyfills"] = [get_relative_url(SEARCH_SHIM, page.file.url)]
 
 
 def on_post_build(config: MkDocsConfig) -> None:

@@ -51,6 +51,12 @@ def test_a_page_that_loads_a_missing_file_is_found(tmp_path):
     assert offline().faults(tmp_path) == ["index.html loads 'docs/gone.svg', which is not there"]
 
 
+def test_an_absolute_path_is_found(tmp_path):
+    (tmp_path / "a.js").write_text("")
+    (tmp_path / "index.html").write_text('<script src="/a.js"></script>')
+    assert offline().faults(tmp_path) == ["index.html loads /a.js by an absolute path"]
+
+
 def test_a_style_sheet_that_loads_from_elsewhere_is_found(tmp_path):
     (tmp_path / "a.css").write_text("@import '//elsewhere.example/b.css';")
     assert offline().faults(tmp_path) == ["a.css loads //elsewhere.example/b.css"]
@@ -61,9 +67,10 @@ def test_links_and_what_comes_with_the_site_are_allowed(tmp_path):
     (tmp_path / "a.js").write_text("")
     (tmp_path / "page" / "index.html").write_text(
         '<link rel="canonical" href="https://elsewhere.example/page/"><a href="https://elsewhere.example">a link</a>'
-        '<script src="../a.js?v=1"></script><script src="/a.js"></script><img alt="" src="data:image/png;base64,AA">'
+        '<script src="../a.js?v=1"></script><img alt="" src="data:image/png;base64,AA">'
         "<code>import a from 'https://elsewhere.example'</code>"
     )
+    (tmp_path / "404.html").write_text('<script src="/a.js"></script>')
     assert offline().faults(tmp_path) == []
 
 
@@ -109,7 +116,9 @@ def benchmarked(name):
 
 
 def test_the_page_of_costs_quotes_the_benchmarks():
-    expected = {model: numbers for name in ("transform", "deep", "compiled") for model, numbers in benchmarked(name).items()}
+    expected = {
+        model: numbers for name in ("transform", "deep", "compiled") for model, numbers in benchmarked(name).items()
+    }
     quoted = {}
     for header, cells in tables(ROOT / "docs" / "cost.md"):
         row = dict(zip(header, cells, strict=True))
@@ -122,7 +131,9 @@ def test_the_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == jg.__version__
     policy = (ROOT / "docs" / "policy.md").read_text()
-    jax_minimum = next(re.fullmatch(r"jax>=(.*)", line)[1] for line in project["dependencies"] if line.startswith("jax>="))
+    jax_minimum = next(
+        re.fullmatch(r"jax>=(.*)", line)[1] for line in project["dependencies"] if line.startswith("jax>=")
+    )
     assert f"| JAX and jaxlib | {jax_minimum} and newer |" in policy
     assert f"| Python | {project['requires-python'].removeprefix('>=')} and newer |" in policy
     assert tuple(map(int, jax.__version__.split(".")[:2])) >= tuple(map(int, jax_minimum.split(".")))
