@@ -6,15 +6,12 @@ The site loads nothing from elsewhere; the build fails if a page does.
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
-from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
-from mkdocs.utils import get_relative_url
 
 sys.path.append(str(Path(__file__).parent))
 import offline
@@ -32,8 +29,6 @@ PAGES = (
     "benchmarks/*.md",
     "notebooks/*.ipynb",
 )
-
-SEARCH_SHIM = "docs/site/iframe-worker/shim.js"
 
 # What the notebooks' template loads: MathJax, in whose place `docs/site` has KaTeX; Mermaid, which no notebook uses.
 FROM_ELSEWHERE = re.compile(
@@ -59,11 +54,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """The page without what it would load from elsewhere."""
     return FROM_ELSEWHERE.sub("", html) if page.file.src_uri.endswith(".ipynb") else html
-
-
-def on_page_context(context: dict[str, Any], page: Page, config: MkDocsConfig, nav: Navigation) -> None:
-    """Give the theme, which takes the addresses of polyfills as they are, the one that is right on this page."""
-    config.extra["polyfills"] = [get_relative_url(SEARCH_SHIM, page.file.url)]
 
 
 def on_post_build(config: MkDocsConfig) -> None:
