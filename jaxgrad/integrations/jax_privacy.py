@@ -1,11 +1,11 @@
 """jax-privacy's `clipped_grad` on factored gradients: a script that uses that library changes one import."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import dp_accounting
@@ -19,6 +19,7 @@ from jaxgrad.clipping import EPSILON, within
 from jaxgrad.errors import naming
 from jaxgrad.microbatches import in_microbatches
 from jaxgrad.per_example.algebra import complexes
+from jaxgrad.per_example.algebra.factors import Dense
 from jaxgrad.per_example.algebra.norms import root_sum_of_squares
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.checks import checked_mask
@@ -208,7 +209,7 @@ def installed() -> Iterator[None]:
             module.clipped_grad = function
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Options:
     """What is done with one example's gradient."""
 
@@ -271,6 +272,7 @@ class _Clipped:
         """Return (leaves of the sum, (values, aux, norms of every group))."""
         options = self._options
         values, aux, g, _ = self._loss.evaluated(arguments)
+        g = jax.tree.map(_exactly_rounded, g, is_leaf=_is_dense)
         ones = jax.tree.map(lambda _: 1.0, options.bounds)
         _, groups = g.groups((ones, ones) if self._norms_apart else ones)
         bounds = jax.tree.leaves(options.bounds)
@@ -286,6 +288,19 @@ class _Clipped:
             total += jax.tree.leaves(group.where(keep).scale(c).sum(rounded=False))
         wanted = [group.norms() for group in originals] if self._norms_apart else lengths
         return total, (values, aux, wanted)
+
+
+def _is_dense(node: Any) -> bool:
+    return isinstance(node, Dense)
+
+
+def _exactly_rounded(node: Any) -> Any:
+    """Materialized gradients in half precision as float32, rounded once: norms and sums then see the same numbers."""
+    if not _is_dense(node) or node.value.dtype not in (jnp.bfloat16, jnp.float16):
+        return node
+    narrow = jnp.finfo(node.value.dtype)
+    value = jax.lax.reduce_precision(node.value.astype(jnp.float32), narrow.nexp, narrow.nmant)
+    return dataclasses.replace(node, value=value)
 
 
 # --- Arguments
