@@ -27,7 +27,7 @@ from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import kept
 
-__all__ = ["AuxiliaryOutput", "BoundedSensitivityCallable", "clipped_grad", "installed"]
+__all__ = ["BoundedSensitivityCallable", "clipped_grad", "installed"]
 
 AuxiliaryOutput = theirs.AuxiliaryOutput
 """jax-privacy's own: a named tuple (values, grad_norms, aux), with None for what was not asked for."""
