@@ -184,7 +184,9 @@ def test_a_microbatch_size_need_not_divide_the_batch():
 def groups_by_hand(params, x, y, bounds, rescaled):
     """The sum of gradients each of whose groups is clipped, from materialized gradients, and the groups' norms."""
     G = jax.vmap(lambda x, y: jax.grad(loss)(params, x[None], y[None]))(x, y)
-    norms = jax.tree.map(lambda _, g: jnp.sqrt(sum((a.reshape(B, -1) ** 2).sum(1) for a in jax.tree.leaves(g))), bounds, G)
+    norms = jax.tree.map(
+        lambda _, g: jnp.sqrt(sum((a.reshape(B, -1) ** 2).sum(1) for a in jax.tree.leaves(g))), bounds, G
+    )
 
     def total(bound, n, part):
         c = 1 / jnp.maximum(bound, n) if rescaled else jnp.minimum(1, bound / n)
@@ -256,15 +258,8 @@ def test_a_diagonal_transform_materializes_nothing():
 
     params, x = {"in": jnp.ones((64, 96)) / 9, "out": jnp.ones((96, 80)) / 9}, jnp.ones((50, 64))
     made = ours.clipped_grad(mlp, l2_clip_norm=1.0, pre_clipping_transform=diagonal)
-    sizes = [
-        v.aval.size
-        for jaxpr in jax.core.subjaxprs(jaxpr := jax.make_jaxpr(made)(params, x).jaxpr)
-        for v in (v for e in jaxpr.eqns for v in e.outvars)
-    ] if hasattr(jax.core, "subjaxprs") else []
-    text = jax.jit(made).lower(params, x).compile().as_text()
-    assert "[50,64,96]" not in text
-    assert "[50,96,80]" not in text
-    assert max(sizes, default=0) < 50 * 64 * 96
+    materialized = 50 * sum(p.nbytes for p in params.values())
+    assert jax.jit(made).lower(params, x).compile().memory_analysis().temp_size_in_bytes < materialized / 8
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
