@@ -105,9 +105,9 @@ def clipped_grad(
     The results are jax-privacy's, up to rounding, for about the cost of one plain gradient: gradients are held as
     factors. Four things differ. The microbatch size need not divide the batch. Sums are accumulated in float32 at
     least, and the norms are returned so. An example whose gradient is NaN or infinite adds exactly zero, all of it, as
-    in jax-privacy after 2.0; there, 2.0 sets only the entries to zero that are not finite. And a gradient whose products
-    cancel to less than their rounding errors is clipped a little more, so that rounding cannot break the bound (see
-    `jg.clipped_grad`, and `sensitivity(batch_size=…)` for the bound with rounding).
+    in jax-privacy after 2.0; version 2.0 sets only the entries to zero that are not finite. And a gradient whose
+    products cancel to less than their rounding errors is clipped a little more, so that rounding cannot break the bound
+    (see `jg.clipped_grad`, and `sensitivity(batch_size=…)` for the bound with rounding).
 
     Args:
         fun: the loss, of a batch of one example (keep_batch_dim) or of one example or group. It returns a real scalar,
@@ -334,8 +334,8 @@ def _checked_arguments(argnums: Any, batch_argnums: Any) -> tuple[int, ...]:
 def _checked_options(bounds: Any, normalize_by: Any, microbatch_size: Any, grid_scale: Any) -> None:
     if grid_scale is not None:
         raise ValueError(
-            f"clipped_grad: expected grid_scale=None, got {grid_scale!r}. Rounding to a grid needs every entry of every "
-            f"example's gradient, which factors do not hold. Use jax_privacy.clipped_grad for it."
+            f"clipped_grad: expected grid_scale=None, got {grid_scale!r}. Rounding to a grid needs every entry of "
+            f"every example's gradient, which factors do not hold. Use jax_privacy.clipped_grad for it."
         )
     if not normalize_by > 0:
         raise ValueError(f"clipped_grad: expected normalize_by > 0, got {normalize_by}. Pass the expected batch size.")
@@ -344,8 +344,8 @@ def _checked_options(bounds: Any, normalize_by: Any, microbatch_size: Any, grid_
     leaves = jax.tree.leaves(bounds)
     if not leaves or not all(map(_is_bound, leaves)):
         raise ValueError(
-            f"clipped_grad: expected numbers ≥ 0 as l2_clip_norm, got {bounds!r}. One number bounds the whole gradient; "
-            f"a tree prefix of it bounds groups of parameters."
+            f"clipped_grad: expected numbers ≥ 0 as l2_clip_norm, got {bounds!r}. One number bounds the whole "
+            f"gradient; a tree prefix of it bounds groups of parameters."
         )
 
 
@@ -369,8 +369,8 @@ def _batch_size(args: Sequence[Any], batched: Sequence[int]) -> int:
     sizes = {shape[0] if shape else None for shape in shapes}
     if len(sizes) != 1 or None in sizes:
         raise ValueError(
-            f"clipped_grad: Batch axis: expected arrays of the same size along axis 0 in the arguments {list(batched)}, "
-            f"got shapes {shapes}."
+            f"clipped_grad: Batch axis: expected arrays of the same size along axis 0 in the arguments "
+            f"{list(batched)}, got shapes {shapes}."
         )
     (size,) = sizes
     assert size is not None
