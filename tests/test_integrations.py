@@ -252,6 +252,17 @@ def test_a_wide_diagonal_in_float32_clips_no_more_than_it_has_to():
         close(found, expected, 2e-4, 1e-6)
 
 
+@pytest.mark.every(2)
+@pytest.mark.parametrize("name", [*MODELS][1:])
+def test_a_diagonal_transform_of_convolutions_sequences_and_tables_is_jax_privacys(name):
+    model = MODELS[name]
+    options = {"batch_argnums": tuple(range(1, 1 + len(model.batch))), "keep_batch_dim": False}
+    found, expected = both(
+        model.loss, model.params, *model.batch, **options, l2_clip_norm=0.5, pre_clipping_transform=diagonal
+    )
+    close(found, expected, 1e-3, 1e-6)
+
+
 def test_a_diagonal_transform_materializes_nothing():
     def mlp(params, x):
         return (jnp.tanh(x @ params["in"]) @ params["out"]).sum()
