@@ -43,8 +43,14 @@ def in_microbatches(
     valid = divided(mask) & (jnp.arange(count * size) < B).reshape(size, count).T
     axes = frozenset(name for a in arguments.batch for name in _jax.varying(a))
 
-    def zeros(s: Any, dtype: Any) -> Array:
-        return _jax.made_varying(jnp.zeros(s.shape, dtype), axes)
+    shapes, shapes_of_each = jax.eval_shape(lambda: part(arguments, mask))
+
+    def zeros(shape: tuple[int, ...], dtype: Any) -> Array:
+        return _jax.made_varying(jnp.zeros(shape, dtype), axes)
+
+    def of_none(*_: Any) -> tuple[list[Array], Any]:
+        each = jax.tree.map(lambda s: zeros((size, *s.shape[1:]), s.dtype), shapes_of_each)
+        return [zeros(s.shape, s.dtype) for s in shapes], each
 
     def of_one(batch: list[Any], mask: Array) -> tuple[list[Array], Any]:
         return part(dataclasses.replace(arguments, batch=batch, axes=[0] * len(batch), batch_size=size), mask)
@@ -54,12 +60,10 @@ def in_microbatches(
         if not skip_the_end:
             flat, each = of_one(batch, mask)
         else:
-            nothing = jax.tree.map(lambda s: zeros(s, s.dtype), jax.eval_shape(of_one, batch, mask))
-            flat, each = lax.cond(skipped, lambda *_: nothing, of_one, batch, mask)
+            flat, each = lax.cond(skipped, of_none, of_one, batch, mask)
         return [a + b.astype(a.dtype) for a, b in zip(total, flat, strict=True)], each
 
-    shapes, _ = jax.eval_shape(lambda: part(arguments, mask))
-    start = [zeros(s, working_dtype(s.dtype)) for s in shapes]
+    start = [zeros(s.shape, working_dtype(s.dtype)) for s in shapes]
     skipped = jnp.cumsum(valid.any(1)[::-1])[::-1] == 0 if skip_the_end else None
     total, each = lax.scan(step, start, (leaves, valid, skipped))
     total = [a.astype(s.dtype) for a, s in zip(total, shapes, strict=True)]

@@ -177,7 +177,8 @@ def clipped_grad(
         args = tuple(_split(arg, B) if k == prng_argnum else arg for k, arg in enumerate(args))
         clipped = _Clipped(options, loss, argnums, in_axes, has_aux, spmd_axis_name)
         total, (values, aux, norms) = clipped(args, kwargs, mask, microbatch_size)
-        total = jax.tree.map(lambda a, like: (a / normalize_by).astype(dtype or like.dtype), total, clipped.shapes)
+        dtypes = jax.tree.map(lambda a: a.dtype if dtype is None else dtype, clipped.shapes)
+        total = jax.tree.map(lambda a, dtype: (a / normalize_by).astype(dtype), total, dtypes)
         if not returns_aux:
             return total
         aux = jax.tree.map(_without_axis_1, aux) if keep_batch_dim else aux
@@ -255,7 +256,7 @@ class _Clipped:
         arguments = self._loss.arguments(args, kwargs)
         B, padded = arguments.batch_size, mask is not None
         keep = jnp.ones(B, bool) if mask is None else mask
-        if size is None or size >= B:
+        if size is None or size > B or (size == B and not padded):
             flat, (values, aux, norms) = self._part(arguments, keep)
         else:
             flat, (values, aux, norms) = in_microbatches(self._part, arguments, keep, size, skip_the_end=padded)
