@@ -286,7 +286,7 @@ class _Clipped:
         for bound, group, norms in zip(bounds, clipped, lengths, strict=True):
             c, most = options.factors(kept(keep, norms), bound)
             c = within(c, norms, group.magnitudes(), most, keep, group.rounding())
-            total += jax.tree.leaves(group.where(keep).scale(c).sum(rounded=False))
+            total += jax.tree.leaves(group.where(keep).scale(c).sum(norms.dtype))
         wanted = [group.norms() for group in originals] if self._norms_apart else lengths
         return total, (values, aux, wanted)
 

@@ -75,4 +75,4 @@ def _clipped_sum(g: PerExampleGrads, bound: Any) -> PyTree:
     keep = jnp.isfinite(norms)
     norms, limit = kept(keep, norms), jnp.asarray(bound, norms.dtype)
     c = within(shortened(norms, limit), norms, g.magnitudes(), limit, keep, g.rounding())
-    return g.where(keep).scale(c).sum(rounded=False)
+    return g.where(keep).scale(c).sum(norms.dtype)
