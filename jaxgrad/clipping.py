@@ -1,6 +1,5 @@
 """Sums of clipped gradients for private and robust training: one example moves the sum by at most a stated bound."""
 
-import dataclasses
 import functools
 import inspect
 import math
@@ -10,11 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, PyTree
 
-from jaxgrad import _jax
 from jaxgrad.errors import naming
+from jaxgrad.microbatches import in_microbatches
 from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares, shortened
 from jaxgrad.per_example.arguments import Arguments
@@ -24,7 +22,7 @@ from jaxgrad.per_example.second_pass import check_linear, weighted_gradients
 from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
-from jaxgrad.sharding import divisible, kept
+from jaxgrad.sharding import kept
 
 __all__ = ["ClipInfo", "ClippedGrad", "Weighting", "automatic", "clipped_grad"]
 
@@ -302,7 +300,7 @@ class ClippedGrad:
         if size is None or size >= B:
             flat, each = self._of(arguments, mask)
         else:
-            flat, each = self._in_microbatches(arguments, mask, size)
+            flat, each = in_microbatches(self._of, arguments, mask, size)
         each = jax.tree.map(lambda a: kept(mask, a), each)
         values, aux, norms, over = each
         count = jnp.maximum(mask.sum(), 1).astype(norms.dtype)
@@ -349,45 +347,22 @@ class ClippedGrad:
 
     def _factors(self, norms: Array, magnitudes: Array | None, limit: Array, keep: Array, rounding: Array) -> Array:
         """c [B]: what every gradient is multiplied with, so that none is longer than its bound."""
-        norms, rounding = kept(keep, norms), rounding.astype(norms.dtype)
-        largest, size = norms, norms
-        if magnitudes is not None:
-            guard = jnp.asarray(math.sqrt(GUARD[jnp.dtype(norms.dtype)]), norms.dtype)
-            magnitudes = kept(keep, magnitudes.astype(norms.dtype))
-            largest, size = (root_sum_of_squares([norms, part]) for part in (guard * magnitudes, magnitudes))
-        largest = largest + rounding * size
-        numbers = jnp.finfo(norms.dtype)
-        bound = jnp.minimum(limit, numbers.max)
-        most = bound / jnp.maximum(largest, jnp.maximum(bound / (numbers.max / 4), numbers.tiny))  # never infinite
+        norms = kept(keep, norms)
         c = _one_for_each(self._weighting(norms, limit), norms)
-        c = jnp.clip(c, -most, most)
-        c = kept(keep & ~jnp.isnan(c), c)
-        return nan_unless(limit > 0, c)
+        return nan_unless(limit > 0, within(c, norms, magnitudes, limit, keep, rounding))
 
-    def _in_microbatches(self, arguments: Arguments, mask: Array, size: int) -> tuple[list[Array], Any]:
-        """Loop over microbatches of every `count`-th example, so that each is sharded as the batch is."""
-        B = arguments.batch_size
-        count = -(-B // size)
 
-        whole = count * size == B
-
-        def divided(a: Any, axis: int = 0) -> Any:
-            a = divisible(jnp.moveaxis(a, axis, 0), size if whole else 1)
-            a = a if whole else a[jnp.minimum(jnp.arange(count * size), B - 1)]  # pads with the last example, masked
-            return a.reshape(size, count, *a.shape[1:]).swapaxes(0, 1)
-
-        leaves = [divided(a, axis) for a, axis in zip(arguments.batch, arguments.axes, strict=True)]
-        valid = divided(mask) & (jnp.arange(count * size) < B).reshape(size, count).T
-
-        def step(total: list[Array], part: tuple[list[Any], Array]) -> tuple[list[Array], Any]:
-            batch, mask = part
-            micro = dataclasses.replace(arguments, batch=batch, axes=[0] * len(batch), batch_size=size)
-            flat, each = self._of(micro, mask)
-            return [a + b.astype(a.dtype) for a, b in zip(total, flat, strict=True)], each
-
-        shapes, _ = jax.eval_shape(lambda: self._of(arguments, mask))
-        axes = frozenset(name for a in arguments.batch for name in _jax.varying(a))
-        zeros = [_jax.made_varying(jnp.zeros(s.shape, working_dtype(s.dtype)), axes) for s in shapes]
-        total, each = lax.scan(step, zeros, (leaves, valid))
-        total = [a.astype(s.dtype) for a, s in zip(total, shapes, strict=True)]
-        return total, jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(count * size, *a.shape[2:])[:B], each)
+def within(c: Array, norms: Array, magnitudes: Array | None, limit: Array, keep: Array, rounding: Array) -> Array:
+    """Reduce factors c [B] so that no gradient becomes longer than the limit, rounding included; 0 where not kept."""
+    norms, rounding = kept(keep, norms), rounding.astype(norms.dtype)
+    largest, size = norms, norms
+    if magnitudes is not None:
+        guard = jnp.asarray(math.sqrt(GUARD[jnp.dtype(norms.dtype)]), norms.dtype)
+        magnitudes = kept(keep, magnitudes.astype(norms.dtype))
+        largest, size = (root_sum_of_squares([norms, part]) for part in (guard * magnitudes, magnitudes))
+    largest = largest + rounding * size
+    numbers = jnp.finfo(norms.dtype)
+    bound = jnp.minimum(limit, numbers.max)
+    most = bound / jnp.maximum(largest, jnp.maximum(bound / (numbers.max / 4), numbers.tiny))  # never infinite
+    c = jnp.clip(c, -most, most)
+    return kept(keep & ~jnp.isnan(c), c)

@@ -20,7 +20,7 @@ from jaxgrad.network import derivation
 
 SOURCE = Path(jaxgrad.__file__).parent
 REFERENCE = SOURCE.parent / "docs" / "reference"
-INNER = {"errors", "precision", "progress", "sharding"}  # what the others use
+INNER = {"errors", "microbatches", "precision", "progress", "sharding"}  # what the others use
 
 
 def beside_the_face() -> list[str]:

@@ -232,7 +232,7 @@ def evaluated_by_output(
         arguments: as `numbered` returns.
         outputs: O.
     """
-    one, out_tree = transformed.of_one_example(arguments)
+    one, out_tree, _ = transformed.of_one_example(arguments)
     routes = []
 
     def parts_of_one(*examples: Any) -> Any:

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.errors import called, naming
+from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.mapped import put_back, taken_out
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
 from jaxgrad.per_example.frameworks import explained
@@ -132,7 +133,7 @@ class Route:
 
 
 class Transformed:
-    """A loss and the options it is called with."""
+    """A loss and the options it is called with; `after`, if there is one, maps the tree of one example's gradient."""
 
     def __init__(
         self,
@@ -143,9 +144,11 @@ class Transformed:
         has_aux: bool = False,
         strict: bool = False,
         spmd_axis_name: Any = None,
+        after: Callable[[Any], Any] | None = None,
     ):
         if not callable(fun):
             raise TypeError(f"{call}: expected a function of one example, got {type(fun).__name__}.")
+        self.after = after
         self.call, self.fun, self.argnums, self.in_axes = call, fun, argnums, in_axes
         self.has_aux, self.strict, self.spmd_axis_name = has_aux, strict, spmd_axis_name
 
@@ -164,7 +167,7 @@ class Transformed:
             return self._evaluated(arguments)
 
     def _evaluated(self, arguments: Arguments) -> tuple[Any, Any, PerExampleGrads, list[Route]]:
-        one, out_tree = self.of_one_example(arguments)
+        one, out_tree, gradients_tree = self.of_one_example(arguments)
         over_examples = jax.vmap(
             one, (arguments.axes,), (0, 0, 0, None), axis_size=arguments.batch_size, spmd_axis_name=self.spmd_axis_name
         )
@@ -176,17 +179,17 @@ class Transformed:
         if self.strict:
             self._refuse_direct(arguments, routes)
         values, aux = jax.tree.unflatten(out_tree, others)
-        return values, aux, PerExampleGrads(jax.tree.unflatten(arguments.params_tree, parts)), routes
+        return values, aux, PerExampleGrads(jax.tree.unflatten(gradients_tree, parts)), routes
 
     def measured(self, arguments: Arguments, measurer: Measurer) -> tuple[Any, Any, list[Measure]]:
         """(values, aux, the measure of each parameter's gradient)."""
         with naming(self.call):
-            walked, out_tree = self._walk(arguments)
+            walked, out_tree, _ = self._walk(arguments)
 
             def one(examples: Sequence[Any]) -> Any:
                 with measuring(measurer):
                     others, gradients = walked(examples)
-                    return others, [measurer.one(value, jnp.shape(p), jnp.result_type(p)) for value, p in gradients]
+                    return others, [measurer.one(value, aval.shape, aval.dtype) for value, aval in gradients]
 
             over_examples = jax.vmap(
                 one, (arguments.axes,), axis_size=arguments.batch_size, spmd_axis_name=self.spmd_axis_name
@@ -195,42 +198,45 @@ class Transformed:
             values, aux = jax.tree.unflatten(out_tree, others)
             return values, aux, measures
 
-    def of_one_example(self, arguments: Arguments) -> tuple[Callable[[Sequence[Any]], Any], Any]:
-        """(one, the tree structure of (value, aux)).
+    def of_one_example(self, arguments: Arguments) -> tuple[Callable[[Sequence[Any]], Any], Any, Any]:
+        """(one, the tree structure of (value, aux), that of the gradient).
 
         one(the batch's leaves for one example) → (leaves of value and aux, factors without their shared arrays, the
         route of each parameter, the shared arrays).
         """
-        walked, out_tree = self._walk(arguments)
+        walked, out_tree, gradients_tree = self._walk(arguments)
 
         def one(examples: Sequence[Any]) -> Any:
             others, gradients = walked(examples)
-            lowered = [lower(value, jnp.shape(p), jnp.result_type(p)) for value, p in gradients]
+            lowered = [lower(value, aval.shape, aval.dtype) for value, aval in gradients]
             parts, shared = taken_out([f.factors for f in lowered])
             return others, parts, [Route(f.how, f.reason) for f in lowered], shared
 
-        return one, out_tree
+        return one, out_tree, gradients_tree
 
-    def _walk(self, arguments: Arguments) -> tuple[Callable[[Sequence[Any]], Any], Any]:
-        """(walked, the structure of (value, aux)).
+    def _walk(self, arguments: Arguments) -> tuple[Callable[[Sequence[Any]], Any], Any, Any]:
+        """(walked, the structure of (value, aux), that of the gradient).
 
-        walked(the batch's leaves, for one example) → (value and aux, (gradient, parameter) for every parameter).
+        walked(the batch's leaves, for one example) → (value and aux, (gradient, its shape and dtype) for each leaf).
         """
-        program, out_tree, count = self._program(arguments)
+        program, out_tree, gradients_tree = self._program(arguments)
         outvars = program.jaxpr.outvars
-        first = len(outvars) - count  # of the gradients
+        first = len(outvars) - gradients_tree.num_leaves
         wanted = [k >= first for k in range(len(outvars))]
 
         def walked(examples: Sequence[Any]) -> tuple[list[Array], list[tuple[Value, Any]]]:
             leaves = [*map(Shared, arguments.params), *examples]
             results = evaluate(program, leaves, wanted, [True] * len(outvars))
             others = [_as_returned(value, v.aval) for value, v in zip(results[:first], outvars, strict=False)]
-            return others, list(zip(results[first:], arguments.params, strict=True))
+            return others, list(zip(results[first:], (v.aval for v in outvars[first:]), strict=True))
 
-        return walked, out_tree
+        return walked, out_tree, gradients_tree
 
-    def _program(self, arguments: Arguments) -> tuple[_jax.Program, Any, int]:
-        """Trace the gradient's program for one example; its results are (value, aux …, gradients …)."""
+    def _program(self, arguments: Arguments) -> tuple[_jax.Program, Any, Any]:
+        """Trace the gradient's program for one example; its results are (value, aux …, gradients …).
+
+        With the program come the structures of (value, aux) and of the gradient.
+        """
 
         def scalar(params: Sequence[Any], examples: Sequence[Any]) -> Any:
             args, kwargs = arguments.put_back(params, examples)
@@ -248,11 +254,15 @@ class Transformed:
             return checked_scalar(value), (value, aux)
 
         def program(params: Sequence[Any], examples: Sequence[Any]) -> Any:
-            (_, others), gradients = jax.value_and_grad(scalar, has_aux=True)(params, examples)
+            (_, others), leaves = jax.value_and_grad(scalar, has_aux=True)(params, examples)
+            gradients = jax.tree.unflatten(arguments.params_tree, leaves)
+            if self.after is not None:
+                whole = complexes.joined(gradients, complexes.gradient)
+                gradients = complexes.parts(self.after(whole), sign=-1)
             return others, gradients
 
         closed, shape = jax.make_jaxpr(program, return_shape=True)(arguments.params, arguments.example)
-        return _jax.program_of(closed), jax.tree.structure(shape[0]), len(arguments.params)
+        return _jax.program_of(closed), *map(jax.tree.structure, shape)
 
     def _refuse_direct(self, arguments: Arguments, routes: Sequence[Route]) -> None:
         for path, f in zip(arguments.paths, routes, strict=True):

@@ -64,6 +64,7 @@ def squared(leaf: Factors) -> Array:
 
 def length(leaf: Factors) -> Length:
     """‖Σ_i f_i‖ of one parameter's factors, with each example scaled by powers of two."""
+    leaf = tuple(scaled.as_rows(f) for f in leaf)
     match leaf:
         case (f,) if is_nothing(f):
             nothing = jnp.zeros_like(arrays(f)[0][:, 0].sum((1, 2)), accumulator(f))
@@ -129,12 +130,16 @@ def magnitude(leaf: Factors) -> Array | None:
     None if the gradient is one product or materialized, because then nothing cancels.
 
     Formula: for an Outer, Σ_t ‖left_t‖ ‖right_t‖; for other kinds, ‖left‖ ‖right‖ over all positions together, which is
-    no less by Cauchy-Schwarz.
+    no less by Cauchy-Schwarz. If an array shared by all examples multiplies the products elementwise, it multiplies
+    left_t ⊗ right_t too.
     """
+    leaf = tuple(scaled.as_rows(f) for f in leaf)
     match leaf:
         case (f,) if is_nothing(f) or isinstance(f, Dense):
             return None
         case (Outer(left, _, _),) if left.shape[1:3] == (1, 1):
+            return None
+        case (Mapped(((Outer(left, _, _),),)) as f,) if left.shape[1:3] == (1, 1) and scaled.elementwise(f) is not None:
             return None
     total = [_magnitude(f, accumulator(*leaf)) for f in leaf if not is_nothing(f)]
     return added(total)
@@ -158,8 +163,26 @@ def _magnitude(f: Factor, dtype: jnp.dtype) -> Array:
         case Common(number, array):
             return _product(jnp.abs(number.astype(dtype)), _of_vectors(array.value[None], dtype).norm)
         case Mapped(inputs):
+            found = _magnitude_of_scaled(f, dtype)
+            if found is not None:
+                return found
             sizes = [added([_magnitude(part, dtype) for part in parts]) for parts in inputs]
             return f.norm(dtype) * root_sum_of_squares(sizes)
+
+
+def _magnitude_of_scaled(f: Mapped, dtype: jnp.dtype) -> Array | None:
+    """Σ_t ‖left_t ⊗ right_t ⊙ C‖ [B] of products that are multiplied elementwise by C; None for any other map."""
+    found = scaled.elementwise(f)
+    if found is None:
+        return None
+    part, array = found
+
+    def of_outer(f: Outer) -> Array:
+        return _of_scaled([scaled.of_positions(f, array, dtype)]).norm.reshape(f.left.shape[0], f.left.shape[2]).sum(1)
+
+    if isinstance(part, Windows) and part.layout.matrix[0] == 1:
+        return map_examples(lambda w: of_outer(w.unfolded()), part.at_once, part)
+    return of_outer(part) if isinstance(part, Outer) and part.layout.matrix[0] == 1 else None
 
 
 def _of_vectors(a: Array, dtype: jax.typing.DTypeLike) -> Length:

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad.per_example.algebra.chunks import Blocks, map_examples
-from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, accumulator, wide
+from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Rows, accumulator, wide
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped
 from jaxgrad.per_example.algebra.scales import nearest_power, power_of_two, row_sums
@@ -33,9 +33,42 @@ class Scaled(NamedTuple):
     unit: Array | None = None
 
 
+def elementwise(f: Factor) -> tuple[Factor, Array] | None:
+    """(the factor, the array of the parameter's shape) that a `Mapped` multiplies elementwise; None for any other."""
+    if not isinstance(f, Mapped) or len(f.inputs) != 1 or len(f.inputs[0]) != 1 or len(f.map.results) != 1:
+        return None
+    (shape, dtype), *_ = f.shapes
+    if f.map.entrywise() != () or shape != f.layout.shape or not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    return f.inputs[0][0], f.apply([jnp.ones(shape, accumulator(f))])
+
+
+def as_rows(f: Factor) -> Factor:
+    """`Rows` whose table is scaled elementwise, as `Rows` with scaled values; any other factor unchanged."""
+    if not isinstance(f, Mapped) or not isinstance(f.inputs[0][0], Rows):
+        return f
+    found = elementwise(f)
+    if found is None:
+        return f
+    table, array = found
+    assert isinstance(table, Rows)
+    ids, values = table.valid()
+    acc = accumulator(f)
+    return Rows(ids, values.astype(acc) * table.layout.to_matrix(array.astype(acc))[0][ids], table.layout)
+
+
+def of_positions(f: Outer, array: Array, dtype: jnp.dtype) -> Scaled:
+    """The product at each position of an Outer with G = 1, as an example of its own; it is scaled by `array`."""
+    left, right = (a.astype(dtype).reshape(-1, a.shape[3]) for a in (f.left, f.right))
+    return Scaled(left, right, f.layout.to_matrix(array.astype(dtype))[0])
+
+
 def scaled_products(leaf: Sequence[Factor]) -> list[Scaled] | None:
     """Convert one parameter's factors to this form; None if they have more positions or another layout."""
     acc = accumulator(*leaf)
+    alone = elementwise(leaf[0]) if len(leaf) == 1 else None
+    if alone is not None and isinstance(alone[0], Outer) and alone[0].left.shape[1:3] == (1, 1):  # in any layout
+        return [of_positions(alone[0], alone[1], acc)]
     found = [_scaled(wide(f, acc)) for f in leaf]
     return None if any(products is None for products in found) else [p for products in found for p in products or ()]
 

@@ -1,0 +1,78 @@
+"""optax's `differentially_private_aggregate` on factored gradients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+from optax import contrib
+
+from jaxgrad.clipping import within
+from jaxgrad.errors import naming
+from jaxgrad.per_example.algebra.norms import shortened
+from jaxgrad.per_example.checks import checked_bound
+from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.sharding import kept
+
+__all__ = ["differentially_private_aggregate"]
+
+
+def differentially_private_aggregate(
+    l2_norm_clip: jax.typing.ArrayLike, noise_multiplier: jax.typing.ArrayLike, key: jax.Array | int | None = None
+) -> optax.GradientTransformation:
+    """Clip, average and add noise as `optax.contrib.differentially_private_aggregate` does, without materializing.
+
+    It takes what `jg.per_example_grad(loss)(params, *batch)` returns where optax's takes gradients with an example
+    axis, and is the first of a chain, as optax's is. The state and the noise are optax's: the same key gives the same
+    numbers. The mean is the same up to rounding, with two differences: a gradient that is NaN or infinite adds zero,
+    and one whose products cancel to less than their rounding errors is clipped a little more, see `jg.clipped_grad`.
+
+    Args:
+        l2_norm_clip: a positive number: the largest norm of one example's gradient. It may be traced.
+        noise_multiplier: standard deviation of the noise in the sum, divided by l2_norm_clip.
+        key: a random key, or a seed.
+
+    Returns:
+        An `optax.GradientTransformation`. Its update turns `PerExampleGrads` into a tree of the parameters' shapes and
+        dtypes; anything else is passed to optax's own.
+
+    Raises:
+        ValueError: a bound that is not a positive number.
+
+    Example:
+        >>> import optax
+        >>> w, X = jnp.ones(3), jnp.diag(jnp.array([0.5, 2.0, 8.0]))
+        >>> optimizer = optax.chain(differentially_private_aggregate(1.0, 0.0, key=0), optax.sgd(1.0))
+        >>> g = jg.per_example_grad(lambda w, x: w @ x)(w, X)          # was: jax.vmap(jax.grad(…), (None, 0))
+        >>> updates, state = optimizer.update(g, optimizer.init(w), w)
+        >>> (3 * updates).round(4).tolist()
+        [-0.5, -1.0, -1.0]
+    """
+    with naming("differentially_private_aggregate"):
+        checked_bound(l2_norm_clip)
+    theirs = contrib.differentially_private_aggregate(l2_norm_clip, noise_multiplier, key)
+
+    def update(updates: Any, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        if not isinstance(updates, PerExampleGrads):
+            return theirs.update(updates, state, params)
+        total = _clipped_sum(updates, l2_norm_clip)
+        new_key, *keys = jax.random.split(state.rng_key, len(jax.tree.leaves(total)) + 1)
+        keys = jax.tree.unflatten(jax.tree.structure(total), keys)
+
+        def noised(a: jax.Array, like: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+            noise = l2_norm_clip * noise_multiplier * jax.random.normal(key, like.shape, like.dtype)
+            return ((a + noise.astype(a.dtype)) / updates.batch_size).astype(like.dtype)
+
+        mean = jax.tree.map(noised, total, jax.eval_shape(updates.sum), keys)
+        return mean, contrib.DifferentiallyPrivateAggregateState(rng_key=new_key)
+
+    return optax.GradientTransformation(theirs.init, update)
+
+
+def _clipped_sum(g: PerExampleGrads, bound: Any) -> PyTree:
+    norms = g.norms()
+    keep = jnp.isfinite(norms)
+    norms, limit = kept(keep, norms), jnp.asarray(bound, norms.dtype)
+    c = within(shortened(norms, limit), norms, g.magnitudes(), limit, keep, g.rounding())
+    return g.where(keep).scale(c).sum(norms.dtype)
