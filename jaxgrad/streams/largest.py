@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.errors import naming
 from jaxgrad.per_example.serialized import named_tuple
-from jaxgrad.progress import shown
+from jaxgrad.progress import counted
 from jaxgrad.streams.batches import Batch, as_partial, checked, jitted_call
 
 
@@ -65,7 +65,7 @@ def top_k(scores: Callable[..., Float[Array, "C b"]], k: int, *, progress: bool 
     def largest(params: PyTree, batches: Iterable[Batch]) -> TopK:
         best: TopK | None = None
         count = 0
-        for batch in shown(batches, len(batches) if isinstance(batches, Sequence) else None, progress=progress):
+        for batch in counted(batches, len(batches) if isinstance(batches, Sequence) else None, progress=progress):
             values = jitted_call(given, params, *checked(batch))
             indices = jnp.broadcast_to(count + jnp.arange(values.shape[1]), values.shape)
             count += values.shape[1]

@@ -13,7 +13,7 @@ from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_preci
 from jaxgrad.errors import called, naming
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.transform import per_example_grad
-from jaxgrad.progress import shown
+from jaxgrad.progress import counted
 from jaxgrad.streams.batches import Batch, checked, checked_sequences
 
 
@@ -132,7 +132,7 @@ class _Blocks:
         second = batches if others is None else others
         blocks: list[list[np.ndarray]] = []
         each = (batches[i] for i in range(len(batches)))
-        for i, batch in enumerate(shown(each, len(batches), progress=self._progress)):
+        for i, batch in enumerate(counted(each, len(batches), progress=self._progress)):
             g = self._scaled(params, checked(batch), unit)
             row = [blocks[j][i].T for j in range(i)] if others is None else []
             for j in range(len(row), len(second)):

@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from jaxgrad.errors import naming
 from jaxgrad.per_example.serialized import named_tuple
-from jaxgrad.progress import shown
+from jaxgrad.progress import counted
 from jaxgrad.streams.batches import as_partial, checked, jitted_call
 from jaxgrad.streams.store import Store
 
@@ -102,7 +102,7 @@ def run(
     def over(params: PyTree, batches: Iterable[tuple[Any, ...]], folder: str | os.PathLike[str]) -> Results:
         store = Store(Path(folder))
         waiting = 0
-        for batch in shown(_from(batches, store.batches), _length(batches), store.batches, progress):
+        for batch in counted(_from(batches, store.batches), _length(batches), store.batches, progress):
             args = params, *checked(batch)
             part = jitted_call(given, *args) if jit else function(*args)
             store.add(part.rows, part.sums)
