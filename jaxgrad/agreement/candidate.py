@@ -26,7 +26,7 @@ def on_a_batch(candidate: Gradient, arguments: Arguments, batched: bool | None) 
     """
 
     def gradient(params: Sequence[Any], leaves: Sequence[Any]) -> PyTree:
-        args, _ = arguments.put_back(params, leaves)
+        args, _ = arguments.loss_arguments(params, leaves)
         found = candidate(*args)
         return found.materialize() if hasattr(found, "materialize") else found
 

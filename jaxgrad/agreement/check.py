@@ -97,10 +97,10 @@ def check_gradient(
     over_examples = (None, arguments.axes, None)
 
     def of_arguments(params: Any, examples: Any, shared: Any) -> Any:
-        return jax.grad(loss, argnums)(*arguments.rebuilt(params, examples, shared)[0])
+        return jax.grad(loss, argnums)(*arguments.rebuild(params, examples, shared)[0])
 
     def values(params: Any, examples: Any, shared: Any) -> Any:
-        return loss(*arguments.rebuilt(params, examples, shared)[0])
+        return loss(*arguments.rebuild(params, examples, shared)[0])
 
     by_jax, by_value = (jax.jit(jax.vmap(f, over_examples)) for f in (of_arguments, values))
     parts, differences, other_tree = [], [], ""

@@ -53,7 +53,7 @@ def ntk(
 
     def gradients(side: Arguments, examples: Sequence[Array]) -> Any:
         def outputs_of(params: Sequence[Any], example: Sequence[Any]) -> Any:
-            return fun(*side.put_back(params, example)[0])
+            return fun(*side.loss_arguments(params, example)[0])
 
         outputs = jax.eval_shape(outputs_of, side.params, side.example)
         if not isinstance(outputs, jax.ShapeDtypeStruct):

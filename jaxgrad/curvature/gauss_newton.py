@@ -17,7 +17,7 @@ from jaxgrad.curvature.solve import MARGIN
 from jaxgrad.errors import naming
 from jaxgrad.per_example.arguments import arguments_of
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
-from jaxgrad.per_example.jacobian import PerExampleJacobian, evaluated_by_output, numbered
+from jaxgrad.per_example.jacobian import PerExampleJacobian, evaluated_by_output, with_output_index
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 
@@ -251,7 +251,7 @@ def gauss_newton(
         arguments = arguments_of((params, *batch), {}, argnums, in_axes)
 
         def rooted(params: Sequence[Any], example: Sequence[Any]) -> tuple[Array, Array, Array]:
-            *args, target = arguments.put_back(params, example)[0]
+            *args, target = arguments.loss_arguments(params, example)[0]
             outputs = model(*args)
             outputs = outputs.astype(working_dtype(outputs.dtype))
             S, r = root(jax.lax.stop_gradient(outputs), target)
@@ -263,9 +263,9 @@ def gauss_newton(
             return (outputs * jnp.take(S, args[-1], 1)).sum(), r
 
         R = jax.eval_shape(rooted, arguments.params, arguments.example)[1].shape[1]
-        whole = dataclasses.replace(arguments, rebuilt=lambda params, examples, _: ((params, examples), {}))
+        whole = dataclasses.replace(arguments, rebuild=lambda params, examples, _: ((params, examples), {}))
         transformed = Transformed("gauss_newton", one, 0, 0, has_aux=True)
-        residuals, jacobian = evaluated_by_output(transformed, numbered(whole), R)
+        residuals, jacobian = evaluated_by_output(transformed, with_output_index(whole), R)
         return GaussNewton(jacobian, residuals)
 
     return rows
@@ -310,7 +310,7 @@ def gauss_newton_vector_product(
         chosen = tuple(args[k] for k in numbers) if several else args[numbers[0]]
 
         def one(chosen: PyTree, example: Sequence[Any]) -> tuple[Array, Any]:
-            *inputs, target = arguments.put_back(arguments.params, example)[0]
+            *inputs, target = arguments.loss_arguments(arguments.params, example)[0]
             for k, value in zip(numbers, chosen if several else [chosen], strict=True):
                 inputs[k] = value
             return model(*inputs), target
