@@ -27,17 +27,18 @@ def ntk(
     Args:
         fun: fun(params, x) → the outputs of one example: a real scalar, or an array of O numbers.
         argnums, in_axes: as in `per_example_grad`, for the arguments (params, x) and (params, x2).
-        block_size: number of examples of each side whose gradients are held at once, to bound the memory; the gradients
-            of the second side are then computed once for every block of the first. None holds all.
+        block_size: number of examples of x, and of x2, whose gradients are held at once, to bound the memory; the
+            gradients on x2 are then computed once for every block of x. None holds all.
 
     Returns:
         A function of (params, x, x2=None) that returns [B, C] for a scalar fun, otherwise J_b J_cᵀ [B, C, O, O′], where
-        O′ is the number of outputs on x2 (`transpose(0, 2, 1, 3).reshape(B * O, C * O′)` makes it a matrix). x and x2
-        are trees of arrays with an example axis; x2 = None stands for x. Jit the function.
+        O′ is the number of outputs on x2; `transpose(0, 2, 1, 3).reshape(B * O, C * O′)` makes it a matrix. x and x2
+        are trees of arrays with an example axis; None stands for x. Jit the function.
 
     Raises:
-        TypeError, ValueError: as in `per_example_grad`; a block size below 1; scalar outputs on one side and arrays on
-            the other.
+        TypeError: as in `per_example_grad`; a function that does not return one array.
+        ValueError: as in `per_example_grad`; a block size below 1; a scalar output on x and an array on x2, or the
+            reverse.
 
     Example:
         >>> kernel = jax.jit(ntk(lambda w, x: jnp.tanh(w @ x)))
@@ -46,7 +47,7 @@ def ntk(
         >>> kernel(jnp.zeros((4, 3)), jnp.eye(3), jnp.eye(3)[:2]).shape
         (3, 2, 4, 4)
 
-    Source: Jacot et al. 2018; the factored form is from Novak et al. 2022, "structured derivatives".
+    Source: Jacot et al. 2018; the factored form is that of Novak et al. 2022, "structured derivatives".
     """
     if block_size is not None and operator.index(block_size) < 1:
         raise ValueError(f"ntk: expected a block size of at least 1 or None, got {block_size}.")
