@@ -129,11 +129,11 @@ def clipped_grad(
     3·2⁻⁸ for factors in bfloat16, and for float32 it is 2⁻⁹ on GPUs and 2⁻⁶ on TPUs, unless
     `jax.default_matmul_precision("highest")` is set (`PerExampleGrads.rounding`).
 
-    Not guaranteed: independence of the examples. The loss sees one example at a time, but parameters or shared
-    arguments that were computed from the batch (batch normalization) are outside the bound. Privacy also needs noise,
-    batches drawn at random, an accountant (see jax-privacy and dp-accounting), random numbers that nobody can predict,
-    and a defense against attacks on floating-point noise (Mironov 2012); this function provides none of them. Running
-    time may depend on the data if the hardware's arithmetic does. The contents of `ClipInfo` are not private.
+    Not guaranteed: the bound does not cover parameters or shared arguments that were computed from the batch, as in
+    batch normalization. Privacy also needs noise, batches drawn at random, an accountant (see jax-privacy and
+    dp-accounting), random numbers that nobody can predict, and a defense against attacks on floating-point noise
+    (Mironov 2012); this function provides none of them. The running time may depend on the data if that of the
+    hardware's arithmetic does. The contents of `ClipInfo` are not private.
 
     Args:
         fun: the loss: a pure function of one example that returns a real scalar, or (scalar, aux) with has_aux.
@@ -230,10 +230,10 @@ class ClippedGrad:
         for bound in jax.tree.leaves(max_norm):
             checked_bound(bound)
         try:
-            whole = microbatch_size is None or operator.index(microbatch_size) >= 1
+            valid = microbatch_size is None or operator.index(microbatch_size) >= 1
         except TypeError:
-            whole = False
-        if not whole:
+            valid = False
+        if not valid:
             raise ValueError(
                 f"clipped_grad: expected a microbatch size of at least 1 or None, got {microbatch_size!r}."
             )
@@ -284,12 +284,12 @@ class ClippedGrad:
         if operator.index(batch_size) < 0:
             raise ValueError(f"ClippedGrad.sensitivity: expected a batch size of at least 0, got {batch_size}.")
         wide = working_dtype(dtype)
-        more = 1 + (1 + math.sqrt(batch_size)) * EPSILON[wide]
+        ratio = 1 + (1 + math.sqrt(batch_size)) * EPSILON[wide]
         if self._passes == 2:
-            narrow = float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize < 4 else 0.0
-            more += RECOMPUTED[jnp.finfo(dtype).dtype] + batch_size * narrow
+            sum_error = float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize < 4 else 0.0
+            ratio += RECOMPUTED[jnp.finfo(dtype).dtype] + batch_size * sum_error
         bound = self._bound(wide)
-        return bound * (more if isinstance(bound, float) else jnp.asarray(more, wide))
+        return bound * (ratio if isinstance(bound, float) else jnp.asarray(ratio, wide))
 
     @naming("clipped_grad")
     def __call__(self, *args: Any, mask: Any = None, **kwargs: Any) -> tuple[PyTree, ClipInfo]:

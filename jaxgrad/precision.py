@@ -62,7 +62,7 @@ def index_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
 
 def joined(arrays: Sequence[Array], axis: int = 0) -> Array:
     """Concatenate arrays in their dtype if they share one, otherwise in a dtype that holds them all."""
-    dtype, *others = {a.dtype for a in arrays}
-    if others:
-        dtype = (working_dtype if jnp.issubdtype(dtype, jnp.inexact) else index_dtype)(dtype, *others)
+    dtype, *other_dtypes = {a.dtype for a in arrays}
+    if other_dtypes:
+        dtype = (working_dtype if jnp.issubdtype(dtype, jnp.inexact) else index_dtype)(dtype, *other_dtypes)
     return jnp.concatenate([a.astype(dtype) for a in arrays], axis)

@@ -20,9 +20,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def replicated(like: Array) -> NamedSharding | None:
-    """Return the `out_sharding=` that replicates a result on the mesh of `like`; None if no axis is explicit."""
-    mesh = jax.typeof(like).sharding.mesh
+def replicated(a: Array) -> NamedSharding | None:
+    """Return the `out_sharding=` that replicates a result on the array's mesh; None if no axis of it is explicit."""
+    mesh = jax.typeof(a).sharding.mesh
     explicit = not mesh.empty and AxisType.Explicit in mesh.axis_types
     return NamedSharding(mesh, PartitionSpec()) if explicit else None
 

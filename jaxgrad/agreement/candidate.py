@@ -69,10 +69,10 @@ def as_batched(candidate: Gradient, arguments: Arguments, batched: bool | None) 
 
     def loop(params: Sequence[Any], leaves: Sequence[Any]) -> PyTree:
         count = leaves[0].shape[arguments.axes[0]]
-        each = [gradient(params, _example(arguments, leaves, i)) for i in range(count)]
-        if not each:
+        gradients = [gradient(params, _example(arguments, leaves, i)) for i in range(count)]
+        if not gradients:
             return jax.tree.map(lambda leaf: np.zeros((0, *np.shape(leaf)), leaf.dtype), gradient(params, one))
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *gradients)
 
     return loop
 

@@ -117,7 +117,7 @@ def check_gradient(
         if structure != jax.tree.structure(chosen):
             tree_problem = f"is a {type(gradients).__name__}, expected the parameters' {type(chosen).__name__}"
     rows = [
-        judged([part[path] for part in parts], rtol, [each[path] for each in differences if path in each])
+        judged([part[path] for part in parts], rtol, [by_path[path] for by_path in differences if path in by_path])
         for path in parts[0]
     ]
     if tree_problem and not any(row.problem for row in rows):  # equal paths in different containers

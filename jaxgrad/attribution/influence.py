@@ -47,8 +47,8 @@ def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Flo
     scaled, ridge, _ = scaled_system(rows, damping)
     right = scaled.gram(scaled.scale(residuals.ravel()))
     inner = damped_solve(scaled.gram(), right, ridge)  # indexed by (row, column); the column is weighted by r
-    own = jnp.diagonal(inner.reshape(B, R, B, R), axis1=0, axis2=2)  # [R, R, B]
-    return B / R * jnp.einsum("klb,bk->b", own, residuals)
+    own_blocks = jnp.diagonal(inner.reshape(B, R, B, R), axis1=0, axis2=2)  # [R, R, B]
+    return B / R * jnp.einsum("klb,bk->b", own_blocks, residuals)
 
 
 @naming("influence")

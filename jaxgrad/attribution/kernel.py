@@ -82,8 +82,8 @@ def ntk(
         side2 = side2 or side
 
         def row(examples: Sequence[Array]) -> Array:
-            of_columns = lambda c: jnp.swapaxes(block(side, side2, examples, c), 0, 1)  # noqa: E731
-            return jnp.swapaxes(map_examples(of_columns, block_size, side2.examples_first), 0, 1)
+            transposed = lambda examples2: jnp.swapaxes(block(side, side2, examples, examples2), 0, 1)  # noqa: E731
+            return jnp.swapaxes(map_examples(transposed, block_size, side2.examples_first), 0, 1)
 
         return map_examples(row, block_size, side.examples_first)
 

@@ -60,7 +60,7 @@ class PerExampleGrads(Held):
     its two real parts. Norms and moments use |·|², and inner products are the real part of Σ conj(g) v.
 
     Args:
-        tree: the parameters' tree with each leaf replaced by a tuple of factors (`Outer`, `Rows`, `Windows`, …).
+        tree: the parameters' tree with by_leaf leaf replaced by a tuple of factors (`Outer`, `Rows`, `Windows`, …).
         chunk_bytes: the most bytes that a method materializes at once, if the cheapest way to compute its result
             materializes gradients; see `with_chunk_bytes`.
 
@@ -85,8 +85,8 @@ class PerExampleGrads(Held):
     @automatic(by_example=True)
     def leaf_norms(self) -> PyTree:
         """The norm of each parameter's gradient, computed as in `norms`: a tree like the parameters with leaves [B]."""
-        each = self._each(lambda leaf: leaf.length().norm)
-        return complexes.joined(each, lambda *parts: norms.root_sum_of_squares(parts))
+        by_leaf = self._map_leaves(lambda leaf: leaf.length().norm)
+        return complexes.joined(by_leaf, lambda *parts: norms.root_sum_of_squares(parts))
 
     @_in_chunks
     @automatic(by_example=True)
@@ -144,7 +144,7 @@ class PerExampleGrads(Held):
         """Gᵀ c: Σ_b c_b g_b, a tree with the parameters' shapes. It costs one matrix product per factor.
 
         Args:
-            c: [B], a floating number for each example.
+            c: [B], a floating number for by_leaf example.
             dtype: dtype of the result, as in `sum`.
 
         Raises:
@@ -157,7 +157,7 @@ class PerExampleGrads(Held):
         """Σ_b g_b, a tree with the parameters' shapes.
 
         Args:
-            dtype: dtype of the result, as in `jnp.sum`: None for each parameter's own. The sum is accumulated in
+            dtype: dtype of the result, as in `jnp.sum`: None for by_leaf parameter's own. The sum is accumulated in
                 float32 at least and rounded once. For a complex parameter this is the dtype of its two real parts.
         """
         return self._summed(lambda leaf: leaf.sum(None), dtype)
@@ -177,8 +177,8 @@ class PerExampleGrads(Held):
 
     @automatic(by_example=False)
     def _summed(self, function: Callable[[Leaf], Array], dtype: jax.typing.DTypeLike | None) -> PyTree:
-        each = self._each(lambda leaf: function(leaf).astype(dtype or leaf.layout.dtype))
-        return complexes.joined(each, complexes.gradient)
+        by_leaf = self._map_leaves(lambda leaf: function(leaf).astype(dtype or leaf.layout.dtype))
+        return complexes.joined(by_leaf, complexes.gradient)
 
     # --- products of examples
 
@@ -217,8 +217,8 @@ class PerExampleGrads(Held):
         Formula: for an Outer with T = 1, (left²)ᵀ(right²)/B, one matrix product; otherwise examples are materialized, a
         few at a time.
         """
-        each = self._each(lambda leaf: leaf.second_moment())
-        return complexes.joined(each, operator.add)
+        by_leaf = self._map_leaves(lambda leaf: leaf.second_moment())
+        return complexes.joined(by_leaf, operator.add)
 
     @_in_chunks
     @automatic(by_example=False)
@@ -229,7 +229,7 @@ class PerExampleGrads(Held):
         with T = 1 the two sides are centered (`moments.variance`); otherwise examples are materialized, a few at a
         time.
         """
-        return complexes.joined(self._each(lambda leaf: leaf.variance()), operator.add)
+        return complexes.joined(self._map_leaves(lambda leaf: leaf.variance()), operator.add)
 
     # --- new batches
 
@@ -290,7 +290,7 @@ class PerExampleGrads(Held):
 
         Args:
             max_norm: one number bounds the norm over all parameters; a tree prefix of the parameters, with a number for
-                every leaf or group of leaves, bounds the norm of each group separately. The numbers must be > 0; inf
+                every leaf or group of leaves, bounds the norm of by_leaf group separately. The numbers must be > 0; inf
                 clips nothing, and a traced number that turns out to be ≤ 0 gives NaN.
 
         Raises:
@@ -353,11 +353,11 @@ class PerExampleGrads(Held):
     @automatic(by_example=True)
     def materialize(self) -> PyTree:
         """Materialize G: the tree of [B, *shape] that `jax.vmap(jax.grad(loss))` returns, B × parameters numbers."""
-        return complexes.joined(self._each(Leaf.materialize), complexes.gradient)
+        return complexes.joined(self._map_leaves(Leaf.materialize), complexes.gradient)
 
     @naming("PerExampleGrads.groups", unless_inside=True)
     def groups(self, prefix: PyTree) -> tuple[list[Any], list["PerExampleGrads"]]:
-        """Split the gradients by a tree prefix of positive numbers: (the numbers, the gradients below each of them).
+        """Split the gradients by a tree prefix of positive numbers: (the numbers, the gradients below by_leaf of them).
 
         Args:
             prefix: one number for all parameters, or a tree prefix with a number for every leaf or group of leaves.

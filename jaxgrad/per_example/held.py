@@ -82,7 +82,7 @@ class Held:
     def _tree(self, leaves: Sequence[Any]) -> PyTree:
         return jax.tree.unflatten(self._treedef, leaves)
 
-    def _each(self, function: Callable[[Leaf], Any]) -> PyTree:
+    def _map_leaves(self, function: Callable[[Leaf], Any]) -> PyTree:
         return self._tree([function(leaf) for leaf in self._leaves])
 
     # --- attributes
@@ -96,7 +96,7 @@ class Held:
     @property
     def factors(self) -> PyTree:
         """The parameters' tree with each leaf replaced by its tuple of factors, scaled as the gradients are."""
-        return self._each(Leaf.weighted)
+        return self._map_leaves(Leaf.weighted)
 
     @property
     def batch_size(self) -> int:

@@ -163,11 +163,12 @@ def _read_npz(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray, st
     return X, labels, ""
 
 
-def _choose(path: Path, names: list[str], given: str | None, usual: tuple[str, ...], what: str, option: str) -> str:
-    if given is not None:
-        if given not in names:
-            raise InputError(f"{path}: there is no {what} '{given}'; there are {_listed(names)}")
-        return given
+def _choose(path: Path, names: list[str], chosen: str | None, usual: tuple[str, ...], what: str, option: str) -> str:
+    """Return the user's choice among names or, without one, the only name that is usual."""
+    if chosen is not None:
+        if chosen not in names:
+            raise InputError(f"{path}: there is no {what} '{chosen}'; there are {_listed(names)}")
+        return chosen
     candidates = [name for name in names if name in usual or name.lower() in usual]
     if len(candidates) != 1:
         have = f"several could be it: {_listed(candidates)}" if candidates else f"there are {_listed(names)}"
