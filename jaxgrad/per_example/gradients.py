@@ -60,7 +60,7 @@ class PerExampleGrads(Held):
     its two real parts. Norms and moments use |·|², and inner products are the real part of Σ conj(g) v.
 
     Args:
-        tree: the parameters' tree with by_leaf leaf replaced by a tuple of factors (`Outer`, `Rows`, `Windows`, …).
+        tree: the parameters' tree with each leaf replaced by a tuple of factors (`Outer`, `Rows`, `Windows`, …).
         chunk_bytes: the most bytes that a method materializes at once, if the cheapest way to compute its result
             materializes gradients; see `with_chunk_bytes`.
 
@@ -144,7 +144,7 @@ class PerExampleGrads(Held):
         """Gᵀ c: Σ_b c_b g_b, a tree with the parameters' shapes. It costs one matrix product per factor.
 
         Args:
-            c: [B], a floating number for by_leaf example.
+            c: [B], a floating number for each example.
             dtype: dtype of the result, as in `sum`.
 
         Raises:
@@ -157,7 +157,7 @@ class PerExampleGrads(Held):
         """Σ_b g_b, a tree with the parameters' shapes.
 
         Args:
-            dtype: dtype of the result, as in `jnp.sum`: None for by_leaf parameter's own. The sum is accumulated in
+            dtype: dtype of the result, as in `jnp.sum`: None for each parameter's own. The sum is accumulated in
                 float32 at least and rounded once. For a complex parameter this is the dtype of its two real parts.
         """
         return self._summed(lambda leaf: leaf.sum(None), dtype)
@@ -290,7 +290,7 @@ class PerExampleGrads(Held):
 
         Args:
             max_norm: one number bounds the norm over all parameters; a tree prefix of the parameters, with a number for
-                every leaf or group of leaves, bounds the norm of by_leaf group separately. The numbers must be > 0; inf
+                every leaf or group of leaves, bounds the norm of each group separately. The numbers must be > 0; inf
                 clips nothing, and a traced number that turns out to be ≤ 0 gives NaN.
 
         Raises:
@@ -357,7 +357,7 @@ class PerExampleGrads(Held):
 
     @naming("PerExampleGrads.groups", unless_inside=True)
     def groups(self, prefix: PyTree) -> tuple[list[Any], list["PerExampleGrads"]]:
-        """Split the gradients by a tree prefix of positive numbers: (the numbers, the gradients below by_leaf of them).
+        """Split the gradients by a tree prefix of positive numbers: (the numbers, the gradients below each of them).
 
         Args:
             prefix: one number for all parameters, or a tree prefix with a number for every leaf or group of leaves.
