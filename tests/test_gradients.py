@@ -273,7 +273,11 @@ def test_bad_input_is_named(g):
         ),
         (lambda: g.dot({"W": 1}), ValueError, "dot: expected a tree like the parameters'"),
         (lambda: other.dot({"W": jnp.ones(4)}), ValueError, r"dot: expected shape \(3,\) at \['W'\], got \(4,\)"),
-        (lambda: g.weighted_sum(jnp.ones(B + 1)), ValueError, r"weighted_sum: expected one floating number per example"),
+        (
+            lambda: g.weighted_sum(jnp.ones(B + 1)),
+            ValueError,
+            r"weighted_sum: expected one floating number per example",
+        ),
         (lambda: g.scale(jnp.ones(B, int)), ValueError, "scale: expected one floating number per example"),
         (lambda: g.where(jnp.ones(B)), ValueError, "where: expected a boolean mask"),
         (lambda: g.clip(-1.0), ValueError, "clip: expected positive numbers as bounds, got -1.0"),

@@ -92,8 +92,8 @@ class Explanation:
         for row in self.rows:
             if row.path == path:
                 return row
-        paths = ", ".join(row.path for row in self.rows)
-        raise KeyError(f"Explanation[...]: expected the path of a parameter, {paths}, got {path!r}.")
+        paths = ", ".join(repr(row.path) for row in self.rows)
+        raise KeyError(f"Explanation[...]: expected one of the paths {paths}, got {path!r}.")
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "how", "why", "held as", "norm", "held", "materialized")
