@@ -212,7 +212,7 @@ def gauss_newton(
     argnums: int | Sequence[int] = 0,
     in_axes: Any = 0,
 ) -> Callable[..., GaussNewton]:
-    """The rows G of the Gauss-Newton matrix GᵀG/n; `natural_gradient`, `influence` and others take them for gradients.
+    """The rows G of the Gauss-Newton matrix GᵀG/n; `natural_gradient`, `influence` and others accept it as gradients.
 
     Formula: row (b, k) is √R · S_b[:, k]ᵀJ_b, the gradient of one number, held as factors. So GᵀG/n = mean_b
     J_bᵀH_bJ_b, and Gᵀr/n is the gradient of the mean loss. Cost: one forward pass and R backward passes; R is 1 for a
