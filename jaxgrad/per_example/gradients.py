@@ -53,8 +53,8 @@ class PerExampleGrads(Held):
         an optimizer's update                               `optimizer.update(g.mean(), state, params)`
 
     Accuracy: sums are accumulated in float32 at least (float64 if a factor or a parameter is float64). A result that is
-    a gradient is rounded once, to the parameter's dtype; squares of gradients and [B] and [B, B] results keep the
-    accumulator's dtype.
+    a gradient is rounded once, to the parameter's dtype; squares of gradients, and [B] and [B, B] results, keep the
+    dtype in which they were accumulated.
 
     A complex parameter has the gradient that `jax.grad` defines, ∂/∂Re - i ∂/∂Im, held as the gradients with respect to
     its two real parts. Norms and moments use |·|², and inner products are the real part of Σ conj(g) v.
