@@ -52,19 +52,19 @@ def ntk(
     if block_size is not None and operator.index(block_size) < 1:
         raise ValueError(f"ntk: expected a block size of at least 1 or None, got {block_size}.")
 
-    def gradients(side: Arguments, examples: Sequence[Array]) -> Any:
+    def gradients(arguments: Arguments, examples: Sequence[Array]) -> Any:
         def outputs_of(params: Sequence[Any], example: Sequence[Any]) -> Any:
-            return fun(*side.loss_arguments(params, example)[0])
+            return fun(*arguments.loss_arguments(params, example)[0])
 
-        outputs = jax.eval_shape(outputs_of, side.params, side.example)
+        outputs = jax.eval_shape(outputs_of, arguments.params, arguments.example)
         if not isinstance(outputs, jax.ShapeDtypeStruct):
             raise TypeError(f"ntk: expected a function that returns one array, got {type(outputs).__name__}.")
         transform = per_example_jacobian if outputs.shape else per_example_grad
-        return transform(outputs_of)(side.params, examples)
+        return transform(outputs_of)(arguments.params, examples)
 
-    def block(side: Arguments, side2: Arguments | None, examples: Any, examples2: Any) -> Array:
-        g = gradients(side, examples)
-        other = None if side2 is None else gradients(side2, examples2)
+    def block(arguments: Arguments, arguments2: Arguments | None, examples: Any, examples2: Any) -> Array:
+        g = gradients(arguments, examples)
+        other = None if arguments2 is None else gradients(arguments2, examples2)
         if other is not None and type(g) is not type(other):
             outputs, outputs2 = (getattr(h, "outputs", ()) for h in (g, other))
             raise ValueError(
@@ -75,16 +75,16 @@ def ntk(
 
     @naming("ntk")
     def kernel(params: PyTree, x: Any, x2: Any = None) -> Array:
-        side = arguments_of((params, x), {}, argnums, in_axes)
-        side2 = None if x2 is None else arguments_of((params, x2), {}, argnums, in_axes)
+        arguments = arguments_of((params, x), {}, argnums, in_axes)
+        arguments2 = None if x2 is None else arguments_of((params, x2), {}, argnums, in_axes)
         if block_size is None:
-            return block(side, side2, side.examples_first, side2 and side2.examples_first)
-        side2 = side2 or side
+            return block(arguments, arguments2, arguments.examples_first, arguments2 and arguments2.examples_first)
+        arguments2 = arguments2 or arguments
 
         def row(examples: Sequence[Array]) -> Array:
-            transposed = lambda examples2: jnp.swapaxes(block(side, side2, examples, examples2), 0, 1)  # noqa: E731
-            return jnp.swapaxes(map_examples(transposed, block_size, side2.examples_first), 0, 1)
+            transposed = lambda examples2: jnp.swapaxes(block(arguments, arguments2, examples, examples2), 0, 1)  # noqa: E731
+            return jnp.swapaxes(map_examples(transposed, block_size, arguments2.examples_first), 0, 1)
 
-        return map_examples(row, block_size, side.examples_first)
+        return map_examples(row, block_size, arguments.examples_first)
 
     return kernel
