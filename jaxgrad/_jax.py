@@ -110,13 +110,13 @@ def branches(eqn: Equation) -> list[Program]:
 
 
 def kernel_name(eqn: Equation) -> str | None:
-    """The name that a call carries among its params, as a Pallas kernel does; None if it has none."""
+    """The name among an equation's params, such as that of a Pallas kernel; None if there is none."""
     name = eqn.params.get("name")
     return name if isinstance(name, str) else None
 
 
 def is_batched_kernel(eqn: Equation) -> bool:
-    """Whether the equation is a Pallas kernel that `jax.vmap` has batched; its operands then have more axes."""
+    """Whether the equation is a Pallas kernel that `jax.vmap` has batched, whose operands have an axis more."""
     return bool(getattr(eqn.params.get("grid_mapping"), "vmapped_dims", ()))
 
 
@@ -147,15 +147,15 @@ def ragged_parts(params: Mapping[str, Any]) -> RaggedParts | None:
 
 
 def traced_for(function: Any, eqn: Equation) -> Program:
-    """The program of a function of arrays like the equation's operands, in the context of the equation."""
+    """Trace a function on the avals of the equation's operands, in the context of the equation."""
     with context(eqn):
         return program_of(jax.make_jaxpr(function)(*map(_array_like, eqn.invars)))
 
 
 def _array_like(v: Any) -> jax.ShapeDtypeStruct:
-    lies = getattr(v.aval, "sharding", None)
-    if isinstance(lies, NamedSharding) and AxisType.Explicit in lies.mesh.axis_types:
-        return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=lies)
+    sharding = getattr(v.aval, "sharding", None)
+    if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding)
     return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
 
 
@@ -243,13 +243,13 @@ def _rank(v: Any) -> int:
 
 
 @functools.cache
-def _of_jax() -> frozenset[Primitive]:
+def _exported_primitives() -> frozenset[Primitive]:
     return frozenset(p for m in (lax, lax.linalg, primitives) for p in vars(m).values() if isinstance(p, Primitive))
 
 
 def is_foreign(eqn: Equation) -> bool:
-    """Whether the primitive is none of those that JAX exports: it is a user's own, or a kernel."""
-    return eqn.primitive not in _of_jax()
+    """Whether JAX does not export the primitive, because it is a user's own or a kernel."""
+    return eqn.primitive not in _exported_primitives()
 
 
 def context(eqn: Equation) -> AbstractContextManager[None]:

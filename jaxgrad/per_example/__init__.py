@@ -6,9 +6,10 @@ These modules hold the public functions and classes:
     jacobian      per_example_jacobian: the gradients of all outputs
     measure       per_example_norms: norms with a plain gradient's memory
     explain       how each parameter's gradient is held, and why
-    custom_primitives   register_rule: primitives of your own
-    rule_check    check_rule: a test of what was registered
     gradients     PerExampleGrads: the algebra over a tree of parameters
+    rule_check    check_rule: test a registered rule
+
+    custom_primitives   register_rule: teach the interpreter a primitive of your own
 
 These modules support them:
 
