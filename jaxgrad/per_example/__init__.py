@@ -7,9 +7,9 @@ These modules hold the public functions and classes:
     measure       per_example_norms: norms with a plain gradient's memory
     explain       how each parameter's gradient is held, and why
     gradients     PerExampleGrads: the algebra over a tree of parameters
+    custom_primitives
+                  register_rule: teach the interpreter a primitive of your own
     rule_check    check_rule: test a registered rule
-
-    custom_primitives   register_rule: teach the interpreter a primitive of your own
 
 These modules support them:
 

@@ -92,8 +92,8 @@ def check_rule(fun: Callable[..., Any], *operands: Any, rtol: float | None = Non
         operands: its arguments, trees of arrays. Random numbers replace arrays of floating dtypes; integers and
             booleans stay as they are. A product stays factored only if its operands are smaller than its result, so
             pass matrices of at least 8 × 8.
-        rtol: the largest deviation that is accepted, relative to the largest entry of the result; None for ε^(3/4) of the
-            result's dtype, about 6e-6 in float32.
+        rtol: the largest deviation that is accepted, relative to the largest entry of the result; None for ε^(3/4) of
+            the result's dtype, about 6e-6 in float32.
         seed: the seed of the random numbers.
 
     Returns:
@@ -141,7 +141,7 @@ class _Survey(NamedTuple):
 
 
 def _evaluated(program: _jax.Program, operands: Sequence[Any], survey: _Survey) -> Iterator[list[Any]]:
-    """Evaluate a program and fill the survey; yield the operands of each equation to check, also inside an inner jit."""
+    """Evaluate a program, inner jits included, and fill the survey; yield the operands of each equation to check."""
     known = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
     known |= dict(zip(program.jaxpr.invars, operands, strict=True))
     for eqn in program.jaxpr.eqns:
