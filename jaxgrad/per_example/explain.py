@@ -92,8 +92,8 @@ class Explanation:
         for row in self.rows:
             if row.path == path:
                 return row
-        paths = ", ".join(repr(row.path) for row in self.rows)
-        raise KeyError(f"Explanation[...]: expected one of the paths {paths}, got {path!r}.")
+        paths = ", ".join(row.path or "''" for row in self.rows)
+        raise KeyError(f"Explanation[...]: expected one of the paths {paths}, got {path}.")
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "how", "why", "held as", "norm", "held", "materialized")
