@@ -1,6 +1,6 @@
-"""Per-example gradients in JAX: factored for any loss, and by hand for one.
+"""Per-example gradients in JAX: held as factors for any loss, and derived by hand for one.
 
-The transforms, which take a loss, or a model, of one example:
+The transforms take the loss, or the model, of a single example:
 
     per_example_grad        factored per-example gradients; per_example_value_and_grad adds the values
     per_example_norms       the norms alone, with no more memory than a plain gradient
@@ -11,13 +11,13 @@ The transforms, which take a loss, or a model, of one example:
     assert_agree            the same comparison as an assertion
     register_rule           teach per_example_grad a primitive of your own, such as a Pallas kernel
 
-What they return: PerExampleGrads, PerExampleJacobian and ClipInfo.
+Most of them return a PerExampleGrads or a PerExampleJacobian; clipped_grad returns a ClipInfo with the sum.
 
 The modules:
 
     attribution    which examples matter: influence, self_influence, ntk, noise_scale, tracin
     curvature      Fisher and Gauss-Newton matrices: natural_gradient, fisher_vector_product, kfac_factors
-    streams        more data than fits in memory: results on disk, Gram matrices and influence from batches
+    streams        data sets that do not fit in memory: results on disk, Gram matrices and influence from batches
     clipping       weightings for clipped_grad
     agreement      reports of comparisons with `jax.grad`
     per_example    the kinds of factors that PerExampleGrads holds

@@ -1,4 +1,4 @@
-"""`python -m jaxgrad`: the exercise's main job, which is in `jaxgrad/exercise/job`."""
+"""`python -m jaxgrad` runs the exercise's main job, `jaxgrad/exercise/job`."""
 
 import sys
 

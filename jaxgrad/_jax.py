@@ -45,12 +45,12 @@ class Program(NamedTuple):
 
 
 def program_of(closed: Any) -> Program:
-    """The program of a ClosedJaxpr, of an open jaxpr without constants, or of the single jaxpr type since JAX 0.11."""
+    """The `Program` of a ClosedJaxpr, of an open jaxpr without constants, or of JAX 0.11's single jaxpr type."""
     return Program(getattr(closed, "jaxpr", closed), tuple(getattr(closed, "consts", ())))
 
 
 def uses_custom_vjp(jaxpr: Jaxpr) -> bool:
-    """Whether a program, not differentiated yet, contains a backward pass that is written by hand."""
+    """Whether a program that has not been differentiated contains a `custom_vjp`."""
     return any(
         eqn.primitive.name.startswith("custom_vjp") or any(map(uses_custom_vjp, programs_in(eqn))) for eqn in jaxpr.eqns
     )
@@ -59,16 +59,16 @@ def uses_custom_vjp(jaxpr: Jaxpr) -> bool:
 def programs_in(eqn: Equation) -> list[Jaxpr]:
     """The jaxprs among an equation's parameters."""
 
-    def found(p: Any) -> list[Any]:
+    def collect(p: Any) -> list[Any]:
         if isinstance(p, tuple | list):
-            return [q for part in p for q in found(part)]
+            return [q for part in p for q in collect(part)]
         return [program_of(p).jaxpr] if _is_program(p) else []
 
-    return found(list(eqn.params.values()))
+    return collect(list(eqn.params.values()))
 
 
 class While(NamedTuple):
-    """A while_loop's two jaxprs, and how many of its operands are constants of each; the carry comes after them."""
+    """A while_loop's two jaxprs; its operands are cond's constants, body's constants, then the carry."""
 
     cond: Jaxpr
     body: Jaxpr
@@ -89,7 +89,8 @@ _WITHOUT_PUBLIC_NAMES = ("shard_map", "psum_invariant", "pvary")
 def kind(eqn: Equation) -> Primitive | str:
     """The equation's primitive, or the primitive's name if JAX does not export it.
 
-    `reshard` counts as a sharding constraint if it stays on one mesh with the same axis types."""
+    A `reshard` that keeps the mesh and its axis types counts as a sharding constraint.
+    """
     if eqn.primitive.name in _WITHOUT_PUBLIC_NAMES:
         return eqn.primitive.name
     if eqn.primitive.name != "reshard":
@@ -109,13 +110,13 @@ def branches(eqn: Equation) -> list[Program]:
 
 
 def kernel_name(eqn: Equation) -> str | None:
-    """The name that a call carries among its params, as a Pallas kernel does; None if it has none."""
+    """The name among an equation's params, such as that of a Pallas kernel; None if there is none."""
     name = eqn.params.get("name")
     return name if isinstance(name, str) else None
 
 
 def is_batched_kernel(eqn: Equation) -> bool:
-    """Whether the equation is a Pallas kernel that `jax.vmap` has batched; its operands then have more axes."""
+    """Whether the equation is a Pallas kernel that `jax.vmap` has batched, whose operands have an axis more."""
     return bool(getattr(eqn.params.get("grid_mapping"), "vmapped_dims", ()))
 
 
@@ -146,15 +147,15 @@ def ragged_parts(params: Mapping[str, Any]) -> RaggedParts | None:
 
 
 def traced_for(function: Any, eqn: Equation) -> Program:
-    """The program of a function of arrays like the equation's operands, in the context of the equation."""
+    """Trace a function on the avals of the equation's operands, in the context of the equation."""
     with context(eqn):
         return program_of(jax.make_jaxpr(function)(*map(_array_like, eqn.invars)))
 
 
 def _array_like(v: Any) -> jax.ShapeDtypeStruct:
-    lies = getattr(v.aval, "sharding", None)
-    if isinstance(lies, NamedSharding) and AxisType.Explicit in lies.mesh.axis_types:
-        return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=lies)
+    sharding = getattr(v.aval, "sharding", None)
+    if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding)
     return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
 
 
@@ -167,7 +168,7 @@ def equations_in(jaxpr: Jaxpr) -> Iterator[Equation]:
 
 
 class ScanParts(NamedTuple):
-    """The layout of a scan: its operands are consts, carry and xs, its results carry and ys."""
+    """The layout of a scan: its operands are consts, carry and xs; its results are carry and ys."""
 
     consts: int
     carry: int
@@ -177,7 +178,7 @@ class ScanParts(NamedTuple):
 
 
 def scan_parts(eqn: Equation) -> ScanParts:
-    """The layout of a scan, read from ranks: a step sees one axis less of xs and ys. JAX 0.11 renamed the params."""
+    """Read a scan's layout from ranks, because JAX 0.11 renamed the params: xs and ys lose an axis inside a step."""
     jaxpr = body(eqn).jaxpr
     xs = sum(_rank(v) > _rank(w) for v, w in zip(eqn.invars, jaxpr.invars, strict=True))
     ys = sum(_rank(v) > _rank(w) for v, w in zip(eqn.outvars, jaxpr.outvars, strict=True))
@@ -196,7 +197,7 @@ class ShardMapParts(NamedTuple):
 
 
 def shard_map_parts(eqn: Equation) -> ShardMapParts | None:
-    """The parts of a shard_map; None if JAX does not track along which mesh axes an array varies (`check_vma`)."""
+    """The parts of a shard_map; None for check_vma=False, where JAX does not track the axes that arrays vary along."""
     p = eqn.params
     if not p["check_vma"]:
         return None
@@ -210,12 +211,15 @@ def padding(eqn: Equation) -> list[tuple[int, int, int]]:
 
 
 def scatter_axes(eqn: Equation) -> tuple[int, ...]:
-    """The axes of the operand that the indices of a scatter-add index."""
+    """The axes of a scatter-add's operand that its indices point into."""
     return tuple(int(k) for k in eqn.params["dimension_numbers"].scatter_dims_to_operand_dims)
 
 
 def scatter_window(eqn: Equation) -> list[int | None] | None:
-    """For each axis of the operand, the axis of the updates or None if it is inserted; None if there are batch axes."""
+    """For each axis of a scatter's operand, the matching axis of the updates, or None if the axis is inserted.
+
+    The result is None if the scatter has batch axes.
+    """
     numbers = eqn.params["dimension_numbers"]
     if numbers.operand_batching_dims or numbers.scatter_indices_batching_dims:
         return None
@@ -225,12 +229,12 @@ def scatter_window(eqn: Equation) -> list[int | None] | None:
 
 
 def scatter_clips(eqn: Equation) -> bool:
-    """Whether an index out of range is clipped; in all other modes, also "promise_in_bounds", it adds nothing."""
+    """Whether an index out of range is clipped; in all other modes, "promise_in_bounds" included, it adds nothing."""
     return eqn.params["mode"] == lax.GatherScatterMode.CLIP
 
 
 def gather_fills(eqn: Equation) -> bool:
-    """Whether a gather returns a number other than zero for an index out of range; it is then not linear."""
+    """Whether a gather fills in a number other than zero for an index out of range, so that it is not linear."""
     return eqn.primitive is lax.gather_p and bool(eqn.params["fill_value"])
 
 
@@ -239,13 +243,13 @@ def _rank(v: Any) -> int:
 
 
 @functools.cache
-def _of_jax() -> frozenset[Primitive]:
+def _exported_primitives() -> frozenset[Primitive]:
     return frozenset(p for m in (lax, lax.linalg, primitives) for p in vars(m).values() if isinstance(p, Primitive))
 
 
 def is_foreign(eqn: Equation) -> bool:
-    """Whether the primitive is none of those that JAX exports: it is a user's own, or a kernel."""
-    return eqn.primitive not in _of_jax()
+    """Whether JAX does not export the primitive, because it is a user's own or a kernel."""
+    return eqn.primitive not in _exported_primitives()
 
 
 def context(eqn: Equation) -> AbstractContextManager[None]:
@@ -254,48 +258,49 @@ def context(eqn: Equation) -> AbstractContextManager[None]:
 
 
 def bind(eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """Evaluate the equation. One that contains programs is bound whole, as a program of one equation.
+    """Evaluate an equation; one whose params contain jaxprs is evaluated as a program of one equation.
 
-    On an explicit mesh, each operand is first resharded as the program states, even if it was computed in another way.
-    Inside shard_map, operands are made to vary along the same mesh axes, as JAX's own functions do before they bind.
+    On an explicit mesh, each operand is first resharded as the program states, because the interpreter may have
+    computed it with another sharding. Inside shard_map, all operands are made to vary along the same mesh axes, as
+    JAX's own functions do before they bind.
     """
     values = placed(values, eqn.invars)
     if any(map(varying, values)):
         if _only_varies(eqn):
             return [made_varying(x, _varying(v.aval)) for x, v in zip(values, eqn.outvars, strict=True)]
-        values = _alike(eqn, values)
+        values = _made_alike(eqn, values)
     if not any(_is_program(p) for p in eqn.params.values()):
         results = eqn.primitive.bind(*values, **eqn.params)
         return list(results) if eqn.primitive.multiple_results else [results]
     variables = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, Literal)))
-    known = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)}
-    return jex.jaxpr_as_fun(_alone(eqn, tuple(variables)))(*(known[v] for v in variables))
+    value_of = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)}
+    return jex.jaxpr_as_fun(_single_equation(eqn, variables))(*(value_of[v] for v in variables))
 
 
 def placed(values: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-    """The values, each sharded on an explicit mesh as the program states for its variable."""
+    """The values, resharded on an explicit mesh as the program states for their variables."""
 
-    def one(x: Any, v: Any) -> Any:
-        lies = getattr(v.aval, "sharding", None)
-        if isinstance(v, Literal) or lies is None or AxisType.Explicit not in lies.mesh.axis_types:
+    def place(x: Any, v: Any) -> Any:
+        sharding = getattr(v.aval, "sharding", None)
+        if isinstance(v, Literal) or sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
             return x
-        return x if jax.typeof(x).sharding == lies else jax.sharding.reshard(x, lies)
+        return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
 
-    return [one(x, v) for x, v in zip(values, variables, strict=True)]
+    return [place(x, v) for x, v in zip(values, variables, strict=True)]
 
 
 def _only_varies(eqn: Equation) -> bool:
-    """Whether the equation only declares that its operand varies along more mesh axes; the value may do so already."""
+    """Whether the equation only marks its operand as varying along more mesh axes, which the value may already be."""
     if len(eqn.invars) != 1 or len(eqn.outvars) != 1 or any(_is_program(p) for p in eqn.params.values()):
         return False
     return _varying(eqn.outvars[0].aval) > _varying(eqn.invars[0].aval)
 
 
-def _alike(eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """The operands, varying along the mesh axes that the program states and along those that it does not know of."""
-    said = [frozenset() if isinstance(v, Literal) else _varying(v.aval) for v in eqn.invars]
-    more = frozenset().union(*map(varying, values)) - frozenset().union(*said)
-    return [made_varying(x, axes | more) for x, axes in zip(values, said, strict=True)]
+def _made_alike(eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """Make each operand vary along the mesh axes that the program states for it, and along all that it never states."""
+    stated = [frozenset() if isinstance(v, Literal) else _varying(v.aval) for v in eqn.invars]
+    unstated = frozenset().union(*map(varying, values)) - frozenset().union(*stated)
+    return [made_varying(x, axes | unstated) for x, axes in zip(values, stated, strict=True)]
 
 
 def _is_program(p: Any) -> bool:
@@ -306,11 +311,12 @@ def _is_program(p: Any) -> bool:
 
 @functools.lru_cache(256)
 def _template(operands: int, results: int) -> Any:
-    """A program with so many operands and results; programs built here take its debug information."""
+    """A program with this many operands and results, whose debug information the programs built here share."""
     return jax.make_jaxpr(lambda *operands: (0.0,) * results)(*[0.0] * operands)
 
 
-def _alone(eqn: Equation, variables: tuple[Any, ...]) -> Any:
+def _single_equation(eqn: Equation, variables: Sequence[Any]) -> Any:
+    """A ClosedJaxpr that evaluates this equation as a function of these variables."""
     jaxpr = program_of(_template(len(variables), len(eqn.outvars))).jaxpr
     results, invars = list(eqn.outvars), list(variables)
     return jex.ClosedJaxpr(
@@ -318,17 +324,19 @@ def _alone(eqn: Equation, variables: tuple[Any, ...]) -> Any:
     )
 
 
-def one_example(a: Any, axis: int) -> Any:
-    """The shape and dtype of one example of a batch, on an explicit mesh with the sharding of its axes. Inside
-    shard_map it is the first example itself, which varies along the same mesh axes as the batch."""
+def example_for_tracing(a: Any, axis: int) -> Any:
+    """One example of a batch, to trace with: its shape and dtype and, on an explicit mesh, its sharding.
+
+    Inside shard_map it is the first example itself, because that varies along the same mesh axes as the batch.
+    """
     if varying(a) and a.shape[axis]:
         return lax.index_in_dim(a, 0, axis, keepdims=False)
     aval = a if isinstance(a, jax.ShapeDtypeStruct) else jax.typeof(a)
-    shape, lies = aval.shape[:axis] + aval.shape[axis + 1 :], aval.sharding
-    if isinstance(lies, NamedSharding) and AxisType.Explicit in lies.mesh.axis_types:
-        spec = [*lies.spec, *[None] * len(aval.shape)][: len(aval.shape)]
-        lies = NamedSharding(lies.mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
-        return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type, sharding=lies)
+    shape, sharding = aval.shape[:axis] + aval.shape[axis + 1 :], aval.sharding
+    if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+        spec = [*sharding.spec, *[None] * len(aval.shape)][: len(aval.shape)]
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+        return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding)
     return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
 
 
@@ -350,22 +358,22 @@ def made_varying(a: Any, axes: frozenset[str]) -> Any:
 
 
 def depending(program: Any, operands: Sequence[int] | None = None) -> list[bool]:
-    """Which results of a program may depend on these operands, or on any for None: a superset of those that do."""
+    """Whether each result of a program may depend on these operands (None: on any); True may be wrong, False is not."""
     jaxpr = program_of(program).jaxpr
     return list(_depending(jaxpr, tuple(range(len(jaxpr.invars)) if operands is None else operands)))
 
 
 @functools.lru_cache(512)
 def _depending(jaxpr: Jaxpr, operands: tuple[int, ...]) -> tuple[bool, ...]:
-    found = {jaxpr.invars[k] for k in operands}
+    dependent = {jaxpr.invars[k] for k in operands}
     for eqn in jaxpr.eqns:
-        mine = [k for k, v in enumerate(eqn.invars) if not isinstance(v, Literal) and v in found]
-        found.update(v for v, depends in zip(eqn.outvars, results_depending(eqn, mine), strict=True) if depends)
-    return tuple(not isinstance(v, Literal) and v in found for v in jaxpr.outvars)
+        varied = [k for k, v in enumerate(eqn.invars) if not isinstance(v, Literal) and v in dependent]
+        dependent.update(v for v, depends in zip(eqn.outvars, results_depending(eqn, varied), strict=True) if depends)
+    return tuple(not isinstance(v, Literal) and v in dependent for v in jaxpr.outvars)
 
 
 def results_depending(eqn: Equation, operands: Sequence[int]) -> list[bool]:
-    """Which results of an equation may depend on these operands, as in `depending` and as JAX's own vmap decides it."""
+    """As `depending`, for the results of an equation; `jax.vmap` decides in the same way which results are batched."""
     if not operands:
         return [False] * len(eqn.outvars)
     if eqn.primitive is lax.optimization_barrier_p:  # each result depends on its own operand only
@@ -376,12 +384,12 @@ def results_depending(eqn: Equation, operands: Sequence[int]) -> list[bool]:
         inner = [depending(branch, [k - 1 for k in operands]) for branch in eqn.params["branches"]]
         return [any(results) for results in zip(*inner, strict=True)]
     if eqn.primitive is scan_p:
-        parts, found, before = scan_parts(eqn), set(operands), None
-        while found != before:  # a carry is an operand of the next step
-            before = set(found)
-            results = depending(eqn.params["jaxpr"], sorted(found))
-            found |= {parts.consts + k for k in range(parts.carry) if results[k]}
-        carried = [parts.consts + k in found for k in range(parts.carry)]
+        parts, dependent, previous = scan_parts(eqn), set(operands), None
+        while dependent != previous:  # a carry is an operand of the next step
+            previous = set(dependent)
+            results = depending(eqn.params["jaxpr"], sorted(dependent))
+            dependent |= {parts.consts + k for k in range(parts.carry) if results[k]}
+        carried = [parts.consts + k in dependent for k in range(parts.carry)]
         return carried + results[parts.carry :]
     return [True] * len(eqn.outvars)
 
@@ -395,18 +403,21 @@ def source_line(eqn: Equation) -> str:
     """file:line of the innermost frame outside JAX and jaxgrad; empty if JAX kept none."""
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback is not None else ():
-        inside = os.path.abspath(frame.file_name)
-        if not inside.startswith((_JAX + os.sep, _HERE + os.sep)) and not frame.file_name.startswith("<"):
+        path = os.path.abspath(frame.file_name)
+        if not path.startswith((_JAX + os.sep, _HERE + os.sep)) and not frame.file_name.startswith("<"):
             return f"{frame.file_name}:{frame.line_num}"
     return ""
 
 
 def bind_wide(eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """Like `bind`, for values whose dtypes may be wider than the equation's; they are not rounded to narrower ones."""
-    (first, *_), to = values, eqn.outvars[0].aval.dtype
-    if eqn.primitive is lax.convert_element_type_p and jnp.issubdtype(to, jnp.floating):
-        first = first.real  # JAX converts complex numbers this way
-        return [first if _bits(first) > _bits(eqn.outvars[0].aval) else first.astype(to)]
+    """Like `bind`, for values whose dtypes may be wider than the equation's; it computes in the widest of them.
+
+    An equation that contains jaxprs is evaluated in its own dtypes, and its results are widened.
+    """
+    dtype = eqn.outvars[0].aval.dtype
+    if eqn.primitive is lax.convert_element_type_p and jnp.issubdtype(dtype, jnp.floating):
+        number = values[0].real  # JAX converts complex numbers this way
+        return [number if _bits(number) > _bits(eqn.outvars[0].aval) else number.astype(dtype)]
     inexact = [k for k, x in enumerate(values) if jnp.issubdtype(x.dtype, jnp.inexact)]
     if all(values[k].dtype == eqn.invars[k].aval.dtype for k in inexact):
         return bind(eqn, values)
@@ -429,4 +440,5 @@ def _bits(x: Any) -> int:
 
 
 def _as_wide(x: Any, real: Any) -> Any:
+    """The array, real or complex, with real numbers of this dtype."""
     return x.astype(np.result_type(real, np.complex64) if jnp.iscomplexobj(x) else real)

@@ -1,4 +1,4 @@
-"""Sums of clipped gradients for private and robust training: one example moves the sum by at most a stated bound."""
+"""Sums of clipped gradients, for private and robust training: no example moves the sum by more than a stated bound."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ from jaxgrad.microbatches import in_microbatches
 from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares, shortened
 from jaxgrad.per_example.arguments import Arguments
-from jaxgrad.per_example.checks import checked_bound, checked_mask, grouped
+from jaxgrad.per_example.checks import checked_bound, checked_groups, checked_mask
 from jaxgrad.per_example.measure import MEASURER
 from jaxgrad.per_example.second_pass import check_linear, weighted_gradients
 from jaxgrad.per_example.serialized import named_tuple
@@ -29,14 +29,14 @@ __all__ = ["ClipInfo", "ClippedGrad", "Weighting", "automatic", "clipped_grad"]
 Weighting = Callable[[Array, Array], Array]
 """A function (norms [B], bound) → a factor for every gradient."""
 
-# √GUARD times the magnitude of the terms that cancel in a gradient is added to its norm, as a root sum of squares, to
-# account for their rounding errors. Together with the bound's margin ε this gives the guarantee of `clipped_grad`. The
-# keys are dtypes of the sum.
+# A gradient that is a sum of terms of magnitude S is treated as if its norm were √(‖g‖² + GUARD·S²), because rounding
+# errors grow with S. Together with EPSILON, which determines ε, this gives the guarantee of `clipped_grad`. The keys
+# are the dtypes of the sum.
 GUARD = {jnp.dtype(jnp.float32): 2.0**-20, jnp.dtype(jnp.float64): 2.0**-40}
 EPSILON = {jnp.dtype(jnp.float32): 2.0**-12, jnp.dtype(jnp.float64): 2.0**-31}
 
 
-# Relative difference that is allowed between the norm from the first pass and the gradient of the second pass.
+# Two passes: the relative difference that is allowed between the two computations of one gradient.
 RECOMPUTED = {
     jnp.dtype(jnp.float64): 2.0**-29,
     jnp.dtype(jnp.float32): 2.0**-10,
@@ -47,7 +47,7 @@ RECOMPUTED = {
 
 @named_tuple
 class ClipInfo(NamedTuple):
-    """Losses, gradient norms and counts that are returned with a clipped sum. None of it is private.
+    """Losses, gradient norms and counts, which are returned with a clipped sum. They are not private.
 
     Attributes:
         values: [B], the loss of every example; 0 where masked.
@@ -114,23 +114,24 @@ def clipped_grad(
     is NaN or infinite, adds exactly zero. Masked examples change nothing in the result, and neither shapes nor the
     sequence of operations depend on the data.
 
-    ε covers rounding: it is (1 + √B)·2⁻¹² if the sum is in float32 (parameters of float32, bfloat16 and float16; the
-    sum is not rounded to the parameters' dtype), and (1 + √B)·2⁻³¹ in float64. Derivation: a gradient is a sum of
-    products that may cancel, and if the products have magnitude S, the sum is uncertain by a few u·S (u = 2⁻²⁴, 2⁻⁵³).
-    A gradient's norm is therefore taken to be √(‖g‖² + κS²) with κ = 2⁻²⁰, 2⁻⁴⁰ (see `PerExampleGrads.magnitudes`;
-    S = 0 if nothing cancels). Then no example contributes numbers larger than max_norm/√κ, whose rounding error is at
-    most a few u/√κ·max_norm = 2⁻¹⁴, 2⁻³³ max_norm, and the errors of B examples add up to √B times that (the model of
-    Higham and Mary 2019: errors have mean zero, which is assumed and not proved). For a gradient that is followed by a
-    linear map shared by all examples and not elementwise (`Mapped`), S includes the map's norm, which is estimated with
-    a margin and not bounded. Where operands of products are rounded, ρ√(‖g‖² + S²) is added to the norm as well, which
-    bounds what that changes: ρ = 3·2⁻⁸ for factors in bfloat16; 2⁻⁹ and 2⁻⁶ for float32 on GPUs and TPUs, unless
+    ε covers rounding: it is (1 + √B)·2⁻¹² if the sum is in float32 (for parameters in float32, bfloat16 or float16; the
+    sum is not rounded to the parameters' dtype), and (1 + √B)·2⁻³¹ if it is in float64. Derivation, with two numbers
+    for float32 and float64: a gradient is a sum of products that may cancel, and if the products have magnitude S, the
+    sum is uncertain by a few u·S, u = 2⁻²⁴, 2⁻⁵³. The gradient's norm is therefore taken to be √(‖g‖² + κS²) with
+    κ = 2⁻²⁰, 2⁻⁴⁰; S is that of `PerExampleGrads.magnitudes`, and 0 if nothing cancels. Then no example contributes
+    numbers larger than max_norm/√κ, whose rounding error is at most a few u/√κ·max_norm = 2⁻¹⁴, 2⁻³³ max_norm. The
+    errors of B examples add up to √B times that in the model of Higham and Mary 2019, in which errors have mean zero;
+    this is assumed and not proved. If a gradient is followed by a linear map that all examples share and that is not
+    elementwise (`Mapped`), S includes the map's norm, which is estimated with a margin and not bounded. Where operands
+    of products are rounded, ρ√(‖g‖² + S²) is added to the norm as well, which bounds the effect of that rounding: ρ is
+    3·2⁻⁸ for factors in bfloat16, and for float32 it is 2⁻⁹ on GPUs and 2⁻⁶ on TPUs, unless
     `jax.default_matmul_precision("highest")` is set (`PerExampleGrads.rounding`).
 
-    Not guaranteed: independence of the examples. The loss sees one example at a time, but parameters or shared
-    arguments that were computed from the batch (batch normalization) are outside the bound. Privacy also needs noise,
-    batches drawn at random, an accountant (see jax-privacy and dp-accounting), random numbers that nobody can predict,
-    and a defense against attacks on floating-point noise (Mironov 2012); this function provides none of them. Running
-    time may depend on the data if the hardware's arithmetic does. The contents of `ClipInfo` are not private.
+    Not guaranteed: the bound does not cover parameters or shared arguments that were computed from the batch, as in
+    batch normalization. Privacy also needs noise, batches drawn at random, an accountant (see jax-privacy and
+    dp-accounting), random numbers that nobody can predict, and a defense against attacks on floating-point noise
+    (Mironov 2012); this function provides none of them. The running time may depend on the data if that of the
+    hardware's arithmetic does. The contents of `ClipInfo` are not private.
 
     Args:
         fun: the loss: a pure function of one example that returns a real scalar, or (scalar, aux) with has_aux.
@@ -144,20 +145,22 @@ def clipped_grad(
             or another function (norms [B], bound) → a factor for every gradient. Whatever it returns, no gradient
             becomes longer than its bound.
         passes: 1 holds the factors of all gradients and sums them. 2 takes the norms first and drops the factors, then
-            computes the ordinary gradient of Σ_b c_b · loss_b: that needs a plain gradient's memory, also for
-            `lax.scan` over layers with `jax.checkpoint`, and up to twice its time. Prefer 1 where the factors fit. With
-            2, each group of bounds takes a backward pass of its own, and effects in `fun` happen in both passes.
+            computes the ordinary gradient of Σ_b c_b · loss_b: this needs the memory of a plain gradient, even for a
+            `lax.scan` over layers with `jax.checkpoint`, and up to twice its time. Prefer 1 if the factors fit in
+            memory. With 2, each bound takes a backward pass of its own, and effects in `fun` happen in both passes.
 
-    Two passes: the second pass computes the gradients again, with a plain gradient's rounding, so ε also covers how far
-    the two computations of one gradient may differ: η = 2⁻¹⁰ in float32, 2⁻²⁹ in float64, 2⁻⁷ in float16 and 2⁻⁴ in
-    bfloat16 (assumed and not proved); in these narrow dtypes √κ is 2⁻⁴ and not 2⁻¹⁰, and ε also covers rounding the sum
-    to the parameters' dtype, at most 2·B·u. Keep the parameters of a private model in float32.
-    Where a GPU or TPU rounds the operands of float32 products (see ρ), ask `sensitivity` for float16 or bfloat16.
+    Two passes: the second pass computes the gradients again, with the rounding of a plain gradient. ε therefore also
+    covers how far the two computations of one gradient may differ, relative to its norm: 2⁻¹⁰ in float32, 2⁻²⁹ in
+    float64, 2⁻⁷ in float16 and 2⁻⁴ in bfloat16. These numbers are assumed and not proved. In float16 and bfloat16, and
+    where the operands of float32 products are rounded (see ρ), √κ is 2⁻⁴ and not 2⁻¹⁰. In float16 and bfloat16, ε also
+    covers rounding the sum to the parameters' dtype, which changes it by at most 2·B·u. Keep the parameters of a
+    private model in float32. Where operands are rounded, pass the dtype that they are rounded to, float16 for
+    TensorFloat-32 or bfloat16, to `sensitivity`.
 
     Returns:
         A function of fun's arguments, the batched ones with an example axis, and of `mask`, booleans [B] that are False
-        for padding. It returns (sum, `ClipInfo`); the sum is a tree of the parameters' shapes, in float32 or wider, or
-        with two passes in the parameters' dtypes, as their ordinary gradient is. A loss that has its own keyword
+        for padding. It returns (sum, `ClipInfo`). The sum is a tree with the parameters' shapes, in float32 or wider;
+        with two passes it has the parameters' dtypes, like an ordinary gradient. A loss that has its own keyword
         argument `mask` must be wrapped before padding can be masked.
 
     Raises:
@@ -191,7 +194,7 @@ def _one_for_each(c: Any, norms: Array) -> Array:
 
 
 def _takes_a_mask(fun: Callable[..., Any]) -> bool:
-    """True if the loss has, or may have, a keyword argument `mask` of its own, which need not mark padding."""
+    """Whether the loss has, or may have, a keyword argument `mask` of its own, which need not mark padding."""
     try:
         parameters = inspect.signature(fun).parameters
     except (TypeError, ValueError):  # a function without a signature takes its arguments by position
@@ -225,10 +228,10 @@ class ClippedGrad:
         for bound in jax.tree.leaves(max_norm):
             checked_bound(bound)
         try:
-            whole = microbatch_size is None or operator.index(microbatch_size) >= 1
+            valid = microbatch_size is None or operator.index(microbatch_size) >= 1
         except TypeError:
-            whole = False
-        if not whole:
+            valid = False
+        if not valid:
             raise ValueError(
                 f"clipped_grad: expected a microbatch size of at least 1 or None, got {microbatch_size!r}."
             )
@@ -251,7 +254,7 @@ class ClippedGrad:
     def max_norm(self) -> float | Array:
         """The root sum of squares of the bounds: how far one example could move the sum if nothing were rounded.
 
-        A Python float; an array if a bound is traced.
+        It is a Python float, or an array if a bound is traced.
         """
         return self._bound(jnp.result_type(float))
 
@@ -263,11 +266,12 @@ class ClippedGrad:
             return root_sum_of_squares([jnp.asarray(bound, dtype) for bound in bounds])
 
     def sensitivity(self, batch_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> float | Array:
-        """Return how far one example can move the sum: `max_norm`, times 1 + ε for rounding.
+        """Return the bound on how far one example can move the sum: `max_norm` times 1 + ε, where ε covers rounding.
 
         Args:
             batch_size: B, the largest batch size in use.
-            dtype: dtype of the sum; with two passes, the narrowest dtype that the loss computes in.
+            dtype: dtype of the sum; with two passes, the narrowest dtype that the loss computes in or the hardware
+                rounds operands of products to.
 
         Returns:
             A Python float; an array if a bound is traced.
@@ -278,12 +282,12 @@ class ClippedGrad:
         if operator.index(batch_size) < 0:
             raise ValueError(f"ClippedGrad.sensitivity: expected a batch size of at least 0, got {batch_size}.")
         wide = working_dtype(dtype)
-        more = 1 + (1 + math.sqrt(batch_size)) * EPSILON[wide]
+        ratio = 1 + (1 + math.sqrt(batch_size)) * EPSILON[wide]
         if self._passes == 2:
-            narrow = float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize < 4 else 0.0
-            more += RECOMPUTED[jnp.finfo(dtype).dtype] + batch_size * narrow
+            sum_error = float(jnp.finfo(dtype).eps) if jnp.dtype(dtype).itemsize < 4 else 0.0
+            ratio += RECOMPUTED[jnp.finfo(dtype).dtype] + batch_size * sum_error
         bound = self._bound(wide)
-        return bound * (more if isinstance(bound, float) else jnp.asarray(more, wide))
+        return bound * (ratio if isinstance(bound, float) else jnp.asarray(ratio, wide))
 
     @naming("clipped_grad")
     def __call__(self, *args: Any, mask: Any = None, **kwargs: Any) -> tuple[PyTree, ClipInfo]:
@@ -331,7 +335,7 @@ class ClippedGrad:
         """As `_of`: the norms, and then the gradient of the weighted sum of losses."""
         check_linear(self._transformed, arguments)
         values, aux, measures = self._transformed.measured(arguments, MEASURER)
-        bounds, groups = grouped(self._max_norm, arguments.params_tree)
+        bounds, groups = checked_groups(self._max_norm, arguments.params_tree)
         parts = [[measures[i] for i in group] for group in groups]
         norms = [root_sum_of_squares([m.norm for m in part]) for part in parts]
         keep = mask & functools.reduce(operator.and_, (jnp.isfinite(n) for n in norms))
@@ -346,7 +350,7 @@ class ClippedGrad:
         return [total[i] for i in range(len(total))], (values, aux, root_sum_of_squares(norms), over)
 
     def _factors(self, norms: Array, magnitudes: Array | None, limit: Array, keep: Array, rounding: Array) -> Array:
-        """c [B]: what every gradient is multiplied with, so that none is longer than its bound."""
+        """c [B], the factors that make no gradient longer than its bound; 0 for examples that are not kept."""
         norms = kept(keep, norms)
         c = _one_for_each(self._weighting(norms, limit), norms)
         return nan_unless(limit > 0, within(c, norms, magnitudes, limit, keep, rounding))

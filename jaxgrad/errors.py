@@ -1,21 +1,22 @@
-"""The name that an error message begins with: the public function that was called."""
+"""The name that an error message begins with: that of the public function that the user called."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_NOBODY = "jaxgrad"
-_CALL: ContextVar[str] = ContextVar("call", default=_NOBODY)
+_NO_CALL = "jaxgrad"
+_CALL: ContextVar[str] = ContextVar("call", default=_NO_CALL)
 
 
 @contextmanager
 def naming(call: str, unless_inside: bool = False) -> Iterator[None]:
-    """Make errors inside begin with this name; use as a decorator of a public function, or as a context manager.
+    """Let error messages begin with this name. It decorates a public function, or is a context manager.
 
     Args:
-        unless_inside: True keeps the name of another public function that is already running, if there is one.
+        call: the name of the public function.
+        unless_inside: True keeps the name of the public function that is already running, if there is one.
     """
-    token = _CALL.set(called() if unless_inside and called() != _NOBODY else call)
+    token = _CALL.set(called() if unless_inside and called() != _NO_CALL else call)
     try:
         yield
     finally:

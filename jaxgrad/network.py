@@ -1,4 +1,4 @@
-"""The import name of the exercise: `jaxgrad.network` has all that `jaxgrad.exercise` has."""
+"""The import name of the exercise: `jaxgrad.network` has every public name of `jaxgrad.exercise`."""
 
 import sys
 

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 
 def working_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    """Return the dtype to compute in: float64 if one of these is double, otherwise float32; complex if one is."""
+    """Return the dtype to compute in: float64 if any of these is double, otherwise float32; complex if any is."""
     kinds = [jnp.dtype(d) for d in dtypes]
     double = any(d in (jnp.float64, jnp.complex128) for d in kinds)
     if any(jnp.issubdtype(d, jnp.complexfloating) for d in kinds):
@@ -28,26 +28,26 @@ def contracted(spec: str, a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Ar
 
 
 def product_rounding() -> Array:
-    """Return by how much, relatively, a matrix product rounds an operand of float32 where it is compiled.
+    """Return the relative error to which a matrix product rounds a float32 operand, on the platform that compiles it.
 
     By default a GPU rounds to TensorFloat-32 and a TPU to bfloat16; `jax.default_matmul_precision` changes that.
     """
-    asked: Any = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  # its stub lacks it
-    if asked in ("highest", "float32"):
-        by = {"default": 0.0}
-    elif asked in ("high", "tensorfloat32", "bfloat16_3x"):
-        by = {"cpu": 0.0, "cuda": 2.0**-11, "rocm": 2.0**-11, "tpu": 2.0**-15, "default": 2.0**-8}
-    elif asked in (None, "default", "fastest", "bfloat16"):
-        by = {"cpu": 0.0, "cuda": 2.0**-11, "rocm": 2.0**-11, "default": 2.0**-8}
+    setting: Any = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  # its stub lacks it
+    if setting in ("highest", "float32"):
+        errors = {"default": 0.0}
+    elif setting in ("high", "tensorfloat32", "bfloat16_3x"):
+        errors = {"cpu": 0.0, "cuda": 2.0**-11, "rocm": 2.0**-11, "tpu": 2.0**-15, "default": 2.0**-8}
+    elif setting in (None, "default", "fastest", "bfloat16"):
+        errors = {"cpu": 0.0, "cuda": 2.0**-11, "rocm": 2.0**-11, "default": 2.0**-8}
     else:  # an algorithm of `jax.lax.DotAlgorithmPreset`
-        by = {"default": 2.0**-8}
-    ways: Any = {name: lambda value=value: jnp.asarray(value, jnp.float32) for name, value in by.items()}
-    found: Array = jax.lax.platform_dependent(**ways) if len(ways) > 1 else ways["default"]()
-    return found
+        errors = {"default": 2.0**-8}
+    branches: Any = {name: lambda value=value: jnp.asarray(value, jnp.float32) for name, value in errors.items()}
+    error: Array = jax.lax.platform_dependent(**branches) if len(branches) > 1 else branches["default"]()
+    return error
 
 
 def added(terms: Sequence[Array]) -> Array:
-    """Return the sum of float32 or float64 arrays, in the wider of the two."""
+    """Return the sum of arrays in float64 if one of them is double, otherwise in float32."""
     dtype = working_dtype(*(term.dtype for term in terms))
     total = terms[0].astype(dtype)
     for term in terms[1:]:
@@ -61,8 +61,8 @@ def index_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
 
 
 def joined(arrays: Sequence[Array], axis: int = 0) -> Array:
-    """Concatenate arrays in their own dtype if they share one, otherwise in one that holds them (float32 or wider)."""
-    dtype, *others = {a.dtype for a in arrays}
-    if others:
-        dtype = (working_dtype if jnp.issubdtype(dtype, jnp.inexact) else index_dtype)(dtype, *others)
+    """Concatenate arrays in their dtype if they share one, otherwise in a dtype that holds them all."""
+    dtype, *other_dtypes = {a.dtype for a in arrays}
+    if other_dtypes:
+        dtype = (working_dtype if jnp.issubdtype(dtype, jnp.inexact) else index_dtype)(dtype, *other_dtypes)
     return jnp.concatenate([a.astype(dtype) for a in arrays], axis)

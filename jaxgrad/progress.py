@@ -6,8 +6,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def shown(items: Iterable[T], total: int | None, done: int = 0, progress: bool = True) -> Iterable[T]:
-    """The items; if `progress`, a bar (needs rich) counts them up to `total`, starting from `done`."""
+def counted(items: Iterable[T], total: int | None, done: int = 0, progress: bool = True) -> Iterable[T]:
+    """The items; with `progress`, a bar (needs rich) counts them from `done` up to `total`."""
     if not progress:
         return items
     from rich.progress import track

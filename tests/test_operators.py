@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused():
         g + g[:2]
     with pytest.raises(ValueError, match="the same tree of parameters"):
         g + jg.per_example_grad(lambda w, x: (w * x).sum())(jnp.ones(3), jnp.ones((4, 3)))
-    with pytest.raises(ValueError, match=r"one floating number an example, shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"one floating number per example, shape \(4,\)"):
         g * jnp.ones(3)
     for other in (1.0, written(first)):
         with pytest.raises(TypeError):

@@ -270,6 +270,8 @@ def test_explain():
     assert [e[path].why for path in ("['F']", "['b']", "['W']")] == ["smaller", "vector", ""]
     assert re.fullmatch(r"\['b'\] +\[12\] +materialized +vector +Dense\(\[6, 12\]\) +entries +576 B +576 B", lines[8])
     assert lines[-1].startswith(f"['D']: materialized because of scan at {DIRECT}: ")
+    with pytest.raises(KeyError, match=r"Explanation\[\.\.\.\]: expected one of the paths .*\['W'\].*, got W\."):
+        e["W"]
     n = 10**12  # nothing is computed
     shapes = jax.eval_shape(lambda: p), jax.ShapeDtypeStruct((n, 3), jnp.int32), jax.ShapeDtypeStruct((n,), jnp.float64)
     assert explain(many)(*shapes).nbytes == e.nbytes // B * n

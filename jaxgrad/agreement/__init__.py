@@ -2,8 +2,8 @@
 
 The module's public names:
 
-    check_gradient     compare, and return a report
-    assert_agree       compare, and raise an error if the gradients disagree
+    check_gradient     compares the gradients and returns a report
+    assert_agree       compares them and raises an error if they disagree
     AgreementReport    the report: one `LeafAgreement` for each leaf of the parameters
     RTOL               the relative tolerance for each dtype
 """

@@ -1,4 +1,4 @@
-"""The gradient under test, called in the form that it was written for."""
+"""The gradient under test: find out whether it takes one example or a batch, and call it accordingly."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,26 +14,33 @@ Gradient = Callable[..., PyTree]
 
 
 def paths(tree: PyTree) -> dict[str, Any]:
-    """The tree's leaves by path, as `jax.tree_util.keystr` writes it."""
+    """The tree's leaves by their paths, as `jax.tree_util.keystr` writes them."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def on_a_batch(candidate: Gradient, arguments: Arguments, batched: bool | None) -> Callable[..., PyTree]:
-    """Return the candidate as a function of (parameters, batch), two lists of leaves, that returns all examples.
+def as_batched(candidate: Gradient, arguments: Arguments, batched: bool | None) -> Callable[..., PyTree]:
+    """Return the candidate as a function of the leaves of (parameters, batch) that returns all examples' gradients.
 
-    Both forms of calling it are tried. The one whose result has the shapes of a gradient is used; if neither has them,
-    the first one that can be called.
+    It is called with one example and with the batch. The form whose result has the shapes of a gradient is used; if
+    neither has them, the first form that does not raise is used.
+
+    Args:
+        candidate, batched: as in `check_gradient`; `batched` restricts it to one form.
+        arguments: the call.
+
+    Raises:
+        ValueError: the candidate raises in both forms.
     """
 
     def gradient(params: Sequence[Any], leaves: Sequence[Any]) -> PyTree:
-        args, _ = arguments.put_back(params, leaves)
-        found = candidate(*args)
-        return found.materialize() if hasattr(found, "materialize") else found
+        args, _ = arguments.loss_arguments(params, leaves)
+        result = candidate(*args)
+        return result.materialize() if hasattr(result, "materialize") else result
 
     size, params = arguments.batch_size, arguments.params
     one = _example(arguments, arguments.batch, 0) if size else [jnp.zeros(e.shape, e.dtype) for e in arguments.example]
-    wanted = dict(zip(arguments.paths, (leaf.shape for leaf in params), strict=True))
-    errors, ways = [], []
+    expected = dict(zip(arguments.paths, (leaf.shape for leaf in params), strict=True))
+    errors, forms = [], []
     for form in (False, True) if batched is None else (batched,):
         leaves = arguments.batch if form else one
         traceable = True
@@ -43,18 +50,18 @@ def on_a_batch(candidate: Gradient, arguments: Arguments, batched: bool | None) 
             except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
                 traceable = False  # the candidate uses NumPy: call it without tracing
                 shapes = gradient(params, leaves)
-            found = {path: np.shape(leaf) for path, leaf in paths(shapes).items()}
-        except Exception as error:  # whatever the user's function raises for the form it was not written for
+            returned = {path: np.shape(leaf) for path, leaf in paths(shapes).items()}
+        except Exception as error:  # a function may raise anything in the form that it does not take
             errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
         prefix = (size,) if form else ()
-        ways.append((found == {path: prefix + shape for path, shape in wanted.items()}, form, traceable))
-    if not ways:
+        forms.append((returned == {path: prefix + shape for path, shape in expected.items()}, form, traceable))
+    if not forms:
         raise ValueError(
             "check_gradient: expected a candidate(params, *example) or candidate(params, *batch), got one that raises. "
             + " With the batch: ".join([f"With one example: {errors[0]}.", *(f"{e}." for e in errors[1:])])
         )
-    _, form, traceable = max(ways, key=lambda way: way[0])  # the first that fits; otherwise the first
+    _, form, traceable = max(forms, key=lambda tried: tried[0])  # the first that fits; otherwise the first
     if form:
         return gradient
     if traceable:
@@ -62,10 +69,10 @@ def on_a_batch(candidate: Gradient, arguments: Arguments, batched: bool | None) 
 
     def loop(params: Sequence[Any], leaves: Sequence[Any]) -> PyTree:
         count = leaves[0].shape[arguments.axes[0]]
-        each = [gradient(params, _example(arguments, leaves, i)) for i in range(count)]
-        if not each:
+        gradients = [gradient(params, _example(arguments, leaves, i)) for i in range(count)]
+        if not gradients:
             return jax.tree.map(lambda leaf: np.zeros((0, *np.shape(leaf)), leaf.dtype), gradient(params, one))
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *gradients)
 
     return loop
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxgrad.agreement.candidate import Gradient, on_a_batch, paths
+from jaxgrad.agreement.candidate import Gradient, as_batched, paths
 from jaxgrad.agreement.differences import slopes
-from jaxgrad.agreement.leaf import Slopes, against_slope, judged, measured, without_numbers
+from jaxgrad.agreement.leaf import Slopes, against_slope, compared, judged, without_numbers
 from jaxgrad.agreement.report import AgreementReport
 from jaxgrad.errors import naming
 from jaxgrad.per_example.arguments import Arguments, arguments_of
@@ -34,17 +34,18 @@ def check_gradient(
     """Compare a gradient you derived by hand with `jax.grad`, for every example of a batch.
 
     Formula: let c be the candidate's gradient and r the reference vmap(jax.grad(loss)). Leaf l agrees on example i if
-    ‖c_il - r_il‖ ≤ rtol·‖r_il‖ + floor, where floor = 32·eps·max_i ‖r_il‖ + √size·tiny. Below the floor's first term
-    `jax.grad` itself has no correct digits (eps is that of the reference's dtype, float32 or float64). The second term
-    allows for underflow (tiny is the smallest normal number of the leaf's dtype; for float16, the smallest subnormal).
-    Norms are over the entries of a leaf. Both gradients are materialized: B × parameters numbers at once, or
-    batch_size × parameters.
+    ‖c_il - r_il‖ ≤ rtol·‖r_il‖ + floor, where floor = 32·eps·max_i ‖r_il‖ + √size·tiny and norms are over the entries
+    of a leaf. The first term of the floor is the precision of the reference itself: eps is that of its dtype, float32
+    or float64. The second term allows for underflow: tiny is the smallest normal number of the leaf's dtype, or the
+    smallest subnormal of float16. Cost: both gradients are materialized, B × parameters numbers at once, or batch_size
+    × parameters.
 
-    `jax.grad` follows every `custom_vjp` and `custom_jvp` in the loss, and repeats the errors in it. With `numerical`,
-    the gradient must also agree with central differences of the loss in float64, along two random directions v in each
-    leaf: |⟨c_il, v⟩ - D| ≤ 4 times the tolerance above + the error of the difference D. That error is estimated, from
-    two step sizes and from the slopes on both sides of the point, so that a kink at the point is not reported. Such a
-    check sees through `stop_gradient` and straight-through estimators, whose gradients are meant to differ.
+    `jax.grad` follows every `custom_vjp` and `custom_jvp` in the loss and repeats its errors. With `numerical`, the
+    gradient must therefore also agree with central differences D of the loss in float64, along two random directions v
+    in each leaf: |⟨c_il, v⟩ - D| ≤ 4 times the tolerance above + the error of D. That error is estimated from two step
+    sizes and from the slopes on both sides of the point, so that a kink at the point is not reported. Central
+    differences ignore `stop_gradient` and straight-through estimators, so a loss that uses these is reported as
+    different even if its gradient is what its author means.
 
     Args:
         candidate: candidate(params, *example) → tree of gradients, or candidate(params, *batch) → the same with a
@@ -53,25 +54,25 @@ def check_gradient(
         params: tree of floating-point arrays.
         *batch: arrays or trees of arrays, with an example axis where `in_axes` says so.
         argnums, in_axes: as in `per_example_grad`, for the arguments (params, *batch) of both functions.
-        numerical: whether to compare with central differences as well. It takes 8 evaluations of the loss for each
+        numerical: whether to compare with central differences as well. They take 8 evaluations of the loss for each
             leaf.
         reference_dtype: jnp.float64 computes the reference in float64 from the same numbers; None computes it in the
             dtypes of the arguments, with float16 and bfloat16 widened to float32. (A loss that draws random numbers
             must name their dtype, because JAX draws different numbers in float64.)
         rtol: relative tolerance for every leaf; None takes it from the leaf's dtype: float64 1e-9, float32 1e-4,
             float16 1e-2, bfloat16 5e-2 (`agreement.RTOL`).
-        batched: True if `candidate` takes a batch, False if it takes one example; None tries one example first, and
-            uses the form whose result has the shapes of a gradient.
+        batched: True if `candidate` takes a batch, False if it takes one example; None tries both, one example first,
+            and uses the form whose result has the shapes of a gradient.
         batch_size: number of examples to compute at once; None for all.
 
     Returns:
-        AgreementReport: one row per leaf, with its path. A leaf disagrees if it is missing or unexpected, if its shape
+        An `AgreementReport` with one row per leaf. A leaf disagrees if it is missing or unexpected, if its shape
         or dtype is not that of its parameter, if it differs by more than the tolerance, or if either gradient is NaN or
         infinite.
 
     Raises:
-        ValueError: batch arguments with different numbers of examples; a candidate that cannot be called in either
-            form; another reference_dtype, a negative or infinite rtol, a batch_size below 1.
+        ValueError: batch arguments with different numbers of examples; a candidate that raises in both forms; another
+            reference_dtype, a negative or infinite rtol, a batch_size below 1.
         TypeError: parameters that are not floating-point.
 
     Example:
@@ -93,34 +94,34 @@ def check_gradient(
     for path, leaf in paths(chosen).items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"check_gradient: expected real floating parameters, got {leaf.dtype} at params{path}.")
-    by_hand = on_a_batch(candidate, arguments, batched)
+    by_hand = as_batched(candidate, arguments, batched)
     over_examples = (None, arguments.axes, None)
 
-    def of_arguments(params: Any, examples: Any, shared: Any) -> Any:
-        return jax.grad(loss, argnums)(*arguments.rebuilt(params, examples, shared)[0])
+    def gradient(params: Any, examples: Any, shared: Any) -> Any:
+        return jax.grad(loss, argnums)(*arguments.rebuild(params, examples, shared)[0])
 
     def values(params: Any, examples: Any, shared: Any) -> Any:
-        return loss(*arguments.rebuilt(params, examples, shared)[0])
+        return loss(*arguments.rebuild(params, examples, shared)[0])
 
-    by_jax, by_value = (jax.jit(jax.vmap(f, over_examples)) for f in (of_arguments, values))
-    parts, differences, other_tree = [], [], ""
+    by_jax, by_value = (jax.jit(jax.vmap(f, over_examples)) for f in (gradient, values))
+    parts, differences, tree_problem = [], [], ""
     for part in _parts(arguments, batch_size):
         gradients = by_hand(arguments.params, part)
         double = reference_dtype is not None
         reference = _computed(by_jax, arguments, part, double)
-        found = paths(gradients)
-        parts.append(measured(paths(chosen), found, paths(reference)))
+        leaves = paths(gradients)
+        parts.append(compared(paths(chosen), leaves, paths(reference)))
         if numerical:
-            differences.append(_against_differences(by_value, arguments, part, parts[-1], found))
+            differences.append(_against_differences(by_value, arguments, part, parts[-1], leaves))
         structure: Any = jax.tree.structure(gradients)
         if structure != jax.tree.structure(chosen):
-            other_tree = f"is a {type(gradients).__name__}, expected the parameters' {type(chosen).__name__}"
+            tree_problem = f"is a {type(gradients).__name__}, expected the parameters' {type(chosen).__name__}"
     rows = [
-        judged([part[path] for part in parts], rtol, [each[path] for each in differences if path in each])
+        judged([part[path] for part in parts], rtol, [by_path[path] for by_path in differences if path in by_path])
         for path in parts[0]
     ]
-    if other_tree and not any(row.problem for row in rows):  # equal paths in different containers
-        rows.append(without_numbers("the tree", (), "", None, f"{other_tree} and the same containers in it"))
+    if tree_problem and not any(row.problem for row in rows):  # equal paths in different containers
+        rows.append(without_numbers("the tree", (), "", None, f"{tree_problem} and the same containers in it"))
     name = "jax.grad" + (" in float64" if reference_dtype is not None else "")
     name += " and central differences" if numerical else ""
     return AgreementReport(tuple(rows), arguments.batch_size, name)
@@ -162,17 +163,23 @@ def _parts(arguments: Arguments, batch_size: int | None) -> Iterator[list[Any]]:
         ]
 
 
-def _computed(function: Callable[..., Any], arguments: Arguments, part: list[Any], double: bool, **given: Any) -> Any:
-    """Call the function on these examples, in float64 or in float32 at least; returns NumPy arrays."""
+def _computed(
+    function: Callable[..., Any], arguments: Arguments, part: list[Any], double: bool, params: list[Any] | None = None
+) -> Any:
+    """Call the function on these examples, in float64 or in float32 at least, and return NumPy arrays.
+
+    Args:
+        params: the leaves of the parameters; None takes those of the call.
+    """
     with jax.enable_x64(True) if double else nullcontext():
-        trees = given.get("params", arguments.params), part, arguments.shared
+        trees = arguments.params if params is None else params, part, arguments.shared
         return jax.tree.map(np.asarray, function(*jax.tree.map(_to_float64 if double else _to_float32_at_least, trees)))
 
 
 def _against_differences(
-    by_value: Callable[..., Any], arguments: Arguments, part: list[Any], rows: dict[str, Any], found: dict[str, Any]
+    by_value: Callable[..., Any], arguments: Arguments, part: list[Any], rows: dict[str, Any], leaves: dict[str, Any]
 ) -> dict[str, list[Slopes]]:
-    """For every leaf with the right shape, how far the candidate is from central differences."""
+    """How far the candidate's leaves are from central differences, for every leaf with the right shape."""
 
     def values(params: list[np.ndarray]) -> Any:
         return _computed(by_value, arguments, part, True, params=params)
@@ -180,9 +187,9 @@ def _against_differences(
     result: dict[str, list[Slopes]] = {}
     for slope in slopes(values, arguments.params):
         path = arguments.paths[slope.leaf]
-        compared = against_slope(rows[path], found.get(path), slope)
-        if compared is not None:
-            result.setdefault(path, []).append(compared)
+        slope_error = against_slope(rows[path], leaves.get(path), slope)
+        if slope_error is not None:
+            result.setdefault(path, []).append(slope_error)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Central differences of the loss in float64: a reference that does not use any rule of differentiation."""
+"""Central differences of the loss in float64: a reference that uses no rule of differentiation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 DIRECTIONS = 2  # random directions for each leaf
-_STEP = np.finfo(np.float64).eps ** (1 / 3)  # relative to the leaf's root mean square; balances both errors
-_NOISE = 64  # the loss is not trusted below this many eps of float64
+_STEP = np.finfo(np.float64).eps ** (1 / 3)  # relative to the leaf's root mean square; balances truncation and rounding
+_NOISE = 64  # the loss is taken to be accurate to this many eps of float64
 
 
 class Slope(NamedTuple):
@@ -46,17 +46,18 @@ def slopes(values: Callable[[list[np.ndarray]], PyTree], params: Sequence[Any]) 
         for _ in range(DIRECTIONS):
             v = rng.standard_normal(p.shape)
 
-            def at(t: float, k: int = k, v: np.ndarray = v) -> np.ndarray:
+            def values_along(t: float, k: int = k, v: np.ndarray = v) -> np.ndarray:
                 return np.asarray(values([q + t * v if i == k else q for i, q in enumerate(start)]))
 
-            yield Slope(k, v, *_slope(middle, at, h))
+            yield Slope(k, v, *_slope(middle, values_along, h))
 
 
-def _slope(middle: np.ndarray, at: Callable[[float], np.ndarray], h: float) -> tuple[np.ndarray, np.ndarray]:
-    far, near = (at(h), at(-h)), (at(h / 2), at(-h / 2))
+def _slope(middle: np.ndarray, values_along: Callable[[float], np.ndarray], h: float) -> tuple[np.ndarray, np.ndarray]:
+    """(the slope, a bound on its error), from values of the loss along a direction; `middle` is values_along(0)."""
+    full_step, half_step = [(values_along(t), values_along(-t)) for t in (h, h / 2)]
     with np.errstate(invalid="ignore", over="ignore"):
-        wide, narrow = (far[0] - far[1]) / (2 * h), (near[0] - near[1]) / h
-        sides = np.abs(near[0] - 2 * middle + near[1]) / (h / 2)
-        largest = np.max(np.abs([middle, *far, *near]), axis=0)
-        error = np.abs(wide - narrow) + sides + _NOISE * np.finfo(np.float64).eps * largest / h
-        return (4 * narrow - wide) / 3, error
+        coarse, fine = (full_step[0] - full_step[1]) / (2 * h), (half_step[0] - half_step[1]) / h
+        kink = np.abs(half_step[0] - 2 * middle + half_step[1]) / (h / 2)
+        largest = np.max(np.abs([middle, *full_step, *half_step]), axis=0)
+        error = np.abs(coarse - fine) + kink + _NOISE * np.finfo(np.float64).eps * largest / h
+        return (4 * fine - coarse) / 3, error

@@ -1,4 +1,4 @@
-"""Compare one leaf of a gradient with its reference, for every example: the rows of `agreement`'s reports."""
+"""Compare the leaves of a gradient with their references, for every example; each leaf gives one row of a report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ RTOL = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Relative tolerance by the leaf's dtype: allowed ‖difference‖ / ‖reference‖ for one leaf of one example."""
 
 _IN_A_DIRECTION = 4  # a vector of norm ε has, along a random direction, an entry above 4ε once in 16,000 times
-_NOISE = 32  # the reference is not trusted below this many eps of the leaf's largest gradient
+_NOISE = 32  # the reference is taken to be accurate to this many eps of the leaf's largest gradient
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,21 @@ class LeafAgreement:
 
     Attributes:
         path: the leaf's path in the parameter tree, as `jax.tree_util.keystr` writes it.
-        shape: shape of the candidate's leaf, without the example axis ("missing" if there is no such leaf).
-        dtype: dtype of the candidate's leaf, likewise.
+        shape: shape of the candidate's leaf, without the example axis; "missing" if there is no such leaf.
+        dtype: dtype of the candidate's leaf; "missing" if there is no such leaf.
         expected_shape: shape of the parameter.
         expected_dtype: dtype of the parameter.
         max_abs: largest absolute difference of any entry, over all examples.
-        max_rel: largest ‖candidate - reference‖ / ‖reference‖ over the examples (0 where both are 0); a reference
-            norm below the floor is replaced by the floor.
+        max_rel: largest ‖candidate - reference‖ / ‖reference‖ over the examples, 0 where both are 0; the floor of
+            `check_gradient` replaces a smaller reference norm.
         worst_example: index of the example whose difference is largest relative to its tolerance; None if the batch
             is empty.
         rtol: the relative tolerance that was applied.
-        excess: ‖difference‖ of that example, divided by its tolerance; above 1 the leaf disagrees, NaN if not finite.
+        excess: ‖difference‖ of the worst example, divided by its tolerance: above 1 the leaf disagrees; NaN if a
+            gradient is not finite.
         problem: empty if the leaf agrees, otherwise what is wrong in a few words.
-        numerical: largest difference from a slope by central differences, divided by what is allowed; None if there is
-            no such comparison.
+        numerical: largest difference from a slope by central differences, divided by its tolerance; None without
+            `numerical`.
 
     Example:
         >>> by_hand = lambda w, x: 1.5 * x
@@ -59,15 +60,25 @@ class LeafAgreement:
     numerical: float | None = None
 
 
-class Measured(NamedTuple):
-    """Measurements of one leaf on one part of the batch: for every example, what the verdict needs."""
+class Comparison(NamedTuple):
+    """The differences of one leaf from its reference, on one part of the batch.
+
+    Attributes:
+        path, shape, dtype, problem: as in `LeafAgreement`.
+        param: the parameter.
+        difference: ‖candidate - reference‖ of every example.
+        norms: ‖reference‖ of every example.
+        finite: whether both gradients of an example are finite.
+        max_abs: largest absolute difference of any entry, for every example.
+        eps: of the reference's dtype.
+    """
 
     path: str
     param: Any
     shape: tuple[int, ...]
     dtype: str
-    difference: np.ndarray  # ‖candidate - reference‖
-    norms: np.ndarray  # ‖reference‖
+    difference: np.ndarray
+    norms: np.ndarray
     finite: Any
     max_abs: np.ndarray
     eps: float
@@ -75,32 +86,37 @@ class Measured(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """One leaf's slope along one direction, on one part of the batch: for every example, what the verdict needs."""
+    """The differences of one leaf from the slope along one direction, on one part of the batch.
 
-    difference: np.ndarray  # |⟨candidate, direction⟩ - slope|
-    error: np.ndarray  # of the slope
+    Attributes:
+        difference: |⟨candidate, direction⟩ - slope| of every example.
+        error: a bound on the error of every example's slope.
+    """
+
+    difference: np.ndarray
+    error: np.ndarray
 
 
-def against_slope(row: "Measured | LeafAgreement", found: Any, slope: Slope) -> Slopes | None:
-    """Compare a leaf of the candidate with a slope; None if the leaf has another shape than the parameter."""
+def against_slope(row: "Comparison | LeafAgreement", leaf: Any, slope: Slope) -> Slopes | None:
+    """Compare a leaf of the candidate with a slope; None if the leaf could not be compared with its reference."""
     if isinstance(row, LeafAgreement):
         return None
-    c = np.asarray(found)
+    c = np.asarray(leaf)
     c = c.astype(np.complex128 if np.iscomplexobj(c) else np.float64).reshape(len(c), slope.direction.size)
     with np.errstate(invalid="ignore", over="ignore"):
         return Slopes(np.abs(c @ slope.direction.ravel() - slope.slope), slope.error)
 
 
-def measured(
-    params: dict[str, jax.Array], found: dict[str, Any], reference: dict[str, np.ndarray]
-) -> dict[str, "Measured | LeafAgreement"]:
-    """Measure every leaf of one part of the batch; a leaf that cannot be compared gets its row at once."""
-    rows: dict[str, Measured | LeafAgreement] = {}
+def compared(
+    params: dict[str, jax.Array], candidate: dict[str, Any], reference: dict[str, np.ndarray]
+) -> dict[str, "Comparison | LeafAgreement"]:
+    """Compare every leaf on one part of the batch; a leaf that cannot be compared gets its final row at once."""
+    rows: dict[str, Comparison | LeafAgreement] = {}
     for path, param in params.items():
-        if path not in found:
+        if path not in candidate:
             rows[path] = without_numbers(path, "missing", "missing", param, "is missing")
             continue
-        c, r = np.asarray(found[path]), reference[path]
+        c, r = np.asarray(candidate[path]), reference[path]
         if c.shape != r.shape:
             problem = f"has shape {c.shape}, expected {r.shape}"
             rows[path] = without_numbers(path, c.shape[1:], str(c.dtype), param, problem)
@@ -114,8 +130,8 @@ def measured(
         with np.errstate(invalid="ignore", over="ignore"):
             difference = np.abs(c - r)
         max_abs = difference.max(axis=1, initial=0)
-        rows[path] = Measured(path, param, shape, dtype, _norms(difference), _norms(r), finite, max_abs, eps, problem)
-    for path, leaf in found.items():
+        rows[path] = Comparison(path, param, shape, dtype, _norms(difference), _norms(r), finite, max_abs, eps, problem)
+    for path, leaf in candidate.items():
         if path not in params:
             rows[path] = without_numbers(
                 path, np.shape(leaf)[1:], str(np.asarray(leaf).dtype), None, "is not a parameter"
@@ -124,15 +140,15 @@ def measured(
 
 
 def judged(
-    parts: "list[Measured | LeafAgreement]", rtol: float | None, slopes: Sequence[Sequence[Slopes]] = ()
+    parts: "list[Comparison | LeafAgreement]", rtol: float | None, slopes: Sequence[Sequence[Slopes]] = ()
 ) -> LeafAgreement:
     """Return the row of one leaf, for all parts of the batch together; `slopes` has a list for each part."""
     first = parts[0]
     if isinstance(first, LeafAgreement):
         return first
-    compared = [part for part in parts if isinstance(part, Measured)]
+    comparisons = [part for part in parts if isinstance(part, Comparison)]
     difference, norms, finite, max_abs = (
-        np.concatenate([getattr(part, field) for part in compared])
+        np.concatenate([getattr(part, field) for part in comparisons])
         for field in ("difference", "norms", "finite", "max_abs")
     )
     dtype = str(first.param.dtype)
@@ -147,8 +163,9 @@ def judged(
         problem = f"is not finite in {int((~finite).sum())} examples"
     elif not problem and (excess > 1).any():
         problem = f"differs in {int((excess > 1).sum())} examples"
-    numerical = [_joined(same, _IN_A_DIRECTION * (tolerance * norms + floor)) for same in zip(*slopes, strict=True)]
-    wrong = sum((~(each <= 1) for each in numerical), np.zeros(len(norms), bool)).astype(bool)
+    allowed = _IN_A_DIRECTION * (tolerance * norms + floor)
+    numerical = [_slope_excess(direction, allowed) for direction in zip(*slopes, strict=True)]
+    wrong = sum((~(ratio <= 1) for ratio in numerical), np.zeros(len(norms), bool)).astype(bool)
     if not problem and wrong.any():
         problem = f"differs from central differences in {int(wrong.sum())} examples"
     worst = int(np.argmax(np.where(finite, excess, np.inf))) if len(excess) else None
@@ -168,8 +185,8 @@ def judged(
     )
 
 
-def _joined(parts: Sequence[Slopes], allowed: np.ndarray) -> np.ndarray:
-    """The difference from the slope in every example, divided by what is allowed."""
+def _slope_excess(parts: Sequence[Slopes], allowed: np.ndarray) -> np.ndarray:
+    """The difference from the slope of every example, divided by its tolerance, for all parts of the batch."""
     difference, error = (np.concatenate([getattr(part, field) for part in parts]) for field in Slopes._fields)
     with np.errstate(invalid="ignore"):
         return _ratio(difference, allowed + error)
@@ -183,13 +200,16 @@ def without_numbers(path: str, shape: tuple[int, ...] | str, dtype: str, param: 
 
 
 def _smallest(dtype: jnp.dtype) -> float:
-    """The most an entry can lose to underflow: a subnormal of float16, a normal number where subnormals are flushed."""
+    """The most that an entry loses to underflow: the smallest normal number, as subnormals may be flushed to 0.
+
+    For float16 it is the smallest subnormal.
+    """
     info = jnp.finfo(dtype)
     return float(info.smallest_subnormal) if dtype == jnp.float16 else float(info.smallest_normal)
 
 
 def _norms(rows: np.ndarray) -> np.ndarray:
-    """Norm of every row, scaled so that no square overflows or underflows."""
+    """The norm of every row; rows are scaled first, so that no square overflows or underflows."""
     largest = np.abs(rows).max(axis=1, initial=0)
     unit = np.where((largest > 0) & np.isfinite(largest), largest, 1)
     return unit * np.linalg.norm(rows / unit[:, None], axis=1)

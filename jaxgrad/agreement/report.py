@@ -11,12 +11,12 @@ from jaxgrad.agreement.leaf import LeafAgreement
 
 @dataclass(frozen=True)
 class AgreementReport:
-    """The result of `check_gradient`: `str()` gives a table, `agrees` the verdict, `leaves` the rows.
+    """The result of `check_gradient`; it prints as a table, and `agrees` is the verdict.
 
     Attributes:
         leaves: one row per leaf, in the order of the parameter tree.
         examples: number of examples that were compared.
-        reference: what the candidate was compared with.
+        reference: the name of what the candidate was compared with, such as "jax.grad in float64".
 
     Example:
         >>> report = jg.check_gradient(lambda w, x: x, lambda w, x: w @ x, jnp.ones(3), jnp.eye(3))

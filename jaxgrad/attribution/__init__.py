@@ -3,16 +3,16 @@
 The modules and their public names:
 
     Functions of a batch of gradients
-        influence     self_influence: influence on an example's own loss; influence: of training on test examples
-        scores        cosine_similarity of all pairs of gradients; noise_scale: how much of a mean gradient is noise,
+        influence     self_influence: of each example on its own loss; influence: of training on test examples
+        scores        cosine_similarity: of all pairs of gradients; noise_scale: how much of a mean gradient is noise,
                       and the batch size at which noise and signal are equal
         projection    random_projection: a few numbers per example that preserve inner products
     Functions of a loss or a model
-        checkpoints   grand, tracin: norms and inner products over several checkpoints
+        checkpoints   grand: mean norms over several checkpoints; tracin: sums of inner products over them
         kernel        ntk: the empirical neural tangent kernel, in blocks for large batches
 
-For data sets whose gradients do not fit in memory see `blocks`. B is the number of training examples, C that of test
-examples.
+`jaxgrad.streams` has Gram matrices and influence for data sets whose gradients do not fit in memory. B is the number of
+training examples, and C the number of test examples.
 """
 
 from jaxgrad.attribution.checkpoints import grand, tracin

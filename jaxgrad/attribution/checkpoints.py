@@ -27,8 +27,8 @@ def grand(
         A function of (checkpoints, *batch) that returns [B]; checkpoints is an iterable of parameters.
 
     Raises:
-        TypeError: a single tree of parameters instead of several.
-        ValueError: no checkpoints.
+        TypeError: a single tree of parameters instead of several; otherwise as in `per_example_grad`.
+        ValueError: no checkpoints; otherwise as in `per_example_grad`.
 
     Example:
         >>> grand(lambda w, x: jnp.sin(w @ x))([jnp.zeros(2), jnp.ones(2)], jnp.eye(2)).round(3).tolist()
@@ -40,17 +40,17 @@ def grand(
     norms = jax.jit(lambda params, batch: measured(params, *batch)[1])
 
     @naming("grand")
-    def over(checkpoints: Iterable[PyTree], *batch: Any) -> Array:
-        total, count = _summed(norms(params, batch) for params in _several(checkpoints))
+    def mean_norms(checkpoints: Iterable[PyTree], *batch: Any) -> Array:
+        total, count = _summed(norms(params, batch) for params in _checked_checkpoints(checkpoints))
         return total / count
 
-    return over
+    return mean_norms
 
 
-def _several(checkpoints: Any) -> Iterable[PyTree]:
-    """Return the checkpoints; TypeError if they look like a single one, whose leaves or rows would count as several."""
-    one = isinstance(checkpoints, Mapping) or hasattr(checkpoints, "shape") or hasattr(checkpoints, "_fields")
-    if one or not isinstance(checkpoints, Iterable):
+def _checked_checkpoints(checkpoints: Any) -> Iterable[PyTree]:
+    """Return the checkpoints; raise TypeError for a single one, whose leaves or rows would count as several."""
+    single = isinstance(checkpoints, Mapping) or hasattr(checkpoints, "shape") or hasattr(checkpoints, "_fields")
+    if single or not isinstance(checkpoints, Iterable):
         raise TypeError(
             f"{called()}: expected several parameters, a list or another iterable, as checkpoints, got "
             f"{type(checkpoints).__name__}. For a single one pass [params]."
@@ -81,12 +81,14 @@ def tracin(
         argnums, in_axes: as in `per_example_grad`.
 
     Returns:
-        A function of (checkpoints, rates, train, test) that returns [C, B]; > 0 means helpful. Its arguments are the
-        parameters w_k, as many learning rates η_k, and two batches, which are tuples of the loss's other arguments.
+        A function of (checkpoints, rates, train, test) that returns [C, B]; > 0 means that training on the example
+        lowered the test loss. Its arguments are the parameters w_k, as many learning rates η_k, and two batches, each a
+        tuple of the loss's other arguments.
 
     Raises:
-        TypeError: a single tree of parameters instead of several; a batch that is not a tuple.
-        ValueError: no checkpoints, or a different number of rates.
+        TypeError: a single tree of parameters instead of several; a batch that is not a tuple; otherwise as in
+            `per_example_grad`.
+        ValueError: no checkpoints, or a different number of rates; otherwise as in `per_example_grad`.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2
@@ -102,12 +104,12 @@ def tracin(
     missing = object()
 
     @naming("tracin")
-    def over(checkpoints: Iterable[PyTree], rates: Iterable[Any], train: Any, test: Any) -> Array:
+    def scores(checkpoints: Iterable[PyTree], rates: Iterable[Any], train: Any, test: Any) -> Array:
         train, test = checked_batch("train", train), checked_batch("test", test)
-        several = _several(checkpoints)
+        trees = _checked_checkpoints(checkpoints)
 
         def terms() -> Iterator[Array]:
-            for params, rate in zip_longest(several, rates, fillvalue=missing):
+            for params, rate in zip_longest(trees, rates, fillvalue=missing):
                 if params is missing or rate is missing:
                     raise ValueError("tracin: expected as many rates as checkpoints, got fewer of one of them.")
                 term = products(params, train, test)
@@ -115,4 +117,4 @@ def tracin(
 
         return _summed(terms())[0]
 
-    return over
+    return scores

@@ -1,4 +1,4 @@
-"""How much training on one example changes the loss of another, computed with the inverse of a curvature matrix."""
+"""Influence: how much training on one example changes the loss of another, by the inverse of a curvature matrix."""
 
 from typing import Any
 
@@ -16,16 +16,16 @@ from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Float[Array, " B"]:
     """How much each example's gradient helps its own loss; high for an example that is unlike all others.
 
-    Formula: ‖g_b‖², which is TracIn's at one checkpoint; with a damping μ, g_bᵀ(GᵀG/B + μI)⁻¹g_b, computed from the
-    Gram matrix. The latter is B times the leverage of the example, between 0 and B for gradients. Examples with wrong
-    labels tend to be high in both. Accuracy: as in `natural_gradient`.
+    Formula: ‖g_b‖², as in TracIn at one checkpoint; with a damping μ, g_bᵀ(GᵀG/B + μI)⁻¹g_b, computed from the Gram
+    matrix. The latter is B times the leverage of the example, and lies between 0 and B for `PerExampleGrads`. Examples
+    with wrong labels tend to be high in both. Accuracy: as in `natural_gradient`.
 
     Args:
         g: gradients of B examples; or the result of `gauss_newton`, for the Gauss-Newton matrix instead of GᵀG/B.
-        damping: μ ≥ 0; None for ‖g_b‖² (gradients only).
+        damping: μ ≥ 0; None for ‖g_b‖² (`PerExampleGrads` only).
 
     Returns:
-        [B].
+        [B], in float32 at least.
 
     Raises:
         ValueError: a damping that is not a number ≥ 0; no damping for a Gauss-Newton matrix.
@@ -47,8 +47,8 @@ def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Flo
     scaled, ridge, _ = scaled_system(rows, damping)
     right = scaled.gram(scaled.scale(residuals.ravel()))
     inner = damped_solve(scaled.gram(), right, ridge)  # indexed by (row, column); the column is weighted by r
-    own = jnp.diagonal(inner.reshape(B, R, B, R), axis1=0, axis2=2)  # [R, R, B]
-    return B / R * jnp.einsum("klb,bk->b", own, residuals)
+    own_blocks = jnp.diagonal(inner.reshape(B, R, B, R), axis1=0, axis2=2)  # [R, R, B]
+    return B / R * jnp.einsum("klb,bk->b", own_blocks, residuals)
 
 
 @naming("influence")
@@ -57,9 +57,10 @@ def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, dampi
     """How much each test loss rises, to first order, if a training example is left out: > 0 helpful, < 0 harmful.
 
     Formula: test_cᵀ (GᵀG/n + μI)⁻¹ g_b / B, where GᵀG/n is the training gradients' empirical Fisher matrix, or the
-    Gauss-Newton matrix. It is computed exactly, in a form that does not cancel: (test Gᵀ)(GGᵀ + μn I)⁻¹. Accuracy: the
-    error of each number is of the order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), κ as in `natural_gradient`. It comes from
-    rounding the inner products, and weighs more for a small g_b beside a far larger test gradient.
+    Gauss-Newton matrix. It is computed without approximation, in a form that does not cancel: (test Gᵀ)(GGᵀ + μn I)⁻¹.
+    Accuracy: the error of each number is of the order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), with κ as in
+    `natural_gradient`. It comes from rounding the inner products and is relatively large where g_b is far shorter than
+    the test gradient.
 
     Args:
         train: gradients of B training examples, or the result of `gauss_newton` for them.
@@ -67,7 +68,7 @@ def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, dampi
         damping: μ ≥ 0.
 
     Returns:
-        [C, B].
+        [C, B], in float32 at least.
 
     Raises:
         ValueError: a damping that is not a number ≥ 0; gradients with respect to other parameters.

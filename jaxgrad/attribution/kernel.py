@@ -27,17 +27,18 @@ def ntk(
     Args:
         fun: fun(params, x) → the outputs of one example: a real scalar, or an array of O numbers.
         argnums, in_axes: as in `per_example_grad`, for the arguments (params, x) and (params, x2).
-        block_size: number of examples of each side whose gradients are held at once, to bound the memory; the gradients
-            of the second side are then computed once for every block of the first. None holds all.
+        block_size: number of examples of x, and of x2, whose gradients are held at once, to bound the memory; the
+            gradients on x2 are then computed once for every block of x. None holds all.
 
     Returns:
         A function of (params, x, x2=None) that returns [B, C] for a scalar fun, otherwise J_b J_cᵀ [B, C, O, O′], where
-        O′ is the number of outputs on x2 (`transpose(0, 2, 1, 3).reshape(B * O, C * O′)` makes it a matrix). x and x2
-        are trees of arrays with an example axis; x2 = None stands for x. Jit the function.
+        O′ is the number of outputs on x2; `transpose(0, 2, 1, 3).reshape(B * O, C * O′)` makes it a matrix. x and x2
+        are trees of arrays with an example axis; None stands for x. Jit the function.
 
     Raises:
-        TypeError, ValueError: as in `per_example_grad`; a block size below 1; scalar outputs on one side and arrays on
-            the other.
+        TypeError: as in `per_example_grad`; a function that does not return one array.
+        ValueError: as in `per_example_grad`; a block size below 1; a scalar output on x and an array on x2, or the
+            reverse.
 
     Example:
         >>> kernel = jax.jit(ntk(lambda w, x: jnp.tanh(w @ x)))
@@ -46,24 +47,24 @@ def ntk(
         >>> kernel(jnp.zeros((4, 3)), jnp.eye(3), jnp.eye(3)[:2]).shape
         (3, 2, 4, 4)
 
-    Source: Jacot et al. 2018; the factored form is from Novak et al. 2022, "structured derivatives".
+    Source: Jacot et al. 2018; the factored form is that of Novak et al. 2022, "structured derivatives".
     """
     if block_size is not None and operator.index(block_size) < 1:
         raise ValueError(f"ntk: expected a block size of at least 1 or None, got {block_size}.")
 
-    def gradients(side: Arguments, examples: Sequence[Array]) -> Any:
+    def gradients(arguments: Arguments, examples: Sequence[Array]) -> Any:
         def outputs_of(params: Sequence[Any], example: Sequence[Any]) -> Any:
-            return fun(*side.put_back(params, example)[0])
+            return fun(*arguments.loss_arguments(params, example)[0])
 
-        outputs = jax.eval_shape(outputs_of, side.params, side.example)
+        outputs = jax.eval_shape(outputs_of, arguments.params, arguments.example)
         if not isinstance(outputs, jax.ShapeDtypeStruct):
             raise TypeError(f"ntk: expected a function that returns one array, got {type(outputs).__name__}.")
         transform = per_example_jacobian if outputs.shape else per_example_grad
-        return transform(outputs_of)(side.params, examples)
+        return transform(outputs_of)(arguments.params, examples)
 
-    def block(side: Arguments, side2: Arguments | None, examples: Any, examples2: Any) -> Array:
-        g = gradients(side, examples)
-        other = None if side2 is None else gradients(side2, examples2)
+    def block(arguments: Arguments, arguments2: Arguments | None, examples: Any, examples2: Any) -> Array:
+        g = gradients(arguments, examples)
+        other = None if arguments2 is None else gradients(arguments2, examples2)
         if other is not None and type(g) is not type(other):
             outputs, outputs2 = (getattr(h, "outputs", ()) for h in (g, other))
             raise ValueError(
@@ -74,16 +75,16 @@ def ntk(
 
     @naming("ntk")
     def kernel(params: PyTree, x: Any, x2: Any = None) -> Array:
-        side = arguments_of((params, x), {}, argnums, in_axes)
-        side2 = None if x2 is None else arguments_of((params, x2), {}, argnums, in_axes)
+        arguments = arguments_of((params, x), {}, argnums, in_axes)
+        arguments2 = None if x2 is None else arguments_of((params, x2), {}, argnums, in_axes)
         if block_size is None:
-            return block(side, side2, side.examples_first, side2 and side2.examples_first)
-        side2 = side2 or side
+            return block(arguments, arguments2, arguments.examples_first, arguments2 and arguments2.examples_first)
+        arguments2 = arguments2 or arguments
 
         def row(examples: Sequence[Array]) -> Array:
-            of_columns = lambda c: jnp.swapaxes(block(side, side2, examples, c), 0, 1)  # noqa: E731
-            return jnp.swapaxes(map_examples(of_columns, block_size, side2.examples_first), 0, 1)
+            transposed = lambda examples2: jnp.swapaxes(block(arguments, arguments2, examples, examples2), 0, 1)  # noqa: E731
+            return jnp.swapaxes(map_examples(transposed, block_size, arguments2.examples_first), 0, 1)
 
-        return map_examples(row, block_size, side.examples_first)
+        return map_examples(row, block_size, arguments.examples_first)
 
     return kernel

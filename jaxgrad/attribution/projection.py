@@ -16,11 +16,12 @@ from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 
 @naming("random_projection")
 def random_projection(g: PerExampleGrads, key: Array, size: int) -> Float[Array, "B S"]:
-    """G P/√size [B, size], with random signs P [parameters, size]; it preserves the inner products of rows in the mean.
+    """G P/√size [B, size] with random signs P [parameters, size]: the expected inner products of rows are those of G.
 
     The same key and size give the same P, however the gradients are held, so that rows of different batches can be
-    compared. The relative standard error of ‖g_b‖² is at most √(2/size). P is drawn a few columns at a time and never
-    held as a whole; G is not materialized. Cost: size products with a direction, roughly that of size/B Gram matrices.
+    compared. The relative standard error of ‖g_b‖², estimated from a row, is at most √(2/size). P is drawn a few
+    columns at a time and never held as a whole; G is not materialized. Cost: `size` products with a direction, about as
+    much as size/B Gram matrices.
 
     Args:
         g: gradients of B examples.
@@ -28,7 +29,7 @@ def random_projection(g: PerExampleGrads, key: Array, size: int) -> Float[Array,
         size: how many numbers to return for each example.
 
     Returns:
-        [B, size].
+        [B, size], in float32 at least.
 
     Raises:
         ValueError: a size below 1.

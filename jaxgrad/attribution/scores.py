@@ -15,7 +15,7 @@ from jaxgrad.precision import added
 
 @naming("cosine_similarity")
 def cosine_similarity(g: PerExampleGrads, other: PerExampleGrads | None = None) -> Float[Array, "B C"]:
-    """The cosine of the angle between all pairs of gradients, of g with `other` or with itself.
+    """The cosines of the angles between all pairs of gradients, of g with `other` or with itself.
 
     Args:
         g: gradients of B examples.
@@ -33,22 +33,22 @@ def cosine_similarity(g: PerExampleGrads, other: PerExampleGrads | None = None) 
         [1.0, 0.0, 0.707]
     """
     checked_gradients(g)
-    first, inverse = _near_one(g)
-    second, inverse_ = (None, inverse) if other is None else _near_one(other)
+    first, inverse = _near_unit_norm(g)
+    second, inverse_ = (None, inverse) if other is None else _near_unit_norm(other)
     return jnp.clip(first.gram(second) * inverse[:, None] * inverse_[None, :], -1, 1)
 
 
-def _near_one(g: PerExampleGrads) -> tuple[PerExampleGrads, Array]:
-    """(the gradients, each divided by a power of two near its norm; the inverses of their norms now, 0 for norm 0)."""
+def _near_unit_norm(g: PerExampleGrads) -> tuple[PerExampleGrads, Array]:
+    """Divide each gradient by a power of two near its norm; also return 1/norm of the results, 0 where it is zero."""
     norms = g.norms()
     unit = power_of_two(norms)
-    left = norms / unit
-    return g.scale(1 / unit), jnp.where(left == 0, left, 1 / jnp.where(left == 0, jnp.ones_like(left), left))
+    scaled = norms / unit
+    return g.scale(1 / unit), jnp.where(scaled == 0, scaled, 1 / jnp.where(scaled == 0, jnp.ones_like(scaled), scaled))
 
 
 @named_tuple
 class NoiseScale(NamedTuple):
-    """Noise scale of a batch of gradients; average noise and signal over several batches before dividing them.
+    """The noise scale of a batch of gradients. For several batches, average noise and signal before dividing them.
 
     Attributes:
         noise: tr Σ, the variance of one example's gradient, over all parameters together.
@@ -68,15 +68,15 @@ class NoiseScale(NamedTuple):
 
 @naming("noise_scale")
 def noise_scale(g: PerExampleGrads) -> NoiseScale:
-    """The simple noise scale tr Σ / ‖ḡ‖²: about the batch size beyond which more examples stop paying off.
+    """The simple noise scale tr Σ / ‖ḡ‖²: roughly the batch size above which more examples help little.
 
-    Formula: noise tr Σ = (Σ‖g_b‖² - B‖ḡ‖²)/(B - 1) and signal ‖ḡ‖² - tr Σ/B, both unbiased. Accuracy: the absolute
-    error of tr Σ is a few eps times the mean ‖g_b‖²; where tr Σ is smaller than that (all gradients equal), the result
-    may be 0 but is never negative.
+    Formula: the noise is tr Σ = (Σ‖g_b‖² - B‖ḡ‖²)/(B - 1) and the signal is ‖ḡ‖² - tr Σ/B; both are unbiased. Accuracy:
+    the absolute error of tr Σ is a few eps times the mean ‖g_b‖². If tr Σ is smaller than that, as for equal gradients,
+    the noise may be 0 but is never negative.
 
     Args:
-        g: gradients of B ≥ 2 examples, drawn at random from many more; fewer than 2 give NaN. If these are all the
-            examples there are, the signal is too low by noise/B.
+        g: gradients of B ≥ 2 examples, drawn at random from many more; fewer than 2 give NaN. If they are the whole
+            data set, the signal is too low by noise/B.
 
     Returns:
         `NoiseScale` of scalars.
@@ -98,6 +98,6 @@ def noise_scale(g: PerExampleGrads) -> NoiseScale:
     spread = (((norms / unit) ** 2).sum() - B * mean) / (B - 1)
     noise = jnp.maximum(spread, jnp.zeros_like(spread))
     signal = mean - noise / B
-    hidden = signal <= 0  # the scale is infinite here; elsewhere nothing is divided by 0
-    scale = jnp.where(hidden, jnp.ones_like(noise), noise) / jnp.where(hidden, jnp.zeros_like(signal), signal)
+    infinite = signal <= 0
+    scale = jnp.where(infinite, jnp.ones_like(noise), noise) / jnp.where(infinite, jnp.zeros_like(signal), signal)
     return NoiseScale(noise * unit * unit, signal * unit * unit, scale)

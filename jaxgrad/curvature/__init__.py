@@ -1,15 +1,16 @@
-"""Curvature from per-example gradients: [parameters, parameters] matrices held as G, and steps by one B × B solve.
+"""Curvature from per-example gradients: products and solves with matrices GᵀG/n that are never materialized.
 
-G [n, parameters] is a `PerExampleGrads`, and GᵀG/n is the empirical Fisher matrix; if the rows of G are those of
-`gauss_newton`, it is the Gauss-Newton matrix. GᵀG/n is never materialized; its diagonal is `G.second_moment()`.
+If G [n, parameters] is a `PerExampleGrads`, GᵀG/n is the empirical Fisher matrix; if its rows are those of
+`gauss_newton`, GᵀG/n is the Gauss-Newton matrix. A solve takes the n × n Gram matrix GGᵀ instead. The diagonal of GᵀG/n
+is `G.second_moment()`.
 
 The modules:
 
     fisher         products and solves with GᵀG/n; natural_gradient, and scale_by_natural_gradient for optax
-    gauss_newton   the rows G for a model and a loss of its outputs; products for many outputs
-    kronecker      the Kronecker factors for every weight matrix
+    gauss_newton   the rows G for a model and a loss of its outputs; products without G, for many outputs
+    kronecker      the Kronecker factors of the Fisher matrix for every weight matrix
     rows           the rows of a Jacobian as one matrix
-    solve          the B × B solve on its own
+    solve          the solve with a Gram matrix
 """
 
 from jaxgrad.curvature.fisher import (

@@ -1,4 +1,4 @@
-"""Products and solves with GᵀG/n, exact for any number of parameters; a solve costs a Gram matrix."""
+"""Products and solves with GᵀG/n, without approximation for any number of parameters; a solve costs a Gram matrix."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -43,18 +43,19 @@ def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree) -> PyTree
 @naming("natural_gradient")
 @in_full_precision
 def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
-    """(GᵀG/n + μI)⁻¹ ḡ, exactly, for any number of parameters; ḡ = Gᵀr/n is the mean gradient (r = 1).
+    """(GᵀG/n + μI)⁻¹ ḡ without approximation, for any number of parameters; ḡ is the mean gradient.
 
-    Formula: Gᵀ(GGᵀ + μn I)⁻¹ r, a weighted sum of the gradients. Cost: the Gram matrix, an n × n solve and the sum.
+    Formula: Gᵀ(GGᵀ + μn I)⁻¹ r, a weighted sum of the gradients, where ḡ = Gᵀr/n; r = 1 for `PerExampleGrads`. Cost:
+    the Gram matrix, an n × n solve and the sum.
 
     Accuracy: the relative error is of the order of n·eps·κ, where κ is the condition number of GGᵀ + μn I with its rows
-    and columns scaled to a unit diagonal. If that exceeds what the dtype can resolve (float32, μ → 0, dependent
-    examples), eigenvectors of GGᵀ with eigenvalues below n·eps times the largest are left out. With μ = 0 the result is
+    and columns scaled to a unit diagonal. If κ is too large for the dtype, as for dependent examples with μ → 0 in
+    float32, eigenvectors of GGᵀ with eigenvalues below n·eps times the largest are left out. With μ = 0 the result is
     then the shortest least-squares solution of Gd = r at that numerical rank. Gradients are scaled by a power of two
     first, so that no square of a norm overflows or underflows.
 
-    Edge cases: a gradient of zero counts in n and changes nothing else; if all are zero, the result is zero; if n = 0
-    or a gradient is not finite, it is NaN.
+    Edge cases: a gradient of zero counts in n and changes nothing else. The result is zero if all gradients are zero,
+    and NaN if n = 0 or a gradient is not finite.
 
     Args:
         g: n gradients, for the empirical Fisher matrix; or the result of `gauss_newton`, for the Gauss-Newton matrix.
@@ -86,7 +87,7 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
 @naming("fisher_solve")
 @in_full_precision
 def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> PyTree:
-    """(GᵀG/n + μI)⁻¹ v for any direction v and μ > 0, exactly.
+    """(GᵀG/n + μI)⁻¹ v without approximation, for any direction v and μ > 0.
 
     Formula: (v - Gᵀ(GGᵀ + μn I)⁻¹Gv)/μ (Woodbury), followed by one step of iterative refinement, because the difference
     cancels if μ is far below λ, the largest eigenvalue of GᵀG/n. The relative error is of the order of eps·λ/μ. For
@@ -110,26 +111,29 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> P
     """
     checked_damping(damping, positive=True)
     matrix, _ = rows_and_residuals(g)
-    n, like = matrix.batch_size, jax.eval_shape(matrix.sum)
+    n, shapes = matrix.batch_size, jax.eval_shape(matrix.sum)
     if not n:
-        return jax.tree.map(lambda a, p: (a / damping).astype(p.dtype), v, like)
+        return jax.tree.map(lambda a, p: (a / damping).astype(p.dtype), v, shapes)
     scaled, ridge, unit = scaled_system(matrix, damping)
     K, mu = scaled.gram(), ridge / n
 
-    def rows(c: Array) -> PyTree:
+    def combine_rows(c: Array) -> PyTree:
         return scaled.weighted_sum(c, ridge.dtype)
 
-    def once(v: PyTree) -> PyTree:
-        inside = rows(damped_solve(K, scaled.dot(v), ridge))
-        return jax.tree.map(lambda a, b: (a - b) / mu.astype(b.dtype), v, inside)
+    def solve(v: PyTree) -> PyTree:
+        correction = combine_rows(damped_solve(K, scaled.dot(v), ridge))
+        return jax.tree.map(lambda a, b: (a - b) / mu.astype(b.dtype), v, correction)
 
-    v = jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), v, jax.eval_shape(rows, jnp.zeros(n, ridge.dtype)))
-    first = once(v)
-    product = rows(scaled.dot(first) / n)
-    left = jax.tree.map(lambda a, b, x: a - (b + mu.astype(x.dtype) * x), v, product, first)
-    return jax.tree.map(
-        lambda a, b, p: ((a + b) / unit.astype(a.dtype) / unit.astype(a.dtype)).astype(p.dtype), first, once(left), like
-    )
+    wide_shapes = jax.eval_shape(combine_rows, jnp.zeros(n, ridge.dtype))
+    v = jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), v, wide_shapes)
+    solution = solve(v)
+    product = combine_rows(scaled.dot(solution) / n)
+    residual = jax.tree.map(lambda a, b, x: a - (b + mu.astype(x.dtype) * x), v, product, solution)
+
+    def finish(a: Array, b: Array, p: Any) -> Array:
+        return ((a + b) / unit.astype(a.dtype) / unit.astype(a.dtype)).astype(p.dtype)
+
+    return jax.tree.map(finish, solution, solve(residual), shapes)
 
 
 @named_tuple
@@ -154,7 +158,7 @@ def scale_by_natural_gradient(damping: float | Callable[[Array], Any]) -> Any:
     their mean, and returns a tree like the parameters.
 
     Args:
-        damping: μ, or a schedule: update count → μ.
+        damping: μ ≥ 0, or a schedule: update count → μ.
 
     Returns:
         An `optax.GradientTransformation`.

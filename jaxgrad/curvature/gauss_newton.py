@@ -1,7 +1,7 @@
-"""The Gauss-Newton matrix mean_b JᵀHJ of a model and a convex loss of its outputs, as rows and as products.
+"""The Gauss-Newton matrix mean_b J_bᵀH_bJ_b of a model and a convex loss of its outputs: its rows, and its products.
 
-J is the model's Jacobian, and O is the number of its outputs for one example. H = SSᵀ is the loss's Hessian with
-respect to the outputs, and S [O, R] is a root of it.
+J [O, parameters] is the model's Jacobian on one example, and O the number of its outputs. H [O, O] is the Hessian of
+the loss with respect to the outputs, and S [O, R] is a root of it: H = SSᵀ.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.curvature.rows import Matrix, Rows
+from jaxgrad.curvature.rows import JacobianRows, Matrix
 from jaxgrad.curvature.solve import MARGIN
 from jaxgrad.errors import naming
 from jaxgrad.per_example.arguments import arguments_of
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
-from jaxgrad.per_example.jacobian import PerExampleJacobian, evaluated_by_output, numbered
+from jaxgrad.per_example.jacobian import PerExampleJacobian, evaluated_by_output, with_output_index
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 
@@ -25,7 +25,7 @@ from jaxgrad.precision import working_dtype
 
 
 class OutputLoss(NamedTuple):
-    """A convex loss of one example's outputs, with the products and the root of its Hessian in closed form.
+    """A convex loss of one example's outputs, with functions for the products and for a root of its Hessian.
 
     Attributes:
         value: (outputs, target) → scalar.
@@ -75,11 +75,11 @@ def _checked_logits(logits: Array, label: Any) -> None:
 
 def _at_label(logits: Array, label: Any, value: Array) -> Array:
     """[O]: the value at the label and 0 elsewhere; all NaN if the label is out of range."""
-    places = jnp.arange(logits.size)
-    label = jnp.asarray(label, places.dtype)
-    known = (label >= 0) & (label < logits.size)
-    there = jnp.where(places == label, value, jnp.zeros_like(value))
-    return jnp.where(known, there, jnp.full_like(there, jnp.nan))
+    index = jnp.arange(logits.size)
+    label = jnp.asarray(label, index.dtype)
+    in_range = (label >= 0) & (label < logits.size)
+    one_hot = jnp.where(index == label, value, jnp.zeros_like(value))
+    return jnp.where(in_range, one_hot, jnp.full_like(one_hot, jnp.nan))
 
 
 def _softmax_value(logits: Array, label: Any) -> Array:
@@ -97,20 +97,20 @@ def _softmax_root(logits: Array, label: Any) -> tuple[Array, Array]:
     """S = diag(√p) - p √pᵀ, and r = -e/√p at the label. 1 - p is the sum of the other p, so nothing cancels."""
     _checked_logits(logits, label)
     logp = jax.nn.log_softmax(logits)
-    p, root, own = jnp.exp(logp), jnp.exp(logp / 2), jnp.eye(logits.size, dtype=bool)
-    # A select, not a product with 0 and 1: jaxlib 0.10.2 may drop a factor shared by all examples from a sum.
-    others = jnp.where(own, jnp.zeros_like(p)[None, :], p[None, :]).sum(1)
-    S = jnp.where(own, (root * others)[:, None], -p[:, None] * root[None, :])
+    p, root, diagonal = jnp.exp(logp), jnp.exp(logp / 2), jnp.eye(logits.size, dtype=bool)
+    # This selects and does not multiply by 0 and 1, because jaxlib 0.10.2 may drop a factor shared by all examples.
+    sum_of_others = jnp.where(diagonal, jnp.zeros_like(p)[None, :], p[None, :]).sum(1)
+    S = jnp.where(diagonal, (root * sum_of_others)[:, None], -p[:, None] * root[None, :])
     return S, _at_label(logits, label, -jnp.exp(-logp / 2))
 
 
 softmax = OutputLoss(_softmax_value, _softmax_product, _softmax_root)
-"""-log softmax(logits [O])[label], with H = diag(p) - ppᵀ. A label out of range gives NaN; so does, in a root, a label
-whose logit is more than about 170 below the largest in float32 (1,400 in float64)."""
+"""-log softmax(logits [O])[label], with H = diag(p) - ppᵀ. A label out of range gives NaN. A root is also NaN if the
+label's logit is more than about 170 below the largest in float32, or 1,400 in float64."""
 
 
 def _sign(margin: Array, y: Any) -> Array:
-    """Return y = ±1, also from booleans; NaN for anything else."""
+    """Return y, ±1 or boolean, as ±1 in the margin's dtype; NaN for any other value."""
     y = jnp.asarray(y)
     sign = jnp.where(y, 1.0, -1.0).astype(margin.dtype) if y.dtype == bool else y.astype(margin.dtype)
     return jnp.where(jnp.abs(sign) == 1, sign, jnp.full_like(sign, jnp.nan))
@@ -137,7 +137,7 @@ logistic = OutputLoss(
 
 
 def from_function(loss: Callable[[Array, Any], Array]) -> OutputLoss:
-    """The `OutputLoss` of any convex loss: H u by differentiation, the root by eigenvectors; NaN where not convex."""
+    """The `OutputLoss` of any convex loss: H u by differentiation, the root by eigenvectors, NaN where not convex."""
 
     def product(outputs: Array, target: Any, u: Array) -> Array:
         return jax.jvp(lambda f: jax.grad(loss)(f, target), (outputs,), (u,))[1]
@@ -147,21 +147,21 @@ def from_function(loss: Callable[[Array, Any], Array]) -> OutputLoss:
         f = outputs.ravel()
         gradient, H = jax.grad(flat)(f), jax.hessian(flat)(f)
         values, vectors = jnp.linalg.eigh(H)
-        largest, unknown = jnp.abs(values).max(), len(H) * jnp.finfo(H.dtype).eps
-        rounding = MARGIN * unknown * jnp.maximum(largest, _curvature_near_zero(flat, f))
-        nothing = (values <= unknown * largest) & (values >= -rounding)
-        roots = jnp.where(nothing, jnp.zeros_like(values), jnp.sqrt(jnp.where(nothing, jnp.ones_like(values), values)))
-        inverse = jnp.where(nothing, jnp.zeros_like(values), 1 / jnp.where(nothing, jnp.ones_like(values), roots))
+        largest, precision = jnp.abs(values).max(), len(H) * jnp.finfo(H.dtype).eps
+        rounding = MARGIN * precision * jnp.maximum(largest, _curvature_near_zero(flat, f))
+        zero = (values <= precision * largest) & (values >= -rounding)
+        roots = jnp.where(zero, jnp.zeros_like(values), jnp.sqrt(jnp.where(zero, jnp.ones_like(values), values)))
+        inverse = jnp.where(zero, jnp.zeros_like(values), 1 / jnp.where(zero, jnp.ones_like(values), roots))
         return vectors * roots[None, :], inverse * (vectors.T @ gradient)
 
     return OutputLoss(loss, product, root)
 
 
 def _curvature_near_zero(loss: Callable[[Array], Array], f: Array) -> Array:
-    """The largest entry of the Hessian at the outputs scaled to below 1.
+    """The largest entry of the Hessian at the outputs scaled to magnitudes below 1; it bounds the Hessian's rounding.
 
-    Where a loss saturates, its Hessian is a difference of terms as large as its curvature elsewhere, and their rounding
-    errors are as large too: a saturated softmax has p - p² with p near 1.
+    Where a loss saturates, its Hessian is a difference of terms that are as large as its curvature elsewhere, with
+    rounding errors to match: a saturated softmax has p - p² with p near 1.
     """
     f = jnp.where(jnp.isfinite(f), f, jnp.zeros_like(f))
     largest = jnp.abs(jax.hessian(loss)(f / (1 + jnp.abs(f).max()))).max()
@@ -175,7 +175,7 @@ class GaussNewton(NamedTuple):
     """The Gauss-Newton matrix as GᵀG/n, and the mean gradient as Gᵀr/n, where G has n = B·R rows.
 
     Attributes:
-        jacobian: the rows of every example: SᵀJ times √R, [B, R, parameters].
+        jacobian: the R rows of every example, √R·S_bᵀJ_b.
         residuals: r [B, R].
 
     Example:
@@ -189,16 +189,16 @@ class GaussNewton(NamedTuple):
 
     @property
     def rows(self) -> PerExampleGrads:
-        """G as n gradients, the R rows of an example one after another; what its outputs share is copied for each."""
+        """G as n gradients, those of the first example first; arrays that rows share are copied for each."""
         return self.jacobian.rows()
 
 
 def rows_and_residuals(g: PerExampleGrads | GaussNewton) -> tuple[Matrix, Float[Array, "B R"]]:
-    """(G, r in the accumulator's dtype), where the mean gradient is Gᵀr/n; for PerExampleGrads r = 1."""
+    """(G, r [B, R] in float32 at least), where the mean gradient is Gᵀr/n; for PerExampleGrads r = 1 and R = 1."""
     rows: Matrix
     if isinstance(g, GaussNewton):
         residuals = g.residuals
-        rows = Rows.of(g.jacobian) if g.jacobian.outputs > 1 else g.rows
+        rows = JacobianRows.of(g.jacobian) if g.jacobian.outputs > 1 else g.rows
     else:
         checked_gradients(g)
         rows, residuals = g, jnp.ones((g.batch_size, 1), jnp.float32)
@@ -212,21 +212,22 @@ def gauss_newton(
     argnums: int | Sequence[int] = 0,
     in_axes: Any = 0,
 ) -> Callable[..., GaussNewton]:
-    """The rows G of the Gauss-Newton matrix: `natural_gradient`, `influence` and the like work on them.
+    """The rows G of the Gauss-Newton matrix GᵀG/n; `natural_gradient`, `influence` and others accept it as gradients.
 
     Formula: row (b, k) is √R · S_b[:, k]ᵀJ_b, the gradient of one number, held as factors. So GᵀG/n = mean_b
     J_bᵀH_bJ_b, and Gᵀr/n is the gradient of the mean loss. Cost: one forward pass and R backward passes; R is 1 for a
     scalar model, and usually O otherwise. Activations are held once for all rows of an example. For many outputs use
     `gauss_newton_vector_product`.
 
-    The mean gradient is Gᵀr/n only if the loss's gradient lies in the range of its Hessian, as it does for `squared`,
-    `softmax` and `logistic`; any component outside the range is left out of r.
+    Gᵀr/n is the mean gradient only if the gradient of the loss with respect to the outputs lies in the range of H, as
+    it does for `squared`, `softmax` and `logistic`; a component outside that range is left out of r.
 
     Args:
         model: model(params, *inputs) → outputs of one example, an array of any shape.
         loss: `squared`, `softmax`, `logistic` or another `OutputLoss`; or a convex function (outputs, target) → scalar,
-            whose H is decomposed into eigenvectors. The result is NaN where that is not convex. A negative eigenvalue
-            within the rounding error of H counts as 0; that error includes the loss's curvature at outputs near 0.
+            whose H is decomposed into eigenvectors. The result is NaN where the function is not convex; a negative
+            eigenvalue counts as 0 if it is within the rounding error of H, which is taken to be relative to H or to the
+            curvature at outputs near 0, whichever is larger.
         argnums, in_axes: as in `per_example_grad`, for the arguments (params, *inputs, target).
 
     Returns:
@@ -250,22 +251,22 @@ def gauss_newton(
     def rows(params: PyTree, *batch: Any) -> GaussNewton:
         arguments = arguments_of((params, *batch), {}, argnums, in_axes)
 
-        def rooted(params: Sequence[Any], example: Sequence[Any]) -> tuple[Array, Array, Array]:
-            *args, target = arguments.put_back(params, example)[0]
+        def outputs_and_root(params: Sequence[Any], example: Sequence[Any]) -> tuple[Array, Array, Array]:
+            *args, target = arguments.loss_arguments(params, example)[0]
             outputs = model(*args)
             outputs = outputs.astype(working_dtype(outputs.dtype))
             S, r = root(jax.lax.stop_gradient(outputs), target)
             scale = jnp.asarray(S.shape[1] ** 0.5, S.dtype)
             return outputs.ravel(), S * scale, r * scale
 
-        def one(*args: Any) -> tuple[Array, Array]:
-            outputs, S, r = rooted(*args[:-1])
+        def row_value(*args: Any) -> tuple[Array, Array]:
+            outputs, S, r = outputs_and_root(*args[:-1])
             return (outputs * jnp.take(S, args[-1], 1)).sum(), r
 
-        R = jax.eval_shape(rooted, arguments.params, arguments.example)[1].shape[1]
-        whole = dataclasses.replace(arguments, rebuilt=lambda params, examples, _: ((params, examples), {}))
-        transformed = Transformed("gauss_newton", one, 0, 0, has_aux=True)
-        residuals, jacobian = evaluated_by_output(transformed, numbered(whole), R)
+        R = jax.eval_shape(outputs_and_root, arguments.params, arguments.example)[1].shape[1]
+        by_leaves = dataclasses.replace(arguments, rebuild=lambda params, examples, _: ((params, examples), {}))
+        transformed = Transformed("gauss_newton", row_value, 0, 0, has_aux=True)
+        residuals, jacobian = evaluated_by_output(transformed, with_output_index(by_leaves), R)
         return GaussNewton(jacobian, residuals)
 
     return rows
@@ -278,7 +279,7 @@ def gauss_newton_vector_product(
     argnums: int | Sequence[int] = 0,
     in_axes: Any = 0,
 ) -> Callable[..., PyTree]:
-    """mean_b J_bᵀH_bJ_b v, by forward mode, the loss's Hessian and reverse mode.
+    """mean_b J_bᵀH_bJ_b v, the Gauss-Newton matrix times a direction, by forward mode, H and reverse mode.
 
     Cost: about two plain gradients, for any number of outputs; nothing is decomposed.
 
@@ -299,26 +300,26 @@ def gauss_newton_vector_product(
         >>> product(jnp.zeros((1, 2)), jnp.array([[1.0, 2.0]]), jnp.eye(2), jnp.zeros((2, 1))).tolist()
         [[0.5, 1.0]]
     """
-    of_outputs = (loss if isinstance(loss, OutputLoss) else from_function(loss)).product
+    hessian_product = (loss if isinstance(loss, OutputLoss) else from_function(loss)).product
 
     @naming("gauss_newton_vector_product")
     def product(params: PyTree, v: PyTree, *batch: Any) -> PyTree:
         args = (params, *batch)
         arguments = arguments_of(args, {}, argnums, in_axes)
-        several = not isinstance(argnums, int)
+        is_sequence = not isinstance(argnums, int)
         numbers = argnums if isinstance(argnums, Sequence) else [argnums]
-        chosen = tuple(args[k] for k in numbers) if several else args[numbers[0]]
+        chosen = tuple(args[k] for k in numbers) if is_sequence else args[numbers[0]]
 
-        def one(chosen: PyTree, example: Sequence[Any]) -> tuple[Array, Any]:
-            *inputs, target = arguments.put_back(arguments.params, example)[0]
-            for k, value in zip(numbers, chosen if several else [chosen], strict=True):
+        def outputs_of_one(chosen: PyTree, example: Sequence[Any]) -> tuple[Array, Any]:
+            *inputs, target = arguments.loss_arguments(arguments.params, example)[0]
+            for k, value in zip(numbers, chosen if is_sequence else [chosen], strict=True):
                 inputs[k] = value
             return model(*inputs), target
 
-        over_examples = jax.vmap(one, (None, arguments.axes), axis_size=arguments.batch_size)
+        over_examples = jax.vmap(outputs_of_one, (None, arguments.axes), axis_size=arguments.batch_size)
         outputs, forwards, target = jax.linearize(lambda p: over_examples(p, arguments.batch), chosen, has_aux=True)
         wide = working_dtype(outputs.dtype)
-        cotangent = jax.vmap(of_outputs)(outputs.astype(wide), target, forwards(v).astype(wide))
+        cotangent = jax.vmap(hessian_product)(outputs.astype(wide), target, forwards(v).astype(wide))
         cotangent = cotangent / max(arguments.batch_size, 1)
         return jax.linear_transpose(forwards, chosen)(cotangent.astype(outputs.dtype))[0]
 

@@ -1,4 +1,4 @@
-"""Kronecker factors of the Fisher matrix, one pair for every weight matrix in the parameters."""
+"""Kronecker factors of the Fisher matrix, one pair for every weight matrix."""
 
 import functools
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from jaxgrad.sharding import replicated
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("left", "right"), meta_fields=("layout",))
 @dataclass(frozen=True)
 class KroneckerFactors:
-    """left ⊗ right ≈ the block of GᵀG/n for one weight matrix, with the matrix's entries in the order [G, F, K].
+    """left ⊗ right, an approximation of one weight matrix's block of GᵀG/n, with its entries in the order [G, F, K].
 
     Attributes:
-        left: [G, F, F], mean_b Σ_t left leftᵀ, usually E[δδᵀ] of the cotangents.
-        right: [G, K, K], mean_b mean_t right rightᵀ, usually E[aaᵀ] of the activations.
-        layout: the position of the entries of [G, F, K] in the parameter.
+        left: [G, F, F], mean_b Σ_t left leftᵀ, usually E[δδᵀ] for the cotangents δ.
+        right: [G, K, K], mean_b mean_t right rightᵀ, usually E[aaᵀ] for the activations a.
+        layout: where the entries of [G, F, K] are in the parameter.
 
     Example:
         >>> factors = kfac_factors(jg.per_example_grad(lambda W, x: (W @ x).sum())(jnp.ones((16, 9)), jnp.ones((4, 9))))
@@ -40,12 +40,12 @@ def kfac_factors(g: PerExampleGrads) -> PyTree:
     """The Kronecker factors of every parameter whose gradient is held as one product, computed from its two sides.
 
     Formula: for Σ_t left ⊗ right, (Σ_bt left leftᵀ/B, Σ_bt right rightᵀ/(BT)). Positions t (in a sequence or a
-    convolution) count as examples, as in KFC and KFAC-expand. Cost: one matrix product per side in place of the
-    gradient's own; for square matrices, 4/3 of the operations of a plain gradient.
+    convolution) count as examples, as in KFC and KFAC-expand. Cost: one matrix product per side replaces the product of
+    the gradient; for square matrices, this makes 4/3 of the operations of a plain gradient.
 
-    If the gradients are those of the loss on the data, the factors are the empirical Fisher matrix's; if the labels are
-    drawn from the model, they are the Fisher matrix's. A constant that scales a product may be on either side, because
-    the Kronecker product does not depend on that. Put a number that differs between examples into the loss, not into
+    If the gradients are those of the loss on the data, the factors approximate the empirical Fisher matrix; if the
+    labels are drawn from the model, they approximate the Fisher matrix. A constant that scales a product may be on
+    either side; the Kronecker product is the same. Put a number that differs between examples into the loss, not into
     `scale` or `clip`.
 
     Args:
@@ -54,7 +54,7 @@ def kfac_factors(g: PerExampleGrads) -> PyTree:
     Returns:
         The parameters' tree with `KroneckerFactors` at every leaf. It has None where the gradient is not a single
         `Outer` or `Windows`: for biases, embeddings, matrices used in several ways, and matrices whose gradient was
-        materialized because it is smaller than the sides of its product over many positions (`explain` says "formed").
+        materialized because it is smaller than the sides of its product over many positions ("smaller" in `explain`).
 
     Example:
         >>> loss = lambda p, x: jnp.tanh(p["W"] @ x + p["b"]).sum()
@@ -66,10 +66,10 @@ def kfac_factors(g: PerExampleGrads) -> PyTree:
     Source: Martens and Grosse 2015; Grosse and Martens 2016; Eschenhagen et al. 2023.
     """
     is_leaf = lambda node: isinstance(node, tuple) and all(isinstance(f, Factor) for f in node)  # noqa: E731
-    return jax.tree.map(lambda leaf: _of(leaf), g.factors, is_leaf=is_leaf)
+    return jax.tree.map(_leaf_factors, g.factors, is_leaf=is_leaf)
 
 
-def _of(leaf: tuple[Factor, ...]) -> KroneckerFactors | None:
+def _leaf_factors(leaf: tuple[Factor, ...]) -> KroneckerFactors | None:
     if len(leaf) != 1:
         return None
     match wide(leaf[0], accumulator(*leaf)):

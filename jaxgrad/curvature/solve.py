@@ -16,14 +16,14 @@ from jaxgrad.errors import called
 from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.sharding import gathered
 
-EXACT = lax.Precision.HIGHEST  # by default, accelerators round more
+EXACT = lax.Precision.HIGHEST  # by default, accelerators round the operands of float32 products
 P = ParamSpec("P")
 R = TypeVar("R")
 MARGIN = 10.0  # pivots of a Cholesky decomposition must exceed their rounding error by this factor
 
 
 def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function to use JAX's highest matmul precision, because solves need all digits of their inputs."""
+    """Decorate a function so that JAX's matmul precision is "highest": solves need all digits of the Gram matrix."""
 
     @functools.wraps(function)
     def exact(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -39,13 +39,15 @@ def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[
     Rows and columns are scaled to a unit diagonal, so that differences between the norms in G do not matter. A Cholesky
     decomposition is used if its pivots are well above n·eps. Otherwise K is numerically singular: eigenvectors with
     eigenvalues up to n·eps times the largest are left out, as in a pseudo-inverse, because the solve would magnify
-    their rounding errors. Derivatives are those of the solution, computed by the same solve.
-    On a CPU, JAX decomposes with OpenBLAS, whose threads may stall beside XLA's (256 × 256 then takes 165 ms, not 0.3).
-    Setting `OPENBLAS_NUM_THREADS=1` in the environment before NumPy is imported prevents that.
+    their rounding errors. Derivatives are those of the solution and take another solve of the same kind.
+
+    On a CPU, JAX decomposes matrices with OpenBLAS, whose threads may stall beside those of XLA: a 256 × 256 matrix
+    then takes 165 ms instead of 0.3 ms. To prevent that, set `OPENBLAS_NUM_THREADS=1` in the environment before NumPy
+    is imported.
 
     Args:
         K: [n, n], float32 or float64.
-        b: [n], or [n, m] for several at once, with K's dtype.
+        b: [n], or [n, m] for m right-hand sides, with K's dtype.
         ridge: a number ≥ 0.
 
     Returns:
@@ -74,9 +76,9 @@ def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[
     return lax.custom_linear_solve(matvec, b, solve, symmetric=True)
 
 
-@jax.jit  # without it, each call makes new branch functions, which JAX would compile and cache at each call
+@jax.jit  # without jit, JAX would compile the branches of the cond again at every call
 def _solved(K: Array, b: Array, ridge: Array) -> Array:
-    unknown = jnp.asarray(K.shape[0], K.dtype) * jnp.finfo(K.dtype).eps  # relative to the largest eigenvalue
+    precision = jnp.asarray(K.shape[0], K.dtype) * jnp.finfo(K.dtype).eps  # relative to the largest eigenvalue
     eye = jnp.eye(K.shape[0], dtype=K.dtype)
     diagonal = jnp.diagonal(K) + ridge
     inverse_root = jax.lax.rsqrt(jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal))
@@ -88,14 +90,13 @@ def _solved(K: Array, b: Array, ridge: Array) -> Array:
 
     def by_eigenvectors() -> Array:
         values, vectors = jnp.linalg.eigh(K)
-        least = unknown * jnp.abs(values).max()
-        left_out = values <= least  # False for NaN
+        left_out = values <= precision * jnp.abs(values).max()  # False for NaN
         kept = jnp.where(left_out, jnp.ones_like(values), values + ridge)
         inverse = jnp.where(left_out, jnp.zeros_like(values), 1 / kept)
         parts = jnp.matmul(vectors.T, b, precision=EXACT)
         return jnp.matmul(vectors, inverse.reshape(-1, *[1] * (b.ndim - 1)) * parts, precision=EXACT)
 
-    return lax.cond((jnp.diagonal(factor) ** 2).min() > MARGIN * unknown, by_cholesky, by_eigenvectors)
+    return lax.cond((jnp.diagonal(factor) ** 2).min() > MARGIN * precision, by_cholesky, by_eigenvectors)
 
 
 def checked_damping(damping: Any, positive: bool = False) -> None:
@@ -103,7 +104,7 @@ def checked_damping(damping: Any, positive: bool = False) -> None:
     try:
         wrong = np.ndim(damping) != 0 or not (damping > 0 if positive else damping >= 0)
     except jax.errors.TracerBoolConversionError:
-        wrong = False  # a traced damping is unknown here
+        wrong = False  # a traced damping has no value yet
     except TypeError:
         wrong = True
     if wrong:

@@ -4,12 +4,12 @@ The modules:
 
     params       Params(W, b, w) and their random initialization
     model        the network and its loss, pure functions of one example
-    activations  σ, σ′, σ″, accurate to the last digits
+    activations  σ, σ′ and σ″ of eleven activations, accurate to the last digits
     derivation   the exercise's two derivations, line by line, as written on the page
     closed_form  the stable closed form: gradients of one example and of batches, Hessian products
-    autodiff     the same functions by `jax.grad`: same names, same signatures
+    autodiff     the same functions by `jax.grad`, with the same names and signatures
     labels       `signs`: labels of two classes as ±1
-    job          `python -m jaxgrad`: train the network on real data, compare the closed form with `jax.grad`
+    job          `python -m jaxgrad`: train the network on real data and compare the closed form with `jax.grad`
 
 Import it as `jaxgrad.network`.
 """

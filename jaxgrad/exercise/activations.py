@@ -1,8 +1,9 @@
 """Activations: the function, its slope and its curvature, each accurate to the last digits.
 
-`jax.grad` differentiates σ as σ - σ², and that difference is 0 long before the slope is: in float32 at z = 17, in
-bfloat16 at z = 6. The forms here never subtract nearly equal numbers: with e = exp(-|z|) the logistic is 1/(1 + e) or
-e/(1 + e), its slope e/(1 + e)², its curvature ∓e(1 - e)/(1 + e)³, all from one exponential.
+`jax.grad` computes the slope of the logistic as σ - σ², and that difference is 0 long before the slope is: from z = 17
+on in float32, from z = 6 on in bfloat16. The forms here never subtract nearly equal numbers. With e = exp(-|z|), for
+example, the logistic is 1/(1 + e) or e/(1 + e), its slope is e/(1 + e)² and its curvature ∓e(1 - e)/(1 + e)³, all from
+one exponential.
 
 Accuracy. The table gives error bounds in ulp (units in the last place of the dtype) in float32 and float64 for
 |z| ≤ 80, on CPU; `tests/test_activations.py` asserts them against 60-digit arithmetic.
@@ -19,9 +20,9 @@ Accuracy. The table gives error bounds in ulp (units in the last place of the dt
 | silu | 6 | 10 | 20 | slope (z = -1.28), curvature (z = ±2.40): 2 each |
 | sine | 2 | 2 | 2 | all three: 1, for any z |
 
-float16 and bfloat16 are computed in float32 and rounded once: the bound is 1 ulp, but 3 ulp for the value of the
-logistic, which is a JAX primitive in the argument's own dtype. Where the true value, or the argument, is below the
-smallest normal number of the dtype, it may be treated as 0.
+float16 and bfloat16 are computed in float32 and rounded once. The bound is then 1 ulp, except for the value of the
+logistic: it is a JAX primitive in the argument's own dtype, and its bound is 3 ulp. A true value or an argument below
+the smallest normal number of the dtype may be treated as 0.
 """
 
 import functools
@@ -50,8 +51,8 @@ class Activation:
         value: σ, applied elementwise.
         slope: σ′.
         curvature: σ″.
-        name: name to show in messages.
-        joint: optional function that returns all three in one call, so that they share their exponentials.
+        name: the name that messages show.
+        joint: optional function that returns all three at once, so that they share their exponentials.
 
     Calling the activation calls `value`. Two activations are equal when their functions are the same objects, so an
     activation can be a static argument of `jax.jit`.
@@ -75,7 +76,7 @@ class Activation:
         return f"Activation({self.name})"
 
     def jet(self, z: jax.typing.ArrayLike) -> tuple[Array, Array, Array]:
-        """Return (σ(z), σ′(z), σ″(z)). Under `jit`, unused parts are not computed."""
+        """Return (σ(z), σ′(z), σ″(z)). `jit` leaves out those that are not used."""
         if self.joint is not None:
             return self.joint(z)
         return self.value(z), self.slope(z), self.curvature(z)
@@ -84,8 +85,8 @@ class Activation:
     def from_function(function: Elementwise) -> "Activation":
         """Make an activation from any elementwise JAX function; forward-mode autodiff gives its derivatives.
 
-        The derivatives are as accurate as JAX's rules for `function`. The same function gives the same (equal)
-        activation, so that `jax.jit` does not compile again; the function must be hashable.
+        The derivatives are as accurate as JAX's rules for `function`. The same function gives equal activations, so
+        that `jax.jit` does not compile again; the function must be hashable.
 
         Example:
             >>> cube = Activation.from_function(lambda z: z**3)
@@ -143,7 +144,7 @@ def _rounded_once(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
 
 
 def _from_joint(name: str, joint: Jet, value: Elementwise | None = None) -> Activation:
-    """Make an activation from one function that returns all three parts; `value` is a JAX primitive, if any."""
+    """Make an activation from one function that returns all three parts; `value`, if given, is a JAX primitive."""
     part = [_rounded_once(functools.partial(_part, joint, i)) for i in range(3)]
     return Activation(_primitive(value) if value else part[0], part[1], part[2], name, _rounded_once(joint))
 
@@ -157,7 +158,7 @@ def _from_parts(name: str, value: Elementwise, slope: Elementwise, curvature: El
 
 
 def _primitive(function: Elementwise) -> Elementwise:
-    """Use a primitive in the argument's dtype: it rounds only once, and its derivative is the one JAX users get."""
+    """Call a JAX primitive in the argument's dtype: it rounds only once, and has JAX's derivative."""
 
     def value(z: jax.typing.ArrayLike) -> Array:
         return function(_floating(z))
@@ -166,7 +167,7 @@ def _primitive(function: Elementwise) -> Elementwise:
 
 
 def _magnitude(z: Array) -> Array:
-    # jnp.abs has derivative 0 at 0; this one is smooth on each branch, so that jax.grad of a slope is right at 0 too.
+    # The derivative of jnp.abs at 0 is 0. This form has a derivative of ±1 there, so that jax.grad of a slope is right.
     return jnp.where(z >= 0, z, -z)
 
 
@@ -175,7 +176,7 @@ def _by_sign(z: Array, right: Array, left: Array) -> Array:
 
 
 def _logistic(z: Array) -> tuple[Array, Array, Array]:
-    # Each part ends with a division: a compiler then stores the result, but would recompute a product for every use.
+    # Each part ends with a division, because XLA stores the result of one; it would recompute a product for every use.
     e = jnp.exp(-_magnitude(z))
     one = 1 + e
     slope = e / (one * one)
@@ -239,17 +240,18 @@ def _gelu_tanh(z: Array) -> tuple[Array, Array, Array]:
     return value, slope, h * (h * (r * r * bend))
 
 
-def _two_floats(constant: tuple[float, float], like: Array) -> tuple[Array, Array]:
-    high = float(np.asarray(constant[0], like.dtype))
-    return jnp.full_like(like, high), jnp.full_like(like, constant[0] - high + constant[1])
+def _two_floats(constant: tuple[float, float], template: Array) -> tuple[Array, Array]:
+    """The constant as an unevaluated sum of two arrays of the template's shape and dtype."""
+    high = float(np.asarray(constant[0], template.dtype))
+    return jnp.full_like(template, high), jnp.full_like(template, constant[0] - high + constant[1])
 
 
 def _step(z: Array) -> Array:
     return jnp.where(z > 0, jnp.ones_like(z), jnp.zeros_like(z))
 
 
-def _below(z: Array) -> Array:
-    """exp(z) for z ≤ 0, and 1 above: no overflow in the branch that is not taken."""
+def _bounded_exp(z: Array) -> Array:
+    """exp(z) for z ≤ 0 and 1 for z > 0, so that a branch that is not taken does not overflow."""
     return jnp.exp(jnp.where(z > 0, jnp.zeros_like(z), z))
 
 
@@ -264,9 +266,9 @@ softplus = _from_joint("softplus", _softplus)
 silu = _from_joint("silu", _silu)
 """z·logistic(z), also called swish."""
 gelu = _from_joint("gelu", _gelu)
-"""z·Φ(z), Φ the normal distribution function (the form with erf; `jax.nn.gelu(z, approximate=False)`)."""
+"""z·Φ(z), where Φ is the normal distribution function; `jax.nn.gelu(z, approximate=False)`."""
 gelu_tanh = _from_joint("gelu_tanh", _gelu_tanh)
-"""z·(1 + tanh(√(2/π)(z + 0.044715 z³)))/2 (`jax.nn.gelu(z, approximate=True)`)."""
+"""z·(1 + tanh(√(2/π)(z + 0.044715 z³)))/2; `jax.nn.gelu(z, approximate=True)`."""
 relu = _from_parts("relu", jax.nn.relu, _step, jnp.zeros_like)
 """max(z, 0); its slope at 0 is 0, as in jax.nn.relu."""
 leaky_relu = _from_parts(
@@ -279,14 +281,14 @@ leaky_relu = _from_parts(
 elu = _from_parts(
     "elu",
     jax.nn.elu,
-    _below,
-    lambda z: jnp.where(z > 0, jnp.zeros_like(z), _below(z)),
+    _bounded_exp,
+    lambda z: jnp.where(z > 0, jnp.zeros_like(z), _bounded_exp(z)),
 )
 """z where z > 0, otherwise exp(z) - 1."""
 sine = _from_parts("sine", jnp.sin, jnp.cos, lambda z: -jnp.sin(z))
 """sin(z)."""
 identity = _from_parts("identity", lambda z: z, jnp.ones_like, jnp.zeros_like)
-"""z: the network without a nonlinearity."""
+"""z, for a network without a nonlinearity."""
 
 ACTIVATIONS = {
     a.name: a for a in (logistic, tanh, softplus, relu, leaky_relu, elu, gelu, gelu_tanh, silu, sine, identity)

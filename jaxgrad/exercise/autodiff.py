@@ -1,8 +1,8 @@
 """The exercise's gradients by `jax.grad`, with the same names and signatures as `closed_form`.
 
-The closed form is compared with these functions and replaces them. Where σ saturates, `jax.grad` loses the slope's
-digits (it computes σ - σ²); `closed_form` does not. Nothing is widened here: with bfloat16 parameters the arithmetic is
-bfloat16, unless the compiler keeps more digits.
+The closed form replaces these functions and is compared with them. Where σ saturates, `jax.grad` loses the digits of
+the slope, because it computes σ - σ²; `closed_form` does not. Nothing is widened here: with bfloat16 parameters the
+arithmetic is in bfloat16, unless the compiler keeps more digits.
 """
 
 import jax

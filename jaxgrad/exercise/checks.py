@@ -46,17 +46,17 @@ def _checked(function: Callable[P, R], check: Callable[..., dict[str, Any]], *, 
 
     def arguments(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
         try:
-            given = signature.bind(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{name}: {error}; its arguments are {', '.join(signature.parameters)}.") from None
-        given.apply_defaults()
-        activation = given.arguments.pop("activation")
+        bound.apply_defaults()
+        activation = bound.arguments.pop("activation")
         if not isinstance(activation, Activation):
             raise TypeError(
                 f"{name}: expected activation to be an Activation, got {activation!r}. "
                 "Use one of jaxgrad.network's, or Activation.from_function(f)."
             )
-        return check(name, **given.arguments) | {"activation": activation}
+        return check(name, **bound.arguments) | {"activation": activation}
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -64,9 +64,8 @@ def _checked(function: Callable[P, R], check: Callable[..., dict[str, Any]], *, 
 
     if not jitted:
         return checked
-    # The shapes are checked when a call is compiled, before the function itself is traced, so a call with shapes seen
-    # before costs nothing. If that fails, the check is repeated on the arguments as they were given, so that the error
-    # shows those and is raised from here.
+    # The check runs while a call is traced, before the function itself, so it costs nothing if the shapes are compiled
+    # already. If it fails, it is repeated on the arguments as they were given, so that the error describes those.
     compiled = jax.jit(checked, static_argnames=("activation",))
 
     @functools.wraps(function)
@@ -83,7 +82,7 @@ def _checked(function: Callable[P, R], check: Callable[..., dict[str, Any]], *, 
 
 @functools.cache
 def _is_floating(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1  # not the 8-bit formats: they do not promote
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1  # the 8-bit formats do not promote
 
 
 def _array(name: str, what: str, value: Any) -> jax.Array:
@@ -103,13 +102,13 @@ def _array(name: str, what: str, value: Any) -> jax.Array:
 
 def _check_params(name: str, params: Any, what: str = "params") -> Params:
     try:
-        given = params.W, params.b, params.w
+        leaves = params.W, params.b, params.w
     except AttributeError:
         raise TypeError(
             f"{name}: expected {what} to be Params(W, b, w), got {type(params).__name__}. "
             "Make them with jaxgrad.exercise.init_params or jaxgrad.exercise.Params."
         ) from None
-    arrays = Params(*(_array(name, f"{what}.{field}", v) for field, v in zip(Params._fields, given, strict=True)))
+    arrays = Params(*(_array(name, f"{what}.{field}", v) for field, v in zip(Params._fields, leaves, strict=True)))
     W, b, w = arrays.W.shape, arrays.b.shape, arrays.w.shape
     if len(W) != 2:
         raise ValueError(f"{name}: expected {what}.W of shape [H, D], got {W}. Rows are hidden units.")

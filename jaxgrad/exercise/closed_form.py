@@ -6,12 +6,12 @@ In the exercise's names, for one example (uppercase matrix, lowercase vector, lo
 
     ∂λ/∂W = δ xᵀ,   ∂λ/∂b = δ,   ∂λ/∂w = -πγ s,   ∂λ/∂x = Wᵀδ,   with δ = -πγ s′⊙w
 
-π is the page's e^{-λ}α, rewritten so that it cannot overflow; s′ comes from `activations`, which keeps its digits in
-saturation. In direction (dW, db, dw), with dz = dW x + db, ds = s′⊙dz, dβ = -γ(dwᵀs + wᵀds), dπ = π(1 - π)dβ, the
-Hessian product is η xᵀ, η, -dπγ s - πγ ds with η = -dπγ s′⊙w - πγ (s′⊙dw + s″⊙w⊙dz).
+π is the page's e^{-λ}α, rewritten so that it cannot overflow. s′ comes from `activations`, which keeps its digits in
+saturation. The Hessian product in the direction (dW, db, dw) has the parts η xᵀ, η and -dπγ s - πγ ds, with
+dz = dW x + db, ds = s′⊙dz, dβ = -γ(dwᵀs + wᵀds), dπ = π(1 - π)dβ and η = -dπγ s′⊙w - πγ (s′⊙dw + s″⊙w⊙dz).
 
-Accuracy. All arithmetic is in float32 or wider, and each result is rounded once to its parameter's dtype (bfloat16
-and float16 parameters lose nothing on the way). With u the unit roundoff of that arithmetic, the inner products z and
+Accuracy. All arithmetic is in float32 or wider, and each result is rounded once to its parameter's dtype, so bfloat16
+and float16 parameters lose nothing on the way. Let u be the unit roundoff of that arithmetic. The inner products z and
 β are off by at most δz = (D + 2)·u·(|W||x| + |b|) and δβ = |γ|·((H + 8)·u·|w|ᵀ|s| + |w|ᵀ|s′⊙δz|). For the logistic,
 every entry of a gradient has a relative error of at most
 
@@ -21,12 +21,12 @@ so nothing is lost to saturation. For every activation, ∂/∂b (and therefore 
 
     |∂/∂b|·(32·u + 2·(1 - π)·δβ) + π|γ||w|·(8·u + 3·δz)
 
-On GPU and TPU, float32 matrix products may be computed in lower precision;
+On GPUs and TPUs, float32 matrix products may be computed in lower precision;
 `jax.default_matmul_precision("highest")` restores u. Finite margins give finite gradients, unless the gradient itself
-exceeds the dtype.
+overflows the dtype.
 
-For a batch the hidden axis comes first, [H, B]. Then Z = W Xᵀ and ΔX are the only two matrix products of a gradient,
-and neither transposes an operand.
+For a batch the hidden axis comes first, [H, B]. The two matrix products of a gradient are then Z = W Xᵀ and ΔX, where
+the columns of Δ are the δ of the examples, and neither needs a transposed copy.
 """
 
 from typing import NamedTuple
@@ -59,7 +59,7 @@ __all__ = [
 def grad(params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic) -> Params:
     """The gradient of one example's loss with respect to W, b and w.
 
-    Formula: δxᵀ, δ, -πγ s (module docstring). Cost: one product W x, one outer product.
+    Formula: δxᵀ, δ and -πγ s, derived in the module's docstring. Cost: one product W x and one outer product.
 
     Args:
         params: Params(W [H, D], b [H], w [H]).
@@ -71,7 +71,8 @@ def grad(params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation:
         Params of the shapes and dtypes of `params`.
 
     Raises:
-        ValueError, TypeError: shapes that do not match, dtypes that are not floating; raised before tracing.
+        ValueError: shapes that do not match.
+        TypeError: dtypes that are not floating. Both errors are raised before tracing.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -85,7 +86,7 @@ def grad(params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation:
 def value_and_grad_one(
     params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic
 ) -> tuple[Float[Array, ""], Params]:
-    """One example's loss and its gradient, as `jax.value_and_grad(loss)` returns them. Arguments as in `grad`.
+    """One example's loss and its gradient, as `jax.value_and_grad(loss)` returns them; the arguments are as in `grad`.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -101,7 +102,7 @@ def value_and_grad_one(
 def input_grad(
     params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation: Activation = logistic
 ) -> Float[Array, " D"]:
-    """The gradient Wᵀδ of one example's loss with respect to x, in x's dtype. Arguments as in `grad`.
+    """The gradient Wᵀδ of one example's loss with respect to x, in x's dtype; the arguments are as in `grad`.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -117,20 +118,20 @@ def batched_grad(
 ) -> Params:
     """The gradient of every example, materialized: jit(vmap(grad)).
 
-    Cost: B·H·D numbers are written, which takes most of the time. Norms, sums and inner products of these gradients can
-    be computed without materializing them.
+    Cost: B·H·D numbers are written, which takes most of the time. For norms, sums or inner products of these gradients,
+    use `factored_grads`, which does not materialize them.
 
     Args:
         params: Params(W [H, D], b [H], w [H]).
-        X: [B, D], one example a row, floating; B may be 0.
-        Y: [B], each +1 or -1, floating (`signs` makes it from labels).
+        X: [B, D], one example per row, floating; B may be 0.
+        Y: [B], each +1 or -1, floating; `signs` makes it from labels.
         activation: σ.
 
     Returns:
         Params(W [B, H, D], b [B, H], w [B, H]) in the dtypes of `params`.
 
     Raises:
-        ValueError, TypeError: shapes that do not match, dtypes that are not floating; raised before tracing.
+        ValueError, TypeError: as in `grad`.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -144,9 +145,10 @@ def batched_grad(
 def batched_input_grad(
     params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
 ) -> Float[Array, "B D"]:
-    """Every example's gradient with respect to its x: [B, D], in X's dtype. Arguments as in `batched_grad`.
+    """Every example's gradient with respect to its x: [B, D], in X's dtype.
 
-    Cost: two matrix products; no array larger than [B, H] or [B, D] is created.
+    The arguments are as in `batched_grad`. Cost: two matrix products; no array larger than [B, H] or [B, D] is
+    created.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))
@@ -169,7 +171,7 @@ def factored_grads(
         params, X, Y, activation: as in `batched_grad`.
 
     Returns:
-        PerExampleGrads over Params(W, b, w): W Outer(δ, X), b Dense(δ), w Dense(-πγ s).
+        PerExampleGrads over Params(W, b, w); W's factor is Outer(δ, X), b's Dense(δ) and w's Dense(-πγ s).
 
     Raises:
         ValueError, TypeError: as in `batched_grad`.
@@ -179,8 +181,8 @@ def factored_grads(
         >>> factored_grads(params, jnp.zeros((5, 2)), jnp.ones(5)).norms().shape
         (5,)
     """
-    # The example axis comes first, as in the factors: a transposed copy of δ would cost as much as the products.
-    delta, minus_pi_gamma_s = jax.vmap(lambda x, y: _sides(params, _forward(params, x, y, activation)))(X, Y)
+    # vmap puts the example axis first, as the factors need it; transposing δ would cost as much as the products.
+    delta, minus_pi_gamma_s = jax.vmap(lambda x, y: _hidden_gradients(params, _forward(params, x, y, activation)))(X, Y)
     return PerExampleGrads(
         Params(  # the parameters' tree, with factors for leaves
             W=(Outer.of_matrix(delta, X, params.W.dtype),),  # type: ignore[arg-type]
@@ -194,9 +196,9 @@ def factored_grads(
 def value_and_grad(
     params: Params, X: Float[Array, "B D"], Y: Float[Array, " B"], activation: Activation = logistic
 ) -> tuple[Float[Array, ""], Params]:
-    """The mean loss and its gradient; replaces `jax.value_and_grad(mean loss)` in a training loop.
+    """The mean loss and its gradient; it replaces `jax.value_and_grad(mean loss)` in a training loop.
 
-    Cost: two matrix products, one exponential per hidden unit and example.
+    Cost: two matrix products, and one exponential per hidden unit and example.
 
     Args:
         params, X, Y, activation: as in `batched_grad`, with B ≥ 1.
@@ -264,7 +266,7 @@ class _Forward(NamedTuple):
     slope: Array
     curvature: Array
     beta: Array  # [] or [B]
-    minus_pi_gamma: Array  # [] or [B]: -πγ, times `scale`
+    minus_pi_gamma: Array  # [] or [B]: -πγ, times `scale` if that is given
     loss: Array  # [] or [B]
     dtype: jax.typing.DTypeLike  # dtype of the loss, as JAX would promote it
 
@@ -289,7 +291,8 @@ def _delta(params: Params, f: _Forward) -> Array:
     return (f.minus_pi_gamma[None] * w[:, None]) * f.slope
 
 
-def _sides(params: Params, f: _Forward) -> tuple[Array, Array]:
+def _hidden_gradients(params: Params, f: _Forward) -> tuple[Array, Array]:
+    """(∂λ/∂b, ∂λ/∂w), each [H] or [H, B]."""
     return _delta(params, f), f.minus_pi_gamma * f.s
 
 

@@ -1,10 +1,9 @@
 """Sums and products together with their rounding errors.
 
-A function like exp(-z**2 / 2) multiplies the rounding error of its argument by the argument itself: at
-z = 13 in float32 a correctly rounded z**2 already costs forty units in the last place. `two_product` and
-`two_sum` return the rounded result *and* the part that rounding dropped, so that it can be added
-back. They stay exact when a compiler contracts a product and a sum into one fused operation, because
-every product that has to be exact is exact in the first place.
+exp(-z²/2) multiplies the rounding error of its argument by the argument: at z = 13 in float32, rounding z² correctly
+still costs forty units in the last place. `two_product` and `two_sum` return the rounded result and the part that
+rounding dropped, so that it can be added back. They stay exact if a compiler fuses a product and a sum into one
+operation, because every product that has to be exact is exact without rounding.
 
 Source: Dekker, A floating-point technique for extending the available precision (1971); Knuth, TAOCP 2, 4.2.2.
 """

@@ -1,17 +1,18 @@
 """The exercise's two derivations as written on the page: every intermediate is a function, and nothing is stabilized.
 
-Read this file beside the page, or use it to find out where the page's formulas hold: they are exact on paper but
-overflow in float32 from β ≈ 88.7 on, and the form with S - S² loses its digits in saturation. `closed_form` is the
+Read this file beside the page, or use it to find out where the page's formulas hold: they are exact on paper, but in
+float32 they overflow from β ≈ 88.7 on, and the form with S - S² loses its digits in saturation. `closed_form` has the
 same mathematics for practical use.
 
-Names: uppercase Latin is a matrix, lowercase Latin a vector, lowercase Greek a scalar. One example is x [D], y scalar.
+Names: an uppercase Latin letter is a matrix, a lowercase Latin letter a vector, a lowercase Greek letter a scalar. One
+example is x [D] and the scalar y.
 
 The first answer (a) applies the chain rule entry by entry. Its last line reads ∂(Wx + b)/∂W_ij = x_j, but the
-derivative of a vector is a vector, x_j e_i. Read literally, the product with w sums over all hidden units, and is wrong
-for H > 1.
+derivative of a vector is a vector, x_j e_i. If the line is taken literally, the product with w sums over all hidden
+units, which is wrong for H > 1.
 
-The second answer works with differentials and ends in a matrix (b), in components (c), and for the logistic with
-S′ = S - S² (d).
+The second answer works with differentials. It ends in a matrix (b), in components (c), and, for the logistic, in a
+matrix with S′ = S - S² (d).
 
 Example:
     >>> params, x, y = Params(jnp.ones((2, 3)), jnp.zeros(2), jnp.arange(1.0, 3.0)), jnp.ones(3), jnp.ones(())
@@ -100,7 +101,7 @@ def dalpha(params: Params, x: Float[Array, " D"], y: Scalar, dW: Matrix, sigma: 
 
 
 class Dlambda(NamedTuple):
-    """dλ as it is rewritten on the page, one field per line: eight expressions for one number."""
+    """dλ as the page rewrites it, one field per line: eight expressions for one number."""
 
     in_dalpha: Scalar
     in_dbeta: Scalar
@@ -137,8 +138,8 @@ def dlambda(params: Params, x: Float[Array, " D"], y: Scalar, dW: Matrix, sigma:
 def _factor(params: Params, x: Array, y: Array, sigma: Activation) -> Array:
     """-e^{-λ}αγ, the scalar that every form of the gradient starts with.
 
-    In float32 it is NaN (0·inf) where α overflows, from β ≈ 88.7 on. Where subnormal numbers are flushed it is 0 from
-    β ≈ 87.3 on, because e^{-λ} is 0. Under `jit` a compiler may rearrange the exponentials and move both limits.
+    In float32 it is NaN (0·inf) from β ≈ 88.7 on, where α overflows. If subnormal numbers are flushed, it is 0 from
+    β ≈ 87.3 on, where e^{-λ} is 0. Under `jit` the compiler may rearrange the exponentials and move both limits.
     """
     return -jnp.exp(-lambda_(params, x, y, sigma)) * alpha(params, x, y, sigma) * gamma(y)
 
@@ -193,9 +194,9 @@ def first_answer_exponential(params: Params, x: Float[Array, " D"], y: Scalar, s
 
 
 def first_answer_literal(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
-    """(a) read literally: the last line is ∂(Wx + b)/∂W_ij = x_j, so every row is -y wᵀσ′(z)·xᵀ times the two factors.
+    """(a) taken literally: with ∂(Wx + b)/∂W_ij = x_j, every row is -y wᵀσ′(z)·xᵀ times the two factors.
 
-    It is wrong for H > 1: each entry holds the sum over all hidden units. It is here for comparison.
+    It is wrong for H > 1, because each entry holds the sum over all hidden units. It is here for comparison.
     """
     row = -y * (params.w @ sigma.slope(params.W @ x + params.b)) * x
     factors = first_answer_outer(params, x, y, sigma) * first_answer_exponential(params, x, y, sigma)
@@ -203,7 +204,7 @@ def first_answer_literal(params: Params, x: Float[Array, " D"], y: Scalar, sigma
 
 
 def first_answer_corrected(params: Params, x: Float[Array, " D"], y: Scalar, sigma: Activation = logistic) -> Matrix:
-    """(a) with the last line ∂(Wx + b)/∂W_ij = x_j e_i: the product with w keeps the i-th term only."""
+    """(a) with ∂(Wx + b)/∂W_ij = x_j e_i in the last line, so that the product with w keeps only the i-th term."""
     H, D = params.W.shape
     e = jnp.eye(H, dtype=bool)
     dz_dW = jnp.where(e[:, :, None], x[None, None, :], jnp.zeros_like(x))  # k, i, j: ∂z_k/∂W_ij = x_j (e_i)_k

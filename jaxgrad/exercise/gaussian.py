@@ -1,7 +1,7 @@
 """The normal distribution's density and tail, accurate to the last digits even for large |z|.
 
-Both gelus need φ(z) = exp(-z²/2)/√(2π) and Φ(z) = ∫ φ. The tail is represented as Φ(-t) = φ(t)·M(t), where Mills'
-ratio M is a slowly varying, smooth function, so that no digit is lost where Φ is tiny.
+The gelu needs φ(z) = exp(-z²/2)/√(2π) and Φ(z) = ∫ φ. The tail is computed as Φ(-t) = φ(t)·M(t), where Mills' ratio M
+is a smooth and slowly varying function, so that no digit is lost where Φ is tiny.
 """
 
 import math
@@ -43,13 +43,13 @@ _TERMS = {jnp.dtype(jnp.float32): 14, jnp.dtype(jnp.float64): len(_MILLS)}
 
 
 def mills_ratio(t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """M(t) = Φ(-t)/φ(t) for t ≥ 0, in float32 or float64. The error bounds of both gelus include its error."""
+    """M(t) = Φ(-t)/φ(t) for t ≥ 0, in float32 or float64. The error bounds of the gelu include its error."""
     u = (t - 5) / (t + 5)
-    # Clenshaw's recurrence.
-    ahead, here = jnp.zeros_like(u), jnp.zeros_like(u)
+    # Clenshaw's recurrence, b_k = 2u·b_(k+1) - b_(k+2) + c_k.
+    b_next, b = jnp.zeros_like(u), jnp.zeros_like(u)
     for c in _MILLS[_TERMS[t.dtype] - 1 : 0 : -1]:
-        ahead, here = here, 2 * u * here - ahead + c
-    return (u * here - ahead + _MILLS[0]) / (1 + t)
+        b_next, b = b, 2 * u * b - b_next + c
+    return (u * b - b_next + _MILLS[0]) / (1 + t)
 
 
 def root_density(t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

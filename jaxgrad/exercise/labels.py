@@ -14,8 +14,8 @@ def signs(
 ) -> Float[Array, "*shape"]:
     """Convert labels of two classes to -1 and +1.
 
-    {-1, +1} are unchanged, 0 and False become -1, 1 and True become +1; of any other two classes (strings too) the one
-    that sorts first becomes -1. If a batch may contain only one class, name both with `classes`.
+    Labels -1 and +1 are unchanged; 0 and False become -1, 1 and True become +1. Of any other two classes, strings
+    included, the one that sorts first becomes -1. If a batch may contain only one class, name both with `classes`.
 
     Args:
         labels: an array or sequence of any shape, on the host (not traced, because its values determine the encoding).
@@ -23,7 +23,7 @@ def signs(
         classes: (negative, positive), the two classes; None finds them in `labels`.
 
     Returns:
-        An array of the shape of `labels`.
+        An array of -1 and +1 with the shape of `labels`.
 
     Raises:
         ValueError: not exactly two classes, labels of mixed kinds (numbers and strings, say), a NaN or NaT, or a label
@@ -39,12 +39,12 @@ def signs(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"signs: expected a floating dtype, got {jnp.dtype(dtype)}. Pass jnp.float32, say.")
     values = _values(labels)
-    absent = values != values
-    if absent.any():
-        what = "NaT" if values.dtype.kind in "mM" else "NaN"
-        raise ValueError(f"signs: expected two classes, got {int(absent.sum())} {what}. Drop those rows.")
-    found = np.unique(values)
-    positive = _larger_of_two(found) if classes is None else _second_given(found, classes)
+    missing = values != values
+    if missing.any():
+        kind = "NaT" if values.dtype.kind in "mM" else "NaN"
+        raise ValueError(f"signs: expected two classes, got {int(missing.sum())} {kind}. Drop those rows.")
+    distinct = np.unique(values)
+    positive = _larger_class(distinct) if classes is None else _positive_class(distinct, classes)
     return jnp.asarray(np.where(values == positive, 1, -1), dtype)
 
 
@@ -62,20 +62,21 @@ def _values(labels: Any) -> np.ndarray:
         values = values.astype(np.float32)
     if values.dtype.kind not in "biufcmMSU":
         raise ValueError(
-            f"signs: expected numbers, booleans or strings, got {_shown(values.ravel())} of dtype {values.dtype}. "
+            f"signs: expected numbers, booleans or strings, got {_listed(values.ravel())} of dtype {values.dtype}. "
             "Convert them."
         )
     return values
 
 
 def _without_objects(values: np.ndarray) -> np.ndarray:
+    """Convert an array of Python objects to one of numbers, booleans or strings."""
     flat = values.ravel().tolist()
     examples: dict[type, Any] = {}
     for value in flat:
         examples.setdefault(type(value), value)
     if len({_kind(value) for value in examples.values()}) > 1:
-        found = ", ".join(f"{value!r} ({kind.__name__})" for kind, value in examples.items())
-        raise ValueError(f"signs: expected labels of one kind, got {found}. Make them all strings or all numbers.")
+        got = ", ".join(f"{value!r} ({kind.__name__})" for kind, value in examples.items())
+        raise ValueError(f"signs: expected labels of one kind, got {got}. Make them all strings or all numbers.")
     return np.asarray(flat).reshape(values.shape)
 
 
@@ -84,30 +85,31 @@ def _kind(value: Any) -> str:
     return "number" if jnp.issubdtype(dtype, jnp.number) else dtype.kind
 
 
-def _larger_of_two(found: np.ndarray) -> Any:
-    if found.dtype == bool:
+def _larger_class(distinct: np.ndarray) -> Any:
+    if distinct.dtype == bool:
         return True
-    if len(found) != 2:
+    if len(distinct) != 2:
         raise ValueError(
-            f"signs: expected two classes, got {len(found)}: {_shown(found)}. "
+            f"signs: expected two classes, got {len(distinct)}: {_listed(distinct)}. "
             "Choose two, or name both with classes=(negative, positive)."
         )
-    return found[1]
+    return distinct[1]
 
 
-def _second_given(found: np.ndarray, classes: Sequence[Any]) -> Any:
+def _positive_class(distinct: np.ndarray, classes: Sequence[Any]) -> Any:
     try:
         two = len(classes) == 2 and bool(classes[0] != classes[1])
     except (TypeError, ValueError, KeyError):  # a number, a set, arrays
         two = False
     if not two:
         raise ValueError(f"signs: expected classes=(negative, positive), two different values, got {classes!r}.")
-    strange = [value for value in found.tolist() if value not in list(classes)]
-    if strange:
-        raise ValueError(f"signs: expected labels among {list(classes)}, got also {_shown(np.asarray(strange))}.")
+    others = [value for value in distinct.tolist() if value not in list(classes)]
+    if others:
+        raise ValueError(f"signs: expected labels among {list(classes)}, got also {_listed(np.asarray(others))}.")
     return classes[1]
 
 
-def _shown(found: np.ndarray) -> str:
-    shown = ", ".join(repr(v) for v in found[:5].tolist())
-    return (shown or "none") + (", …" if len(found) > 5 else "")
+def _listed(values: np.ndarray) -> str:
+    """The first five values, for a message."""
+    listed = ", ".join(repr(v) for v in values[:5].tolist())
+    return (listed or "none") + (", …" if len(values) > 5 else "")

@@ -1,6 +1,6 @@
 """The exercise's network as pure functions of ONE example: margin wᵀσ(Wx + b), loss log(1 + exp(-y·margin)).
 
-No function here has a batch axis; `jax.vmap` adds it. Only log(1 + exp(·)) is in a stable form; nothing else is
+The functions have no batch axis; `jax.vmap` adds it. Only log(1 + exp(·)) is in a stable form; nothing else is
 rearranged for accuracy or speed. This is the loss as anyone would write it, and `jax.grad` differentiates it.
 """
 
@@ -23,8 +23,12 @@ def margin(params: Params, x: Float[Array, " D"], activation: Activation = logis
         x: [D], floating.
         activation: σ.
 
+    Returns:
+        A scalar in the dtype that JAX promotes params and x to.
+
     Raises:
-        ValueError, TypeError: shapes that do not match, dtypes that are not floating; raised before tracing.
+        ValueError: shapes that do not match.
+        TypeError: dtypes that are not floating. Both errors are raised before tracing.
 
     Example:
         >>> params = Params(jnp.ones((2, 3)), jnp.zeros(2), jnp.ones(2))
@@ -50,7 +54,7 @@ def loss(
         A scalar in the dtype that JAX promotes params, x and y to.
 
     Raises:
-        ValueError, TypeError: shapes that do not match, dtypes that are not floating; raised before tracing.
+        ValueError, TypeError: as in `margin`.
 
     Example:
         >>> params = Params(jnp.ones((2, 3)), jnp.zeros(2), jnp.ones(2))

@@ -9,7 +9,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 
 class Params(NamedTuple):
-    """The weights of the network as a pytree; every gradient with respect to them has the same form.
+    """The weights of the network as a pytree; a gradient with respect to them is a `Params` too.
+
+    Attributes:
+        W: [H, D], the weights of the hidden units; the gradients of a batch have an example axis in front.
+        b: [H], their biases.
+        w: [H], the weights of the output.
 
     Example:
         >>> params = Params(W=jnp.ones((2, 3)), b=jnp.zeros(2), w=jnp.ones(2))
@@ -34,7 +39,7 @@ def init_params(
         key: a PRNG key.
         inputs: D, the length of an example x.
         hidden: H, the number of hidden units.
-        dtype: any floating dtype.
+        dtype: the floating dtype of the weights.
 
     Returns:
         Params(W [H, D], b [H], w [H]).

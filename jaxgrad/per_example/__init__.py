@@ -1,26 +1,30 @@
 """Per-example gradients held as factors.
 
-The user-facing modules are:
+These modules hold the public functions and classes:
 
     transform     per_example_grad, per_example_value_and_grad
     jacobian      per_example_jacobian: the gradients of all outputs
     measure       per_example_norms: norms with a plain gradient's memory
-    second_pass   the sum of weighted gradients as an ordinary gradient
     explain       how each parameter's gradient is held, and why
-    custom_primitives   register_rule: primitives of your own
-    rule_check    check_rule: a test of what was registered
     gradients     PerExampleGrads: the algebra over a tree of parameters
-    held          its tree of factors as a pytree, without the algebra
-    checks        checks on the arguments of its methods: masks, indices, numbers, bounds
+    custom_primitives
+                  register_rule: teach the interpreter a primitive of your own
+    rule_check    check_rule: test a registered rule
+
+These modules support them:
+
+    held          the base class of PerExampleGrads: its factors as a pytree, without the algebra
+    checks        checks of what its methods take: masks, indices, numbers, bounds
+    second_pass   the sum of weighted gradients as an ordinary gradient, for clipped_grad
     arguments     which arguments are parameters, which are batched, which are shared
-    frameworks    advice for a Flax or Equinox model that is passed whole
+    frameworks    advice in errors for models of Flax and Equinox
     serialized    serialization by jax.export
 
 The implementation has two halves, and a module that joins them:
 
     algebra/      the kinds of factors and the operations on them
-    interpreter/  evaluates the program that jax.grad has written, without its last products
-    lower         converts what the interpreter found to factors; its cost model decides what is materialized
+    interpreter/  evaluates the jaxpr of the gradient, but leaves its last products unevaluated
+    lower         converts unevaluated products to factors; its cost model decides what is materialized
 """
 
 from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Rows, Windows

@@ -25,11 +25,11 @@ class Arguments:
         params_tree: the structure of the differentiated argument, or of the tuple of them if there are several, with a
             pair in place of every complex parameter.
         batch: the leaves that have an example axis.
-        axes: their example axes.
-        example: one example of each, as a shape and dtype or an array.
+        axes: the example axis of each, counted from 0.
+        example: one example of each, to trace with (`_jax.example_for_tracing`).
         batch_size: B.
         shared: the leaves shared by all examples, arrays or not.
-        rebuilt: (params, examples, shared) → (args, kwargs) of the loss of one example.
+        rebuild: (params, examples, shared) → (args, kwargs) of the loss of one example.
     """
 
     params: list[Any]
@@ -40,55 +40,66 @@ class Arguments:
     example: list[Any]
     batch_size: int
     shared: list[Any]
-    rebuilt: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+    rebuild: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
     @property
     def examples_first(self) -> list[Any]:
         """The batched leaves with their example axis in front."""
         return [jnp.moveaxis(a, axis, 0) for a, axis in zip(self.batch, self.axes, strict=True)]
 
-    def put_back(self, params: Sequence[Any], examples: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of the loss of one example."""
-        return self.rebuilt(params, examples, self.shared)
+    def loss_arguments(self, params: Sequence[Any], example: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of the loss of one example, from the leaves of the parameters and of that example."""
+        return self.rebuild(params, example, self.shared)
 
 
 def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any, in_axes: Any) -> Arguments:
-    """Split a call. The role of a leaf depends on its place in the call, not on its identity."""
-    numbers, several = _numbers(argnums, len(args))
+    """Split a call. The role of a leaf depends on its position in the call: one array may be passed in two roles.
+
+    Args:
+        args, kwargs: the call's arguments.
+        argnums, in_axes: as in `per_example_grad`.
+
+    Raises:
+        TypeError, ValueError: as in `per_example_grad`.
+    """
+    numbers, is_sequence = _numbers(argnums, len(args))
     args = tuple(complexes.parts(arg) if k in numbers else arg for k, arg in enumerate(args))
     entries = _entries(in_axes, numbers, len(args))
-    chosen = tuple(args[k] for k in numbers) if several else args[numbers[0]]
+    chosen = tuple(args[k] for k in numbers) if is_sequence else args[numbers[0]]
     with_paths, params_tree = jax.tree_util.tree_flatten_with_path(chosen)
     paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
     params = [_parameter(path, leaf, chosen) for path, (_, leaf) in zip(paths, with_paths, strict=True)]
     if not params:
         raise ValueError(f"{called()}: expected parameters in argument {argnums}, got a tree without leaves.")
     start = {k: sum(len(jax.tree.leaves(args[j])) for j in numbers[:i]) for i, k in enumerate(numbers)}
-    places, batch, shared = _sorted_out((*args, kwargs), entries, start)
+    places, batch, shared = _split((*args, kwargs), entries, start)
     arrays, axes = [a for _, a, _ in batch], [axis for _, _, axis in batch]
     batch_size = _batch_size({name: a.shape[axis] for name, a, axis in batch})
-    example = [_jax.one_example(a, axis) for _, a, axis in batch]
+    example = [_jax.example_for_tracing(a, axis) for _, a, axis in batch]
     mesh_axes = frozenset(name for a in arrays for name in _jax.varying(a))
     params = [_jax.made_varying(p, mesh_axes) for p in params]
     structures = [jax.tree.structure(tree) for tree in (*args, kwargs)]
 
-    def rebuilt(params: Sequence[Any], examples: Sequence[Any], shared: Sequence[Any]) -> Any:
+    def rebuild(params: Sequence[Any], examples: Sequence[Any], shared: Sequence[Any]) -> Any:
         source = {"params": params, "batch": examples, "shared": shared}
         *filled, keywords = (
             jax.tree.unflatten(structure, [source[kind][i] for kind, i in place])
             for structure, place in zip(structures, places, strict=True)
         )
-        whole = [complexes.joined(arg, complexes.number) if k in numbers else arg for k, arg in enumerate(filled)]
-        return tuple(whole), keywords
+        joined = (complexes.joined(arg, complexes.number) if k in numbers else arg for k, arg in enumerate(filled))
+        return tuple(joined), keywords
 
-    return Arguments(params, paths, params_tree, arrays, axes, example, batch_size, shared, rebuilt)
+    return Arguments(params, paths, params_tree, arrays, axes, example, batch_size, shared, rebuild)
 
 
-def _sorted_out(trees: Sequence[Any], entries: Sequence[Any], start: dict[int, int]) -> tuple[Any, Any, Any]:
-    """(where each leaf of each argument is stored, (name, array, axis) of each batched leaf, the shared leaves).
+def _split(trees: Sequence[Any], entries: Sequence[Any], start: dict[int, int]) -> tuple[Any, Any, Any]:
+    """Assign a role to each leaf: (place of each leaf, (name, array, axis) of each batched leaf, the shared leaves).
+
+    A place is a role, "params", "batch" or "shared", and an index into the leaves of that role.
 
     Args:
         trees: the positional arguments, then the keyword arguments.
+        entries: the entry of in_axes for each positional argument.
         start: for each differentiated argument, the index of its first parameter.
     """
     places: list[list[tuple[str, int]]] = []
@@ -101,14 +112,14 @@ def _sorted_out(trees: Sequence[Any], entries: Sequence[Any], start: dict[int, i
             continue
         sparse = [path for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_sparse) if _sparse(node)]
         positional = k < len(entries)
-        along = _broadcast(entries[k], tree) if positional else [_keyword_axis(leaf) for _, leaf in leaves]
-        for axis, (path, leaf) in zip(along, leaves, strict=True):
+        axes = _broadcast(entries[k], tree) if positional else [_keyword_axis(leaf) for _, leaf in leaves]
+        for axis, (path, leaf) in zip(axes, leaves, strict=True):
             if axis is None:
                 places[k].append(("shared", len(shared)))
                 shared.append(leaf)
             else:
                 name = f"{f'argument {k}' if positional else 'keyword arguments'}{jax.tree_util.keystr(path)}"
-                if any(path[: len(above)] == above for above in sparse):
+                if any(path[: len(parent)] == parent for parent in sparse):
                     raise TypeError(
                         f"{called()}: expected dense arrays of examples, got a sparse one with an example axis in "
                         f"{name}. Pass its parts (data and indices of every example) as arguments and assemble them "
@@ -121,7 +132,7 @@ def _sorted_out(trees: Sequence[Any], entries: Sequence[Any], start: dict[int, i
 
 
 def checked_batch(name: str, batch: Any) -> Any:
-    """Return a tuple or list of a loss's arguments unchanged; raise TypeError for anything else that * would unpack."""
+    """Return `batch`; raise TypeError unless it is a tuple or list, because * would unpack an array into its rows."""
     if not isinstance(batch, tuple | list):
         shape = f" of shape {batch.shape}" if hasattr(batch, "shape") else ""
         raise TypeError(
@@ -150,9 +161,10 @@ def checked_scalar(value: Any) -> Any:
 
 
 def _numbers(argnums: Any, count: int) -> tuple[list[int], bool]:
-    several = not isinstance(argnums, int | np.integer)
+    """(the differentiated arguments, counted from 0; whether argnums is a sequence)."""
+    is_sequence = not isinstance(argnums, int | np.integer)
     try:
-        numbers = [operator.index(k) for k in (argnums if several else [argnums])]
+        numbers = [operator.index(k) for k in (argnums if is_sequence else [argnums])]
     except (TypeError, ValueError):
         raise TypeError(
             f"{called()}: expected a whole number or a sequence of them as argnums, got {argnums!r}."
@@ -162,10 +174,11 @@ def _numbers(argnums: Any, count: int) -> tuple[list[int], bool]:
     numbers = [k % count for k in numbers]
     if len(set(numbers)) != len(numbers):
         raise ValueError(f"{called()}: expected each argument once in argnums, got {argnums!r}.")
-    return numbers, several
+    return numbers, is_sequence
 
 
 def _parameter(path: str, leaf: Any, tree: Any) -> Any:
+    """Return a parameter as an array; raise TypeError unless its dtype is floating."""
     try:
         dtype = jnp.result_type(leaf)
     except TypeError:
@@ -188,23 +201,23 @@ def _entries(in_axes: Any, numbers: Sequence[int], count: int) -> list[Any]:
     if not isinstance(in_axes, tuple | list):
         _broadcast(in_axes, 0)
         return [None if k in numbers else in_axes for k in range(count)]
-    others = count - len(numbers)
+    other_count = count - len(numbers)
     if len(in_axes) == count:
-        given = [axis for k, axis in enumerate(in_axes) if k not in numbers]
+        other_axes = [axis for k, axis in enumerate(in_axes) if k not in numbers]
     else:
-        given = list(in_axes) if len(in_axes) == others else [0] * others
-    written = tuple(None if k in numbers else given.pop(0) for k in range(count))
+        other_axes = list(in_axes) if len(in_axes) == other_count else [0] * other_count
+    suggestion = tuple(None if k in numbers else other_axes.pop(0) for k in range(count))
     if len(in_axes) != count:
         raise ValueError(
             f"{called()}: expected in_axes as jax.vmap takes it, a number or a sequence with an entry for each of the "
-            f"{count} positional arguments, got {in_axes!r}. Write in_axes={written!r}, with None for the "
+            f"{count} positional arguments, got {in_axes!r}. Write in_axes={suggestion!r}, with None for the "
             f"differentiated arguments and for arguments shared by all examples."
         )
     for k in numbers:
         if jax.tree.leaves(in_axes[k]):
             raise ValueError(
                 f"{called()}: expected None in in_axes at the differentiated argument {k}, which is shared by all "
-                f"examples, got {in_axes[k]!r}. Write in_axes={written!r}."
+                f"examples, got {in_axes[k]!r}. Write in_axes={suggestion!r}."
             )
     return list(in_axes)
 
@@ -242,15 +255,16 @@ def _batch_size(sizes: dict[str, int]) -> int:
             f"in another argument, with their axis in in_axes; the default axis is 0."
         )
     if len(set(sizes.values())) != 1:
-        shown = ", ".join(f"{n} in {name}" for name, n in sizes.items())
+        got = ", ".join(f"{n} in {name}" for name, n in sizes.items())
         raise ValueError(
-            f"{called()}: expected one batch size in all batched arguments, got {shown}. Pass arrays shared by all "
+            f"{called()}: expected one batch size in all batched arguments, got {got}. Pass arrays shared by all "
             f"examples by position, with None in in_axes; arrays in keyword arguments are batched."
         )
     return next(iter(sizes.values()))
 
 
 def _array(name: str, leaf: Any, axis: Any) -> Any:
+    """Return a batched leaf as an array; raise an error unless it has the example axis."""
     hint = "For arguments shared by all examples, put None in in_axes."
     try:
         if isinstance(leaf, np.ndarray):

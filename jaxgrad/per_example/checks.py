@@ -1,4 +1,4 @@
-"""Checks on what the methods of PerExampleGrads take besides gradients: masks, indices, numbers, bounds."""
+"""Checks of the arguments of PerExampleGrads' methods other than gradients: masks, indices, numbers, bounds."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from jaxgrad.errors import called
 
 
 def checked_numbers(c: Any, count: int) -> Array:
-    """Return `c` as an array of one floating number per example; raise ValueError for anything else."""
+    """Return `c` as a floating array [count]; raise ValueError for anything else."""
     c = jnp.asarray(c)
     if c.shape != (count,) or not jnp.issubdtype(c.dtype, jnp.floating):
         raise ValueError(
-            f"{called()}: expected one floating number an example, shape {(count,)}, got {c.dtype} of shape {c.shape}."
+            f"{called()}: expected one floating number per example, shape {(count,)}, got {c.dtype} of shape {c.shape}."
         )
     return c
 
 
 def checked_mask(mask: Any, count: int) -> Array:
-    """Return `mask` as an array of one boolean per example; raise ValueError for anything else."""
+    """Return `mask` as a boolean array [count]; raise ValueError for anything else."""
     mask = jnp.asarray(mask)
     if mask.dtype != bool or mask.shape != (count,):
         raise ValueError(
@@ -30,7 +30,7 @@ def checked_mask(mask: Any, count: int) -> Array:
 
 
 def checked_index(index: Any) -> Array:
-    """Return an array of integers or booleans that selects examples; raise TypeError for anything else."""
+    """Return `index` as a one-dimensional array of integers or booleans; raise TypeError for anything else."""
     try:
         chosen = jnp.asarray(index)
     except TypeError:
@@ -61,8 +61,8 @@ def checked_bound(bound: Any) -> None:
         )
 
 
-def grouped(prefix: PyTree, params_tree: Any) -> tuple[list[Any], list[list[int]]]:
-    """Check a tree prefix of positive numbers; return them, and for each the indices of the leaves below it.
+def checked_groups(prefix: PyTree, params_tree: Any) -> tuple[list[Any], list[list[int]]]:
+    """Check a tree prefix of positive numbers; return the numbers and, for each, the indices of its leaves.
 
     Raises:
         ValueError: a number that is not positive, or a tree that is not a prefix of the parameters.

@@ -13,11 +13,11 @@ from jaxgrad.per_example.interpreter.rules import RECORDS
 _WALKED = (
     *(_jax.jit_p, _jax.remat_p, _jax.scan_p, _jax.cond_p, lax.while_p),
     *("shard_map", "custom_jvp_call", "custom_vjp_call"),
-)  # primitives whose inner programs the interpreter reads, or leaves to JAX
+)  # primitives whose inner programs the interpreter walks, or leaves to JAX
 
 
 class RegisteredRule:
-    """A rule that `register_rule` has registered. As a context manager, it is removed at the end of the block.
+    """A rule that `register_rule` has registered; used as a context manager, it is removed at the end of the block.
 
     Example:
         >>> with register_rule("my_kernel", lambda x, dy, **params: x.T @ dy) as rule:
@@ -52,37 +52,37 @@ def register_rule(
     """Teach `per_example_grad` what a primitive of yours computes, so that gradients through it stay factored.
 
     A parameter takes the direct route if its gradient ends in a primitive that jaxgrad does not know, such as a Pallas
-    kernel or a primitive that you made. `equals` says in operations of `jax.numpy` and `jax.lax` what the primitive
-    computes. It is traced to find out which matrix product the primitive is, or how it rearranges or scales a product;
-    every other number still comes from the primitive. The primitive that needs a rule is the one that `explain` names:
-    the one in the backward pass that returns the weight's gradient.
+    kernel or a primitive that you made. `equals` computes the same as the primitive in operations of `jax.numpy` and
+    `jax.lax`. jaxgrad traces it to find out which matrix product the primitive is, or how it rearranges or scales a
+    product; every other number still comes from the primitive. The primitive that needs a rule is the one that
+    `explain` names: the one in the backward pass that returns the weight's gradient.
 
     Rules are global, for all threads, and may be registered and removed at any time. Functions that `jax.jit` has
     traced before are not affected: register rules first.
 
     Guarantees:
-        A parameter whose gradient stays factored is computed from what `equals` says, and a wrong `equals` gives wrong
-        numbers. `check_rule` finds that, and so does `check_gradient`. A rule that declines changes nothing.
+        A gradient that stays factored is computed from what `equals` computes, so a wrong `equals` gives wrong numbers;
+        `check_rule` and `check_gradient` detect that. A rule that declines changes nothing.
 
     Args:
-        primitive: the primitive, or its name where JAX does not export it, as "pallas_call".
+        primitive: the primitive, or its name if JAX does not export it, such as "pallas_call".
         equals: a function of the primitive's operands, and of its params as keyword arguments, that returns the same
-            result in other operations, up to rounding; for a primitive with several results a list of them, with None
-            for a result that it does not know. It returns None to decline, which it decides from shapes, dtypes and
-            params. A result may have another floating dtype, and is then converted.
-        name: for a primitive that stands for many functions, the name of the one that is meant: `pallas_call(…, name=)`
-            or the kernel function's name. A kernel that `jax.vmap` has batched inside the loss is not meant; it takes
-            the direct route.
-        override: whether to put this rule before one that exists, which is then asked if this one declines.
+            result up to rounding. For a primitive with several results it returns a list of them, with None for each
+            result that it does not compute. To decline, it returns None; it must decide that from shapes, dtypes and
+            params. A result in another floating dtype is converted.
+        name: for a primitive that stands for many functions, the name of the function that has this rule: that in
+            `pallas_call(…, name=)`, or the kernel function's own. The rule does not apply to a kernel that `jax.vmap`
+            has batched inside the loss; such a kernel takes the direct route.
+        override: whether this rule comes before one that exists, which then applies if this one declines.
 
     Returns:
         The registered rule, to be removed with `.remove()` or used in a `with` statement.
 
     Raises:
         TypeError: the primitive is neither a primitive nor a string, or `equals` is not a function.
-        ValueError: there is a rule for this primitive and name, also one of jaxgrad's own, and override is not set; or
-            the primitive is one whose inner programs jaxgrad reads, such as jit and scan. Later, in `per_example_grad`:
-            `equals` raises, or returns shapes that the primitive does not return.
+        ValueError: there is a rule for this primitive and name, perhaps one of jaxgrad's own, and override is not set;
+            or jaxgrad reads the inner programs of the primitive, as for jit and scan. `per_example_grad` raises it if
+            `equals` raises, or returns other shapes than the primitive.
 
     Example:
         >>> from jax.experimental import pallas as pl
@@ -120,4 +120,5 @@ def register_rule(
 
 
 def _among(primitive: _jax.Primitive | str, known: Any) -> bool:
+    """Whether the primitive, or the primitive of this name, is among these primitives and names."""
     return any(primitive is p or str(primitive) == p or primitive == str(p) for p in known)

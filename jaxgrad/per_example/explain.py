@@ -27,13 +27,13 @@ class ExplanationRow:
         how: "factored", "materialized" or "unused".
         factors: the kinds and shapes of the factors, with the example axis.
         norm: how the norm is computed, one entry for each pair of factors.
-        nbytes: bytes held.
-        materialized_nbytes: bytes of the materialized gradients.
-        why: the reason why it is materialized: "vector", the parameter has at most one axis and its gradient is no
-            larger than an activation; "smaller", the gradient is no larger than the arrays it is computed from; or what
-            stopped it from being a product, at `primitive`.
-        primitive: the primitive at which the gradient stops being a product; empty if that is not the reason.
-        source: the primitive's file and line in the loss.
+        nbytes: bytes that the factors of all examples hold.
+        materialized_nbytes: bytes of the materialized gradients of all examples.
+        why: the reason why the gradient is materialized: "vector" if the parameter has at most one axis, so that its
+            gradient is no larger than an activation; "smaller" if the gradient is no larger than the arrays it is
+            computed from; on the direct route, what `primitive` does that keeps the gradient from being a product.
+        primitive: the primitive that caused the direct route; empty on other routes.
+        source: the file and line where the loss uses the primitive; empty if JAX does not know them.
 
     Example:
         >>> row = explain(lambda W, x: jnp.tanh(W @ x).sum())(jnp.ones((30, 20)), jnp.ones((4, 20))).rows[0]
@@ -64,8 +64,8 @@ class Explanation:
 
     Example:
         >>> loss = lambda params, x: params["out"] @ jnp.tanh(params["in"] @ x)
-        >>> told = explain(loss)({"in": jnp.ones((30, 20)), "out": jnp.ones(30)}, jnp.ones((4, 20)))
-        >>> told["['out']"].why, told.nbytes < told.materialized_nbytes
+        >>> table = explain(loss)({"in": jnp.ones((30, 20)), "out": jnp.ones(30)}, jnp.ones((4, 20)))
+        >>> table["['out']"].why, table.nbytes < table.materialized_nbytes
         ('vector', True)
     """
 
@@ -92,7 +92,8 @@ class Explanation:
         for row in self.rows:
             if row.path == path:
                 return row
-        raise KeyError(f"{path}: expected one of {', '.join(row.path for row in self.rows)}")
+        paths = ", ".join(row.path or "''" for row in self.rows)
+        raise KeyError(f"Explanation[...]: expected one of the paths {paths}, got {path}.")
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "how", "why", "held as", "norm", "held", "materialized")
@@ -102,8 +103,8 @@ class Explanation:
         table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         table.insert(1, "-" * max(len(line) for line in table))
         for row in self.direct:
-            at = f" at {row.source}" if row.source else " in a function of JAX that the loss calls"
-            table.append(f"{row.path or 'parameter'}: materialized because of {row.primitive}{at}: {row.why}")
+            place = f" at {row.source}" if row.source else " in a function of JAX that the loss calls"
+            table.append(f"{row.path or 'parameter'}: materialized because of {row.primitive}{place}: {row.why}")
         return "\n".join([f"{self.batch_size} examples", *table])
 
 
@@ -112,22 +113,22 @@ def explain(
 ) -> Callable[..., Explanation]:
     """Report how `per_example_grad(fun)` holds the gradient of each parameter, without computing anything.
 
-    The table has these columns:
+    The report prints as a table. Its column `how` is "factored", "materialized" or "unused". The column `why` says why
+    a gradient is materialized: "vector" if the parameter has at most one axis, so that its gradient is no larger than
+    an activation; "smaller" if the gradient is no larger than the arrays it is computed from; "direct" if it takes the
+    direct route, where it is computed as `vmap(jax.grad)` would, for the reason given below the table.
 
-    `how` is "factored", "materialized" or "unused". `why` says why a gradient is materialized: "vector", the parameter
-    has at most one axis and its gradient is no larger than an activation; "smaller", the gradient is no larger than the
-    arrays it is computed from; "direct", it takes the direct route, as `vmap(jax.grad)` would compute it, for the
-    reason given below the table.
+    The column `held as` names the kinds of factors and the shapes of their arrays, for B examples, T positions and G
+    groups. Outer(left [B, G, T, F], right [B, G, T, K]) stands for Σ_t left ⊗ right; Rows(ids [B, T], values
+    [B, T, K]) for rows of a table, with values [B, 1, K] for a mean of rows; Windows(cotangents, image) for a
+    convolution; Mapped(arrays of other factors, shared arrays) for a weight that is transformed before it is used;
+    Common(number, array) for a penalty; Dense for the gradient itself.
 
-    `held as` names the kind of factor, with B examples, T positions and G groups: Outer(left [B, G, T, F], right
-    [B, G, T, K]) for Σ_t left ⊗ right; Rows(ids [B, T], values [B, T, K]) for rows of a table, with values [B, 1, K]
-    for a mean of rows; Windows(cotangents, image) for a convolution; Mapped(the arrays of other factors, and arrays
-    shared by all examples) for a weight that is transformed before it is used; Common(number, array) for a penalty;
-    Dense for the gradient itself.
-
-    `norm` says what the norm is computed from: "sides", ‖left‖·‖right‖; "positions", inner products of T × T
-    positions; "matrix", the product, materialized a few examples at a time; "direction", a product with an array
-    shared by all examples; "map", factors followed by a linear map; "entries", the gradient's entries.
+    The column `norm` says what the norm is computed from, for each pair of factors: "sides", ‖left‖·‖right‖;
+    "positions", inner products of T × T positions; "matrix", the product, materialized a few examples at a time;
+    "direction", the inner product with an array shared by all examples; "map", the result of the linear map of a
+    Mapped; "entries", the gradient's entries; "apart", nothing, because the two factors occupy different entries of the
+    parameter.
 
     Args:
         fun, argnums, in_axes, has_aux: as in `per_example_grad`.
@@ -148,15 +149,15 @@ def explain(
 
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         arguments = transformed.arguments(args, kwargs)
-        # Shared arguments are not traced, because the loss may look at their values, except those that have none.
-        absent = [k for k, leaf in enumerate(arguments.shared) if isinstance(leaf, jax.ShapeDtypeStruct)]
+        # The loss may read the values of shared arguments, so only a ShapeDtypeStruct, which has none, is traced.
+        valueless = [k for k, leaf in enumerate(arguments.shared) if isinstance(leaf, jax.ShapeDtypeStruct)]
 
         def run(params: list[Any], batch: list[Any], shapes: list[Any]) -> tuple[PerExampleGrads, list[Route]]:
-            traced = dict(zip(absent, shapes, strict=True))
+            traced = dict(zip(valueless, shapes, strict=True))
             shared = [traced.get(k, leaf) for k, leaf in enumerate(arguments.shared)]
             return transformed.evaluated(replace(arguments, params=params, batch=batch, shared=shared))[2:]
 
-        g, routes = jax.eval_shape(run, arguments.params, arguments.batch, [arguments.shared[k] for k in absent])
+        g, routes = jax.eval_shape(run, arguments.params, arguments.batch, [arguments.shared[k] for k in valueless])
         rows = [
             _row(path, leaf.factors, route)
             for path, leaf, route in zip(g.paths, jax.tree.leaves(g, is_leaf=_is_leaf), routes, strict=True)

@@ -1,4 +1,4 @@
-"""Advice for models of other libraries, added to the errors of calls that cannot be split or traced."""
+"""Advice for models of Flax and Equinox, added to the error if a call cannot be split or its loss cannot be traced."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 
 from jaxgrad.errors import called
 
-WHOLE = {
+SPLIT = {
     "nnx": "Split the module, graph, params, rest = nnx.split(model, nnx.Param, ...), differentiate with respect to "
     "params, and call nnx.merge(graph, params, rest) inside the loss.",
     "equinox": "Split the model, params, static = eqx.partition(model, eqx.is_inexact_array), differentiate with "
@@ -27,10 +27,10 @@ AXIS = (
 def advice(tree: Any) -> str:
     """How to split a model in the tree into its parameters and the rest; empty if the tree holds no model."""
     models = [_model(node) for node in jax.tree.leaves(tree, is_leaf=lambda node: bool(_model(node)))]
-    return next((WHOLE[model] for model in models if model), "")
+    return next((SPLIT[model] for model in models if model), "")
 
 
-def explained(error: Exception) -> None:
+def add_advice(error: Exception) -> None:
     """Add advice to an error that the loss raised, if its cause is known."""
     if type(error).__name__ == "TraceContextError":
         error.add_note(f"{called()}: {STATE}")

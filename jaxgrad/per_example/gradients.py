@@ -13,7 +13,7 @@ from jaxgrad.errors import called, naming
 from jaxgrad.per_example.algebra import chunks, complexes, norms
 from jaxgrad.per_example.algebra.leaf import Leaf, concatenated
 from jaxgrad.per_example.algebra.mapped import map_examples_of
-from jaxgrad.per_example.checks import checked_index, checked_mask, checked_numbers, grouped
+from jaxgrad.per_example.checks import checked_groups, checked_index, checked_mask, checked_numbers
 from jaxgrad.per_example.held import Held, not_gradients
 from jaxgrad.precision import added, working_dtype
 from jaxgrad.sharding import automatic
@@ -41,27 +41,28 @@ class PerExampleGrads(Held):
     It stands for the matrix G [B, parameters] that `jax.vmap(jax.grad(loss))` would return, split over the tree. Every
     method is an operation on that matrix, and only `materialize` returns the matrix itself.
 
-    Its arrays are the factors of products, not gradients. It is a pytree of these arrays, all with the example axis
-    first, and passes through `jit`, `vmap`, `grad`, `lax.scan`, `device_put` with shardings and `jax.export`. But
-    `jax.tree.map` and optax's transformations work on every array separately and therefore give wrong numbers. Use
-    these in their place:
+    Its arrays are the factors of products, not gradients; the example axis comes first in all that examples do not
+    share. It is a pytree of these arrays and passes through `jit`, `vmap`, `grad`, `lax.scan`, `device_put` with
+    shardings and `jax.export`. But `jax.tree.map` and optax's transformations apply a function to every array
+    separately, which gives wrong numbers. Use these instead:
 
         optax.scale, jax.tree.map(lambda g: c * g, …)       `c * g`, with one number, or one for every example
-        optax.tree.add, subtracting, averaging              `g + h`, `g - h`, `(g + h) / 2`
+        optax.tree.add, differences, averages               `g + h`, `g - h`, `(g + h) / 2`
         optax.clip_by_global_norm, per example              `g.clip(max_norm)`, or `jg.clipped_grad`
         optax's dpsgd, which needs an example axis          `g.materialize()`
         an optimizer's update                               `optimizer.update(g.mean(), state, params)`
 
     Accuracy: sums are accumulated in float32 at least (float64 if a factor or a parameter is float64). A result that is
-    a gradient is rounded once, to the parameter's dtype; squares of gradients and [B] and [B, B] results keep the
-    accumulator's dtype.
+    a gradient is rounded once, to the parameter's dtype; squares of gradients, and [B] and [B, B] results, keep the
+    dtype in which they were accumulated.
 
     A complex parameter has the gradient that `jax.grad` defines, ∂/∂Re - i ∂/∂Im, held as the gradients with respect to
     its two real parts. Norms and moments use |·|², and inner products are the real part of Σ conj(g) v.
 
     Args:
-        tree: the parameters' tree with each leaf replaced by a tuple of factors (`Outer`, `Rows`, `Dense`).
-        chunk_bytes: how many bytes a method may materialize at once, where its cheapest way materializes something.
+        tree: the parameters' tree with each leaf replaced by a tuple of factors (`Outer`, `Rows`, `Windows`, …).
+        chunk_bytes: the most bytes that a method materializes at once, if the cheapest way to compute its result
+            materializes gradients; see `with_chunk_bytes`.
 
     Example:
         >>> delta, x = jnp.ones((4, 3)), jnp.ones((4, 2))         # four examples of a [3, 2] matrix
@@ -77,25 +78,26 @@ class PerExampleGrads(Held):
     @_in_chunks
     @automatic(by_example=True)
     def squared_norms(self) -> Float[Array, " B"]:
-        """‖g_b‖² [B]. It overflows or underflows where the square does; `norms` does not."""
+        """‖g_b‖² [B], in float32 at least. It overflows or underflows where the square does; `norms` does not."""
         return added([leaf.squared_norm() for leaf in self._leaves])
 
     @_in_chunks
     @automatic(by_example=True)
     def leaf_norms(self) -> PyTree:
-        """The norm of each parameter's gradient, computed as in `norms`: the tree with a [B] at every leaf."""
-        each = self._each(lambda leaf: leaf.length().norm)
-        return complexes.joined(each, lambda *parts: norms.root_sum_of_squares(parts))
+        """The norm of each parameter's gradient, computed as in `norms`: a tree like the parameters with leaves [B]."""
+        by_leaf = self._map_leaves(lambda leaf: leaf.length().norm)
+        return complexes.joined(by_leaf, lambda *parts: norms.root_sum_of_squares(parts))
 
     @_in_chunks
     @automatic(by_example=True)
     def norms(self) -> Float[Array, " B"]:
-        """‖g_b‖ [B], over all parameters together.
+        """‖g_b‖ [B], over all parameters together, in float32 at least.
 
-        Formula: √Σ_leaves ‖·‖²; the norm of an Outer with T = 1 is ‖left_b‖·‖right_b‖. Cost: see `pairs`.
-        Every example and position is scaled by powers of two first, so that nothing overflows or underflows unless the
-        norm itself does; if the product at every position is below the smallest normal number, their sum may be 0.
-        The norms are differentiable; the derivative at a zero gradient is 0.
+        Formula: √Σ_leaves ‖·‖²; the norm of an Outer with T = 1 is ‖left_b‖·‖right_b‖. The column *norm* of `explain`
+        shows what each parameter's norm is computed from. Every example and position is scaled by powers of two first,
+        so that nothing overflows or underflows unless the norm itself does; only if the products at all positions are
+        below the smallest normal number may the norm be 0. The norms are differentiable; the derivative at a zero
+        gradient is 0.
         """
         return norms.together([leaf.length() for leaf in self._leaves])
 
@@ -106,16 +108,17 @@ class PerExampleGrads(Held):
         It is at least √Σ_leaves (Σ_t ‖left_t‖ ‖right_t‖)², over the leaves that are a sum of products. The error of a
         sum of rounded products is about eps times this magnitude, however small the gradient is.
         """
-        found = [size for leaf in self._leaves if (size := leaf.magnitude()) is not None]
-        return norms.root_sum_of_squares(found) if found else None
+        magnitudes = [size for leaf in self._leaves if (size := leaf.magnitude()) is not None]
+        return norms.root_sum_of_squares(magnitudes) if magnitudes else None
 
     def rounding(self) -> Array:
-        """How far a norm and a contribution to a sum may be off because operands of products are rounded, a number.
+        """The relative error ρ, a scalar, that rounding the operands of products causes in norms and weighted sums.
 
-        It is relative to the norm and the magnitude (`magnitudes`), and 0 where products take their operands as they
-        are. It is 3·2⁻⁸ for factors in bfloat16: a weighted sum rounds c_b times one side, and the compiler may use
-        either side before it is rounded. By default products of float32 round their operands on accelerators, see
-        `jax.default_matmul_precision`: then it is 2⁻⁹ on a GPU, 2⁻⁶ on a TPU.
+        The norm, and the example's contribution to a weighted sum, are off by at most ρ√(‖g_b‖² + S_b²), where S_b is
+        the magnitude (`magnitudes`). For bfloat16 factors ρ is 3·2⁻⁸: a weighted sum rounds c_b times one side, and
+        the compiler may use an unrounded value of either side in one place and its rounded value in another. For
+        float32 factors ρ is 0 on a CPU; accelerators round the operands unless `jax.default_matmul_precision` says
+        otherwise, and then ρ is 2⁻⁹ on a GPU and 2⁻⁶ on a TPU.
         """
         return functools.reduce(jnp.maximum, [leaf.rounding() for leaf in self._leaves])
 
@@ -124,11 +127,14 @@ class PerExampleGrads(Held):
     @naming("PerExampleGrads.dot")
     @automatic(by_example=True)
     def dot(self, tree: PyTree) -> Float[Array, " B"]:
-        """G v [B]: the inner product of every example's gradient with a direction v.
+        """G v [B]: the inner product of every example's gradient with a direction v, in float32 at least.
 
         Args:
             tree: a direction with the parameters' structure and shapes, complex where they are. It follows the
                 convention of gradients: for a change dp of the parameters, pass conj(dp).
+
+        Raises:
+            ValueError: a direction whose structure or shapes are not the parameters'.
         """
         leaves = self._direction(tree)
         return added([leaf.dot(v) for leaf, v in zip(self._leaves, leaves, strict=True)])
@@ -138,8 +144,11 @@ class PerExampleGrads(Held):
         """Gᵀ c: Σ_b c_b g_b, a tree with the parameters' shapes. It costs one matrix product per factor.
 
         Args:
-            c: a number for each example.
+            c: [B], a floating number for each example.
             dtype: dtype of the result, as in `sum`.
+
+        Raises:
+            ValueError: a `c` that is not a floating array [B].
         """
         c = checked_numbers(c, self.batch_size)
         return self._summed(lambda leaf: leaf.sum(c), dtype)
@@ -168,8 +177,8 @@ class PerExampleGrads(Held):
 
     @automatic(by_example=False)
     def _summed(self, function: Callable[[Leaf], Array], dtype: jax.typing.DTypeLike | None) -> PyTree:
-        each = self._each(lambda leaf: function(leaf).astype(dtype or leaf.layout.dtype))
-        return complexes.joined(each, complexes.gradient)
+        by_leaf = self._map_leaves(lambda leaf: function(leaf).astype(dtype or leaf.layout.dtype))
+        return complexes.joined(by_leaf, complexes.gradient)
 
     # --- products of examples
 
@@ -197,7 +206,7 @@ class PerExampleGrads(Held):
 
     def __matmul__(self, other: Any) -> Array:
         """G v [B] for a direction v, as in `dot`; G G′ᵀ [B, C] for `h.T`, as in `gram`."""
-        return self.gram(other.of) if isinstance(other, Transposed) else self.dot(other)
+        return self.gram(other.gradients) if isinstance(other, Transposed) else self.dot(other)
 
     @_in_chunks
     @automatic(by_example=False)
@@ -208,18 +217,19 @@ class PerExampleGrads(Held):
         Formula: for an Outer with T = 1, (left²)ᵀ(right²)/B, one matrix product; otherwise examples are materialized, a
         few at a time.
         """
-        each = self._each(lambda leaf: leaf.second_moment())
-        return complexes.joined(each, operator.add)
+        by_leaf = self._map_leaves(lambda leaf: leaf.second_moment())
+        return complexes.joined(by_leaf, operator.add)
 
     @_in_chunks
     @automatic(by_example=False)
     def variance(self) -> PyTree:
         """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree with the parameters' shapes, in float32 at least.
 
-        Formula: not second_moment - mean², which cancels. For an Outer with T = 1 the sides are centered first
-        (`moments.variance`); otherwise examples are materialized, a few at a time, and the mean is subtracted.
+        Formula: the mean is subtracted before anything is squared, because second_moment - mean² cancels. For an Outer
+        with T = 1 the two sides are centered (`moments.variance`); otherwise examples are materialized, a few at a
+        time.
         """
-        return complexes.joined(self._each(lambda leaf: leaf.variance()), operator.add)
+        return complexes.joined(self._map_leaves(lambda leaf: leaf.variance()), operator.add)
 
     # --- new batches
 
@@ -266,7 +276,11 @@ class PerExampleGrads(Held):
 
     @naming("PerExampleGrads.scale")
     def scale(self, c: Float[Array, " B"]) -> "PerExampleGrads":
-        """c_b g_b, in float32 at least: the result keeps digits that rounding to the parameter's dtype would drop."""
+        """c_b g_b for c [B], in float32 at least: it keeps digits that rounding to the parameter's dtype would drop.
+
+        Raises:
+            ValueError: a `c` that is not a floating array [B].
+        """
         c = checked_numbers(c, self.batch_size)
         return self._with([Leaf(leaf.factors, leaf.weight * c.astype(leaf.weight.dtype)) for leaf in self._leaves])
 
@@ -284,18 +298,21 @@ class PerExampleGrads(Held):
         """
         bounds, groups = self.groups(max_norm)
         leaves: list[Leaf] = []
-        for bound, part in zip(bounds, groups, strict=True):
-            lengths = part.norms()
+        for bound, group in zip(bounds, groups, strict=True):
+            lengths = group.norms()
             limit = jnp.asarray(bound, lengths.dtype)
-            leaves += part.scale(norms.shortened(lengths, limit))._leaves
+            leaves += group.scale(norms.shortened(lengths, limit))._leaves
         return self._with(leaves)
 
     @naming("PerExampleGrads.where")
     def where(self, mask: Array) -> "PerExampleGrads":
-        """Return the gradients with those whose mask is False set to exactly zero, even if they are NaN.
+        """Set the gradients whose mask is False to exactly zero, even if they are NaN.
 
         Args:
             mask: [B], boolean.
+
+        Raises:
+            ValueError: a mask that is not a boolean array [B].
         """
         mask = checked_mask(mask, self.batch_size)
         return self._with([leaf.where(mask) for leaf in self._leaves])
@@ -303,7 +320,11 @@ class PerExampleGrads(Held):
     @naming("PerExampleGrads[...]")
     @automatic(by_example=False)
     def __getitem__(self, index: Any) -> "PerExampleGrads":
-        """A subset of the examples, by a slice or an integer or boolean array; replicated on an explicit mesh."""
+        """The examples that a slice, or an integer or boolean array, selects; replicated on an explicit mesh.
+
+        Raises:
+            TypeError: an index of another kind.
+        """
         _ = self._leaves  # raises if there is more than one example axis
         if isinstance(index, slice):
             return map_examples_of(lambda a: a[index], self)
@@ -316,7 +337,7 @@ class PerExampleGrads(Held):
         """Join several batches into one. Their parameters and kinds of factors must be the same; T may differ.
 
         Raises:
-            ValueError: no parts, or parts that differ in their parameters or factors.
+            ValueError: no parts, or parts that differ in their parameters or in the kinds of their factors.
         """
         if not parts:
             raise ValueError("PerExampleGrads.concatenate: expected at least one batch, got none.")
@@ -332,11 +353,11 @@ class PerExampleGrads(Held):
     @automatic(by_example=True)
     def materialize(self) -> PyTree:
         """Materialize G: the tree of [B, *shape] that `jax.vmap(jax.grad(loss))` returns, B × parameters numbers."""
-        return complexes.joined(self._each(Leaf.materialize), complexes.gradient)
+        return complexes.joined(self._map_leaves(Leaf.materialize), complexes.gradient)
 
     @naming("PerExampleGrads.groups", unless_inside=True)
     def groups(self, prefix: PyTree) -> tuple[list[Any], list["PerExampleGrads"]]:
-        """Return the positive numbers in a tree prefix of the parameters, and for each the gradients it applies to.
+        """Split the gradients by a tree prefix of positive numbers: (the numbers, the gradients below each of them).
 
         Args:
             prefix: one number for all parameters, or a tree prefix with a number for every leaf or group of leaves.
@@ -345,9 +366,9 @@ class PerExampleGrads(Held):
             ValueError: a number that is not positive, or a tree that is not a prefix of the parameters.
         """
         leaves = self._leaves
-        bounds, groups = grouped(prefix, self._treedef)
+        numbers, groups = checked_groups(prefix, self._treedef)
         members = [[leaves[i] for i in group] for group in groups]
-        return bounds, [self.tree_unflatten(self.chunk_bytes, (part,)) for part in members]
+        return numbers, [self.tree_unflatten(self.chunk_bytes, (part,)) for part in members]
 
 
 class Transposed:
@@ -361,16 +382,16 @@ class Transposed:
 
     __array_ufunc__ = None
 
-    def __init__(self, of: PerExampleGrads):
-        self.of = of
+    def __init__(self, gradients: PerExampleGrads):
+        self.gradients = gradients
 
     def __matmul__(self, c: Float[Array, " B"]) -> PyTree:
         """Gᵀ c, as in `PerExampleGrads.weighted_sum`."""
-        return self.of.weighted_sum(c)
+        return self.gradients.weighted_sum(c)
 
 
 def widened(g: PerExampleGrads) -> PerExampleGrads:
-    """The same gradients with factors of float32 in place of bfloat16, so that weighted sums round nothing to it."""
+    """The same gradients with bfloat16 factors cast to float32, so that weighted sums do not round to bfloat16."""
     return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, g)
 
 

@@ -1,4 +1,4 @@
-"""Held: a tree of parameters whose gradients are held as factors, as a pytree, without the operations on them."""
+"""Held: the base class of PerExampleGrads, a pytree of factors without the operations on them."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -16,20 +16,24 @@ from jaxgrad.per_example.algebra.mapped import of_examples
 
 
 class Held:
-    """The base of `PerExampleGrads`: its tree of factors, what JAX asks of a pytree, and its attributes.
+    """The base class of `PerExampleGrads`: its tree of factors, the methods of a pytree, and its attributes.
 
     Args:
         tree: the parameters' tree with each leaf replaced by a tuple of factors.
-        chunk_bytes: how many bytes a method may materialize at once.
+        chunk_bytes: as in `PerExampleGrads`.
+
+    Raises:
+        TypeError: a leaf that is not a tuple of factors, or no leaves.
+        ValueError: factors of different batch sizes, or of different parameters at one leaf.
     """
 
     def __init__(self, tree: PyTree, chunk_bytes: int = chunks.CHUNK_BYTES):
         is_leaf = lambda node: isinstance(node, tuple) and bool(node) and all(isinstance(f, Factor) for f in node)  # noqa: E731
         leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-        strange = [jax.tree_util.keystr(path) for path, leaf in leaves if not is_leaf(leaf)]
-        if strange or not leaves:
-            where = f"something else at tree{strange[0]}" if strange else "none"
-            raise TypeError(f"PerExampleGrads: expected a tree of tuples of factors, got {where}.")
+        misplaced = [jax.tree_util.keystr(path) for path, leaf in leaves if not is_leaf(leaf)]
+        if misplaced or not leaves:
+            got = f"something else at tree{misplaced[0]}" if misplaced else "none"
+            raise TypeError(f"PerExampleGrads: expected a tree of tuples of factors, got {got}.")
         sizes = {a.shape[0] for _, leaf in leaves for f in leaf for a in of_examples(f)}
         if len(sizes) != 1:
             raise ValueError(f"PerExampleGrads: expected one number of examples in every factor, got {sorted(sizes)}.")
@@ -46,12 +50,12 @@ class Held:
     # --- as a pytree
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, PyTree], ...], int]:
-        """Flatten for JAX: the parameters' tree with a sum of factors and its weight at each leaf."""
+        """Flatten the pytree, for JAX: the child is the parameters' tree with a `Leaf` of factors at each leaf."""
         return ((jax.tree_util.GetAttrKey("factors"), self._held),), self.chunk_bytes
 
     @classmethod
     def tree_unflatten(cls, chunk_bytes: int, children: Sequence[PyTree]) -> Self:
-        """Unflatten for JAX: the inverse of flattening, without checks."""
+        """Rebuild the pytree, for JAX, without checks."""
         g = object.__new__(cls)
         (g._held,), g.chunk_bytes = children, chunk_bytes
         return g
@@ -78,7 +82,7 @@ class Held:
     def _tree(self, leaves: Sequence[Any]) -> PyTree:
         return jax.tree.unflatten(self._treedef, leaves)
 
-    def _each(self, function: Callable[[Leaf], Any]) -> PyTree:
+    def _map_leaves(self, function: Callable[[Leaf], Any]) -> PyTree:
         return self._tree([function(leaf) for leaf in self._leaves])
 
     # --- attributes
@@ -92,7 +96,7 @@ class Held:
     @property
     def factors(self) -> PyTree:
         """The parameters' tree with each leaf replaced by its tuple of factors, scaled as the gradients are."""
-        return self._each(Leaf.weighted)
+        return self._map_leaves(Leaf.weighted)
 
     @property
     def batch_size(self) -> int:
@@ -101,13 +105,13 @@ class Held:
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes held in the factors; an array that two factors share is counted twice."""
+        """Bytes held in the factors; an array that two factors share is counted twice."""
         held = [a for leaf in self._leaves for f in leaf.factors for a in factors.arrays(f)]
         return sum(a.size * a.dtype.itemsize for a in held)
 
     @property
     def materialized_nbytes(self) -> int:
-        """Number of bytes that `materialize` would return."""
+        """Bytes of the arrays that `materialize` would return."""
         return sum(self.batch_size * leaf.layout.size * leaf.layout.dtype.itemsize for leaf in self._leaves)
 
     def __len__(self) -> int:
@@ -120,15 +124,15 @@ class Held:
                 for path, leaf in zip(self.paths, self._leaves, strict=True)
             ]
             held = f"{self.batch_size} examples, {self.nbytes} bytes held, {self.materialized_nbytes} if materialized"
-        except (AttributeError, IndexError, TypeError, ValueError):  # JAX makes trees of other objects too
+        except (AttributeError, IndexError, TypeError, ValueError):  # JAX also unflattens trees of other objects
             return f"PerExampleGrads({self._held})"
         return "\n".join([f"PerExampleGrads({held})", *lines])
 
     def with_chunk_bytes(self, chunk_bytes: int) -> Self:
-        """Return the same gradients, whose methods materialize at most `chunk_bytes` at once.
+        """Return the same gradients with another limit on what their methods materialize at once.
 
-        If the cheapest way to compute norms, moments or a Gram matrix materializes gradients, it does so for a few
-        examples at a time; a single example may need more than `chunk_bytes`.
+        If the cheapest way to compute norms, moments or a Gram matrix materializes gradients, it materializes those of
+        as many examples at a time as fit into `chunk_bytes`, but always at least one.
 
         Raises:
             ValueError: a number below 1.
@@ -163,16 +167,16 @@ class Held:
                 f"{called()}: expected the same tree of parameters, {self._treedef}, got {other._treedef}."
             )
         for path, leaf, leaf_ in zip(self.paths, self._leaves, other._leaves, strict=True):
-            mine, theirs = leaf.layout, leaf_.layout
-            if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+            expected, got = leaf.layout, leaf_.layout
+            if (expected.shape, expected.dtype) != (got.shape, got.dtype):
                 raise ValueError(
-                    f"{called()}: expected {mine.dtype}{list(mine.shape)} at {path}, "
-                    f"got {theirs.dtype}{list(theirs.shape)}."
+                    f"{called()}: expected {expected.dtype}{list(expected.shape)} at {path}, "
+                    f"got {got.dtype}{list(got.shape)}."
                 )
 
 
 def not_gradients(g: Any) -> str:
-    """The message of an error for anything but PerExampleGrads."""
+    """The error message for an argument that should have been PerExampleGrads."""
     return (
         f"{called()}: expected PerExampleGrads, as jg.per_example_grad(loss)(params, *batch) returns, got "
         f"{type(g).__name__}."

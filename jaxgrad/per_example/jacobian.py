@@ -1,4 +1,4 @@
-"""The gradients of every output of a model, per example; arrays shared by all outputs are computed and held once."""
+"""Per-example gradients of all outputs of a model; arrays that are the same for all outputs are held once."""
 
 import dataclasses
 import functools
@@ -14,21 +14,22 @@ from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra.chunks import pairs_of_outputs
 from jaxgrad.per_example.algebra.mapped import map_examples_of, put_back
 from jaxgrad.per_example.arguments import Arguments
-from jaxgrad.per_example.frameworks import explained
+from jaxgrad.per_example.frameworks import add_advice
 from jaxgrad.per_example.gradients import PerExampleGrads, widened
 from jaxgrad.per_example.lower import Lowered, is_settled, settled
 from jaxgrad.per_example.transform import Transformed
 
-OF_OUTPUTS, EVERY = 1, -1
-"""The output axis of an array, and the mark of an array without one, which is the same for every output."""
+OUTPUT_AXIS, NO_OUTPUT_AXIS = 1, -1
+"""The output axis of an array, and the mark of an array without one because all outputs share it."""
 
 
 @jax.tree_util.register_pytree_with_keys_class
 class PerExampleJacobian:
-    """The Jacobians J_b [O, parameters] of B examples, held as factors: what `per_example_jacobian` returns.
+    """The Jacobians J_b [O, parameters] of B examples, held as factors; `per_example_jacobian` returns it.
 
     An activation is the same for all outputs and is held once; a cotangent is held for every output. The class is a
-    pytree of such arrays, with the example axis first and the output axis, if there is one, second.
+    pytree of such arrays: the example axis comes first, unless all examples share the array; the output axis, unless
+    all outputs share it, is the second.
 
     Example:
         >>> model = lambda params, x: params["V"] @ jnp.tanh(params["W"] @ x)
@@ -63,19 +64,19 @@ class PerExampleJacobian:
     def __repr__(self) -> str:
         return f"PerExampleJacobian({self.batch_size} examples, {self.outputs} outputs, {self.nbytes} bytes held)"
 
-    def _of_each_output(self, function: Callable[[PerExampleGrads], Any], out_axes: int = 1) -> Any:
-        """Apply the function to the gradients of each output."""
+    def _vmap_outputs(self, function: Callable[[PerExampleGrads], Any], out_axes: int = 1) -> Any:
+        """Apply the function to the gradients of each output; stack the results along `out_axes`."""
         held = self._held.with_chunk_bytes(max(1, self._held.chunk_bytes // max(1, self.outputs)))
-        axes = jax.tree.unflatten(jax.tree.structure(held), map(_for_vmap, self._axes))
+        axes = jax.tree.unflatten(jax.tree.structure(held), map(_vmap_axis, self._axes))
         return jax.vmap(function, (axes,), out_axes, axis_size=self.outputs)(held)
 
     def norms(self) -> Float[Array, "B O"]:
         """The norm of every output's gradient, [B, O], computed as in `PerExampleGrads.norms`."""
-        return self._of_each_output(lambda g: g.norms())
+        return self._vmap_outputs(lambda g: g.norms())
 
     def dot(self, tree: PyTree) -> Float[Array, "B O"]:
-        """J_b v [B, O], for one direction v with the parameters' structure and shapes."""
-        return self._of_each_output(lambda g: g.dot(tree))
+        """J_b v [B, O] for a direction v, as in `PerExampleGrads.dot`."""
+        return self._vmap_outputs(lambda g: g.dot(tree))
 
     def gram(self, other: "PerExampleJacobian | PerExampleGrads | None" = None) -> Float[Array, "B C O *P"]:
         """J_b J′_cᵀ [B, C, O, O′] for every pair of examples, where J′ is `other` or, without it, this Jacobian.
@@ -84,47 +85,53 @@ class PerExampleJacobian:
         activations, once for every pair of examples, and B·C·O·O′·F for those of cotangents, for every pair of outputs.
 
         Args:
-            other: a Jacobian with respect to the same parameters, whose outputs may differ in number; or gradients with
-                respect to them, for J_b g_c [B, C, O].
+            other: a Jacobian with respect to the same parameters, whose number of outputs may differ; or gradients
+                with respect to them, for J_b g_c [B, C, O].
+
+        Raises:
+            ValueError: the parameters of `other` have another tree, or other shapes or dtypes.
         """
         if isinstance(other, PerExampleGrads):
-            return self._of_each_output(lambda g: g.gram(other), 2)
+            return self._vmap_outputs(lambda g: g.gram(other), 2)
         second = self if other is None else other
 
-        def with_all(g: PerExampleGrads) -> Array:
-            return second._of_each_output(lambda h: g.gram(h), 2)
+        def one_row(g: PerExampleGrads) -> Array:
+            return second._vmap_outputs(lambda h: g.gram(h), 2)
 
         with pairs_of_outputs(min(self.outputs, second.outputs)):  # chunk_bytes is already divided among the outputs
-            return self._of_each_output(with_all, 2)
+            return self._vmap_outputs(one_row, 2)
 
     def weighted_sum(self, c: Float[Array, "B O"], dtype: jax.typing.DTypeLike | None = None) -> PyTree:
-        """Σ_bk c_bk J_b[k], a tree with the parameters' shapes; one output after the other, so that nothing is copied.
+        """Σ_bk c_bk J_b[k], a tree with the parameters' shapes.
+
+        The outputs are summed in a loop, so that arrays they share are not copied.
 
         Args:
-            c: a number for each row.
+            c: [B, O], a number for each row J_b[k].
             dtype: dtype of the result, as in `PerExampleGrads.sum`; the sum over outputs is in float32 at least.
         """
-        shapes = jax.eval_shape(lambda h: h._of_each_output(lambda g: g.sum(), 0), self)
+        shapes = jax.eval_shape(lambda h: h._vmap_outputs(lambda g: g.sum(), 0), self)
         wide = jnp.result_type(jax.eval_shape(self.norms))
 
-        def of_output(total: PyTree, k: Array) -> tuple[PyTree, None]:
+        def add_output(total: PyTree, k: Array) -> tuple[PyTree, None]:
             g, weights = self._output(k), jnp.take(c, k, 1)
             return jax.tree.map(jnp.add, total, g.weighted_sum(weights, wide)), None
 
         start = jax.tree.map(lambda s: jnp.zeros(s.shape[1:], _with_real(s.dtype, wide)), shapes)
-        total, _ = jax.lax.scan(of_output, start, jnp.arange(self.outputs))
+        total, _ = jax.lax.scan(add_output, start, jnp.arange(self.outputs))
         return jax.tree.map(lambda a, s: a.astype(_with_real(s.dtype, dtype or _real(s.dtype))), total, shapes)
 
     def _output(self, k: Array) -> PerExampleGrads:
         """The gradients of output k."""
         leaves: list[Any]
         leaves, structure = jax.tree.flatten(self._held)
-        chosen = [a if axis == EVERY else jnp.take(a, k, axis) for a, axis in zip(leaves, self._axes, strict=True)]
-        found: PerExampleGrads = jax.tree.unflatten(structure, chosen)
-        return found
+        axes = map(_vmap_axis, self._axes)
+        chosen = [a if axis is None else jnp.take(a, k, axis) for a, axis in zip(leaves, axes, strict=True)]
+        gradients: PerExampleGrads = jax.tree.unflatten(structure, chosen)
+        return gradients
 
     def widened(self) -> "PerExampleJacobian":
-        """The same Jacobians with factors of float32 in place of bfloat16, so that sums round nothing to it."""
+        """The same Jacobians with bfloat16 factors cast to float32, so that weighted sums do not round to bfloat16."""
         return PerExampleJacobian(widened(self._held), self._axes, self.outputs)
 
     def __mul__(self, c: Any) -> "PerExampleJacobian":
@@ -132,18 +139,18 @@ class PerExampleJacobian:
         return PerExampleJacobian(self._held * c, self._axes, self.outputs)
 
     def rows(self) -> PerExampleGrads:
-        """The same Jacobians as B·O gradients, the first example's first; arrays shared by outputs are then copied."""
+        """The rows as B·O gradients, those of the first example first; arrays shared by outputs are copied for each."""
         O = self.outputs  # noqa: E741
 
-        def spread(a: Array, axis: int) -> Array:
-            a = jnp.broadcast_to(a[:, None], (a.shape[0], O, *a.shape[1:])) if axis == EVERY else a
+        def flatten(a: Array, axis: int) -> Array:
+            a = jnp.broadcast_to(a[:, None], (a.shape[0], O, *a.shape[1:])) if axis == NO_OUTPUT_AXIS else a
             return a.reshape(a.shape[0] * O, *a.shape[2:])
 
-        return map_examples_of(spread, self._held, jax.tree.unflatten(jax.tree.structure(self._held), self._axes))
+        return map_examples_of(flatten, self._held, jax.tree.unflatten(jax.tree.structure(self._held), self._axes))
 
     def materialize(self) -> PyTree:
         """The tree of arrays [B, O, *shape] that `jax.vmap(jax.jacrev(fun))` returns if the outputs are a vector."""
-        return self._of_each_output(lambda g: g.materialize())
+        return self._vmap_outputs(lambda g: g.materialize())
 
 
 def per_example_jacobian(
@@ -155,8 +162,8 @@ def per_example_jacobian(
     held once for all outputs.
 
     Args:
-        fun: fun(params, x) → the outputs of one example: an array or a tree of arrays, of a real floating dtype. They
-            are numbered in the order of `jax.flatten_util.ravel_pytree`.
+        fun: fun(params, x) → the outputs of one example: an array or a tree of arrays, of a real floating dtype. The
+            index of an output is its position in the result of `jax.flatten_util.ravel_pytree`.
         argnums, in_axes, spmd_axis_name: as in `per_example_grad`.
 
     Returns:
@@ -176,7 +183,7 @@ def per_example_jacobian(
         return _outputs(fun(*args_, **kwargs))[k]
 
     transformed = Transformed("per_example_jacobian", fun, argnums, in_axes)
-    of_one_output = Transformed("per_example_jacobian", output, argnums, in_axes, spmd_axis_name=spmd_axis_name)
+    one_output = Transformed("per_example_jacobian", output, argnums, in_axes, spmd_axis_name=spmd_axis_name)
 
     @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
     @naming("per_example_jacobian")
@@ -184,15 +191,15 @@ def per_example_jacobian(
         arguments = transformed.arguments(args, kwargs)
 
         def outputs(params: Any, example: Any) -> Array:
-            args, kwargs = arguments.put_back(params, example)
+            args, kwargs = arguments.loss_arguments(params, example)
             try:
                 return _outputs(fun(*args, **kwargs))
             except Exception as error:
-                explained(error)
+                add_advice(error)
                 raise
 
         count = jax.eval_shape(outputs, arguments.params, arguments.example).shape[0]
-        return evaluated_by_output(of_one_output, numbered(arguments), count)[1]
+        return evaluated_by_output(one_output, with_output_index(arguments), count)[1]
 
     return jacobian
 
@@ -210,26 +217,26 @@ def _outputs(results: Any) -> Array:
     return jnp.concatenate([jnp.ravel(a).astype(dtype) for a in leaves])
 
 
-def numbered(arguments: Arguments) -> Arguments:
-    """Add the number of the output as a last argument, shared by all examples."""
+def with_output_index(arguments: Arguments) -> Arguments:
+    """Append the index of an output to the arguments; it is the same for all examples."""
 
-    def rebuilt(params: Sequence[Any], examples: Sequence[Any], shared: Sequence[Any]) -> Any:
+    def rebuild(params: Sequence[Any], examples: Sequence[Any], shared: Sequence[Any]) -> Any:
         *examples, k = examples
-        args, kwargs = arguments.rebuilt(params, examples, shared)
+        args, kwargs = arguments.rebuild(params, examples, shared)
         return (*args, k), kwargs
 
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    return dataclasses.replace(arguments, example=[*arguments.example, number], rebuilt=rebuilt)
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    return dataclasses.replace(arguments, example=[*arguments.example, index], rebuild=rebuild)
 
 
 def evaluated_by_output(
     transformed: Transformed, arguments: Arguments, outputs: int
 ) -> tuple[PyTree, PerExampleJacobian]:
-    """(aux, the gradients of all outputs), for a function whose last argument is the number of the output.
+    """(aux, the gradients of all outputs), for a function whose last argument is the index of the output.
 
     Args:
-        transformed: the function with has_aux; its aux does not depend on the number of the output.
-        arguments: as `numbered` returns.
+        transformed: the function; with has_aux, its aux must not depend on the index of the output.
+        arguments: as returned by `with_output_index`.
         outputs: O.
     """
     one, out_tree, _ = transformed.of_one_example(arguments)
@@ -244,17 +251,16 @@ def evaluated_by_output(
     trees: list[Any] = [jax.tree.structure(part) for part in shape]
     aux_count, parts_count, shared_count = (tree.num_leaves for tree in trees)
     depends = _jax.depending(program, [len(arguments.example) - 1])[aux_count : aux_count + parts_count]
-    inner = [0 if of_output else None for of_output in depends]
-    axes = [OF_OUTPUTS if of_output else EVERY for of_output in depends]
+    inner = [0 if by_output else None for by_output in depends]
+    axes = [OUTPUT_AXIS if by_output else NO_OUTPUT_AXIS for by_output in depends]
     run = _jax.function_of(program)
 
-    def of_example(examples: Sequence[Any]) -> Any:
-        of_output = lambda k: run(*examples, k)  # noqa: E731
+    def over_outputs(example: Sequence[Any]) -> Any:
         out_axes = [*[None] * aux_count, *inner, *[None] * shared_count]
-        return jax.vmap(of_output, 0, out_axes)(jnp.arange(outputs, dtype=jnp.int32))
+        return jax.vmap(lambda k: run(*example, k), 0, out_axes)(jnp.arange(outputs, dtype=jnp.int32))
 
     over_examples = jax.vmap(
-        of_example,
+        over_outputs,
         (arguments.axes,),
         [*[0] * (aux_count + parts_count), *[None] * shared_count],
         axis_size=arguments.batch_size,
@@ -266,27 +272,28 @@ def evaluated_by_output(
         jax.tree.unflatten(tree, part)
         for tree, part in zip(trees, (results[: cuts[0]], results[slice(*cuts)], results[cuts[1] :]), strict=True)
     )
-    where = put_back(jax.tree.unflatten(trees[1], axes), jax.tree.map(lambda _: EVERY, shared))
+    factor_axes = put_back(jax.tree.unflatten(trees[1], axes), jax.tree.map(lambda _: NO_OUTPUT_AXIS, shared))
     held, axes_held = [], []
-    for factors, axis_of, route in zip(put_back(parts, shared), where, routes, strict=True):
-        settled_, axes_ = _settled(factors, axis_of, Lowered(factors, route.how, route.reason), outputs)
+    for factors, axes_of_factors, route in zip(put_back(parts, shared), factor_axes, routes, strict=True):
+        settled_, axes_ = _settled(factors, axes_of_factors, Lowered(factors, route.how, route.reason), outputs)
         held.append(settled_)
-        axes_held += [*axes_, EVERY]  # the last entry is for the leaf's weights
+        axes_held += [*axes_, NO_OUTPUT_AXIS]  # the last entry is for the leaf's weights
     g = PerExampleGrads(jax.tree.unflatten(arguments.params_tree, held))
     return aux, PerExampleJacobian(g, tuple(axes_held), outputs)
 
 
-def _settled(factors: Any, axis_of: Any, lowered: Lowered, outputs: int) -> tuple[Any, list[int]]:
+def _settled(factors: Any, axes: Any, lowered: Lowered, outputs: int) -> tuple[Any, list[int]]:
     """Apply `settled` to every output; also return the output axis of each array."""
     if is_settled(factors, lowered):
-        return factors, jax.tree.leaves(axis_of)
-    in_axes = jax.tree.map(_for_vmap, axis_of)
-    of_output = lambda factors: settled(factors, lowered)  # noqa: E731
-    return jax.vmap(of_output, (in_axes,), OF_OUTPUTS, axis_size=outputs)(factors), [OF_OUTPUTS]
+        return factors, jax.tree.leaves(axes)
+    over_outputs = jax.vmap(
+        lambda factors: settled(factors, lowered), (jax.tree.map(_vmap_axis, axes),), OUTPUT_AXIS, axis_size=outputs
+    )
+    return over_outputs(factors), [OUTPUT_AXIS]
 
 
-def _for_vmap(axis: int) -> int | None:
-    return None if axis == EVERY else axis
+def _vmap_axis(axis: int) -> int | None:
+    return None if axis == NO_OUTPUT_AXIS else axis
 
 
 def _real(dtype: Any) -> Any:

@@ -1,4 +1,4 @@
-"""per_example_norms: the norms of all examples' gradients with no more memory than a plain gradient has."""
+"""per_example_norms: the norms of all examples' gradients, in no more memory than a plain gradient needs."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ from jaxgrad.per_example.lower import factors_of
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import product_rounding
 
-NARROW = 2.0**6
-"""Factor on the magnitude of terms that cancel if they are in float16 or bfloat16, where sums lose more digits."""
+LOW_PRECISION = 2.0**6
+"""Multiplies the magnitude of the terms that may cancel, if their products have fewer digits than those of float32."""
 
 
 def per_example_norms(
@@ -33,23 +33,24 @@ def per_example_norms(
 ) -> Callable[..., Any]:
     """Transform a loss into the norms of its per-example gradients, in no more memory than a plain gradient needs.
 
-    `per_example_grad(fun)(...).norms()` holds the factors of all parameters at once, also those of every layer of a
-    `lax.scan`. This function takes a layer's norm inside the loop that computes it and drops the factors there, so that
-    `jax.checkpoint` in the loop keeps saving memory. The numbers are the same. Call it under `jax.jit`, which leaves
-    out what is not used.
+    `per_example_grad(fun)(...).norms()` holds the factors of all parameters at once, including those of every layer of
+    a `lax.scan`. This function takes a layer's norm inside the loop that computes its gradient and drops the factors
+    there, so that `jax.checkpoint` in the loop still saves memory. The norms are the same. Call it under `jax.jit`,
+    which leaves out what is not used.
 
-    Three kinds of parameters are measured after the loop instead, from their factors: a parameter that every step uses
-    (a recurrent weight), because its steps have cross terms; a parameter whose gradient goes through anything but a
-    reshape, transpose or cast after the loop; and a parameter that is used inside `cond` or `shard_map`.
+    The factors of three kinds of parameters are held until the loop has ended: of a parameter that every step uses (a
+    recurrent weight), because the norm has cross terms between steps; of a parameter whose gradient goes through
+    anything but a reshape, transpose or cast after the loop; and of a parameter that is used inside `cond` or
+    `shard_map`.
 
     Args:
         fun, argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
-        leaf_norms: whether to return the norm of each parameter by itself.
+        leaf_norms: whether to return the norm of each parameter's gradient instead of the norm over all parameters.
 
     Returns:
-        A function of fun's arguments, the batched ones with an example axis, that returns (values [B], norms [B]), with
-        has_aux ((values, aux), norms). With `leaf_norms` the norms are a tree like the parameters with a [B] at each
-        leaf. Norms are accumulated in float32 at least, and overflow only where the norm itself does.
+        A function of fun's arguments, the batched ones with an example axis, that returns (values [B], norms [B]) or,
+        with has_aux, ((values, aux), norms). With `leaf_norms` the norms are a tree like the parameters with leaves
+        [B]. Norms are accumulated in float32 at least; squares do not overflow unless the norm itself does.
 
     Raises:
         TypeError, ValueError: as in `per_example_grad`.
@@ -68,64 +69,69 @@ def per_example_norms(
     def measured(*args: Any, **kwargs: Any) -> Any:
         arguments = transformed.arguments(args, kwargs)
         values, aux, measures = transformed.measured(arguments, MEASURER)
-        each = jax.tree.unflatten(arguments.params_tree, [m.norm for m in measures])
+        by_leaf = jax.tree.unflatten(arguments.params_tree, [m.norm for m in measures])
         if leaf_norms:
-            found = complexes.joined(each, lambda *parts: norms.root_sum_of_squares(parts))
+            result = complexes.joined(by_leaf, lambda *parts: norms.root_sum_of_squares(parts))
         else:
-            found = norms.root_sum_of_squares(jax.tree.leaves(each))
-        return ((values, aux), found) if has_aux else (values, found)
+            result = norms.root_sum_of_squares(jax.tree.leaves(by_leaf))
+        return ((values, aux), result) if has_aux else (values, result)
 
     return measured
 
 
-def _one(value: Value, shape: tuple[int, ...], dtype: Any) -> Measure:
+def _measure(value: Value, shape: tuple[int, ...], dtype: Any) -> Measure:
     """The measure of one example's gradient with respect to a parameter of this shape and dtype."""
     measure = measure_of(value)
-    return _of_factors(*taken_out(factors_of(value, shape, dtype))) if measure is None else measure
+    return _measure_factors(*taken_out(factors_of(value, shape, dtype))) if measure is None else measure
 
 
-def _of_batch(factors: tuple[Factor, ...]) -> Measure:
+def _measure_batch(factors: tuple[Factor, ...]) -> Measure:
+    """The measure of every example, [B] in each field."""
     norm, magnitude = norms.length(factors).norm, norms.magnitude(factors)
     dtype = accumulator(*factors)
     if magnitude is None:
         return Measure(norm.astype(dtype), jnp.zeros_like(norm, dtype))
-    narrow = any(jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize < 4 for f in factors for a in arrays(f))
-    return Measure(norm.astype(dtype), magnitude.astype(dtype) * _fewer_digits(narrow, dtype).astype(dtype))
+    half = any(jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize < 4 for f in factors for a in arrays(f))
+    return Measure(norm.astype(dtype), magnitude.astype(dtype) * _precision_factor(half, dtype).astype(dtype))
 
 
-def _fewer_digits(narrow: bool, dtype: jnp.dtype) -> Array:
-    """NARROW if sums of products are not exact to float32, otherwise 1."""
-    if narrow or dtype == jnp.float64:
-        return jnp.asarray(NARROW if narrow else 1.0)
-    return jnp.where(product_rounding() > 0, NARROW, 1.0)
+def _precision_factor(half: bool, dtype: jnp.dtype) -> Array:
+    """LOW_PRECISION if factors are in half precision or products round float32 operands, otherwise 1."""
+    if half or dtype == jnp.float64:
+        return jnp.asarray(LOW_PRECISION if half else 1.0)
+    return jnp.where(product_rounding() > 0, LOW_PRECISION, 1.0)
 
 
-_BOTH: Any = Measure(True, True)  # type: ignore[arg-type]  # what a vmap measures has the axis
+_BATCHED: Any = Measure(True, True)  # type: ignore[arg-type]  # both fields have the example axis after a vmap
 
 
 @custom_vmap
-def _of_factors(parts: tuple[Factor, ...], shared: list[Array]) -> Measure:
+def _measure_factors(parts: tuple[Factor, ...], shared: list[Array]) -> Measure:
     """Measure one example; under a vmap over examples, measure the whole batch at once, in bounded memory."""
-    return _of_batch_of_one(parts, shared)
+    return _measure_example(parts, shared)
 
 
-@_of_factors.def_vmap
+@_measure_factors.def_vmap
 def _over_examples(size: int, batched: Any, parts: tuple[Factor, ...], shared: list[Array]) -> tuple[Measure, Any]:
     parts_batched, shared_batched = batched
-    if any(shared_batched):  # a vmap over something else than examples
-        axes = jax.tree.map(lambda on: 0 if on else None, batched)
-        return jax.vmap(_of_batch_of_one, axes)(parts, shared), _BOTH
-    spread = jax.tree.map(lambda a, on: a if on else jnp.broadcast_to(a[None], (size, *a.shape)), parts, parts_batched)
-    return _of_batch(put_back(spread, shared)), _BOTH
+    if any(shared_batched):  # a vmap over something other than examples
+        axes = jax.tree.map(lambda has_axis: 0 if has_axis else None, batched)
+        return jax.vmap(_measure_example, axes)(parts, shared), _BATCHED
+
+    def with_axis(a: Array, has_axis: bool) -> Array:
+        return a if has_axis else jnp.broadcast_to(a[None], (size, *a.shape))
+
+    return _measure_batch(put_back(jax.tree.map(with_axis, parts, parts_batched), shared)), _BATCHED
 
 
-def _of_batch_of_one(parts: tuple[Factor, ...], shared: list[Array]) -> Measure:
+def _measure_example(parts: tuple[Factor, ...], shared: list[Array]) -> Measure:
     batch = map_examples_of(lambda a: a[None], put_back(parts, shared))
-    return jax.tree.map(lambda a: a[0], _of_batch(batch))
+    return jax.tree.map(lambda a: a[0], _measure_batch(batch))
 
 
-def _of_all_steps(measure: Measure) -> Measure:
+def _combine_steps(measure: Measure) -> Measure:
+    """The measure of a stacked parameter, from those of the steps of a loop along axis 0."""
     return Measure(*(norms.root_sum_of_squares(list(a)) for a in measure))
 
 
-MEASURER = Measurer(_one, _of_all_steps)
+MEASURER = Measurer(_measure, _combine_steps)

@@ -17,14 +17,15 @@ from jaxgrad.per_example.interpreter.walk import evaluate
 
 
 class RuleRow(NamedTuple):
-    """One comparison that `check_rule` has made.
+    """One comparison by `check_rule` of a rule with its primitive.
 
     Attributes:
         rule: the primitive, and the name for which the rule is registered.
         operand: "arrays" if all operands were arrays; otherwise the operand that was an unevaluated product.
         factored: whether the result was an unevaluated product.
-        deviation: the largest difference between what the rule and the primitive give, divided by the largest entry.
-        allowed: the deviation that is allowed.
+        deviation: the largest difference between the results of the rule and of the primitive, divided by the largest
+            entry.
+        allowed: the largest deviation that is accepted.
 
     Example:
         >>> with jg.register_rule("integer_pow", lambda x, y: x * x if y == 2 else None):
@@ -40,7 +41,7 @@ class RuleRow(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether the two agree; NaN does not."""
+        """Whether the deviation is accepted; NaN is not."""
         return self.deviation <= self.allowed
 
     def __str__(self) -> str:
@@ -50,7 +51,7 @@ class RuleRow(NamedTuple):
 
 @dataclass(frozen=True)
 class RuleReport:
-    """What `check_rule` has compared; it prints as a table.
+    """The comparisons of `check_rule`; they print as a table.
 
     Attributes:
         rows: one row for each equation, and for each operand of it that was replaced by a product.
@@ -70,7 +71,7 @@ class RuleReport:
 
     @property
     def factored(self) -> bool:
-        """Whether any result stays factored; a rule of which none does is of no use at these shapes."""
+        """Whether any result stays factored; if none does, the rule is of no use at these shapes."""
         return any(row.factored for row in self.rows)
 
     def __str__(self) -> str:
@@ -81,18 +82,18 @@ def check_rule(fun: Callable[..., Any], *operands: Any, rtol: float | None = Non
     """Check the registered rules of all primitives that a function uses, on random operands.
 
     For each equation of the function whose primitive has a rule, the rule and the primitive must give the same result:
-    on the operands as they come, on random operands, and if one operand is a random product u ⊗ v. In the last case
-    the square must commute: what the rule makes of the product, materialized, must equal what the primitive makes of
-    the product materialized.
+    on the given operands, on random operands, and if one operand is a random product u ⊗ v. In the last case, applying
+    the rule to the unevaluated product and materializing the result must equal applying the primitive to the
+    materialized product.
 
     Args:
         fun: a function that uses the primitives, such as the one that calls your kernel. For a kernel in the backward
             pass of a `jax.custom_vjp`, pass the gradient, `jax.grad(loss)`.
-        operands: its arguments: trees of arrays. Random numbers take the place of what is in floating dtypes; integers
-            and booleans stay as they are. A product is recognized if it is smaller than its result, so take at least
-            8 × 8.
-        rtol: the deviation that is allowed, relative to the largest entry of the result; None for ε^(3/4) of the
-            result's dtype, about 6e-6 in float32.
+        operands: its arguments, trees of arrays. Random numbers replace arrays of floating dtypes; integers and
+            booleans stay as they are. A product stays factored only if its operands are smaller than its result, so
+            pass matrices of at least 8 × 8.
+        rtol: the largest deviation that is accepted, relative to the largest entry of the result; None for ε^(3/4) of
+            the result's dtype, about 6e-6 in float32.
         seed: the seed of the random numbers.
 
     Returns:
@@ -113,14 +114,14 @@ def check_rule(fun: Callable[..., Any], *operands: Any, rtol: float | None = Non
         leaves, tree = jax.tree.flatten(operands)
         leaves = [jnp.asarray(leaf) for leaf in leaves]
         closed = jax.make_jaxpr(lambda *leaves: fun(*jax.tree.unflatten(tree, leaves)))(*leaves)
-        program, met = _jax.program_of(closed), _Met([], [], set())
-        every = jax.jit(lambda leaves: [values for _, _, values in _evaluated(program, leaves, met)])(leaves)
+        program, survey = _jax.program_of(closed), _Survey([], [], set())
+        operand_values = jax.jit(lambda leaves: list(_evaluated(program, leaves, survey)))(leaves)
         rng = np.random.default_rng(seed)
         rows: list[RuleRow] = []
-        for (eqn, reference), values in zip(met.found, every, strict=True):
-            rows += _squares(eqn, reference, values, rng, rtol)
+        for (eqn, reference), values in zip(survey.checked, operand_values, strict=True):
+            rows += _equation_rows(eqn, reference, values, rng, rtol)
         if not rows:
-            _nothing_checked(program, met)
+            _refuse_unchecked(program, survey)
         for row in rows:
             if not row.agrees:
                 raise AssertionError(
@@ -131,36 +132,37 @@ def check_rule(fun: Callable[..., Any], *operands: Any, rtol: float | None = Non
         return RuleReport(tuple(rows))
 
 
-class _Met(NamedTuple):
-    """What is met in a program: the equations with a rule, the rules that decline, the names of all primitives."""
+class _Survey(NamedTuple):
+    """A program's equations with a rule that applies, the rules that decline, and the names of all primitives."""
 
-    found: list[tuple[_jax.Equation, registered.Reference]]
+    checked: list[tuple[_jax.Equation, registered.Reference]]
     declined: list[str]
     names: set[str]
 
 
-def _evaluated(program: _jax.Program, operands: Sequence[Any], met: _Met) -> Iterator[tuple[Any, Any, list[Any]]]:
-    """Each equation that has a rule, the rule, and the values of its operands; also inside an inner jit."""
+def _evaluated(program: _jax.Program, operands: Sequence[Any], survey: _Survey) -> Iterator[list[Any]]:
+    """Evaluate a program, inner jits included, and fill the survey; yield the operands of each equation to check."""
     known = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
     known |= dict(zip(program.jaxpr.invars, operands, strict=True))
     for eqn in program.jaxpr.eqns:
         values = [v.val if isinstance(v, _jax.Literal) else known[v] for v in eqn.invars]
-        met.names.add(eqn.primitive.name)
+        survey.names.add(eqn.primitive.name)
         if eqn.primitive is _jax.jit_p:
-            yield from _evaluated(_jax.body(eqn), values, met)
+            yield from _evaluated(_jax.body(eqn), values, survey)
         elif (rule := registered.rule_of(eqn)) is not None:
             reference = registered.reference_of(eqn)
             if reference is None:
-                met.declined.append(str(rule))
+                survey.declined.append(str(rule))
             else:
-                met.found.append((eqn, reference))
-                yield eqn, rule, [jnp.asarray(value, v.aval.dtype) for value, v in zip(values, eqn.invars, strict=True)]
+                survey.checked.append((eqn, reference))
+                yield [jnp.asarray(value, v.aval.dtype) for value, v in zip(values, eqn.invars, strict=True)]
         known |= dict(zip(eqn.outvars, _jax.bind(eqn, values), strict=True))
 
 
-def _nothing_checked(program: _jax.Program, met: _Met) -> None:
-    if met.declined:
-        raise ValueError(f"check_rule: expected a rule that applies, got: the rule for {met.declined[0]} declines.")
+def _refuse_unchecked(program: _jax.Program, survey: _Survey) -> None:
+    """Raise the ValueError that says why no equation was checked."""
+    if survey.declined:
+        raise ValueError(f"check_rule: expected a rule that applies, got: the rule for {survey.declined[0]} declines.")
     inner = [eqn for eqn in _jax.equations_in(program.jaxpr) if registered.rule_of(eqn) is not None]
     if inner:
         raise ValueError(
@@ -169,40 +171,41 @@ def _nothing_checked(program: _jax.Program, met: _Met) -> None:
         )
     raise ValueError(
         f"check_rule: expected a function that uses a primitive with a registered rule, got the primitives "
-        f"{', '.join(sorted(met.names)) or '(none)'}. For a rule of a backward pass, pass the gradient function."
+        f"{', '.join(sorted(survey.names)) or '(none)'}. For a rule of a backward pass, pass the gradient function."
     )
 
 
-def _squares(
+def _equation_rows(
     eqn: _jax.Equation, reference: registered.Reference, values: list[Any], rng: np.random.Generator, rtol: float | None
 ) -> list[RuleRow]:
     """The comparisons for one equation."""
-    which = [jnp.issubdtype(v.dtype, jnp.inexact) for v in values]
-    drawn = [_random(rng, v) if floating else v for v, floating in zip(values, which, strict=True)]
-    rows = [_compared(eqn, reference, "arrays", drawn, None, rtol)]
-    as_given = _compared(eqn, reference, "arrays", values, None, rtol)
+    inexact = [jnp.issubdtype(v.dtype, jnp.inexact) for v in values]
+    random = [_random(rng, v) if is_inexact else v for v, is_inexact in zip(values, inexact, strict=True)]
+    rows = [_row(eqn, reference, "arrays", random, None, rtol)]
+    as_given = _row(eqn, reference, "arrays", values, None, rtol)
     if not as_given.agrees:
         rows = [as_given]
-    for k, (v, floating) in enumerate(zip(values, which, strict=True)):
-        if floating and v.ndim > 1 and v.size:
-            sides = _few(rng, v.shape[:1], v.dtype), _few(rng, v.shape[1:], v.dtype)
-            rows.append(_compared(eqn, reference, f"operand {k} a product", drawn, (k, *sides), rtol))
+    for k, (v, is_inexact) in enumerate(zip(values, inexact, strict=True)):
+        if is_inexact and v.ndim > 1 and v.size:
+            sides = _small_integers(rng, v.shape[:1], v.dtype), _small_integers(rng, v.shape[1:], v.dtype)
+            rows.append(_row(eqn, reference, f"operand {k} a product", random, (k, *sides), rtol))
     return rows
 
 
-def _random(rng: np.random.Generator, like: Any) -> Any:
-    drawn = rng.normal(size=like.shape)
-    if jnp.issubdtype(like.dtype, jnp.complexfloating):
-        drawn = drawn + 1j * rng.normal(size=like.shape)
-    return jnp.asarray(drawn).astype(like.dtype)
+def _random(rng: np.random.Generator, a: Any) -> Any:
+    """Random numbers with the shape and dtype of an array."""
+    numbers = rng.normal(size=a.shape)
+    if jnp.issubdtype(a.dtype, jnp.complexfloating):
+        numbers = numbers + 1j * rng.normal(size=a.shape)
+    return jnp.asarray(numbers).astype(a.dtype)
 
 
-def _few(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Any:
+def _small_integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Any:
     """Numbers whose products are exact in every floating dtype, so that only the rule can make a difference."""
     return jnp.asarray(rng.choice([-3, -2, -1, 1, 2, 3], size=shape)).astype(dtype)
 
 
-def _compared(
+def _row(
     eqn: _jax.Equation,
     reference: registered.Reference,
     operand: str,
@@ -210,7 +213,7 @@ def _compared(
     product: tuple[int, Any, Any] | None,
     rtol: float | None,
 ) -> RuleRow:
-    """What the rule makes of these operands, one of them a product (its number, u, v), against the primitive."""
+    """Compare the rule with the primitive on these operands; `product` (k, u, v) replaces operand k by u ⊗ v."""
 
     def primitive(sides: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
         operands = list(operands)
@@ -236,8 +239,8 @@ def _compared(
     expected = jax.jit(primitive)(sides, values)
     worst = RuleRow(str(reference.rule), operand, False, 0.0, 0.0)
     for shared in (False, True) if product is not None else (False,):
-        found = jax.jit(by_rule, static_argnums=2)(sides, values, shared)
-        for a, b in zip(found, expected, strict=True):
+        results = jax.jit(by_rule, static_argnums=2)(sides, values, shared)
+        for a, b in zip(results, expected, strict=True):
             allowed = _allowed(b.dtype) if rtol is None else rtol
             row = worst._replace(deviation=_deviation(a, b), allowed=allowed)
             if worst.agrees and not row.deviation / (allowed or 1.0) < worst.deviation / (worst.allowed or 1.0):
@@ -246,8 +249,8 @@ def _compared(
 
 
 def _walked(program: _jax.Program, values: Sequence[Value]) -> list[Value]:
-    every = [True] * len(program.jaxpr.outvars)
-    return evaluate(program, values, every, every)
+    all_results = [True] * len(program.jaxpr.outvars)
+    return evaluate(program, values, all_results, all_results)
 
 
 def _outer(u: Any, v: Any) -> Any:
@@ -256,10 +259,10 @@ def _outer(u: Any, v: Any) -> Any:
     return lax.dot_general(u.astype(dtype), v.astype(dtype), (((), ()), ((), ()))).astype(u.dtype)
 
 
-def _deviation(found: Any, expected: Any) -> float:
+def _deviation(result: Any, expected: Any) -> float:
     """The largest difference, divided by the largest finite entry; entries that are both NaN or infinite are equal."""
     wide = np.complex128 if jnp.iscomplexobj(expected) else np.float64
-    a, b = np.asarray(found).astype(wide), np.asarray(expected).astype(wide)
+    a, b = np.asarray(result).astype(wide), np.asarray(expected).astype(wide)
     different = ~((a == b) | (np.isnan(a) & np.isnan(b)))
     size = np.abs(b[np.isfinite(b)]).max(initial=0)
     return float(np.abs(a[different] - b[different]).max(initial=0) / (size if size > 0 else 1))

@@ -1,4 +1,4 @@
-"""Serialization by `jax.export` of the types that hold gradients: as JSON, field by field."""
+"""Serialization of the types that hold gradients, for `jax.export`: their static fields are written as JSON."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ N = TypeVar("N")
 
 
 def named_tuple(cls: type[N]) -> type[N]:
-    """A class decorator for NamedTuples, so that functions that take or return them can be serialized."""
+    """Decorate a NamedTuple, so that `jax.export` can serialize functions that take or return it."""
     export.register_namedtuple_serialization(cls, serialized_name=_name(cls))  # type: ignore[type-var]
     return cls
 
@@ -51,10 +51,11 @@ def _made(value: Any) -> Any:
         ((kind, content),) = value.items()
         if kind == "dtype":
             return jnp.dtype(content)
-        first, second, *others = _made(content)
+        fields = _made(content)
         if kind == "layout":
-            return Layout(first, second, *others)
-        return Unfolding(first, second, tuple(Window(*window) for window in others[0]))
+            return Layout(*fields)
+        left, image, windows = fields
+        return Unfolding(left, image, tuple(Window(*window) for window in windows))
     return tuple(_made(part) for part in value) if isinstance(value, list) else value
 
 

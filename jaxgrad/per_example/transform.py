@@ -1,4 +1,4 @@
-"""per_example_grad: the per-example gradients of a batch, held as factors, for any pure JAX loss of one example."""
+"""per_example_grad: the per-example gradients of any pure JAX loss, held as factors."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from jaxgrad.errors import called, naming
 from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.mapped import put_back, taken_out
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
-from jaxgrad.per_example.frameworks import explained
+from jaxgrad.per_example.frameworks import add_advice
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.interpreter.measuring import Measure, Measurer, measuring
 from jaxgrad.per_example.interpreter.undone import Reason
@@ -36,11 +36,11 @@ def per_example_grad(
     """Compute the gradient of every example of a batch, held as factors: `jax.vmap(jax.grad(fun))` without its memory.
 
     JAX differentiates `fun`, so custom rules, remat, stop_gradient and control flow behave as under `jax.grad`. The
-    only difference is that the last product of each gradient is not materialized. A parameter whose gradient is not a
-    product takes the direct route: its gradient is evaluated as `jax.vmap(jax.grad(fun))` would evaluate it. `explain`
-    names each such parameter. First run `check_gradient(per_example_grad(fun), fun, params, *batch)` on your own model:
-    it compares the result with `jax.grad`. Jit the code that calls this, as with `jax.grad`; the stated costs are those
-    under `jax.jit`.
+    only difference is that the last matrix product of each gradient is left unevaluated. A parameter whose gradient is
+    not a product takes the direct route: its gradient is computed as `jax.vmap(jax.grad(fun))` would compute it.
+    `explain` names each such parameter. First run `check_gradient(per_example_grad(fun), fun, params, *batch)` on your
+    own model: it compares the result with `jax.grad`. Jit the code that calls this, as with `jax.grad`; the costs that
+    are stated here are those under `jax.jit`.
 
     Args:
         fun: a pure function of one example that returns a real scalar, or (scalar, aux) with has_aux.
@@ -121,11 +121,11 @@ def per_example_value_and_grad(
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Route:
-    """The route one parameter's gradient took, as in `Lowered`; a pytree without leaves, so that `vmap` can return it.
+    """The route that one parameter's gradient took; a pytree without leaves, so that `vmap` can return it.
 
     Attributes:
-        how: the route.
-        reason: why the route is the direct one.
+        how: the route, as in `Lowered`.
+        reason: why the gradient took the direct route, if it did.
     """
 
     how: str
@@ -239,11 +239,11 @@ class Transformed:
         """
 
         def scalar(params: Sequence[Any], examples: Sequence[Any]) -> Any:
-            args, kwargs = arguments.put_back(params, examples)
+            args, kwargs = arguments.loss_arguments(params, examples)
             try:
                 result = self.fun(*args, **kwargs)
             except Exception as error:
-                explained(error)
+                add_advice(error)
                 raise
             if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
                 raise TypeError(
@@ -267,10 +267,10 @@ class Transformed:
     def _refuse_direct(self, arguments: Arguments, routes: Sequence[Route]) -> None:
         for path, f in zip(arguments.paths, routes, strict=True):
             if f.how == "direct" and f.reason is not None:
-                at = f" at {f.reason.source}" if f.reason.source else ""
+                place = f" at {f.reason.source}" if f.reason.source else ""
                 raise ValueError(
                     f"{called()}: with strict=True expected the gradient of every matrix to be a product, got the "
-                    f"direct route for {path or 'the parameter'}: {f.reason.primitive}{at}: {f.reason.why}. Write "
+                    f"direct route for {path or 'the parameter'}: {f.reason.primitive}{place}: {f.reason.why}. Write "
                     f"the use of the parameter as a matrix product, convolution or lookup (and move what depends on "
                     f"the parameters alone out of loops), or drop strict=True: the result is the same."
                 )

@@ -1,16 +1,16 @@
-"""More data than fits in memory: results over all batches, and over all pairs of examples.
+"""Data sets that do not fit in memory: results over all batches, and over all pairs of examples.
 
-Every function here takes a loss, or a function of one batch, and returns a function of the parameters and of a sequence
-of batches, such as `Batches`. The factors of one batch, or of two, are held at a time. Each of these functions jits its
-own step, because it loops in Python.
+`gram`, `influence`, `run` and `top_k` take a loss or a function of one batch, and return a function of the parameters
+and a sequence of batches, such as `Batches`. The factors of at most two batches are held at a time. These functions
+loop in Python and jit each step themselves.
 
 The modules and their public names:
 
     batches      Batches: arrays, memory-mapped ones too, as a sequence of batches
-    run          run: apply a function to every batch; write rows for every example, and sums, to disk; restartable
+    run          run: apply a function to every batch; write rows for every example, and sums, to disk; resumable
     functions    norms, second_moments, inner_products: functions for `run`
     pairs        gram: inner products of all pairs of gradients; influence: of every training example on every test loss
-    largest      top_k: the largest scores; only one batch's scores are in memory at a time
+    largest      top_k: the largest scores, with the scores of one batch in memory at a time
 """
 
 from jaxgrad.streams.batches import Batches

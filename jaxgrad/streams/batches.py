@@ -14,11 +14,14 @@ Batch = tuple[Any, ...]
 
 
 class Batches(Sequence[tuple[Any, ...]]):
-    """Arrays with a leading example axis, memory-mapped ones too, as a sequence of batches; the last may be smaller.
+    """Arrays with a leading example axis, memory-mapped or not, as a sequence of batches; the last may be smaller.
 
     Args:
         arrays: each [N, …].
         size: examples per batch.
+
+    Raises:
+        ValueError: no arrays, arrays of different lengths, or a size below 1.
 
     Example:
         >>> batches = Batches(np.zeros((10, 3)), np.zeros(10), size=4)
@@ -46,9 +49,9 @@ class Batches(Sequence[tuple[Any, ...]]):
         return tuple(np.asarray(a[k * self.size : (k + 1) * self.size]) for a in self.arrays)
 
 
-def checked_sequences(**given: Any) -> None:
-    """Raise TypeError for batches that cannot be counted and read again."""
-    for name, batches in given.items():
+def checked_sequences(**sequences: Any) -> None:
+    """Raise TypeError for batches that cannot be counted and read again; the keywords are the names in the message."""
+    for name, batches in sequences.items():
         if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")):
             raise TypeError(
                 f"{called()}: expected a sequence of batches as {name}, because they are counted and reread, got "
@@ -57,16 +60,16 @@ def checked_sequences(**given: Any) -> None:
 
 
 def checked(batch: Any) -> Any:
-    """The batch, if it is a tuple of arguments."""
+    """Return the batch; raise TypeError if it is not a tuple of the loss's arguments."""
     return checked_batch("a batch", batch)
 
 
 @jax.jit
 def jitted_call(function: jax.tree_util.Partial, *args: Any) -> Any:
-    """function(*args); arrays in the Partial are arguments of the compiled program, not constants in it."""
+    """Return function(*args). Arrays in the Partial are arguments of the compiled program, not constants in it."""
     return function(*args)
 
 
 def as_partial(function: Any) -> jax.tree_util.Partial:
-    """The function, as an argument for `jitted_call`."""
+    """Return the function as an argument for `jitted_call`."""
     return function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)

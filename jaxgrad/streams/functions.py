@@ -13,14 +13,17 @@ from jaxgrad.streams.run import Part
 
 
 def norms(loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0) -> Callable[..., Part]:
-    """Return a function for `run` with rows "values", the losses, and "norms", the norms of their gradients.
+    """Return a function for `run` that gives the rows "values", the losses, and "norms", the norms of their gradients.
 
     Args:
         loss: loss of one example, as in `per_example_grad`.
         argnums, in_axes: as in `per_example_grad`.
 
     Returns:
-        A function of (params, *batch).
+        A function of (params, *batch); rows are [b].
+
+    Raises:
+        TypeError, ValueError: as in `per_example_grad`, when it is called.
 
     Example:
         >>> each = norms(lambda w, x: jnp.sin(w @ x))
@@ -41,8 +44,8 @@ def second_moments(
 ) -> Callable[..., Part]:
     """Return a function for `run` that sums the gradients and their squares, entry by entry.
 
-    The names in sums are "sum" or "squares" followed by the parameter's path. Both are summed in float32 or wider,
-    whatever the parameters' dtype.
+    The name of a sum is "sum" or "squares", followed by the parameter's path. Within a batch both are summed in float32
+    or wider, whatever the parameters' dtype.
 
     Args:
         loss, argnums, in_axes: as in `norms`.
@@ -70,7 +73,7 @@ def second_moments(
 def inner_products(
     loss: Callable[..., Any], fixed: PerExampleGrads, *, argnums: int | Sequence[int] = 0, in_axes: Any = 0
 ) -> Callable[..., Part]:
-    """Return a function for `run` with rows "products": inner products of every gradient with a fixed set of gradients.
+    """Return a function for `run` that gives the rows "products": each gradient's inner products with fixed gradients.
 
     Args:
         loss, argnums, in_axes: as in `norms`.

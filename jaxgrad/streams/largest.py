@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.errors import naming
 from jaxgrad.per_example.serialized import named_tuple
-from jaxgrad.progress import shown
+from jaxgrad.progress import counted
 from jaxgrad.streams.batches import Batch, as_partial, checked, jitted_call
 
 
@@ -34,17 +34,19 @@ class TopK(NamedTuple):
 
 
 def top_k(scores: Callable[..., Float[Array, "C b"]], k: int, *, progress: bool = False) -> Callable[..., TopK]:
-    """The k training examples with the largest scores for each test example; holds one batch's scores at a time.
+    """The k training examples with the largest scores for each test example.
+
+    The scores of one batch are in memory at a time.
 
     Args:
-        scores: scores(params, *batch) → [C, b] for a batch of b examples; negate it for the smallest. To pass it more
+        scores: scores(params, *batch) → [C, b] for a batch of b examples; negate them for the smallest. To pass it more
             arrays, make it a `jax.tree_util.Partial`.
         k: number of examples to return; fewer are returned if there are fewer examples.
         progress: True shows a progress bar (needs rich).
 
     Returns:
-        A function of (params, batches) that returns `TopK`; batches are tuples, the other arguments of `scores`. Among
-        equal scores the earlier example comes first. NaN counts as the largest score, so that it is seen.
+        A function of (params, batches) that returns `TopK`; each batch is a tuple of the other arguments of `scores`.
+        Among equal scores the earlier example comes first. NaN counts as the largest score, so that it is not missed.
 
     Raises:
         TypeError: a batch that is not a tuple.
@@ -59,17 +61,18 @@ def top_k(scores: Callable[..., Float[Array, "C b"]], k: int, *, progress: bool 
     """
     if operator.index(k) < 1:
         raise ValueError(f"streams.top_k: expected k of at least 1, got {k}.")
-    given = as_partial(scores)
+    partial = as_partial(scores)
 
     @naming("streams.top_k")
     def largest(params: PyTree, batches: Iterable[Batch]) -> TopK:
         best: TopK | None = None
         count = 0
-        for batch in shown(batches, len(batches) if isinstance(batches, Sequence) else None, progress=progress):
-            values = jitted_call(given, params, *checked(batch))
+        for batch in counted(batches, len(batches) if isinstance(batches, Sequence) else None, progress=progress):
+            values = jitted_call(partial, params, *checked(batch))
             indices = jnp.broadcast_to(count + jnp.arange(values.shape[1]), values.shape)
             count += values.shape[1]
-            best = _merged(TopK(values, indices) if best is None else _joined(best, TopK(values, indices)), k)
+            batch_scores = TopK(values, indices)
+            best = _best(batch_scores if best is None else _concatenated(best, batch_scores), k)
         if best is None:
             raise ValueError("streams.top_k: expected at least one batch, got none.")
         return best
@@ -77,10 +80,10 @@ def top_k(scores: Callable[..., Float[Array, "C b"]], k: int, *, progress: bool 
     return largest
 
 
-def _joined(a: TopK, b: TopK) -> TopK:
+def _concatenated(a: TopK, b: TopK) -> TopK:
     return TopK(jnp.concatenate([a.values, b.values], 1), jnp.concatenate([a.indices, b.indices], 1))
 
 
-def _merged(both: TopK, k: int) -> TopK:
-    values, places = lax.top_k(both.values, min(k, both.values.shape[1]))
-    return TopK(values, jnp.take_along_axis(both.indices, places, 1))
+def _best(scores: TopK, k: int) -> TopK:
+    values, positions = lax.top_k(scores.values, min(k, scores.values.shape[1]))
+    return TopK(values, jnp.take_along_axis(scores.indices, positions, 1))

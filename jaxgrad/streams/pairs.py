@@ -13,17 +13,17 @@ from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_preci
 from jaxgrad.errors import called, naming
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.transform import per_example_grad
-from jaxgrad.progress import shown
+from jaxgrad.progress import counted
 from jaxgrad.streams.batches import Batch, checked, checked_sequences
 
 
 def gram(
     loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0, progress: bool = False
 ) -> Callable[..., Float[np.ndarray, "N M"]]:
-    """Gram matrix GGᵀ of N examples, or GG′ᵀ of N examples and M others, computed from batches.
+    """The Gram matrix GGᵀ of N examples, or GG′ᵀ of N examples and M others, computed from batches.
 
     Memory: the result, briefly twice, and the factors of two batches. Cost: every gradient of `others` is computed once
-    for each batch in `batches`; without `others`, half of that.
+    for each batch in `batches`; without `others`, the cost is half of that.
 
     Args:
         loss: loss of one example, as in `per_example_grad`.
@@ -31,13 +31,14 @@ def gram(
         progress: True shows a progress bar (needs rich).
 
     Returns:
-        A function of (params, batches, others=None) that returns [N, M], a NumPy array. Batches are sequences of
-        tuples, the loss's other arguments. Give all batches but the last one size, because every size is compiled
-        separately. `others` defaults to `batches`.
+        A function of (params, batches, others=None) that returns [N, M], a NumPy array in float32 at least. `batches`
+        and `others` are sequences of tuples, which hold the loss's other arguments. All batches but the last should
+        have the same size, because every size is compiled separately. `others` defaults to `batches`.
 
     Raises:
-        TypeError: batches that cannot be counted and read again, such as a generator; a batch that is not a tuple.
-        ValueError: no batches; and as `per_example_grad`.
+        TypeError: batches that cannot be counted and read again, such as a generator; a batch that is not a tuple;
+            otherwise as in `per_example_grad`.
+        ValueError: no batches; otherwise as in `per_example_grad`.
 
     Example:
         >>> batches = jg.streams.Batches(np.eye(3, dtype=np.float32), size=2)
@@ -61,10 +62,11 @@ def influence(
     in_axes: Any = 0,
     progress: bool = False,
 ) -> Callable[..., Float[np.ndarray, "C B"]]:
-    """`attribution.influence` of B training examples on C test examples, from batches: exact for any parameter count.
+    """`attribution.influence` of B training examples on C test examples, computed from batches.
 
-    Memory: a few arrays of B × B and B × C numbers, and the factors of two batches. Cost: twice that of `gram`, and the
-    norms.
+    The inverse is not approximated, for any number of parameters. Memory: a few arrays of B × B and B × C numbers, and
+    the factors of two batches. Cost: that of the norms and of two Gram matrices, of the training examples with
+    themselves and with the test examples.
 
     Args:
         loss, argnums, in_axes, progress: as in `gram`.
@@ -75,8 +77,8 @@ def influence(
         are sequences of batches, as in `gram`.
 
     Raises:
-        TypeError: as `gram`.
-        ValueError: a damping that is not a number ≥ 0; no batches; and as `per_example_grad`.
+        TypeError: as in `gram`.
+        ValueError: a damping that is not a number ≥ 0; otherwise as in `gram`.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2
@@ -99,15 +101,15 @@ def influence(
         exponent = math.frexp(max([*norms, root]))[1] if np.isfinite(norms).all() else 0
         unit = 2.0**exponent
         K = blocks.gram(params, train, None, unit)
-        across = blocks.gram(params, train, test, unit)
+        products = blocks.gram(params, train, test, unit)
         ridge = jnp.asarray(float(damping) / unit * len(K) / unit, K.dtype)
-        return np.asarray(jax.jit(damped_solve)(K, across, ridge)).T
+        return np.asarray(jax.jit(damped_solve)(K, products, ridge)).T
 
     return scores
 
 
 class _Blocks:
-    """The gradients of two batches at a time, and their Gram matrix, each compiled once for every batch size."""
+    """Blocks of a Gram matrix, each from the gradients of two batches; every step is compiled once for a batch size."""
 
     def __init__(self, gradients: Callable[..., PerExampleGrads], progress: bool):
         def scaled(params: PyTree, batch: Batch, unit: Any) -> PerExampleGrads:
@@ -125,14 +127,19 @@ class _Blocks:
     def gram(
         self, params: PyTree, batches: Sequence[Batch], others: Sequence[Batch] | None, unit: float = 1.0
     ) -> np.ndarray:
-        """The Gram matrix of the gradients divided by `unit`."""
+        """The Gram matrix of the gradients, which are divided by `unit` first.
+
+        Args:
+            params, batches, others: as in `gram`.
+            unit: a power of two.
+        """
         checked_sequences(batches=batches, **({} if others is None else {"others": others}))
         if not len(batches) or (others is not None and not len(others)):
             raise ValueError(f"{called()}: expected at least one batch on each side, got none.")
         second = batches if others is None else others
         blocks: list[list[np.ndarray]] = []
-        each = (batches[i] for i in range(len(batches)))
-        for i, batch in enumerate(shown(each, len(batches), progress=self._progress)):
+        in_order = (batches[i] for i in range(len(batches)))
+        for i, batch in enumerate(counted(in_order, len(batches), progress=self._progress)):
             g = self._scaled(params, checked(batch), unit)
             row = [blocks[j][i].T for j in range(i)] if others is None else []
             for j in range(len(row), len(second)):

@@ -1,4 +1,4 @@
-"""run: a function of one batch, applied to all batches, with results on disk that survive an interruption."""
+"""run: apply a function to all batches and write its results to disk; an interrupted run can be continued."""
 
 import operator
 import os
@@ -12,14 +12,14 @@ from jaxtyping import PyTree
 
 from jaxgrad.errors import naming
 from jaxgrad.per_example.serialized import named_tuple
-from jaxgrad.progress import shown
+from jaxgrad.progress import counted
 from jaxgrad.streams.batches import as_partial, checked, jitted_call
 from jaxgrad.streams.store import Store
 
 
 @named_tuple
 class Part(NamedTuple):
-    """What a function for `run` returns for one batch.
+    """The results for one batch, which a function for `run` returns.
 
     Attributes:
         rows: name → [b, …], stored for every example.
@@ -37,10 +37,10 @@ class Part(NamedTuple):
 
 
 class Results(NamedTuple):
-    """The results on disk when `run` returns.
+    """The results for all batches, which are also on disk.
 
     Attributes:
-        rows: name → memory-mapped [examples, …], in the order of the batches.
+        rows: name → memory-mapped array [examples, …], in the order of the batches.
         sums: name → float64 array.
         batches: number of batches.
         examples: number of examples.
@@ -62,25 +62,25 @@ class Results(NamedTuple):
 def run(
     function: Callable[..., Part], *, every: int = 1, progress: bool = False, jit: bool = True
 ) -> Callable[..., Results]:
-    """Apply a function to all batches and write the rows and sums that it returns to disk as they come.
+    """Apply a function to all batches, and write the rows and sums that it returns to disk as they are computed.
 
     A run may be stopped at any moment, even by SIGKILL. Called again with the same arguments, it continues after the
-    last committed batch and ends with the same files, to the byte, as an uninterrupted run. Rows are written and
-    flushed to disk before the state that counts them is replaced in one step; the next start truncates rows that the
-    state does not count.
+    last committed batch and ends with the same files, to the byte, as an uninterrupted run. A commit first writes the
+    rows and flushes them to disk, then replaces the state, which counts them, in one step; the next start truncates
+    rows that the state does not count.
 
     Args:
         function: function(params, *batch) → `Part`, such as `norms(loss)`. To pass it more arrays, make it a
             `jax.tree_util.Partial`: they are then arguments of the compiled program, not constants in it.
-        every: number of batches per commit; use more for large sums, which are written at every commit.
+        every: number of batches per commit; raise it if the sums are large, because every commit writes them.
         progress: True shows a progress bar (needs rich).
-        jit: False calls the function without `jax.jit`, for one that is not written in JAX.
+        jit: False calls the function without `jax.jit`, for functions that are not written in JAX.
 
     Returns:
-        A function of (params, batches, folder) that returns `Results`; the rows are memory-mapped and not read.
-        `params` is a tree of arrays, passed on to the function. `batches` is a sequence of tuples, whose completed
-        batches are not read again, or an iterable that starts from the beginning, whose completed batches are skipped.
-        `folder` is created if it does not exist; only one run may use it at a time.
+        A function of (params, batches, folder) that returns `Results`, whose rows are memory-mapped. `params` is a tree
+        of arrays and is passed to the function. `batches` is a sequence or another iterable of tuples, always from the
+        first batch on. If a run continues, it does not read the completed batches of a sequence; it reads and skips
+        those of another iterable. `folder` is created if it does not exist; only one run may use it at a time.
 
     Raises:
         TypeError: a batch that is not a tuple.
@@ -96,25 +96,25 @@ def run(
     """
     if operator.index(every) < 1:
         raise ValueError(f"streams.run: expected to commit every 1 or more batches, got {every}.")
-    given = as_partial(function)
+    partial = as_partial(function)
 
     @naming("streams.run")
-    def over(params: PyTree, batches: Iterable[tuple[Any, ...]], folder: str | os.PathLike[str]) -> Results:
+    def run_batches(params: PyTree, batches: Iterable[tuple[Any, ...]], folder: str | os.PathLike[str]) -> Results:
         store = Store(Path(folder))
-        waiting = 0
-        for batch in shown(_from(batches, store.batches), _length(batches), store.batches, progress):
+        uncommitted = 0
+        for batch in counted(_from(batches, store.batches), _length(batches), store.batches, progress):
             args = params, *checked(batch)
-            part = jitted_call(given, *args) if jit else function(*args)
+            part = jitted_call(partial, *args) if jit else function(*args)
             store.add(part.rows, part.sums)
-            waiting += 1
-            if waiting == every:
+            uncommitted += 1
+            if uncommitted == every:
                 store.commit()
-                waiting = 0
-        if waiting:
+                uncommitted = 0
+        if uncommitted:
             store.commit()
         return Results(store.rows(), store.sums, store.batches, store.examples)
 
-    return over
+    return run_batches
 
 
 def _from(batches: Iterable[tuple[Any, ...]], start: int) -> Iterator[tuple[Any, ...]]:

@@ -17,7 +17,10 @@ STATE = "state.npz"
 
 
 class Store:
-    """The files of a run: one flat file of rows per name, and the state, which holds the counts and the sums."""
+    """The files of a run: one file of raw rows per name, and the state, which holds the counts and the sums.
+
+    Opening a store truncates rows that the state does not count.
+    """
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -26,24 +29,29 @@ class Store:
         self.sums: dict[str, np.ndarray] = {}
         if (folder / STATE).exists():
             with np.load(folder / STATE) as state:
-                told = json.loads(str(state["state"]))
-                self.sums = {name: state[f"sum {name}"] for name in told["sums"]}
-            self.batches, self.examples = told["batches"], told["examples"]
-            self.layout = {name: (dtype, tuple(shape)) for name, (dtype, shape) in told["rows"].items()}
+                counts = json.loads(str(state["state"]))
+                self.sums = {name: state[f"sum {name}"] for name in counts["sums"]}
+            self.batches, self.examples = counts["batches"], counts["examples"]
+            self.layout = {name: (dtype, tuple(shape)) for name, (dtype, shape) in counts["rows"].items()}
         for name, (dtype, shape) in (self.layout or {}).items():
             os.truncate(self._file(name), self.examples * _bytes(dtype, shape))
         self.pending: dict[str, list[bytes]] = {}
 
-    def add(self, rows_: Mapping[str, Any], sums_: Mapping[str, Any]) -> None:
-        """Take one batch's rows, to be written at the next commit, and add its sums."""
-        rows = {name: _on_disk(a) for name, a in rows_.items()}
-        sums = {name: np.asarray(a, np.float64) for name, a in sums_.items()}
+    def add(self, batch_rows: Mapping[str, Any], batch_sums: Mapping[str, Any]) -> None:
+        """Add the rows and sums of one batch; `commit` writes them.
+
+        Raises:
+            ValueError: rows of different lengths; names that are not valid names of files; other names, shapes or
+                dtypes than in the batches before.
+        """
+        rows = {name: _as_stored(a) for name, a in batch_rows.items()}
+        sums = {name: np.asarray(a, np.float64) for name, a in batch_sums.items()}
         layout = {name: (a.dtype.str, a.shape[1:]) for name, a in rows.items()}
         lengths = {len(a) for a in rows.values()}
         if len(lengths) > 1:
             raise ValueError(f"{called()}: expected rows of one length, got {sorted(lengths)}.")
-        if strange := [name for name in rows if Path(name).name != name]:
-            raise ValueError(f"{called()}: expected names of rows that are valid names of files, got {strange}.")
+        if invalid := [name for name in rows if Path(name).name != name]:
+            raise ValueError(f"{called()}: expected names of rows that are valid names of files, got {invalid}.")
         if self.layout is None:
             self.layout, self.sums = layout, {name: np.zeros_like(a) for name, a in sums.items()}
             for name in layout:
@@ -67,13 +75,13 @@ class Store:
                 file.writelines(blocks)
                 _flush(file)
         self.pending = {}
-        told = {"batches": self.batches, "examples": self.examples, "rows": self.layout, "sums": list(self.sums)}
+        counts = {"batches": self.batches, "examples": self.examples, "rows": self.layout, "sums": list(self.sums)}
         new = self.folder / f"{STATE}.new"
         with new.open("wb") as file:
             np.savez(
                 file,
                 allow_pickle=False,
-                state=np.array(json.dumps(told)),
+                state=np.array(json.dumps(counts)),
                 **{f"sum {n}": a for n, a in self.sums.items()},
             )
             _flush(file)
@@ -83,17 +91,19 @@ class Store:
         """The rows, memory-mapped."""
         rows: dict[str, np.ndarray] = {}
         for name, (dtype, shape) in (self.layout or {}).items():
-            whole = (self.examples, *shape)
-            empty = self.examples * _bytes(dtype, shape) == 0  # nothing to map
-            rows[name] = np.zeros(whole, dtype) if empty else np.memmap(self._file(name), dtype, "r", shape=whole)
+            shape_on_disk = (self.examples, *shape)
+            if self.examples * _bytes(dtype, shape) == 0:  # an empty file cannot be mapped
+                rows[name] = np.zeros(shape_on_disk, dtype)
+            else:
+                rows[name] = np.memmap(self._file(name), dtype, "r", shape=shape_on_disk)
         return rows
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.rows"
 
 
-def _on_disk(a: Any) -> np.ndarray:
-    """Convert to NumPy; bfloat16 becomes float32, which NumPy's files can hold."""
+def _as_stored(a: Any) -> np.ndarray:
+    """Convert to NumPy; bfloat16 becomes float32, because NumPy's files cannot hold it."""
     return np.asarray(a.astype(jnp.float32) if jnp.result_type(a) == jnp.bfloat16 else a)
 
 

@@ -1,4 +1,4 @@
-"""The steps of the main job, `python -m jaxgrad`: data, training, evaluation, and printed and written output.
+"""The main job, `python -m jaxgrad`: load data, train, evaluate, print and write the results.
 
-The job needs the packages of the extra `examples`; nothing else in jaxgrad imports this package.
+The job needs the packages of the extra `examples`; of jaxgrad's other modules only `__main__` imports it.
 """

@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the job and return the exit status."""
     options = _options(argv)
     needs = _NEEDS | ({"matplotlib": "matplotlib"} if options.plot else {})
-    absent = [package for module, package in needs.items() if importlib.util.find_spec(module) is None]
-    if absent:
-        return _bad(f"the main job needs {', '.join(absent)}; install it with jaxgrad[examples]")
+    missing = [package for module, package in needs.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        return _bad(f"the main job needs {', '.join(missing)}; install it with jaxgrad[examples]")
 
     from jaxgrad.exercise.job.data import InputError
 
@@ -49,12 +49,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _bad(message: str) -> int:
+    """Print the message as one line and return the exit status for bad input."""
     _complain(f"jaxgrad: error: {' '.join(message.split())}")  # names may hold newlines
     return 2
 
 
 def _complain(message: str) -> None:
-    with contextlib.suppress(OSError):  # standard error may have no reader; the status still says it
+    with contextlib.suppress(OSError):  # standard error may have no reader; the exit status still tells
         print(message, file=sys.stderr)
 
 
@@ -133,7 +134,7 @@ def _run(options: argparse.Namespace) -> int:
         report.assert_agrees()
     except AssertionError as error:
         _complain(f"jaxgrad: {error}")
-        return 1  # whatever else failed
+        return 1  # even if a write failed too
     return status
 
 
@@ -148,7 +149,7 @@ def _attempt(step: Callable[[], None]) -> int:
 
 
 def run_program() -> int:
-    """Run `main` in its own process: standard output may lack a character, be full, or have no reader."""
+    """Run `main` as a program: standard output may lack a character of the output, be full, or have no reader."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:

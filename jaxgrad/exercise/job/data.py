@@ -26,7 +26,15 @@ class InputError(Exception):
 
 
 class Data(NamedTuple):
-    """Standardized features, every example's label as given and as ±1, the data's name, a note on omitted columns."""
+    """A table of examples of two classes.
+
+    Attributes:
+        X: [n, D], standardized features.
+        labels: [n], the labels as given.
+        Y: [n], the labels as ±1.
+        name: the name of the data.
+        left_out: a note on an omitted column; empty if there is none.
+    """
 
     X: Float[np.ndarray, "n D"]
     labels: np.ndarray
@@ -36,7 +44,7 @@ class Data(NamedTuple):
 
 
 def load(path: Path | None, label: str | None) -> Data:
-    """Load the data; the breast-cancer data (569 × 30, benign = -1) if `path` is None.
+    """Load a file or, if `path` is None, the breast-cancer data (569 × 30, benign = -1).
 
     Every column is standardized to mean 0 and variance 1 (a constant column becomes 0).
 
@@ -90,16 +98,16 @@ def _read_csv(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray, st
     if missing.any():
         raise InputError(f"{path}: missing label: column '{name}' is empty or NA in {_row(missing.argmax())}")
     features, left_out = table.drop(columns=name), ""
-    if header.iloc[0] == "" and columns[0] != name and _counts(table.iloc[:, 0]):  # pandas writes its index so
+    if header.iloc[0] == "" and columns[0] != name and _counts_rows(table.iloc[:, 0]):  # pandas writes its index so
         features, left_out = features.drop(columns=columns[0]), "without the first column, which counts the rows"
     if features.shape[1] == 0:
         raise InputError(f"{path}: there is no column besides the label '{name}'")
     X = np.empty(features.shape)
     for j, column in enumerate(features.columns):
         values = _numbers(features[column])
-        strange = (values.isna() & features[column].notna()).to_numpy()
-        if strange.any():
-            row = int(strange.argmax())
+        not_numeric = (values.isna() & features[column].notna()).to_numpy()
+        if not_numeric.any():
+            row = int(not_numeric.argmax())
             cell = reprlib.repr(features[column].iloc[row])
             raise InputError(f"{path}: column '{column}' is not numeric: {_row(row)} holds {cell}")
         X[:, j] = values.to_numpy(dtype=float)
@@ -107,8 +115,8 @@ def _read_csv(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray, st
     return X, table[name].to_numpy(), left_out
 
 
-def _counts(column: "pd.Series[Any]") -> bool:
-    """True if the column numbers the rows: consecutive integers in any order, or ascending ones with some left out."""
+def _counts_rows(column: "pd.Series[Any]") -> bool:
+    """Whether the column numbers the rows: its integers are consecutive in any order, or ascending with gaps."""
     if column.dtype.kind not in "iu":
         return False
     steps, sorted_steps = np.diff(column.to_numpy()), np.diff(np.sort(column.to_numpy()))
@@ -116,7 +124,7 @@ def _counts(column: "pd.Series[Any]") -> bool:
 
 
 def _numbers(cells: "pd.Series[Any]") -> "pd.Series[Any]":
-    """Convert to numbers: NaN for a cell that is not one, infinite for a number that float64 cannot hold."""
+    """Convert cells to numbers: a cell that is not a number becomes NaN, one too large for float64 infinite."""
     try:
         return pd.to_numeric(cells, errors="coerce")
     except OverflowError:  # a Python integer of hundreds of digits; its text is read as infinite
@@ -155,16 +163,17 @@ def _read_npz(path: Path, label: str | None) -> tuple[np.ndarray, np.ndarray, st
     return X, labels, ""
 
 
-def _choose(path: Path, names: list[str], given: str | None, usual: tuple[str, ...], what: str, option: str) -> str:
-    if given is not None:
-        if given not in names:
-            raise InputError(f"{path}: there is no {what} '{given}'; there are {_listed(names)}")
-        return given
-    found = [name for name in names if name in usual or name.lower() in usual]
-    if len(found) != 1:
-        have = f"several could be it: {_listed(found)}" if found else f"there are {_listed(names)}"
+def _choose(path: Path, names: list[str], chosen: str | None, usual: tuple[str, ...], what: str, option: str) -> str:
+    """Return the user's choice among names or, without one, the only name that is usual."""
+    if chosen is not None:
+        if chosen not in names:
+            raise InputError(f"{path}: there is no {what} '{chosen}'; there are {_listed(names)}")
+        return chosen
+    candidates = [name for name in names if name in usual or name.lower() in usual]
+    if len(candidates) != 1:
+        have = f"several could be it: {_listed(candidates)}" if candidates else f"there are {_listed(names)}"
         raise InputError(f"{path}: which is the {what}? {have}; say so with {option}")
-    return found[0]
+    return candidates[0]
 
 
 def _refuse_non_finite(path: Path, X: np.ndarray, columns: list[Any], named: Callable[[Any], str]) -> None:
@@ -172,8 +181,8 @@ def _refuse_non_finite(path: Path, X: np.ndarray, columns: list[Any], named: Cal
     if bad.any():
         row, column = np.argwhere(bad)[0]
         what = "NaN or an empty cell" if np.isnan(X[row, column]) else "infinite or too large"
-        others = f" ({int(bad.sum()) - 1} more such cells)" if bad.sum() > 1 else ""
-        raise InputError(f"{path}: {what} in column '{columns[column]}', {named(row)}{others}")
+        more = f" ({int(bad.sum()) - 1} more such cells)" if bad.sum() > 1 else ""
+        raise InputError(f"{path}: {what} in column '{columns[column]}', {named(row)}{more}")
 
 
 def _finished(X: np.ndarray, labels: np.ndarray, name: str, path: Path | None = None) -> Data:
@@ -189,7 +198,7 @@ def _finished(X: np.ndarray, labels: np.ndarray, name: str, path: Path | None = 
     constant = X.min(0) == X.max(0)
     with np.errstate(all="ignore"):
         scaled = StandardScaler().fit_transform(np.where(constant, 0.0, X))
-    # With mean 0 and variance 1 no number exceeds √n, so a larger one has overflowed on the way.
+    # With mean 0 and variance 1 no number exceeds √n; if one does, something has overflowed.
     if not (np.abs(scaled) <= 1 + math.sqrt(len(X))).all():
         raise InputError(f"{path}: the numbers are too large to standardize; scale them first")
     return Data(scaled, labels, Y, name)

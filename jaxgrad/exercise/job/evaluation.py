@@ -1,4 +1,4 @@
-"""Every example's gradient, by the closed form and by `jax.grad`: results, agreement and time."""
+"""Evaluate every example's gradient by the closed form and by `jax.grad`: results, agreement and time."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from jaxgrad.agreement import AgreementReport, check_gradient
 from jaxgrad.exercise import Activation, Params, autodiff, closed_form, loss, margin
 from jaxgrad.precision import working_dtype
 
-_CHUNK_BYTES = 128 * 2**20  # of gradients materialized at a time
+_CHUNK_BYTES = 128 * 2**20  # bytes of gradients that are materialized at a time
 _REPEATS = 7
 
 
@@ -40,9 +40,9 @@ def chunk_size(params: Params) -> int:
 
 
 def agreement(params: Params, X: Array, Y: Array, activation: Activation) -> AgreementReport:
-    """Compare the closed form with `jax.grad`, which runs in float64 from the same numbers.
+    """Compare the closed form with `jax.grad` in float64, from the same numbers.
 
-    In the parameters' own dtype `jax.grad` is the less accurate of the two where units saturate, so the comparison
+    Where units saturate, `jax.grad` in the parameters' dtype is less accurate than the closed form, so the comparison
     would measure its error.
     """
     return check_gradient(
@@ -58,10 +58,10 @@ def agreement(params: Params, X: Array, Y: Array, activation: Activation) -> Agr
 
 
 def per_example(params: Params, X: Array, Y: Array, activation: Activation) -> PerExample:
-    """Compute margin, loss and gradient norms of every example."""
+    """Compute the margin, the loss and the gradient norms of every example."""
 
     @jax.jit
-    def of_chunk(X: Array, Y: Array) -> PerExample:
+    def evaluate(X: Array, Y: Array) -> PerExample:
         by_hand = closed_form.batched_grad(params, X, Y, activation)
         by_jax = autodiff.batched_grad(params, X, Y, activation)
         difference = _norms(jax.tree.map(lambda a, b: a.astype(wide) - b.astype(wide), by_hand, by_jax))
@@ -75,7 +75,7 @@ def per_example(params: Params, X: Array, Y: Array, activation: Activation) -> P
         )
 
     wide = working_dtype(params.W.dtype)
-    parts = [of_chunk(x, y) for x, y in _chunks(params, X, Y)]
+    parts = [evaluate(x, y) for x, y in _chunks(params, X, Y)]
     return PerExample(
         *(np.concatenate([np.asarray(a, np.float64) for a in field]) for field in zip(*parts, strict=True))
     )

@@ -39,7 +39,7 @@ def check_writable(path: Path | None, suffixes: tuple[str, ...], option: str) ->
 
 
 def check_distinct(paths: dict[str, Path | None]) -> None:
-    """Refuse to overwrite the input, or one output by the other; `paths` maps options to paths."""
+    """Refuse to write an output over the input or over the other output; `paths` maps options to paths."""
     options: dict[str, str] = {}
     for option, path in paths.items():
         if path is None:
@@ -61,7 +61,7 @@ def save(path: Path, data: Data, results: PerExample) -> None:
         else:
             np.savez(file, **columns)
 
-    _whole(path, write)
+    _write_whole(path, write)
 
 
 def plot(path: Path, losses: np.ndarray, results: PerExample, report: AgreementReport) -> None:
@@ -95,11 +95,11 @@ def plot(path: Path, losses: np.ndarray, results: PerExample, report: AgreementR
         axes[2].legend()
     axes[2].set(title=f"Closed form against {report.reference}", ylabel="largest relative difference", yscale="log")
 
-    _whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    _write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
-def _whole(path: Path, write: Callable[[Any], None]) -> None:
-    """Write a file beside `path` and rename it: no reader, crash or full disk ever leaves half a file at `path`."""
+def _write_whole(path: Path, write: Callable[[Any], None]) -> None:
+    """Write a file beside `path` and rename it, so that a crash or a full disk never leaves half a file at `path`."""
     target = Path(os.path.realpath(path))  # a link stays a link
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".jaxgrad-")

@@ -15,7 +15,7 @@ _LARGEST = 5
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise  # re-raises the BrokenPipeError; rich would exit with the status of a disagreement
+        raise  # re-raises the BrokenPipeError; rich would exit with status 1, which means that gradients disagree
 
 
 def console() -> Console:
@@ -37,10 +37,10 @@ def show(console: Console, parts: Iterable[RenderableType]) -> None:
 
 
 def clock(times: dict[str, Timing]) -> Table:
-    """Make a table of the time that each way takes."""
+    """Make a table of the time that each computation takes."""
     table = Table("all gradients by", "compile and first call", "later calls (median)", box=box.SIMPLE_HEAD)
-    for way, timing in times.items():
-        table.add_row(way, f"{timing.first * 1e3:.1f} ms", f"{timing.later * 1e3:.2f} ms")
+    for name, timing in times.items():
+        table.add_row(name, f"{timing.first * 1e3:.1f} ms", f"{timing.later * 1e3:.2f} ms")
     return table
 
 

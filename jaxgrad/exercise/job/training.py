@@ -25,9 +25,9 @@ class Trained(NamedTuple):
 def train(
     params: Params, X: Float[Array, "n D"], Y: Float[Array, " n"], activation: Activation, steps: int, console: Console
 ) -> Trained:
-    """Run full-batch Adam with `closed_form.value_and_grad` in place of `jax.value_and_grad`; a terminal shows a bar.
+    """Run full-batch Adam with `closed_form.value_and_grad`; on a terminal, a bar shows the progress.
 
-    The optimizer keeps float32 copies of float16 and bfloat16 parameters; the gradient is taken at the rounded ones.
+    The optimizer keeps float32 copies of float16 and bfloat16 parameters; the gradient is that at the rounded ones.
     """
     optimizer = optax.adam(LEARNING_RATE)
     dtype = params.W.dtype
