@@ -212,7 +212,7 @@ def test_a_nameless_column_that_counts_the_rows_is_reported_and_not_used(capsys,
     status, out, err = run(capsys, "--data", tmp_path / "in.csv", "--steps", "5")
     assert (status, err) == (0, "")
     assert "2 inputs (without the first column, which counts the rows)" in out
-    frame.iloc[rows].set_index("a").to_csv(tmp_path / "in.csv", index_label="")  # not consecutive, so this is a feature
+    frame.iloc[rows].set_index("a").to_csv(tmp_path / "in.csv", index_label="")  # its values do not count the rows
     assert "2 inputs\n" in run(capsys, "--data", tmp_path / "in.csv", "--steps", "5")[1]
     frame.iloc[rows].to_csv(tmp_path / "in.csv", index_label="id")  # a column with a name is a feature
     assert "3 inputs\n" in run(capsys, "--data", tmp_path / "in.csv", "--steps", "5")[1]

@@ -174,7 +174,7 @@ def test_magnitudes_are_no_less_than_the_norms(loss, shape, size):
     names = {"v": shape, "g": shape[:1]} if loss is weight_norm else {"W": shape}
     params, X = {n: normal(k, *s) for k, (n, s) in enumerate(names.items())}, normal(1, 5, shape[1])
     g = jax.jit(jg.per_example_grad(lambda p, x, s: s * loss(p, x)))(params, X, np.full(5, size, np.float32))
-    magnitudes = g.magnitudes()  # of the matrix only: the other parameter is a vector, whose gradient is no sum
+    magnitudes = g.magnitudes()  # of the matrix only: nothing cancels in the gradient of the other, a vector
     matrix = next(norms for name, norms in g.leaf_norms().items() if name != "g")
     assert magnitudes is None or bool((magnitudes >= matrix * np.float32(1 - 1e-5)).all())
 
