@@ -3,7 +3,7 @@
 import os
 import zlib
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for JAX's Cholesky on CPU, whose threads stall beside other tests
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # JAX's Cholesky on CPU: threads stall while other tests run
 
 import jax
 import pytest
@@ -15,7 +15,7 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Every run draws the same seeded examples; JAXGRAD_FUZZ=30 in the environment runs thirty times as many.
+# Every run draws the same examples; JAXGRAD_FUZZ=30 in the environment draws thirty times as many.
 FUZZ = int(os.environ.get("JAXGRAD_FUZZ", "1"))
 settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=6 * FUZZ, suppress_health_check=[HealthCheck.too_slow]
@@ -24,7 +24,7 @@ settings.load_profile("default")
 
 
 def type_checked(function):
-    """The type checker for jaxtyping: beartype, except for nested functions, which are new at every call."""
+    """The type checker for jaxtyping: beartype, except on nested functions, which each call would check anew."""
     return function if "<locals>" in function.__qualname__ else beartype(function)
 
 
@@ -75,8 +75,8 @@ def _optimized_where_it_matters(request: pytest.FixtureRequest):
 
 
 @pytest.fixture(autouse=True)
-def _as_a_reader_runs_it(request: pytest.FixtureRequest, doctest_namespace: dict):
-    """Give examples in docstrings and in README.md the usual names, and JAX's default promotion rules."""
+def _doctest_environment(request: pytest.FixtureRequest, doctest_namespace: dict):
+    """Define the usual names for the examples in docstrings and README.md, and use JAX's default promotion rules."""
     import jax.numpy as jnp
     import numpy as np
 

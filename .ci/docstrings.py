@@ -1,4 +1,4 @@
-"""What griffe, which reads the docstrings for the reference, is told about their style."""
+"""An extension of griffe, which reads the docstrings for the reference."""
 
 import re
 from typing import Any
@@ -7,9 +7,9 @@ import griffe
 
 
 class Docstrings(griffe.Extension):
-    """`Example:` is the section that griffe knows as `Examples:`."""
+    """Reads the section `Example:` as griffe's `Examples:`."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Of every module, class, function and attribute."""
+        """Rename the section in the docstring of a module, class, function or attribute."""
         if obj.docstring:
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)

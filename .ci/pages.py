@@ -1,4 +1,4 @@
-"""The repository's own files as pages of the documentation, each at its path: links between them hold in both.
+"""Makes the repository's own files the pages of the documentation, at the same paths, so that links work in both.
 
 The site loads nothing from elsewhere; the build fails if a page does.
 """
@@ -40,7 +40,7 @@ FROM_ELSEWHERE = re.compile(
 
 @event_priority(100)  # before the plugin that reads notebooks
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """PAGES in place of what lies in docs_dir."""
+    """Replace the files of docs_dir by PAGES."""
     for file in list(files):
         if file.src_dir == config.docs_dir:
             files.remove(file)

@@ -1,4 +1,4 @@
-"""What is compiled for accelerators, run on a processor: other implementations, narrow products, rounded operands."""
+"""The code paths for accelerators, run on a CPU: other implementations, narrow products, rounded operands."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def norm_of(parts):
 @pytest.mark.parametrize("way", [_squares_in_one_pass, _squares_in_two_passes])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_length_has_the_digits_of_float32_whatever_its_magnitude(kind, way, dtype):
+def test_a_norm_has_float32_accuracy_at_any_magnitude(kind, way, dtype):
     rng = np.random.default_rng(0)
     for n in (1, 7, 300):
         a = jnp.asarray(KINDS[kind](rng, n), dtype)
@@ -37,7 +37,7 @@ def test_a_length_has_the_digits_of_float32_whatever_its_magnitude(kind, way, dt
         np.testing.assert_allclose(found, np.asarray(exact, np.float64), rtol=2e-6)
 
 
-def test_a_length_in_one_pass_says_what_is_zero_infinite_or_not_a_number_and_has_a_derivative():
+def test_a_norm_in_one_pass_handles_zero_infinity_and_nan_and_is_differentiable():
     a = jnp.asarray([[0, 0], [jnp.inf, 1], [jnp.nan, 1], [3, -4], [1e30, jnp.nan]], jnp.float32)
     squares, unit = _squares_in_one_pass(a, 1, jnp.dtype(jnp.float32))
     norms = unit * jnp.sqrt(squares)
@@ -54,7 +54,7 @@ def test_a_length_in_one_pass_says_what_is_zero_infinite_or_not_a_number_and_has
     np.testing.assert_allclose(jax.grad(norm)(zeros), [[1, 0], [0, 1], [0, 0], [1, 0]], rtol=1e-6)
 
 
-def test_blocks_are_those_of_the_platform():
+def test_block_sizes_depend_on_the_platform():
     a = jnp.arange(24.0).reshape(12, 2)
     sizes = []
 
@@ -136,14 +136,14 @@ def test_norms_sums_and_grams_as_compiled_for_accelerators(name, platform):
 
 
 @pytest.mark.parametrize("name", ["mlp", "sequence", "conv"])
-def test_products_of_bfloat16_are_taken_as_they_are(name):
-    """No product of float32 is in the program that a plain gradient would not have, and nothing is widened for one."""
+def test_bfloat16_products_are_not_widened(name):
+    """No matrix product in the program has float32 operands."""
     loss, params, batch = problem(name, jnp.bfloat16)
 
     def results(params, *batch):
         g = jg.per_example_grad(loss)(params, *batch)
-        written_out = name == "conv"  # the gradients, a few at a time, whose products are in float32
-        return g.norms(), g.clip(1.0).sum(), g.dot(params), None if written_out else g.gram()
+        materializes = name == "conv"  # the Gram matrix takes float32 products of materialized gradients
+        return g.norms(), g.clip(1.0).sum(), g.dot(params), None if materializes else g.gram()
 
     products = [eqn for eqn in equations(jax.make_jaxpr(results)(params, *batch).jaxpr) if is_product(eqn)]
     wide = [eqn for eqn in products if eqn.invars[0].aval.dtype == jnp.float32 and is_matrix(eqn)]
@@ -172,7 +172,7 @@ def is_matrix(eqn):
 
 
 @pytest.mark.parametrize("name", ["mlp", "sequence", "conv"])
-def test_bfloat16_norms_have_the_digits_of_float32_and_a_weighted_sum_is_rounded_once(name):
+def test_bfloat16_norms_have_float32_accuracy_and_a_weighted_sum_is_rounded_once(name):
     loss, params, batch = problem(name, jnp.bfloat16)
     rng = np.random.default_rng(3)
     c = jnp.asarray(rng.uniform(0.1, 2, size=len(jax.tree.leaves(batch)[0])), jnp.float32)
@@ -182,13 +182,13 @@ def test_bfloat16_norms_have_the_digits_of_float32_and_a_weighted_sum_is_rounded
         halved = g.scale(jnp.full_like(c, 0.5)).sum(jnp.float32)
         return g.norms(), g.scale(c).sum(jnp.float32), halved, g.magnitudes()
 
-    g = jax.jit(lambda *a: jg.per_example_grad(loss)(*a))(params, *batch)  # so that all is computed of rounded sides
+    g = jax.jit(lambda *a: jg.per_example_grad(loss)(*a))(params, *batch)  # apart, so that factors are rounded
     norms, total, halved, sizes = results(g)
     wide = jax.tree.map(lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, g)
     np.testing.assert_allclose(norms, wide.norms(), rtol=1e-5)
     size = np.asarray(norms if sizes is None else jnp.hypot(norms, sizes), np.float64)
     for a, exact in zip(jax.tree.leaves(halved), jax.tree.leaves(wide.sum(jnp.float32)), strict=True):
-        np.testing.assert_allclose(a, exact / 2, rtol=1e-4, atol=1e-6 * size.sum())  # powers of two round nothing
+        np.testing.assert_allclose(a, exact / 2, rtol=1e-4, atol=1e-6 * size.sum())  # a power of two is exact
     off = [
         a.astype(b.dtype) - b
         for a, b in zip(jax.tree.leaves(total), jax.tree.leaves(wide.scale(c).sum(jnp.float32)), strict=True)
@@ -202,12 +202,12 @@ def test_bfloat16_norms_have_the_digits_of_float32_and_a_weighted_sum_is_rounded
 
 
 def bilinear(W, x, y):
-    """Its gradient is Σ_t y_t x_tᵀ, so that an adversary chooses both sides."""
+    """A loss with the gradient Σ_t y_t x_tᵀ, so that an adversary can choose both sides."""
     return ((x @ W.T) * y).sum()
 
 
 def adversarial(seed, N, T, dtype):
-    """Positions that nearly cancel, at magnitudes at which the factor that is rounded has any mantissa."""
+    """Positions that nearly cancel, at magnitudes where the rounded factor can have any mantissa."""
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(N, T, 5)), rng.normal(size=(N, T, 4))
     off = 10.0 ** rng.uniform(-4, 0, size=(N, 1, 1))
@@ -232,11 +232,11 @@ def test_a_contribution_is_within_the_bound_although_operands_are_rounded(case, 
     x, y = adversarial(T, 2000, T, dtype) if T > 1 else [a[:, :1] for a in adversarial(T, 2000, 2, dtype)]
     gradient = jg.clipped_grad(bilinear, 1.0)
 
-    def each(x, y):
+    def contribution(x, y):
         return gradient(W, x[None], y[None])[0]
 
     def contributions():
-        return np.asarray(jax.jit(jax.vmap(lambda x, y: each(x, y)))(x, y), np.float64)
+        return np.asarray(jax.jit(jax.vmap(lambda x, y: contribution(x, y)))(x, y), np.float64)
 
     if platform is None:
         found = contributions()
@@ -245,10 +245,10 @@ def test_a_contribution_is_within_the_bound_although_operands_are_rounded(case, 
             found = contributions()
     lengths = np.sqrt((found**2).sum((1, 2)))
     assert lengths.max() <= gradient.sensitivity(1)
-    assert lengths.max() > 0.9  # nor are all of them far below it
+    assert lengths.max() > 0.9  # some contributions nearly reach the bound
 
 
-def test_the_rounding_of_operands_is_what_the_precision_says():
+def test_the_rounding_of_operands_follows_the_matmul_precision():
     x, y = adversarial(0, 8, 2, jnp.float32)
     g = jg.per_example_grad(bilinear)(jnp.zeros((4, 5), jnp.float32), x, y)
     assert g.rounding() == 0
@@ -262,8 +262,8 @@ def test_the_rounding_of_operands_is_what_the_precision_says():
     assert narrow.rounding() == 3 * 2.0**-8
 
 
-def test_the_choice_of_a_platform_is_no_function_that_is_called():
-    """A called function is compiled apart: a deep model's clipped sum then held a third more."""
+def test_the_choice_of_a_platform_is_inlined():
+    """A called function is compiled separately; a deep model's clipped sum then needed a third more memory."""
     program = jax.make_jaxpr(lambda a: by_platform(jnp.sin, jnp.cos)(a))(1.0)
     names = [eqn.primitive.name for eqn in program.jaxpr.eqns]
     assert "cond" in names

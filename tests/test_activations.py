@@ -38,11 +38,13 @@ ZEROS = {
 
 
 def grid(dtype) -> np.ndarray:
-    """|z| ≤ 80, denser near 0, each end and each sign of zero included."""
+    """|z| ≤ 80, denser near 0, with both ends and both signs of zero."""
     small = 10.0 ** np.arange(-6, 0, 0.25)
-    edges = np.asarray([z + s * 0.5 for zeros in ZEROS.values() for _, at, _ in zeros for z in at for s in (-1, 1)])
-    beside = (edges[:, None] + np.linspace(-0.05, 0.05, 21)[None]).ravel()  # where a relative bound begins to hold
-    parts = [np.linspace(-80, 80, 481), np.linspace(-8, 8, 401), np.linspace(-1, 1, 101), small, -small, [0.0], beside]
+    edges = np.asarray(
+        [z + s * 0.5 for zeros in ZEROS.values() for _, points, _ in zeros for z in points for s in (-1, 1)]
+    )
+    around = (edges[:, None] + np.linspace(-0.05, 0.05, 21)[None]).ravel()  # where the relative bound takes over
+    parts = [np.linspace(-80, 80, 481), np.linspace(-8, 8, 401), np.linspace(-1, 1, 101), small, -small, [0.0], around]
     return np.unique(np.concatenate(parts).astype(dtype))
 
 
@@ -50,7 +52,7 @@ def absolute_bound(name, part, z):
     for zero_part, zeros, bound in ZEROS.get(name, []):
         if zero_part == part and min(abs(float(z) - zero) for zero in zeros) < 0.5:
             return bound
-    if name == "sine":  # its zeros are everywhere: within 0.1 of one, absolute
+    if name == "sine":  # it has zeros everywhere, so its bound is absolute
         return 1
     return 0
 
@@ -76,7 +78,7 @@ def test_within_the_documented_ulp_of_60_digit_arithmetic(name, dtype):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_the_joint_form_is_the_three_functions(name):
+def test_the_joint_form_equals_the_three_functions(name):
     z = jnp.asarray(grid(np.float32))
     a = ACTIVATIONS[name]
     for one, part in zip(a.jet(z), PARTS, strict=True):
@@ -150,7 +152,7 @@ def test_from_function_of_the_same_function_is_the_same_activation_so_jit_compil
 
 
 @pytest.mark.usefixtures("plain_types")
-def test_from_function_says_what_it_wants():
+def test_from_function_refuses_what_it_cannot_use():
     with pytest.raises(TypeError, match=r"Activation\.from_function: expected an elementwise JAX function, got 3"):
         Activation.from_function(3)
 

@@ -22,12 +22,12 @@ def data(request):
 
 
 def changed(change):
-    """closed_form.grad with something done to it."""
+    """closed_form.grad, with its result replaced by change(gradient, x, y)."""
     return lambda p, x, y: change(closed_form.grad(p, x, y), x, y)
 
 
 def disagreement(candidate, *args, **options):
-    """The report's problems by path; its assertion has to raise with the same table."""
+    """The report's problems by path; also checks that its assertion raises with the same table."""
     report = jg.check_gradient(candidate, loss, *args, **options)
     problems = {leaf.path: leaf.problem for leaf in report.leaves if leaf.problem}
     assert report.agrees == (not problems)
@@ -239,7 +239,7 @@ def test_trees_of_parameters_and_of_batches():
     assert [leaf.shape for leaf in report.leaves] == [(3, 4), (2, 3), ()]
 
 
-def test_gradients_that_materialize_are_materialized():
+def test_factored_gradients_are_materialized_before_the_comparison():
     class Held:
         def __init__(self, gradients):
             self.gradients = gradients
@@ -252,7 +252,7 @@ def test_gradients_that_materialize_are_materialized():
     assert jg.check_gradient(candidate, lambda w, x: (w @ x) ** 2, w, X).agrees
 
 
-def test_the_verdict_does_not_depend_on_how_the_batch_is_cut():
+def test_the_verdict_does_not_depend_on_how_the_batch_is_split():
     X = jnp.array([[1e4, 0.0], [1.0, 0.0], [1e-8, 0.0]])
     w = jnp.ones(2)
     flipped = lambda w, x: jnp.where(x < 1e-3, -1, 1).astype(x.dtype) * x  # noqa: E731
@@ -278,7 +278,7 @@ def test_candidates_in_numpy_of_one_example_or_of_a_batch():
         assert not jg.check_gradient(lambda *a, f=candidate: -f(*a), square, w, X, batched=batched).agrees
 
 
-def test_python_scalars_and_complex_gradients_are_reported_and_not_tracebacks():
+def test_python_scalars_and_complex_gradients_give_a_report_and_no_traceback():
     w, x = {"a": jnp.ones(())}, jnp.ones(1)
     loss_of = lambda w, x: w["a"] * x  # noqa: E731
     assert not jg.check_gradient(lambda w, x: {"a": 1.0}, loss_of, w, x, batched=True).agrees
@@ -286,7 +286,7 @@ def test_python_scalars_and_complex_gradients_are_reported_and_not_tracebacks():
     assert "has dtype complex128" in jg.check_gradient(complex_one, loss_of, w, x).leaves[0].problem
 
 
-def test_the_tolerance_can_be_set_and_holds_norm_wise():
+def test_the_tolerance_can_be_set_and_applies_to_norms():
     w, X = jnp.array([1.0, 1e-6]), jnp.array([[1.0, 1e-6], [2.0, 1e-6]])
     square = lambda w, x: 0.5 * (w @ x) ** 2  # noqa: E731
     slightly_off = lambda w, x: (w @ x) * x * (1 + 1e-6)  # noqa: E731

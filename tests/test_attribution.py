@@ -1,4 +1,4 @@
-"""Attribution: each quantity against its dense definition in float64; and blocks, which change the memory alone."""
+"""Attribution: each quantity against its dense definition in float64; and blocks, which change only the memory."""
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ from support.dense import (
     each_model,
     exercise,
     gradients,
+    gradients_with_rows,
     jacobian,
     matrix,
-    of_matrix,
     reordered,
     solved,
 )
 from support.quick import quick_jit
-from support.two_layers import assert_held, of_roots
+from support.two_layers import assert_held, root_of_squares
 from support.two_layers import solved as solved_from
 
 import jaxgrad as jg
@@ -43,7 +43,7 @@ def test_self_influence_is_the_squared_norm_or_the_leverage(entry):
 
 @pytest.mark.every(7)
 @each_loss
-def test_influence_is_the_dense_one(entry):
+def test_influence_matches_its_dense_definition(entry):
     (g, G), (test, T) = gradients(entry.name), gradients(entry.name, True)
     mu = 0.1 * np.linalg.norm(G, 2) ** 2 / len(G)
     found = quick_jit(attribution.influence)
@@ -51,8 +51,8 @@ def test_influence_is_the_dense_one(entry):
     assert_close(found(g, test, 0.0), T @ np.linalg.pinv(G), 1e-8)
 
 
-def test_influence_says_what_leaving_an_example_out_does_to_a_quadratic_loss():
-    """Ridge regression: the Gauss-Newton matrix is the Hessian, and one step of Newton is exact up to the leverage."""
+def test_influence_predicts_what_leaving_an_example_out_does_to_a_quadratic_loss():
+    """Ridge regression: the Gauss-Newton matrix is the Hessian, and one Newton step is exact up to the leverage."""
     rng = np.random.default_rng(0)
     X, y, mu = rng.normal(size=(200, 3)), rng.normal(size=200), 0.05
 
@@ -73,7 +73,7 @@ def test_influence_says_what_leaving_an_example_out_does_to_a_quadratic_loss():
 
 @pytest.mark.every(5)
 @each_model
-def test_influence_through_gauss_newton_is_the_dense_one(name):
+def test_influence_through_gauss_newton_matches_its_dense_definition(name):
     model, y = MODELS[name], np.array([0, 3, 1, 1, 2])
     train = quick_jit(curvature.gauss_newton(model.model, curvature.softmax))(model.params, model.x, y)
     loss = lambda p, x, y: curvature.softmax.value(model.model(p, x), y)  # noqa: E731
@@ -92,40 +92,40 @@ def test_influence_through_gauss_newton_is_the_dense_one(name):
         attribution.self_influence(train)
 
 
-def test_influence_of_gradients_whose_norms_differ_keeps_its_digits():
-    """Where most examples are fitted and a few are not, the smallest eigenvalues are not those that are uncertain.
+def test_influence_is_accurate_for_gradients_of_very_different_norms():
+    """Small eigenvalues that belong to well-fitted examples, with small gradients, are still accurate.
 
-    Inner products are off by u ‖g_b‖ ‖g_c‖. What that does to the solution is a matter of the condition of the matrix
-    whose diagonal is scaled to 1, about 10 here, and not of its own, 10⁹; see `solved`.
+    Inner products are off by u ‖g_b‖ ‖g_c‖. The effect on the solution depends on the condition number of the matrix
+    scaled to a unit diagonal, about 10 here, and not on that of the matrix itself, 10⁹; see `solved`.
     """
     G = np.random.default_rng(0).normal(size=(12, 30)) * np.logspace(-4, 0, 12)[:, None]
     squares, u = (G**2).sum(1), 2.0**-24
     for ratio in (1e-3, 1e-5, 1e-7, 1e-9):
         mu = ratio * np.linalg.norm(G, 2) ** 2 / 12
-        g, ridge, K = of_matrix(G, jnp.float32), float(np.float32(mu)) * 12, G @ G.T
+        g, ridge, K = gradients_with_rows(G, jnp.float32), float(np.float32(mu)) * 12, G @ G.T
         W, sizes = solved_from(K, squares, ridge, K, np.sqrt(np.outer(squares, squares)))
         w, sizes_ = solved_from(K, squares, ridge, np.ones(12), 0.0)
         rounding, root = 3 * 30**0.5 * u, np.sqrt(squares + ridge)
         assert_held(attribution.influence(g, g, mu), W.T, sizes.T, rounding)
         assert_held(attribution.self_influence(g, mu), 12 * np.diag(W), 12 * np.diag(sizes), rounding)
-        magnitude = of_roots(w, G) + of_roots(sizes_, G)
+        magnitude = root_of_squares(w, G) + root_of_squares(sizes_, G)
         assert_held(jg.curvature.natural_gradient(g, mu), G.T @ w, magnitude, rounding)
         assert np.all(50 * root[:, None] / root[None, :] > sizes.T)
         assert np.all(magnitude < 50 * np.abs(G.T @ w).max())
 
 
 @pytest.mark.every(0)
-def test_the_worst_labelled_example_is_not_lost():
+def test_the_worst_labeled_example_is_not_lost():
     logits, labels = np.eye(3, dtype=np.float32) * 100, np.array([1, 1, 2])  # the first is wrong by 100
     x = np.eye(3, dtype=np.float32)
     train = curvature.gauss_newton(lambda W, x: W @ x, curvature.softmax)(jnp.asarray(logits), x, labels)
     found = np.asarray(attribution.self_influence(train, 0.1))
-    assert found[0] == pytest.approx(20, 1e-3)  # ‖e₀ - e₁‖²/μ: there the curvature is nothing
+    assert found[0] == pytest.approx(20, 1e-3)  # ‖e₀ - e₁‖²/μ, because the curvature is 0 there
 
 
 @pytest.mark.every(7)
 @each_loss
-def test_cosines_and_noise_are_the_dense_ones(entry):
+def test_cosines_and_noise_match_their_dense_definitions(entry):
     (g, G), (other, T) = gradients(entry.name), gradients(entry.name, True)
     unit, unit_ = (A / np.linalg.norm(A, axis=1, keepdims=True) for A in (G, T))
     own, cross, (noise, signal, scale) = quick_jit(
@@ -149,25 +149,25 @@ def test_cosines_of_zero_huge_and_tiny_gradients_are_right():
     half = np.sqrt(0.5)
     for huge in (1e30, 1e38, 2e38):
         rows = np.array([[1, 0], [0, 0], [huge, huge], [1e-30, 0]])
-        found = attribution.cosine_similarity(of_matrix(rows, jnp.float32))
+        found = attribution.cosine_similarity(gradients_with_rows(rows, jnp.float32))
         assert_close(found, [[1, 0, half, 1], [0, 0, 0, 0], [half, 0, 1, half], [1, 0, half, 1]], 1e-6)
 
 
 @pytest.mark.every(0)
-def test_the_noise_of_equal_gradients_is_zero_and_of_one_unknown():
-    noise, signal, scale = attribution.noise_scale(of_matrix(np.full((7, 3), 0.1), jnp.float32))
+def test_the_noise_of_equal_gradients_is_zero_and_of_a_single_one_unknown():
+    noise, signal, scale = attribution.noise_scale(gradients_with_rows(np.full((7, 3), 0.1), jnp.float32))
     assert 0 <= noise <= 7 * 2.0**-23 * signal
     assert signal == pytest.approx(0.03, 1e-5)
     assert scale < 1e-6
-    assert np.isnan(attribution.noise_scale(of_matrix(np.ones((1, 3))))).all()
-    assert np.isnan(attribution.noise_scale(of_matrix([[1.0, np.nan], [1.0, 2.0]]))).all()
+    assert np.isnan(attribution.noise_scale(gradients_with_rows(np.ones((1, 3))))).all()
+    assert np.isnan(attribution.noise_scale(gradients_with_rows([[1.0, np.nan], [1.0, 2.0]]))).all()
 
 
 @pytest.mark.parametrize("B", [46_341, 100_000])
-def test_the_noise_scale_of_a_batch_whose_square_is_no_int32(B):
+def test_the_noise_scale_of_a_batch_whose_squared_size_exceeds_int32(B):
     G = np.random.default_rng(0).normal(size=(B, 2)).astype(np.float32) + np.float32(0.5)
     with jax.enable_x64(False):
-        found = jax.jit(lambda G: attribution.noise_scale(of_matrix(G, jnp.float32)))(G)
+        found = jax.jit(lambda G: attribution.noise_scale(gradients_with_rows(G, jnp.float32)))(G)
     noise = G.var(0, ddof=1, dtype=np.float64).sum()
     signal = (G.mean(0, dtype=np.float64) ** 2).sum() - noise / B
     np.testing.assert_allclose(found, (noise, signal, noise / signal), rtol=B**0.5 * 2.0**-22)
@@ -178,7 +178,7 @@ def test_the_noise_scale_has_no_bias():
     mean = np.array([1.0, -2.0, 0.5])
     batches = jnp.asarray(mean + 2 * rng.normal(size=(4000, 4, 3)))
     noise, signal = (
-        a.mean() for a in quick_jit(jax.vmap(lambda G: attribution.noise_scale(of_matrix(G))[:2]))(batches)
+        a.mean() for a in quick_jit(jax.vmap(lambda G: attribution.noise_scale(gradients_with_rows(G))[:2]))(batches)
     )
     assert noise == pytest.approx(12, rel=0.05)
     assert signal == pytest.approx(5.25, rel=0.1)
@@ -195,13 +195,13 @@ def test_random_projections_are_linear_and_keep_inner_products(name):
     error = np.abs(projected @ projected.T - G @ G.T) / np.outer(lengths, lengths)
     assert error.max() < 5 * np.sqrt(2 / 1000)
     c = jnp.linspace(-1, 1, len(G))
-    total = project(of_tree(g.weighted_sum(c)), key, 1000)
+    total = project(batch_of_one(g.weighted_sum(c)), key, 1000)
     assert_close(total[0], c @ np.asarray(projected))
     assert_close(project(g, key, 7) * 7**0.5, projected[:, :7] * 1000**0.5)
 
 
-def of_tree(tree):
-    """One gradient, written out."""
+def batch_of_one(tree):
+    """One gradient as a batch of size 1, materialized."""
     return jg.PerExampleGrads(jax.tree.map(lambda a: (jg.per_example.Dense.of(a[None], a.dtype),), tree))
 
 
@@ -228,7 +228,7 @@ def test_grand_and_tracin_are_sums_over_checkpoints():
 @pytest.mark.every(9)
 @each_model
 @pytest.mark.parametrize("block_size", [None, 2])
-def test_ntk_is_the_dense_one_in_any_blocks(name, block_size):
+def test_ntk_matches_its_dense_definition_for_any_block_size(name, block_size):
     model = MODELS[name]
     J = jacobian(model)
     dense = np.einsum("bop,cqp->bcoq", J, J)
@@ -283,7 +283,7 @@ def test_ntk_holds_no_more_than_a_block_s_gradients():
 
 @pytest.mark.every(0)
 @pytest.mark.parametrize("entry", LOSSES[:3], ids=lambda entry: entry.name)
-def test_gram_and_influence_in_blocks_are_those_of_the_whole(entry):
+def test_gram_and_influence_in_blocks_match_those_of_the_whole_batch(entry):
     (g, G), (test, T) = gradients(entry.name), gradients(entry.name, True)
     train, others = Batches(*entry.batch, size=2), Batches(*reordered(entry), size=2)
     mu = 0.1 * np.linalg.norm(G, 2) ** 2 / len(G)
@@ -296,7 +296,7 @@ def test_gram_and_influence_in_blocks_are_those_of_the_whole(entry):
 
 @pytest.mark.every(3)
 @pytest.mark.parametrize("size", [1e-25, 1.0, 1e20])
-def test_influence_in_blocks_is_of_any_scale(size):
+def test_influence_in_blocks_works_at_any_scale(size):
     G = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32) * np.float32(size)
     batches = Batches(G, size=3)
     loss = lambda w, x: w @ x  # noqa: E731
@@ -327,7 +327,7 @@ def test_equal_scores_are_in_the_order_of_the_examples():
 
 @pytest.mark.usefixtures("plain_types")
 def test_errors_name_the_call():
-    g = of_matrix(np.eye(3))
+    g = gradients_with_rows(np.eye(3))
     for call, function in (
         ("self_influence", lambda: attribution.self_influence(g, -1.0)),
         ("influence", lambda: attribution.influence(g, g, np.nan)),
@@ -363,7 +363,7 @@ def test_errors_name_the_call():
 
 
 @pytest.mark.usefixtures("plain_types")
-def test_what_would_be_taken_apart_is_refused(tmp_path):
+def test_arguments_that_would_be_iterated_by_mistake_are_refused(tmp_path):
     params, X, Y = exercise()
     loss, batches = (lambda w, x: jnp.sin(w @ x)), Batches(X, size=2)
     for name, train, test in (("train", X, (X,)), ("test", (X,), X), ("train", {"x": X}, (X,))):
@@ -395,8 +395,8 @@ def test_what_would_be_taken_apart_is_refused(tmp_path):
 
 @pytest.mark.every(0)
 def test_empty_batches_have_empty_results():
-    g = of_matrix(np.zeros((0, 3)))
-    full = of_matrix(np.eye(3))
+    g = gradients_with_rows(np.zeros((0, 3)))
+    full = gradients_with_rows(np.eye(3))
     assert attribution.self_influence(g, 1.0).shape == (0,)
     assert attribution.influence(full, g, 1.0).shape == (0, 3)
     assert attribution.influence(g, full, 1.0).shape == (3, 0)

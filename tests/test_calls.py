@@ -1,4 +1,4 @@
-"""How the transforms are called: arguments and results of every sort, held against jax.vmap(jax.value_and_grad(…))."""
+"""How the transforms are called: arguments and results of every kind, against jax.vmap(jax.value_and_grad(…))."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental import sparse
 from support.quick import quick_jit
-from test_transform import close, many, many_data, mlp, mlp_data, normal, ours, theirs
+from test_transform import close, from_factors, many, many_data, mlp, mlp_data, normal, reference
 
 import jaxgrad as jg
 
@@ -21,7 +21,7 @@ JIT = pytest.mark.parametrize("jit", [quick_jit, lambda f: f], ids=["jit", "eage
 
 
 def same(found, expected, rtol=0.0):
-    """Equal trees of arrays: values, shapes, dtypes, and whether these are weak."""
+    """Assert equal trees of arrays: values, shapes, dtypes and weak types."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert isinstance(a, jax.Array)
@@ -32,7 +32,7 @@ def same(found, expected, rtol=0.0):
         np.testing.assert_allclose(a, b, rtol=rtol)
 
 
-# --- Which argument is what ------------------------------------------------------------------------------------------
+# --- Parameters, examples and shared arguments ------------------------------------------------------------------------
 
 
 @pytest.mark.every(7)
@@ -59,19 +59,19 @@ def test_argnums_and_in_axes(argnums, in_axes):
     axes = jax.tree.map(int, axes)
     x = {"x": X, "more": [normal(5, 6, 3), {"y": normal(6, 6, 2), "z": normal(7, 6, 4)}]}
     args = jax.tree.map(placed, axes, (x, p, {"v": p.pop("v")}, Y[:, None]), is_leaf=lambda axis: axis is None)
-    close(quick_jit(ours(loss, argnums, in_axes))(*args), quick_jit(theirs(loss, argnums, axes))(*args))
+    close(quick_jit(from_factors(loss, argnums, in_axes))(*args), quick_jit(reference(loss, argnums, axes))(*args))
 
 
 @pytest.mark.parametrize("transform", [jg.per_example_grad, jg.explain])
 @pytest.mark.parametrize("flag", [True, np.bool_(True), jnp.array(True)], ids=["bool", "numpy", "jax"])
-def test_what_all_examples_share_may_be_anything_and_is_known(transform, flag):
+def test_shared_arguments_may_be_anything_and_are_not_traced(transform, flag):
     def loss(p, x, y, function, name, flag, power):
         return function(mlp(p, x, y)) ** power if flag and name == "on" else x.sum()
 
     (p, X, Y), shared = mlp_data(), (jnp.cos, "on", flag, 3)
     result = transform(loss, in_axes=(None, 0, 0, None, None, None, None))(p, X, Y, *shared)
     if transform is jg.per_example_grad:
-        close(result.materialize(), quick_jit(theirs(lambda *a: loss(*a, *shared)))(p, X, Y)[0])
+        close(result.materialize(), quick_jit(reference(lambda *a: loss(*a, *shared)))(p, X, Y)[0])
 
 
 def test_keyword_arguments_are_batched():
@@ -80,14 +80,14 @@ def test_keyword_arguments_are_batched():
 
     (p, X, Y), extra = mlp_data(), {"a": normal(5, 6, 2)}
     g = jg.per_example_grad(loss)(p, X, y=Y, extra=extra)
-    expected = quick_jit(theirs(lambda p, x, y, e: loss(p, x, y=y, extra=e), 0, (None, 0, 0, 0)))(p, X, Y, extra)
+    expected = quick_jit(reference(lambda p, x, y, e: loss(p, x, y=y, extra=e), 0, (None, 0, 0, 0)))(p, X, Y, extra)
     close(g.materialize(), expected[0])
     assert (len(g), jg.per_example_grad(loss).__name__) == (6, "loss")
 
 
 @pytest.mark.every(7)
 @pytest.mark.parametrize("shared", [True, 2.0, 3, "a word", None, np.float32(2), jnp.float32(2), len], ids=str)
-def test_keyword_arguments_that_are_no_arrays_are_shared_and_known(shared):
+def test_keyword_arguments_that_are_not_arrays_are_shared_and_not_traced(shared):
     def loss(w, x, *, option, inner):
         assert jax.tree.leaves(option) == jax.tree.leaves(shared)
         assert inner[1] == "on"
@@ -103,18 +103,18 @@ def test_keyword_arguments_that_are_no_arrays_are_shared_and_known(shared):
     assert jg.explain(loss)(W, X, **options).batch_size == B
 
 
-def test_positional_arguments_without_leaves_are_shared_and_others_need_none():
+def test_positional_arguments_without_leaves_are_shared_and_others_need_none_in_in_axes():
     loss = lambda w, x, none, empty: jnp.sin(w @ x)  # noqa: E731
     assert len(jg.per_example_grad(loss)(W, X, None, {})) == B
-    for other, what in (
+    for argument, message in (
         (2.0, r"got shape \(\)"),
         ("a word", "got str"),
         (len, "got builtin"),
         (np.array(["a"]), "got"),
     ):
-        with pytest.raises((TypeError, ValueError), match=f"argument 2, .*{what}.* None in in_axes"):
-            jg.per_example_grad(loss)(W, X, other, {})
-        assert len(jg.per_example_grad(loss, in_axes=(None, 0, None, 0))(W, X, other, {})) == B
+        with pytest.raises((TypeError, ValueError), match=f"argument 2, .*{message}.* None in in_axes"):
+            jg.per_example_grad(loss)(W, X, argument, {})
+        assert len(jg.per_example_grad(loss, in_axes=(None, 0, None, 0))(W, X, argument, {})) == B
 
 
 @pytest.mark.every(0)
@@ -122,7 +122,7 @@ def test_a_sparse_batch_is_named_and_its_parts_are_a_batch():
     def loss(w, x):
         return jnp.sin(x @ w)
 
-    def of_parts(w, data, indices):
+    def loss_of_parts(w, data, indices):
         return loss(w, sparse.BCOO((data, indices), shape=(3,)))
 
     batch = sparse.BCOO.fromdense(X, n_batch=1)
@@ -130,15 +130,15 @@ def test_a_sparse_batch_is_named_and_its_parts_are_a_batch():
         with pytest.raises(TypeError, match=r"per_example_grad: expected dense arrays .* Pass its parts"):
             jg.per_example_grad(loss)(*args, **options)
     expected = jax.vmap(jax.grad(loss), (None, 0))(W, X)
-    same(jg.per_example_grad(of_parts)(W, batch.data, batch.indices).materialize(), expected, 1e-12)
-    features = sparse.BCOO.fromdense(jnp.diag(W))  # what all examples share may be sparse
+    same(jg.per_example_grad(loss_of_parts)(W, batch.data, batch.indices).materialize(), expected, 1e-12)
+    features = sparse.BCOO.fromdense(jnp.diag(W))  # a shared argument may be sparse
     shared = jg.per_example_grad(lambda w, f, x: loss(f @ w, x), in_axes=(None, None, 0))(W, features, X)
     same(shared.materialize(), jax.vmap(jax.grad(lambda w, x: loss(W * w, x)), (None, 0))(W, X), 1e-12)
 
 
 @pytest.mark.parametrize("transform", [jg.per_example_grad, jg.explain])
-def test_what_an_array_is_does_not_depend_on_which_object_it_is(transform):
-    """A proximal term: the start is the very array that is trained, and its values are looked at."""
+def test_a_shared_argument_may_be_the_same_object_as_the_parameters(transform):
+    """A proximal term: the start is the same array as the parameters, but it is shared and not traced."""
 
     def loss(w, x, start, scale):
         assert not isinstance(start, jax.core.Tracer)
@@ -176,8 +176,8 @@ def test_in_axes_that_do_not_fit_are_named(in_axes, error, message):
         jg.clipped_grad(mlp, 1.0, in_axes=in_axes)(*mlp_data())
 
 
-def test_in_axes_pass_through_what_is_built_on_it():
-    """Attribution, and streams take the loss's in_axes, the parameters' None first."""
+def test_attribution_and_streams_take_in_axes():
+    """Attribution and streams take the loss's in_axes, which start with None for the parameters."""
     axes, shift = (None, 1, None), jnp.ones(())
     loss = lambda w, x, shift: jnp.sin(w @ x + shift)  # noqa: E731
     batch, options = (X.T, shift), {"in_axes": axes}
@@ -217,7 +217,7 @@ AUX = {
 @pytest.mark.every(13)
 @JIT
 @pytest.mark.parametrize("value", VALUES)
-def test_results_that_are_not_gradients_are_the_arrays_that_jax_returns(value, jit):
+def test_results_that_are_not_gradients_equal_those_of_jax(value, jit):
     def loss(w, x):
         return VALUES[value](w, x), {name: aux(w, x) for name, aux in AUX.items()}
 
@@ -233,7 +233,7 @@ def test_results_that_are_not_gradients_are_the_arrays_that_jax_returns(value, j
         same((info.values, info.aux), (values, extra))
 
 
-# --- What leaves a transform -----------------------------------------------------------------------------------------
+# --- Tracer leaks -----------------------------------------------------------------------------------------------------
 
 CALLS = {
     "per_example_grad": jg.per_example_grad,

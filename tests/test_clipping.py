@@ -1,4 +1,4 @@
-"""clipped_grad: the sums of jax-privacy and optax, and the guarantee on neighbouring batches."""
+"""clipped_grad: agreement with jax-privacy and optax, and the guarantee on neighboring batches."""
 
 import functools
 
@@ -25,12 +25,12 @@ MODELS = {
 
 MODEL = pytest.mark.parametrize("name", MODELS)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)  # what is compiled here runs once
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)  # each program here runs once
 
 
 @pytest.fixture(autouse=True)
-def users_settings():
-    """JAX as it comes, but in float64."""
+def jax_defaults():
+    """JAX's default promotion rules, in float64."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -40,8 +40,8 @@ def wide(tree):
 
 
 @functools.cache
-def written_out(name):
-    """(params, batch, gradients of every example, their norms, a bound about in the middle of those)."""
+def reference(name):
+    """(params, batch, materialized gradients, their norms, a bound near the median norm)."""
     model = MODELS[name]
     params, batch = wide(model.params), wide(model.batch)
     if name == "conv net":
@@ -51,7 +51,7 @@ def written_out(name):
     return params, batch, G, norms, 1.01 * float(np.median(norms))
 
 
-# --- The same sums as others ------------------------------------------------------------------------------------------
+# --- Agreement with jax-privacy and optax -----------------------------------------------------------------------------
 
 
 @pytest.mark.every(13)
@@ -59,16 +59,16 @@ def written_out(name):
 @pytest.mark.parametrize("microbatch_size", [None, 1, 3])
 @MODEL
 def test_the_sums_are_those_of_jax_privacy_and_optax(name, microbatch_size):
-    params, batch, G, norms, bound = written_out(name)
+    params, batch, G, norms, bound = reference(name)
     loss, axes = MODELS[name].loss, tuple(range(1, 1 + len(batch)))
-    ours = quick_jit(jg.clipped_grad(loss, bound, microbatch_size=microbatch_size))
-    theirs = jax_privacy.clipped_grad(
+    our_grad = quick_jit(jg.clipped_grad(loss, bound, microbatch_size=microbatch_size))
+    privacy_grad = jax_privacy.clipped_grad(
         loss, l2_clip_norm=bound, batch_argnums=axes, keep_batch_dim=False, return_values=True
     )
-    theirs = quick_jit(theirs)
+    privacy_grad = quick_jit(privacy_grad)
     for mask in (np.ones(B, bool), np.arange(B) % 3 != 1, np.zeros(B, bool)):
-        total, info = ours(params, *batch, mask=mask)
-        expected, aux = theirs(params, *batch, is_padding_example=~mask)
+        total, info = our_grad(params, *batch, mask=mask)
+        expected, aux = privacy_grad(params, *batch, is_padding_example=~mask)
         chex.assert_trees_all_close(total, expected, rtol=1e-6, atol=1e-6 * bound)
         np.testing.assert_allclose(info.norms, np.where(mask, norms, 0), rtol=1e-9)
         np.testing.assert_allclose(info.values, np.where(mask, aux.values, 0), rtol=1e-9)
@@ -85,21 +85,21 @@ def test_the_sums_are_those_of_jax_privacy_and_optax(name, microbatch_size):
 @pytest.mark.every(5)
 @MODEL
 def test_each_group_is_clipped_by_itself(name):
-    params, batch, G, _, bound = written_out(name)
+    params, batch, G, _, bound = reference(name)
     by_key = {key: bound / (2 + k) for k, key in enumerate(params)} if isinstance(params, dict) else None
     bounds = by_key or [bound / (2 + k) for k in range(len(params))]
     total, info = quick_jit(jg.clipped_grad(MODELS[name].loss, bounds))(params, *batch)
-    over = np.zeros(B, bool)
+    exceeded = np.zeros(B, bool)
     for key in params if by_key else range(len(params)):
         norms = np.sqrt(sum(np.square(leaf).reshape(B, -1).sum(1) for leaf in jax.tree.leaves(G[key])))
         c = np.minimum(1, bounds[key] / np.maximum(norms, 1e-30))
-        over |= norms > bounds[key]
+        exceeded |= norms > bounds[key]
         expected = jax.tree.map(lambda leaf, c=c: np.tensordot(c, leaf, 1), G[key])
         chex.assert_trees_all_close(total[key], expected, rtol=1e-6, atol=1e-6 * bound)
-    assert info.clipped_fraction == over.mean()
+    assert info.clipped_fraction == exceeded.mean()
 
 
-# --- A loss whose gradient is any sum of products one likes -----------------------------------------------------------
+# --- A loss whose gradient can be any sum of products -----------------------------------------------------------------
 
 F, K, T = 24, 20, 4
 BOUNDS = {"flat": 1.5, "groups": {"W": 0.75, "b": 2.0, "E": 0.5}}
@@ -116,7 +116,7 @@ def parameters(dtype):
 
 
 def adversarial(rng, pairs, size):
-    """(s, x, ids) of pairs × size examples: of all magnitudes, cancelling, aligned, zero, not finite, apart."""
+    """(s, x, ids) of pairs × size examples: of all magnitudes, canceling, aligned, zero, not finite, unbalanced."""
     s, x = rng.normal(size=(pairs, size, T, F)), rng.normal(size=(pairs, size, T, K))
     kind = rng.integers(0, 9, (pairs, size, 1, 1))
     s *= np.where(kind >= 1, 10.0 ** rng.uniform(-20, 15, (pairs, size, 1, 1)), 1)
@@ -127,8 +127,8 @@ def adversarial(rng, pairs, size):
     same = rng.normal(size=F), rng.normal(size=K)
     s, x = np.where(kind == 4, same[0] * 1e3, s), np.where(kind == 4, same[1], x)
     s = np.where(kind == 5, 0.0, s)
-    apart = np.where(kind == 8, 10.0 ** rng.uniform(-18, 18, (pairs, size, T, 1)), 1)
-    s, x = s * apart, x / apart
+    unbalanced = np.where(kind == 8, 10.0 ** rng.uniform(-18, 18, (pairs, size, T, 1)), 1)
+    s, x = s * unbalanced, x / unbalanced
     worst = rng.choice([np.nan, np.inf, -np.inf, 3e38, 1e-45, 1e-38], (pairs, size, 1, 1))
     s = np.where((kind == 6) & (rng.random(s.shape) < 0.3), worst, s)
     x = np.where((kind == 7) & (rng.random(x.shape) < 0.3), worst, x)
@@ -172,7 +172,7 @@ def test_one_example_moves_the_sum_by_at_most_the_sensitivity(passes, dtype, kin
     assert largest <= bound
 
 
-def test_a_removed_example_is_a_masked_one():
+def test_removing_an_example_equals_masking_it():
     rng = np.random.default_rng(1)
     gradient = jax.jit(jg.clipped_grad(loss, 1.5))
     for _ in range(20):
@@ -206,12 +206,12 @@ def test_shapes_and_operations_do_not_depend_on_the_data():
     example = (jnp.ones((6, T, F)), jnp.ones((6, T, K)), jnp.zeros((6, T), jnp.int32))
     function = jax.jit(lambda *a: gradient(parameters(jnp.float32), *a[:-1], mask=a[-1]))
     program = function.lower(*example, jnp.ones(6, bool)).compile().as_text()
-    assert " while(" in program  # over microbatches, as often as the shapes say
+    assert " while(" in program  # over microbatches; its trip count depends on shapes only
     assert program.count(" while(") == program.count("known_trip_count")
     assert " conditional(" not in program
 
 
-# --- What is not finite, what is empty, what lies on the bound --------------------------------------------------------
+# --- Gradients that are not finite, empty batches, norms on the bound -------------------------------------------------
 
 
 def simple(w, x, y):
@@ -278,7 +278,7 @@ def test_a_weighting_may_return_one_number_and_nothing_but_numbers():
             jg.clipped_grad(simple, 2.0, weighting=lambda norms, bound, other=other: other)(w, x, y)
 
 
-def test_an_infinite_bound_clips_nothing_and_one_that_is_not_positive_is_seen():
+def test_an_infinite_bound_clips_nothing_and_one_that_is_not_positive_gives_nan():
     w, x, y = jnp.ones(3), jnp.arange(12.0).reshape(4, 3), jnp.arange(4.0)
     g = jg.per_example_grad(simple)(w, x, y)
     total, info = jg.clipped_grad(simple, np.inf)(w, x, y)
@@ -293,8 +293,8 @@ def test_an_infinite_bound_clips_nothing_and_one_that_is_not_positive_is_seen():
 
 
 @pytest.mark.every(0)
-def test_numbers_that_cancel_do_not_slip_through():
-    """The norm of a difference of equal products, by inner products in float32, is what rounding leaves."""
+def test_terms_that_cancel_do_not_exceed_the_bound():
+    """Inner products in float32 give only rounding error for the norm of a difference of equal products."""
     rng = np.random.default_rng(3)
     s = jnp.asarray(1e6 * np.array([1, -1, 1, -1])[:, None] * rng.normal(size=F), jnp.float32)[None]
     x = jnp.asarray(np.broadcast_to(rng.normal(size=K), (T, K)) * (1 + 1e-7 * rng.normal(size=(T, 1))), jnp.float32)[
@@ -307,8 +307,8 @@ def test_numbers_that_cancel_do_not_slip_through():
 
 @pytest.mark.every(3)
 @pytest.mark.parametrize(("huge", "zero"), [(3e38, 0.0), (3e38, 1e-42), (np.inf, 0.0)])
-def test_a_side_beyond_all_numbers_beside_one_of_zero_spoils_nothing(huge, zero):
-    """Of two positions: the first side's norm is infinite, and the product is 0 (or, of ∞, not a number)."""
+def test_a_factor_with_an_infinite_norm_and_a_zero_factor_do_no_harm(huge, zero):
+    """At the first of two positions one side's norm is infinite and the product is 0, or NaN for entries of ∞."""
     s = jnp.ones((3, 2, F), jnp.float32).at[0, 0].set(huge)
     x = jnp.ones((3, 2, K), jnp.float32).at[0, 0].set(zero)
     total, info = jg.clipped_grad(lambda W, s, x: jnp.sum(s * (x @ W.T)), 1.0)(jnp.zeros((F, K), jnp.float32), s, x)
@@ -316,7 +316,7 @@ def test_a_side_beyond_all_numbers_beside_one_of_zero_spoils_nothing(huge, zero)
     np.testing.assert_allclose(np.linalg.norm(total), 2 + np.isfinite(huge), rtol=1e-3)
 
 
-def test_arguments_as_those_of_per_example_grad():
+def test_arguments_are_those_of_per_example_grad():
     keys = jax.random.split(jax.random.key(0), 5)
     noisy = lambda scale, w, x, key: (scale * simple(w["w"], x + jax.random.normal(key, (3,)), 1.0), x)  # noqa: E731
     x, w = jnp.arange(15.0).reshape(3, 5), {"w": jnp.ones(3)}
@@ -344,7 +344,7 @@ def test_errors_name_the_call():
     for size in (-1, 2.5, "2"):
         with pytest.raises(ValueError, match="clipped_grad: expected a microbatch size of at least 1"):
             jg.clipped_grad(simple, 1.0, microbatch_size=size)
-    for weighting in ("normalise", clipping.automatic, None):
+    for weighting in ("normalize", clipping.automatic, None):
         with pytest.raises(TypeError, match='clipped_grad: expected "clip", "normalize" or a function'):
             jg.clipped_grad(simple, 1.0, weighting=weighting)
     with pytest.raises(ValueError, match="sensitivity: expected a batch size of at least 0, got -5"):
@@ -383,7 +383,7 @@ def test_a_loss_with_a_mask_of_its_own_is_not_given_padding_silently(fun):
     np.testing.assert_allclose(by_position.norms, norms, rtol=1e-12)
 
 
-def test_a_loss_whose_mask_is_no_keyword_is_given_padding():
+def test_a_loss_whose_mask_is_not_a_keyword_is_given_padding():
     def fun(w, mask, /):
         return w @ mask
 

@@ -68,7 +68,7 @@ cases = {
 
 
 def everything(module, sigma):
-    """All gradients of a module at once, compiled together: what one compilation can hold in 60 examples' time."""
+    """All gradients of a module in one compiled program, because compilation takes most of the time."""
 
     def function(params, X, Y):
         results = [module.batched_grad(params, X, Y, sigma), module.batched_input_grad(params, X, Y, sigma)]
@@ -95,9 +95,9 @@ def test_hessian_vector_product_is_jvp_of_grad(seed, B, H, D, name, dtype):
     params, X, Y = batch(seed, max(B, 1), H, D, jnp.dtype(dtype))
     V = jax.tree.map(lambda a: a[..., ::-1] + 1, params)
     args = (params, V, X, Y, ACTIVATIONS[name])
-    if name == "elu":  # as far as jax.grad knows, a continuous slope
+    if name == "elu":  # jax.grad takes its slope to be differentiable at 0
         return
-    if dtype in ("float16", "bfloat16"):  # jvp of grad loses too much there: hold it against float64
+    if dtype in ("float16", "bfloat16"):  # jvp of grad is not accurate enough there: compare with float64
         wide = [jax.tree.map(lambda a: a.astype(jnp.float64), a) for a in args[:4]]
         expected = autodiff.hessian_vector_product(*wide, args[4])
         found = closed_form.hessian_vector_product(*args)
@@ -128,15 +128,16 @@ def test_both_modules_have_the_same_names_and_signatures():
         for name, f in vars(closed_form).items()
         if inspect.isfunction(f) and not name.startswith("_") and f.__module__ == closed_form.__name__
     }
-    assert public == {*NAMES, "factored_grads"}  # as factors: there is no such thing through jax.grad
+    assert public == {*NAMES, "factored_grads"}  # only by hand: jax.grad gives no factors
     for name in NAMES:
-        mine, theirs = getattr(closed_form, name), getattr(autodiff, name)
+        function, reference = getattr(closed_form, name), getattr(autodiff, name)
         by_hand, by_jax = (
-            [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()] for f in (mine, theirs)
+            [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+            for f in (function, reference)
         )
         assert by_hand == by_jax
-        assert mine.__doc__
-        assert theirs.__doc__
+        assert function.__doc__
+        assert reference.__doc__
 
 
 def test_batched_grad_is_grad_of_each_example():
@@ -171,7 +172,7 @@ def check_against_the_oracle(params, x, y, dtype, name):
     pi = float(true["pi"])
     rounding = float(ml_dtypes.finfo(dtype).eps) / 2
     common = 32 * u + 2 * (1 - pi) * dbeta + rounding
-    # Where a factor underflows, that much is lost of it: the others may be large.
+    # A factor that underflows loses this much, and the other factors may be large.
     tiny = float(ml_dtypes.finfo(np.float64 if dtype == "float64" else np.float32).smallest_normal)
     tiny *= max(1.0, *w) * max(1.0, float(jnp.abs(x).max()))
     tiny = max(tiny, float(ml_dtypes.finfo(dtype).smallest_normal))
@@ -234,7 +235,7 @@ def test_within_the_documented_bound_of_60_digit_arithmetic_margins_to_ten_thous
     size = abs(float(params.w @ ACTIVATIONS[name].value(params.W @ x + params.b)))
     params = params._replace(w=params.w * (10**log_margin / max(size, 1e-6)))
     params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
-    if not all(bool(jnp.isfinite(leaf).all()) for leaf in params):  # float16 ends at 65504
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in params):  # the largest float16 is 65504
         return
     check_against_the_oracle(params, x, jnp.asarray(y, dtype), dtype, name)
 
@@ -285,7 +286,7 @@ def test_saturated_units_have_gradients_where_jax_grad_has_none(name, dtype, z):
     assert eager.b[0] == 0
     true = oracle.gradient(params, x, y, name)
     if abs(true["b"][0]) < float(ml_dtypes.finfo(dtype).smallest_normal):
-        return  # tanh at z = 80 in float32: 0 is right
+        return  # tanh at z = 80 in float32: 0 is correct
     bound = 16 if dtype != "bfloat16" else 1
     assert oracle.ulps(closed_form.grad(params, x, y, sigma).W[0, 0], true["W"][0][0], dtype) <= bound
     assert oracle.ulps(closed_form.grad(params, x, y, sigma).b[0], true["b"][0], dtype) <= bound
@@ -312,7 +313,7 @@ def test_half_precision_sums_do_not_lose_small_terms():
     np.testing.assert_allclose(float(gradient.b[0]), -0.25 / (1 + np.exp(0.5)), rtol=1e-2)
 
 
-# --- As JAX users use it ---------------------------------------------------------------------------------------
+# --- Under JAX's transformations --------------------------------------------------------------------------------------
 
 
 def test_works_under_jit_vmap_grad_and_scan():
@@ -354,7 +355,7 @@ def test_no_tracer_leaks():
             module.batched_grad(params, X, Y, Activation.from_function(jnp.arctan))
 
 
-def test_numpy_lists_and_python_signs_are_welcome():
+def test_numpy_lists_and_python_signs_are_accepted():
     params, X, _ = batch(6, 2, 3, 4)
     expected = closed_form.grad(params, X[0], jnp.ones(()))
     for x, y in ((np.asarray(X[0]), 1.0), (X[0].tolist(), 1), (X[0], np.float64(1))):
@@ -373,7 +374,7 @@ def test_mixed_dtypes_keep_each_parameters_dtype():
     close(found, expected, 2e-2)
 
 
-def test_a_changed_activation_is_compiled_anew_and_the_same_is_not():
+def test_another_activation_recompiles_and_the_same_one_does_not():
     params, X, Y = batch(8, 2, 3, 4)
     a = closed_form.batched_grad(params, X, Y, logistic)
     b = closed_form.batched_grad(params, X, Y, activation=tanh)
@@ -439,7 +440,7 @@ class TestErrorsNameTheCallWhatWasExpectedAndWhatCame:
             getattr(module, name)(*args)
         assert str(caught.value).startswith(f"{module.__name__.replace('jaxgrad.exercise', 'network')}.{name}: ")
 
-    def test_a_mean_over_nothing(self, module):
+    def test_the_mean_of_an_empty_batch(self, module):
         with pytest.raises(ValueError, match="expected at least one example"):
             module.value_and_grad(P34, X4[:0], Y4[:0])
         with pytest.raises(ValueError, match="expected at least one example"):

@@ -1,4 +1,4 @@
-"""How kernels, bytes and products of compiled programs are counted, on programs whose answer is known; and budgets."""
+"""Counts of kernels, bytes and products in compiled programs, on programs whose counts are known; and budgets."""
 
 # ruff: noqa: E501  # lines of programs as compilers print them
 
@@ -119,19 +119,19 @@ LOOP = """
     """
 
 
-def test_a_loop_counts_as_often_as_it_runs_and_a_slice_as_what_is_taken_or_written():
+def test_a_loop_counts_once_per_iteration_and_a_slice_by_what_is_read_or_written():
     counts = program(LOOP).counts()
     assert counts.kernels == 16
-    read, written = 4 * 100 + 4, 4 * 100  # of a fusion: a row and its number; the row
+    read, written = 4 * 100 + 4, 4 * 100  # a fusion reads a row and its index, and writes the row
     assert counts.bytes == 8 * ((read + written) + (4 * 100 + 4 + written))
 
 
-def test_a_loop_that_runs_nobody_knows_how_often_is_an_error():
+def test_a_loop_with_an_unknown_trip_count_is_an_error():
     with pytest.raises(ValueError, match="how often the loop w runs"):
         program(LOOP.replace("known_trip_count", "something")).counts()
 
 
-def test_of_a_conditional_the_branch_that_moves_most_counts():
+def test_a_conditional_counts_the_branch_that_moves_most():
     p = program(
         """
         %one (a: f32[10]) -> f32[10] {
@@ -155,7 +155,7 @@ def test_of_a_conditional_the_branch_that_moves_most_counts():
     assert (p.counts().kernels, p.counts().bytes) == (2, 4 * 40)
 
 
-def test_tiles_are_counted_with_their_padding_and_what_is_on_the_chip_is_not():
+def test_tiles_are_counted_with_their_padding_and_on_chip_memory_is_not():
     (tiled,) = shapes("f32[3,5]{1,0:T(8,128)}")
     assert tiled == Shape("f32", (3, 5), (1, 0), (8, 128))
     assert tiled.bytes == 4 * 8 * 128
@@ -187,12 +187,12 @@ def test_a_convolution_and_a_library_call_are_products():
     assert conv.bytes == 2 * (8 * 28 * 28 * 48 + 9 * 16 * 32)
 
 
-def test_a_program_of_this_machine_is_read():
+def test_a_program_compiled_on_this_machine_is_parsed():
     text = jax.jit(lambda a, b: jnp.tanh(a @ b).sum()).lower(*[jnp.ones((64, 64))] * 2).compile().as_text()
     assert Program(text).counts().bytes >= 2 * 8 * 64 * 64
 
 
-# --- Budgets: what the compiler of an H100 makes of a few models ------------------------------------------------------
+# --- Budgets: a few models as compiled for an H100 --------------------------------------------------------------------
 
 BUDGETS = ROOT / "tests" / "support" / "budgets.py"
 

@@ -1,4 +1,4 @@
-"""Curvature: each quantity against its dense definition in float64, and what is promised of rank and rounding."""
+"""Curvature: each quantity against its dense definition in float64, and the guarantees about rank and rounding."""
 
 import functools
 import itertools
@@ -18,9 +18,9 @@ from support.dense import (
     exercise,
     flat,
     gradients,
+    gradients_with_rows,
     jacobian,
     matrix,
-    of_matrix,
     solved,
 )
 from support.quick import quick_jit
@@ -48,7 +48,7 @@ def random_like(tree, seed=0):
 
 @pytest.mark.every(7)
 @each_loss
-def test_products_solves_steps_and_diagonals_are_the_dense_ones(entry):
+def test_products_solves_steps_and_diagonals_match_the_dense_ones(entry):
     g, G = gradients(entry.name)
     v = random_like(entry.params)
     mu = 0.1 * np.linalg.norm(G, 2) ** 2 / len(G)
@@ -80,7 +80,7 @@ def test_the_solve_agrees_with_conjugate_gradients_on_the_product():
 
 @pytest.mark.every(3)
 @pytest.mark.parametrize("ratio", [1e-2, 1e-5, 1e-8])
-def test_a_small_damping_loses_no_more_than_is_said(ratio):
+def test_a_small_damping_loses_no_more_accuracy_than_documented(ratio):
     g, G = gradients("mlp")
     v, eps = random_like(jax.tree.map(lambda a: a[0], g.materialize())), np.finfo(float).eps
     mu = ratio * np.linalg.norm(G, 2) ** 2 / len(G)
@@ -99,7 +99,7 @@ STEP = quick_jit(natural_gradient)
 
 
 def step_by_svd(G, mu, rank=None):
-    """(GᵀG/n + μI)⁻¹ ḡ from the singular values of G, of which the first `rank` are not zero."""
+    """(GᵀG/n + μI)⁻¹ ḡ from the singular values of G, of which only the first `rank` are used."""
     U, S, Vt = np.linalg.svd(G, full_matrices=False)
     U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
     return Vt.T @ (S / (S**2 + mu * len(G)) * U.sum(0))
@@ -119,26 +119,26 @@ def test_duplicate_zero_and_dependent_examples_do_no_harm(mu, dtype):
     n, ridge, largest = len(G), mu * len(G), np.linalg.norm(G, 2) ** 2
     unknown = n * float(jnp.finfo(dtype).eps) * largest
     least = np.linalg.svd(G, compute_uv=False)[3] ** 2
-    step = STEP(of_matrix(G, dtype), mu)
+    step = STEP(gradients_with_rows(G, dtype), mu)
     assert step.dtype == dtype
     assert_close(step, step_by_svd(G, mu, 4), 3 * unknown / (ridge if ridge > 10 * unknown else least))
 
 
 @pytest.mark.every(2)
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e12, 1e30])
-def test_the_scale_of_the_gradients_is_no_matter(size):
+def test_the_scale_of_the_gradients_does_not_matter(size):
     G = np.random.default_rng(0).normal(size=(5, 8))
     rounding = 8 * np.linalg.cond(G @ G.T) * 2.0**-24
-    step = natural_gradient(of_matrix(G * np.float64(size), jnp.float32), 0.0)
+    step = natural_gradient(gradients_with_rows(G * np.float64(size), jnp.float32), 0.0)
     assert_close(np.asarray(step, np.float64) * size, np.linalg.pinv(G) @ np.ones(5), rounding)
     mu = 0.5 * min(max(size**2, 1e-36), 1e36)
-    assert_close(natural_gradient(of_matrix(G * size, jnp.float32), mu), step_by_svd(G * size, mu), rounding)
+    assert_close(natural_gradient(gradients_with_rows(G * size, jnp.float32), mu), step_by_svd(G * size, mu), rounding)
 
 
 def test_zero_gradients_give_a_zero_step_and_no_examples_give_nan():
     for mu in (0.0, 1.0):
-        assert np.all(np.asarray(natural_gradient(of_matrix(np.zeros((3, 4))), mu)) == 0)
-        assert np.all(np.isnan(natural_gradient(of_matrix(np.zeros((0, 4))), mu)))
+        assert np.all(np.asarray(natural_gradient(gradients_with_rows(np.zeros((3, 4))), mu)) == 0)
+        assert np.all(np.isnan(natural_gradient(gradients_with_rows(np.zeros((0, 4))), mu)))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -146,20 +146,22 @@ def test_zero_gradients_give_a_zero_step_and_no_examples_give_nan():
 def test_a_gradient_that_is_not_finite_is_not_hidden(bad, mu):
     G = np.random.default_rng(0).normal(size=(5, 8))
     G[2, 3] = bad
-    assert np.all(np.isnan(natural_gradient(of_matrix(G), mu)))
-    assert np.all(np.isnan(fisher_solve(of_matrix(G), jnp.ones(8), max(mu, 1e-6))))
+    assert np.all(np.isnan(natural_gradient(gradients_with_rows(G), mu)))
+    assert np.all(np.isnan(fisher_solve(gradients_with_rows(G), jnp.ones(8), max(mu, 1e-6))))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_solved_in_float32(dtype):
     G = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)), dtype)
-    step = natural_gradient(of_matrix(G, dtype), 0.1)
+    step = natural_gradient(gradients_with_rows(G, dtype), 0.1)
     assert step.dtype == dtype
     wide = np.asarray(G, np.float64)
     assert_close(step, solved(wide, wide.mean(0), 0.1), 2 * float(jnp.finfo(dtype).eps))
     v = jnp.ones(8, dtype)
     assert_close(
-        fisher_solve(of_matrix(G, dtype), v, 0.1), solved(wide, np.ones(8), 0.1), 2 * float(jnp.finfo(dtype).eps)
+        fisher_solve(gradients_with_rows(G, dtype), v, 0.1),
+        solved(wide, np.ones(8), 0.1),
+        2 * float(jnp.finfo(dtype).eps),
     )
 
 
@@ -170,13 +172,15 @@ def test_damped_solve_is_the_solve_for_one_or_several_right_sides_and_under_tran
     assert_close(damped_solve(K, b, 0.1), exact)
     assert_close(damped_solve(K, b[:, 0], 0.1), exact[:, 0])
     assert_close(jax.jit(jax.vmap(damped_solve, (None, 1, None), 1))(K, b, 0.1), exact)
-    of = lambda K, b, mu: jnp.sum(jnp.sin(damped_solve(K @ K.T, b, mu)))  # noqa: E731
+    ours = lambda K, b, mu: jnp.sum(jnp.sin(damped_solve(K @ K.T, b, mu)))  # noqa: E731
     plain = lambda K, b, mu: jnp.sum(jnp.sin(jnp.linalg.solve(K @ K.T + mu * jnp.eye(4), b)))  # noqa: E731
-    for found, expected in zip(jax.grad(of, (0, 1, 2))(K, b, 0.1), jax.grad(plain, (0, 1, 2))(K, b, 0.1), strict=True):
+    for found, expected in zip(
+        jax.grad(ours, (0, 1, 2))(K, b, 0.1), jax.grad(plain, (0, 1, 2))(K, b, 0.1), strict=True
+    ):
         assert_close(found, expected)
 
 
-def test_a_step_is_differentiated_as_the_dense_one_is():
+def test_the_derivative_of_a_step_matches_the_dense_one():
     params, X, Y = exercise()
 
     def step(mu, W, dense):
@@ -195,8 +199,8 @@ def test_a_step_is_differentiated_as_the_dense_one_is():
         assert_close(found, expected, 1e-8)
 
 
-def test_the_derivative_with_respect_to_no_damping_is_that_of_little():
-    g = of_matrix(np.random.default_rng(0).normal(size=(4, 6)))
+def test_the_derivative_at_zero_damping_is_that_at_a_tiny_one():
+    g = gradients_with_rows(np.random.default_rng(0).normal(size=(4, 6)))
     at_zero, near = (jax.jacobian(lambda mu: natural_gradient(g, mu))(mu) for mu in (0.0, 1e-7))
     assert_close(at_zero, near, 1e-5)
 
@@ -216,7 +220,7 @@ def dense_gauss_newton(model, loss, y):
 @pytest.mark.every(13)
 @each_output_loss
 @each_model
-def test_gauss_newton_rows_products_diagonal_and_step_are_the_dense_ones(name, kind):
+def test_gauss_newton_rows_products_diagonal_and_step_match_the_dense_ones(name, kind):
     model, (loss, y) = MODELS[name], OUTPUT_LOSSES[kind]
     matrix_, each = dense_gauss_newton(model, loss, y)
     v, mu = random_like(model.params), 0.1
@@ -295,7 +299,7 @@ def test_gauss_newton_takes_argnums_and_axes_as_vmap_does(argnums):
 @pytest.mark.every(5)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("margin", [-60.0, -20.0, 0.0, 20.0, 60.0])
-def test_roots_keep_their_digits_where_units_saturate(margin, dtype):
+def test_roots_are_accurate_where_units_saturate(margin, dtype):
     import mpmath as mp
 
     eps = float(jnp.finfo(dtype).eps)
@@ -314,7 +318,7 @@ def test_roots_keep_their_digits_where_units_saturate(margin, dtype):
         assert abs(total / (-others if j == 0 else p[j]) - 1) < 80 * eps
 
 
-def test_a_class_that_is_masked_or_hopeless_has_no_part_in_the_roots():
+def test_a_masked_or_improbable_class_does_not_change_the_roots():
     for logit in (-np.inf, -1e4):
         S, r = curvature.softmax.root(jnp.array([0.5, logit, 1.0]), jnp.asarray(0))
         without, r_without = curvature.softmax.root(jnp.array([0.5, 1.0]), jnp.asarray(0))
@@ -324,7 +328,7 @@ def test_a_class_that_is_masked_or_hopeless_has_no_part_in_the_roots():
         assert r[1] == 0
 
 
-def test_targets_that_are_none_give_nan_or_are_refused():
+def test_invalid_targets_give_nan_or_are_refused():
     for label in (-100, -1, 3):
         assert np.isnan(curvature.softmax.value(jnp.zeros(3), label))
         assert np.isnan(curvature.softmax.root(jnp.zeros(3), label)[1]).all()
@@ -351,7 +355,7 @@ def test_products_of_a_large_batch_in_half_precision_do_not_overflow():
 
 
 @pytest.mark.every(0)
-def test_a_loss_that_is_not_convex_is_not_given_a_root():
+def test_a_loss_that_is_not_convex_has_no_root():
     model = MODELS["mlp"]
     found = gauss_newton(model.model, lambda f, y: -jnp.sum((f - y) ** 2))(model.params, model.x, np.ones((5, 4)))
     assert np.isnan(flat(natural_gradient(found, 1.0))).all()
@@ -359,7 +363,7 @@ def test_a_loss_that_is_not_convex_is_not_given_a_root():
 
 @pytest.mark.every(2)
 @pytest.mark.parametrize("scale", [1.0, 1e-10])
-def test_a_direction_that_bends_down_is_seen_beside_rounding(scale):
+def test_slightly_negative_curvature_is_not_taken_for_rounding(scale):
     loss = lambda f, y: scale * jnp.asarray([1.0, 1.0, -1e-3], f.dtype) @ (f - y) ** 2  # noqa: E731
     W, x = jnp.ones((3, 2), jnp.float32), jnp.ones((4, 2), jnp.float32)
     found = gauss_newton(lambda W, x: W @ x, loss)(W, x, jnp.zeros((4, 3), jnp.float32))
@@ -369,7 +373,7 @@ def test_a_direction_that_bends_down_is_seen_beside_rounding(scale):
 @pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("O", [2, 10, 100])
-def test_a_loss_that_is_sure_of_its_examples_has_the_curvature_that_rounding_leaves(O, dtype):  # noqa: E741
+def test_the_curvature_of_a_saturated_loss_is_accurate_to_rounding(O, dtype):  # noqa: E741
     rng = np.random.default_rng(0)
     logits, labels = jnp.asarray(30 * rng.normal(size=(100, O)), dtype), np.arange(100) % O
     loss = lambda f, y: jax.nn.logsumexp(f) - jnp.where(jnp.arange(O) == y, f, jnp.zeros_like(f)).sum()  # noqa: E731
@@ -413,7 +417,7 @@ def test_kfac_factors_are_the_moments_of_activations_and_cotangents():
             assert_close(both[side][0], np.asarray(rows).T @ np.asarray(rows) / len(X))
 
 
-def test_kfac_factors_of_sequences_and_convolutions_are_those_of_the_written_out_sides():
+def test_kfac_factors_of_sequences_and_convolutions_match_the_materialized_sides():
     rng = np.random.default_rng(0)
     params = {"W": rng.normal(size=(40, 12)), "K": rng.normal(size=(3, 3, 8, 40)) / 5, "b": np.zeros(40)}
 
@@ -511,21 +515,21 @@ def test_a_call_that_is_not_jitted_is_compiled_once(function, caplog):
         return [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
 
     batches = [jnp.asarray(rng.normal(size=(5, 7))) for _ in range(4)]
-    each = [compiled(function, of_matrix(G), G @ G.T) for G in batches]
+    each = [compiled(function, gradients_with_rows(G), G @ G.T) for G in batches]
     assert not any(each[1:])
-    assert compiled(jax.jit(lambda x: x + 1), 1.0)  # it is noticed
+    assert compiled(jax.jit(lambda x: x + 1), 1.0)  # a compilation is detected
 
 
 @pytest.mark.parametrize("mu", [-1.0, np.nan, np.ones(2), None, "much"])
-def test_a_damping_that_is_none_is_refused(mu):
-    g = of_matrix(np.eye(3))
+def test_an_invalid_damping_is_refused(mu):
+    g = gradients_with_rows(np.eye(3))
     with pytest.raises(ValueError, match="natural_gradient: expected a damping ≥ 0, got"):
         natural_gradient(g, mu)
 
 
 @pytest.mark.usefixtures("plain_types")
 def test_other_errors_name_the_call():
-    g = of_matrix(np.eye(3))
+    g = gradients_with_rows(np.eye(3))
     with pytest.raises(ValueError, match="fisher_solve: expected a damping > 0, got 0"):
         fisher_solve(g, jnp.ones(3), 0.0)
     with pytest.raises(ValueError, match="expected shape"):

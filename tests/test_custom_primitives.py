@@ -1,4 +1,4 @@
-"""Primitives that a user teaches the interpreter: Pallas kernels, and primitives made by hand."""
+"""Primitives with rules that a user registers: Pallas kernels, and primitives made by hand."""
 
 import threading
 
@@ -177,7 +177,7 @@ def test_a_kernel_with_several_results_of_which_the_rule_knows_one():
 # --- Primitives made by hand ---------------------------------------------------------------------------------------
 
 
-def test_primitives_made_by_hand_one_that_makes_a_product_and_one_that_keeps_it():
+def test_a_primitive_that_makes_a_product_and_one_that_keeps_it():
     assert jg.explain(own_loss)(W, X).rows[0].primitive == "half"
     with jg.register_rule(product_p, RULES[product_p]):
         assert how(own_loss, W, X) == "materialized"
@@ -270,7 +270,7 @@ def test_a_primitive_that_is_known_already_needs_override(primitive):
         assert agrees(loss, W.T, X)
 
 
-def test_a_rule_of_ones_own_is_asked_before_a_known_one():
+def test_a_registered_rule_is_asked_before_a_known_one():
     def by_hand(a, b, *, dimension_numbers, **params):
         if dimension_numbers != (((0,), (0,)), ((), ())) or a.ndim != 2 or b.ndim != 2:
             return None

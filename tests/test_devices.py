@@ -1,4 +1,4 @@
-"""Batches spread over eight devices: the results of one device, and what the devices tell each other."""
+"""Batches sharded over eight devices: the results of one device, and what the devices communicate."""
 
 import math
 import re
@@ -33,7 +33,7 @@ def ids(seed, high, *shape):
 
 
 def attention(params, x, y):
-    """T > 1: products over positions, normalised and added to."""
+    """T > 1: products over positions, with normalization and a residual connection."""
     h = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-3) * params["scale"][None]
     q, k, v = jnp.split(h @ params["qkv"], 3, -1)
     h = x + jax.nn.softmax(q @ k.T / 4) @ v @ params["out"]
@@ -41,13 +41,13 @@ def attention(params, x, y):
 
 
 def tied(params, words, y):
-    """An embedding that is the output layer too."""
+    """An embedding that is also the output layer."""
     h = jnp.tanh(params["E"][words] @ params["W"])
     return jax.nn.logsumexp(h @ params["E"].T, -1).mean() + (h.mean() - y) ** 2
 
 
 def conv(params, x, y):
-    """Two kernels, one kept as windows, one formed."""
+    """Two kernels: the gradient of one is held as windows, that of the other is materialized."""
 
     def layer(h, k):
         return jax.nn.relu(lax.conv_general_dilated(h, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
@@ -77,7 +77,7 @@ MODEL = pytest.mark.parametrize("name", MODELS)
 
 
 @pytest.fixture(autouse=True)
-def users_settings():
+def jax_defaults():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -86,20 +86,21 @@ def mesh(axis_type=AxisType.Auto):
     return jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,))
 
 
-def placed(name, on, over_parameters=False):
-    """The model with its batch over the devices, and its parameters on each or spread over them too."""
+def placed(name, device_mesh, over_parameters=False):
+    """The model with its batch sharded over the devices, and its parameters replicated or sharded too."""
     loss, params, batch = MODELS[name]
 
-    def lies(a):
+    def sharding(a):
         axis = next((k for k, n in enumerate(a.shape) if n % DEVICES == 0), None) if over_parameters else None
-        return NamedSharding(on, PartitionSpec(*[None] * (axis or 0), "data") if axis is not None else PartitionSpec())
+        spec = [*[None] * axis, "data"] if axis is not None else []
+        return NamedSharding(device_mesh, PartitionSpec(*spec))
 
-    params = jax.tree.map(lambda a: jax.device_put(a, lies(a)), params)
-    return loss, params, jax.device_put(batch, NamedSharding(on, PartitionSpec("data")))
+    params = jax.tree.map(lambda a: jax.device_put(a, sharding(a)), params)
+    return loss, params, jax.device_put(batch, NamedSharding(device_mesh, PartitionSpec("data")))
 
 
-def told(function, *arguments):
-    """[(what, numbers)] of each collective in the compiled program, what loops do counted once."""
+def communicated(function, *arguments):
+    """[(kind, numbers)] of each collective in the compiled program; one inside a loop is counted once."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
     found = re.findall(rf"^\s*(?:ROOT )?%?\S+ = (.*?) ({COLLECTIVES})(?:-start)?\(", text, re.M)
     shapes = [(kind, re.findall(r"\w\[([\d,]*)\]", result)) for result, kind in found]
@@ -132,13 +133,13 @@ def test_the_results_are_those_of_one_device(name, over_parameters):
 @MODEL
 def test_norms_communicate_nothing(name):
     loss, params, batch = placed(name, mesh())
-    assert told(lambda p, *b: jg.per_example_grad(loss)(p, *b).norms(), params, *batch) == []
+    assert communicated(lambda p, *b: jg.per_example_grad(loss)(p, *b).norms(), params, *batch) == []
 
 
 @pytest.mark.every(5)
 @MODEL
 def test_norms_and_moments_block_by_block_move_no_example(name, monkeypatch):
-    """A moment is one reduction of the parameters' size for each parameter, whatever it takes to get there."""
+    """Norms communicate nothing, and moments only all-reduces, however many blocks there are."""
     monkeypatch.setattr(windows, "UNFOLDED_BYTES", 1)
     expected = jax.jit(results(MODELS[name][0]))(MODELS[name][1], *MODELS[name][2])
     loss, params, batch = placed(name, mesh())
@@ -147,8 +148,8 @@ def test_norms_and_moments_block_by_block_move_no_example(name, monkeypatch):
         g = jg.per_example_grad(loss)(params, *batch).with_chunk_bytes(1)
         return g.norms(), g.second_moment()
 
-    assert told(lambda *args: blocks(*args)[0], params, *batch) == []
-    collectives = told(lambda *args: blocks(*args)[1], params, *batch)
+    assert communicated(lambda *args: blocks(*args)[0], params, *batch) == []
+    collectives = communicated(lambda *args: blocks(*args)[1], params, *batch)
     assert {kind for kind, _ in collectives} == {"all-reduce"}
     norms, moment = jax.jit(blocks)(params, *batch)
     np.testing.assert_allclose(norms, expected[1], rtol=1e-4, atol=1e-6)
@@ -158,10 +159,10 @@ def test_norms_and_moments_block_by_block_move_no_example(name, monkeypatch):
 @pytest.mark.every(5)
 @MODEL
 def test_a_clipped_sum_communicates_one_reduction_of_the_parameters_size(name):
-    """A table that is tied to the output layer has a factor for each of its two uses, and is reduced for each."""
+    """A table tied to the output layer has a factor for each of its two uses, and one reduction for each."""
     loss, params, batch = placed(name, mesh())
     gradient = jg.clipped_grad(loss, 0.1)
-    collectives = told(lambda p, *b: gradient(p, *b)[0], params, *batch)
+    collectives = communicated(lambda p, *b: gradient(p, *b)[0], params, *batch)
     size = sum(leaf.size for leaf in jax.tree.leaves(params)) + (params["E"].size if name == "tied" else 0)
     assert {kind for kind, _ in collectives} == {"all-reduce"}
     assert sum(numbers for _, numbers in collectives) == size
@@ -194,22 +195,24 @@ ON_EXPLICIT = {
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_clipped_sum_on_an_explicit_mesh_is_that_of_one_device(passes, name, jit):
     loss, params, batch = ON_EXPLICIT[name]
-    on, mask = mesh(AxisType.Explicit), jnp.arange(B) % 3 != 0
+    device_mesh, mask = mesh(AxisType.Explicit), jnp.arange(B) % 3 != 0
     with jax.set_mesh(mesh()):
-        written_out = jax.vmap(jax.grad(loss), (None, *[0] * len(batch)))(params, *batch)
-    norms = np.sqrt(sum(np.square(a.reshape(B, -1)).sum(1) for a in jax.tree.leaves(written_out)))
+        materialized = jax.vmap(jax.grad(loss), (None, *[0] * len(batch)))(params, *batch)
+    norms = np.sqrt(sum(np.square(a.reshape(B, -1)).sum(1) for a in jax.tree.leaves(materialized)))
     bound = float(np.median(norms))
-    with jax.set_mesh(on):
-        params, batch = jax.device_put((params, batch), (NamedSharding(on, WHOLE), NamedSharding(on, EACH)))
-        spread = jax.device_put(mask, NamedSharding(on, EACH))
+    with jax.set_mesh(device_mesh):
+        params, batch = jax.device_put(
+            (params, batch), (NamedSharding(device_mesh, WHOLE), NamedSharding(device_mesh, EACH))
+        )
+        spread = jax.device_put(mask, NamedSharding(device_mesh, EACH))
         ways = [(mask, None)] if jit is not jax.jit else [(None, None), (mask, None), (spread, 16), (None, 5)]
-        for given, size in ways:
+        for example_mask, size in ways:
             total, info = jit(jg.clipped_grad(loss, bound, microbatch_size=size, passes=passes))(
-                params, *batch, mask=given
+                params, *batch, mask=example_mask
             )
-            kept = np.ones(B) if given is None else np.asarray(mask, float)
+            kept = np.ones(B) if example_mask is None else np.asarray(mask, float)
             c = kept * np.minimum(1, bound / norms)
-            expected = jax.tree.map(lambda a, c=c: np.tensordot(c, a, 1), written_out)
+            expected = jax.tree.map(lambda a, c=c: np.tensordot(c, a, 1), materialized)
             chex.assert_trees_all_close(jax.tree.map(np.asarray, total), expected, rtol=1e-4, atol=1e-4 * bound)
             np.testing.assert_allclose(info.norms, kept * norms, rtol=1e-4)
             assert size == 5 or jax.typeof(info.norms).sharding.spec == EACH
@@ -221,11 +224,11 @@ EXPLICIT = [("exercise", AxisType.Explicit), ("attention", AxisType.Explicit)]
 @pytest.mark.every(7)
 @pytest.mark.parametrize(("name", "axis_type"), [*EXPLICIT, *((n, AxisType.Auto) for n in MODELS)])
 def test_a_gram_matrix_communicates_factors(name, axis_type):
-    on = mesh(axis_type)
-    loss, params, batch = placed(name, on)
+    device_mesh = mesh(axis_type)
+    loss, params, batch = placed(name, device_mesh)
     gram = lambda params, *batch: jg.per_example_grad(loss)(params, *batch).gram()  # noqa: E731
-    with jax.set_mesh(on):
-        collectives, found = told(gram, params, *batch), jax.jit(gram)(params, *batch)
+    with jax.set_mesh(device_mesh):
+        collectives, found = communicated(gram, params, *batch), jax.jit(gram)(params, *batch)
         held = jg.explain(loss)(params, *batch).nbytes // 4
     np.testing.assert_allclose(found, jax.jit(gram)(*MODELS[name][1:2], *MODELS[name][2]), rtol=1e-3, atol=1e-4)
     assert sum(numbers for _, numbers in collectives) <= 2 * held + B * B
@@ -255,9 +258,9 @@ def test_steps_and_attribution_are_those_of_one_device(name, axis_type):
         )
 
     expected = jax.jit(run)(params, *batch)
-    on = mesh(axis_type)
-    loss, params, batch = placed(name, on)
-    with jax.set_mesh(on):
+    device_mesh = mesh(axis_type)
+    loss, params, batch = placed(name, device_mesh)
+    with jax.set_mesh(device_mesh):
         found = jax.jit(run)(params, *batch)
     chex.assert_trees_all_close(jax.tree.map(np.asarray, found), expected, rtol=1e-3, atol=1e-4)
 
@@ -266,7 +269,7 @@ def test_steps_and_attribution_are_those_of_one_device(name, axis_type):
 @MODEL
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 def test_under_shard_map_there_is_one_reduction(name, microbatch_size):
-    """Microbatches and several factors of one parameter are added up before the devices are."""
+    """Microbatches and the factors of one parameter are added up before the reduction over devices."""
     loss, params, batch = MODELS[name]
     _, norms, *_, total, _ = jax.jit(results(loss))(params, *batch)
     gradient = jg.clipped_grad(loss, 0.1, microbatch_size=microbatch_size)
@@ -281,7 +284,7 @@ def test_under_shard_map_there_is_one_reduction(name, microbatch_size):
     found, found_norms = jax.jit(function)(params, mask, *batch)
     chex.assert_trees_all_close(found, total, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found_norms, jnp.where(mask, norms, 0), rtol=1e-4, atol=1e-5)
-    collectives = told(function, params, mask, *batch)
+    collectives = communicated(function, params, mask, *batch)
     assert {kind for kind, _ in collectives} == {"all-reduce"}
     assert sum(numbers for _, numbers in collectives) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -319,7 +322,7 @@ CONTROL = {
 @pytest.mark.every(13)
 @pytest.mark.parametrize("name", CONTROL)
 def test_control_flow_under_shard_map(name):
-    """With what differs between devices checked, as it is by default."""
+    """With the check of what varies between devices on, as it is by default."""
     loss, params = CONTROL[name], weights({"W": (6, 6), "V": (2, 6), "L": (2, 6, 6)})
     batch = normal(7, 16, 5, 6), jnp.arange(16) % 3
     expected = jax.vmap(jax.grad(loss), (None, 0, 0))(params, *batch)
@@ -338,14 +341,14 @@ def test_control_flow_under_shard_map(name):
 
 @pytest.mark.every(2)
 @pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec(None, "data")], ids=["replicated", "sharded"])
-def test_a_weight_that_is_laid_out_anew_inside_the_loss_keeps_its_factors(spec):
+def test_a_weight_that_is_resharded_inside_the_loss_keeps_its_factors(spec):
     def loss(W, x):
         return jnp.tanh(jax.sharding.reshard(W, PartitionSpec(None, None)) @ x).sum()
 
-    on = mesh(AxisType.Explicit)
-    with jax.set_mesh(on):
-        W = jax.device_put(normal(0, 24, 16), NamedSharding(on, spec))
-        X = jax.device_put(normal(1, 8, 16), NamedSharding(on, PartitionSpec()))
+    device_mesh = mesh(AxisType.Explicit)
+    with jax.set_mesh(device_mesh):
+        W = jax.device_put(normal(0, 24, 16), NamedSharding(device_mesh, spec))
+        X = jax.device_put(normal(1, 8, 16), NamedSharding(device_mesh, PartitionSpec()))
         assert jg.explain(loss)(W, X).rows[0].how == "factored"
         g = jg.per_example_grad(loss)(W, X)
         want = jax.vmap(jax.grad(loss), (None, 0))(W, X)
@@ -356,14 +359,14 @@ def test_a_weight_that_is_laid_out_anew_inside_the_loss_keeps_its_factors(spec):
 @pytest.mark.every(3)
 @pytest.mark.parametrize("transform", ["per_example_grad", "per_example_jacobian", "clipped_grad"])
 def test_a_constraint_inside_the_loss_leaves_the_examples_where_they_are(transform):
-    """As `jax.vmap` does with the same name: the constraint names the axis that the examples are spread over."""
-    on = mesh()
-    lies = NamedSharding(on, PartitionSpec(None))
+    """As in `jax.vmap` with `spmd_axis_name`: the constraint includes the axis that the examples are sharded over."""
+    device_mesh = mesh()
+    sharding = NamedSharding(device_mesh, PartitionSpec(None))
 
     def loss(W, x):
-        return jnp.tanh(jax.lax.with_sharding_constraint(W @ x, lies)).sum()
+        return jnp.tanh(jax.lax.with_sharding_constraint(W @ x, sharding)).sum()
 
-    W, X = normal(0, 24, 16), jax.device_put(normal(1, 16, 16), NamedSharding(on, PartitionSpec("data")))
+    W, X = normal(0, 24, 16), jax.device_put(normal(1, 16, 16), NamedSharding(device_mesh, PartitionSpec("data")))
 
     def result(name):
         options = {"max_norm": 1.0} if transform == "clipped_grad" else {}
@@ -373,8 +376,8 @@ def test_a_constraint_inside_the_loss_leaves_the_examples_where_they_are(transfo
     compiled = jax.jit(result("data")).lower(W, X).compile().as_text()
     assert "all-gather" not in compiled
     programs = [str(jax.make_jaxpr(result(name))(W, X)) for name in ("data", None)]
-    said = [bool(re.search(r"sharding_constraint\[[^\]]*spec=P\([^)]*'data'", program)) for program in programs]
-    assert said == [True, False]
+    constrained = [bool(re.search(r"sharding_constraint\[[^\]]*spec=P\([^)]*'data'", program)) for program in programs]
+    assert constrained == [True, False]
     np.testing.assert_allclose(
         jax.jit(result("data"))(W, X), result(None)(W, jnp.asarray(np.asarray(X))), rtol=1e-5, atol=1e-5
     )

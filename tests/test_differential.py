@@ -1,6 +1,6 @@
-"""What a compiler makes of verbs, clipping and batches: in float32, under jit, at real sizes, against NumPy in float64.
+"""Compiled operations, clipped sums and batches: in float32, under jit, at real sizes, against NumPy in float64.
 
-The other tests are small and in float64, where a fault of a compiler's vectorised code need not show.
+The other tests are small and in float64, where a bug in a compiler's vectorized code might not show.
 """
 
 import tempfile
@@ -34,8 +34,8 @@ from jaxgrad.per_example.algebra.factors import written_out
 # --- PerExampleGrads -------------------------------------------------------------------------------------------------
 
 
-def verbs(data: TwoLayers, G: np.ndarray, M: np.ndarray) -> dict[str, Claim]:
-    """What is asked of gradients G whose magnitude is M."""
+def operations(data: TwoLayers, G: np.ndarray, M: np.ndarray) -> dict[str, Claim]:
+    """A claim for each operation on gradients G with magnitude M."""
     B, split, v = len(G), data.split, direction(data)
     c, mask = np.float64(np.linspace(-1, 1, B, dtype=np.float32)), np.arange(B) % 3 > 0
     bound = float(np.float32(np.median(lengths(G))))
@@ -70,24 +70,24 @@ def verbs(data: TwoLayers, G: np.ndarray, M: np.ndarray) -> dict[str, Claim]:
     }
 
 
-VERBS = list(verbs(two_layers(Size(2, 3, 4)), np.ones((2, 128)), np.ones((2, 128))))
+OPERATIONS = list(operations(two_layers(Size(2, 3, 4)), np.ones((2, 128)), np.ones((2, 128))))
 OF_SEQUENCES = ["norms", "squared_norms", "dot", "sum", "gram", "gram with others", "second_moment", "variance", "clip"]
 T = 3
 
 
 @pytest.mark.every(19)
-@pytest.mark.parametrize(("name", "size"), [run for name in VERBS for run in drawn(name)])
-def test_verbs(name, size):
+@pytest.mark.parametrize(("name", "size"), [run for name in OPERATIONS for run in drawn(name)])
+def test_operations(name, size):
     data = two_layers(size)
-    claim = verbs(data, data.G, data.M)[name]
+    claim = operations(data, data.G, data.M)[name]
     check(claim._replace(function=lambda *a: claim.function(gradients(*a))), data)
 
 
 @pytest.mark.every(19)
 @pytest.mark.parametrize(("name", "size"), [run for name in OF_SEQUENCES for run in drawn(name, lambda s: T * s.B)])
-def test_verbs_of_sequences(name, size):
+def test_operations_on_sequences(name, size):
     data = two_layers(size._replace(B=T * size.B))
-    claim = verbs(data, *(A.reshape(size.B, T, -1).sum(1) for A in (data.G, data.M)))[name]
+    claim = operations(data, *(A.reshape(size.B, T, -1).sum(1) for A in (data.G, data.M)))[name]
 
     def function(params, x, y):
         each = lambda params, x, y: jax.vmap(loss, (None, 0, 0))(params, x, y).sum()  # noqa: E731
@@ -97,26 +97,28 @@ def test_verbs_of_sequences(name, size):
     check(claim._replace(function=function), data)
 
 
-# --- Half precision: what is held, and what is made of it ------------------------------------------------------------
+# --- Half precision ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.every(31)
-@pytest.mark.parametrize(("name", "size"), [run for name in VERBS if name != "concatenate" for run in drawn(name)[:2]])
-def test_verbs_in_bfloat16(name, size):
-    """Sides are in bfloat16 and added up in float32: exact up to float32's rounding, then rounded once."""
+@pytest.mark.parametrize(
+    ("name", "size"), [run for name in OPERATIONS if name != "concatenate" for run in drawn(name)[:2]]
+)
+def test_operations_in_bfloat16(name, size):
+    """Sides are in bfloat16 and sums in float32: results have float32's rounding, and are then rounded once."""
     data = two_layers(size)
     half = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), tree)  # noqa: E731
     with jax.enable_x64(False):
         g = jax.jit(gradients)(half(data.params), half(data.x), data.y)
         assert jnp.dtype(jnp.bfloat16) in {a.dtype for a in jax.tree.leaves(g)}
-    G = np.concatenate([written_in_float64(leaf).reshape(size.B, -1) for leaf in g.factors.values()], 1)
-    claim = verbs(data, G, np.abs(G))[name]
+    G = np.concatenate([materialized_in_float64(leaf).reshape(size.B, -1) for leaf in g.factors.values()], 1)
+    claim = operations(data, G, np.abs(G))[name]
     with jax.enable_x64(False):
         found = jax.jit(claim.function)(g)
     assert_held(found, claim.expected, claim.magnitude, size.rounding, rounded_to=2.0**-8)
 
 
-def written_in_float64(leaf: tuple[Any, ...]) -> np.ndarray:
+def materialized_in_float64(leaf: tuple[Any, ...]) -> np.ndarray:
     return sum(np.asarray(written_out(jax.tree.map(lambda a: a.astype(np.float64), f))) for f in leaf)
 
 
@@ -132,9 +134,10 @@ def values(data):
 
 
 def clipped(data, weights, moved, rounded=1, **options):
-    """weights of norms, and by how much they move, relatively, for a relative change of the norms.
+    """A claim about a clipped sum.
 
-    rounded: how often the gradients themselves are rounded; in the second of two passes once more, with their weights.
+    weights: weights(norms, bound). moved: the relative change of a weight for a relative change of its norm.
+    rounded: how often the gradients are rounded; the second of two passes rounds them again, with their weights.
     """
     G, M, n = data.G, data.M, lengths(data.G)
     mask, bound = np.arange(len(G)) % 4 > 0, float(np.float32(np.median(n)))

@@ -1,6 +1,6 @@
-"""What a compiler makes of curvature and attribution: in float32, jitted, at real sizes, against NumPy in float64.
+"""Compiled curvature and attribution: in float32, under jit, at real sizes, against NumPy in float64.
 
-The other tests are small and in float64, where a fault of a compiler's vectorised code need not show.
+The other tests are small and in float64, where a bug in a compiler's vectorized code might not show.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from support.two_layers import (
     lengths,
     loss,
     model,
-    of_roots,
+    root_of_squares,
     single,
     solved,
     two_layers,
@@ -64,7 +64,7 @@ def gauss_newton(data):
 
 
 def curved(data: TwoLayers, H: np.ndarray, sizes: np.ndarray) -> tuple[Any, Any, np.ndarray]:
-    """mean_b JᵀHJ v, its magnitude, and v; `sizes` are of the terms that H is a difference of."""
+    """mean_b JᵀHJ v, its magnitude, and v; `sizes` are the magnitudes of the terms whose difference is H."""
     v, B, O = direction(data), *data.logits.shape  # noqa: E741
     every = np.broadcast_to(np.eye(O), (B, O, O))
     Jv, Jv_ = data.gradients(every) @ v, data.magnitudes(every) @ np.abs(v)
@@ -110,7 +110,7 @@ def entropy(f, y):
 
 @claims(outputs, 2560)
 def gauss_newton_of_a_function(data):
-    """Of one that is sure of most examples: its Hessian is what rounding leaves of p - p²."""
+    """For a loss that is saturated on most examples, whose Hessian p - p² is mostly rounding error."""
     data = two_layers(data.size, 10.0)
     H, sizes = softmax_curvature(data)
     expected, magnitude, v = curved(data, H, sizes + np.eye(data.size.O))
@@ -130,22 +130,22 @@ def fisher_vector_product(data):
 
 
 def damping(G: np.ndarray, share: float = 0.01) -> tuple[float, float]:
-    """(μ, μn): so much of the largest eigenvalue of GᵀG/n."""
+    """(μ, μn), where μ is `share` times the largest eigenvalue of GᵀG/n."""
     mu = float(np.float32(share * np.linalg.norm(G @ G.T, 2) / len(G)))
     return mu, mu * len(G)
 
 
 def with_residuals(data: TwoLayers) -> tuple[np.ndarray, ...]:
-    """Of plain gradients: themselves, and 1."""
+    """The rows and residuals of plain gradients: the gradients and 1, each with its magnitude."""
     ones = np.ones(data.size.B)
     return data.G, data.M, ones, 0 * ones
 
 
-def step(data: TwoLayers, G: np.ndarray, M: np.ndarray, r: np.ndarray, r_: np.ndarray, of: Any) -> Claim:
+def step(data: TwoLayers, G: np.ndarray, M: np.ndarray, r: np.ndarray, r_: np.ndarray, rows: Any) -> Claim:
     mu, ridge = damping(G)
     w, w_ = solved(G @ G.T, (M**2).sum(1), ridge, r, r_)
-    moved = of_roots(w, M) + of_roots(w_, G)
-    return Claim(lambda *a: curvature.natural_gradient(of(*a), mu), data.split(G.T @ w), data.split(moved))
+    moved = root_of_squares(w, M) + root_of_squares(w_, G)
+    return Claim(lambda *a: curvature.natural_gradient(rows(*a), mu), data.split(G.T @ w), data.split(moved))
 
 
 @claims()
@@ -162,11 +162,11 @@ def natural_gradient_of_gauss_newton(data):
 def fisher_solve(data):
     G, M, v = data.G, data.M, direction(data)
     mu, ridge = damping(G)
-    w, w_ = solved(G @ G.T, (M**2).sum(1), ridge, G @ v, of_roots(v, M.T))
+    w, w_ = solved(G @ G.T, (M**2).sum(1), ridge, G @ v, root_of_squares(v, M.T))
     return Claim(
         lambda *a: curvature.fisher_solve(gradients(*a), single(data.split(v)), mu),
         data.split((v - G.T @ w) / mu),
-        data.split((np.abs(v) + of_roots(w, M) + of_roots(w_, G)) / mu),
+        data.split((np.abs(v) + root_of_squares(w, M) + root_of_squares(w_, G)) / mu),
     )
 
 
@@ -236,7 +236,7 @@ def self_influence(data):
     return Claim(lambda *a: attribution.self_influence(gradients(*a)), (data.G**2).sum(1), 2 * (data.M**2).sum(1))
 
 
-def own(data: TwoLayers, G: np.ndarray, M: np.ndarray, r: np.ndarray, r_: np.ndarray, of: Any) -> Claim:
+def own(data: TwoLayers, G: np.ndarray, M: np.ndarray, r: np.ndarray, r_: np.ndarray, rows: Any) -> Claim:
     """self_influence of rows G, where an example's gradient is the mean of its R rows times r."""
     (mu, ridge), B, R = damping(G), data.size.B, len(G) // data.size.B
     W, W_ = solved(G @ G.T, (M**2).sum(1), ridge, G @ G.T, 2 * M @ M.T)
@@ -244,10 +244,10 @@ def own(data: TwoLayers, G: np.ndarray, M: np.ndarray, r: np.ndarray, r_: np.nda
     W, W_, r, r_ = blocks(W), blocks(W_), r.reshape(B, R), r_.reshape(B, R)
     form = lambda a, W, b: B / R * np.einsum("bk,bkl,bl->b", a, W, b)  # noqa: E731
     moved = form(np.abs(r), W_, np.abs(r)) + 2 * form(r_, np.abs(W), np.abs(r))
-    return Claim(lambda *a: attribution.self_influence(of(*a), mu), form(r, W, r), moved)
+    return Claim(lambda *a: attribution.self_influence(rows(*a), mu), form(r, W, r), moved)
 
 
-def across(data: TwoLayers, G: np.ndarray, M: np.ndarray, r: np.ndarray, r_: np.ndarray, of: Any) -> Claim:
+def across(data: TwoLayers, G: np.ndarray, M: np.ndarray, r: np.ndarray, r_: np.ndarray, rows: Any) -> Claim:
     """influence on every eighth example."""
     (mu, ridge), tests = damping(G), slice(None, None, 8)
     T, T_ = data.G[tests], data.M[tests]
@@ -255,7 +255,7 @@ def across(data: TwoLayers, G: np.ndarray, M: np.ndarray, r: np.ndarray, r_: np.
     by_example = lambda A: A.T.reshape(len(T), data.size.B, -1).sum(2)  # noqa: E731
     expected = by_example(W * r[:, None])
     moved = by_example(W_ * np.abs(r)[:, None] + np.abs(W) * r_[:, None])
-    return Claim(lambda *a: attribution.influence(of(*a), gradients(*a)[tests], mu), expected, moved)
+    return Claim(lambda *a: attribution.influence(rows(*a), gradients(*a)[tests], mu), expected, moved)
 
 
 @claims()

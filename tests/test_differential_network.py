@@ -1,7 +1,7 @@
-"""The exercise in float32 under jit at real sizes, held against float64: a compiler's fault at one of them would show.
+"""The exercise in float32 under jit at real sizes, against float64, so that a compiler's bug at one of them shows.
 
-The allowed difference follows from how far roundings can carry: of a sum of n products n · 2⁻²⁴ of its absolute terms,
-of β what those of z and of wᵀs give, and a relative error of δ no larger than those of β and z together.
+The tolerance follows from how rounding errors propagate: for a sum of n products, n · 2⁻²⁴ times the sum of their
+absolute values; for β, the errors of z and of wᵀs together; for δ, the relative errors of β and z together.
 """
 
 from typing import NamedTuple
@@ -18,13 +18,13 @@ SIZES = [(64, 10, 64), (256, 100, 64), (1000, 10, 512), (1000, 100, 512), (256, 
 
 
 @pytest.fixture(autouse=True)
-def _as_users_have_it():
+def jax_defaults():
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
 class Exact(NamedTuple):
-    """In float64, with how far float32 may be off."""
+    """Results in float64, and the errors that float32 may have."""
 
     loss: np.ndarray
     loss_off: np.ndarray
@@ -56,7 +56,7 @@ def exact(params, X, y):
     return Exact(loss, beta_off * pi + 8 * U * loss, delta, -(pi * y)[:, None] * s, relative)
 
 
-def held(found, expected, off):
+def assert_within(found, expected, off):
     found = np.asarray(found)
     assert found.dtype == np.float32
     assert found.shape == expected.shape
@@ -74,18 +74,20 @@ def test_gradients_of_batches(module, size):
     W = np.abs(np.asarray(params.W, np.float64))
 
     each = jax.jit(module.batched_grad)(params, X, y)
-    held(each.b, e.delta, np.abs(e.delta) * e.relative)
-    held(each.w, e.dw, np.abs(e.dw) * e.relative.max(1, keepdims=True))
-    held(each.W, e.delta[:, :, None] * X[:, None], (np.abs(e.delta) * e.relative)[:, :, None] * np.abs(X)[:, None])
-    of_inputs = jax.jit(module.batched_input_grad)(params, X, y)
+    assert_within(each.b, e.delta, np.abs(e.delta) * e.relative)
+    assert_within(each.w, e.dw, np.abs(e.dw) * e.relative.max(1, keepdims=True))
+    assert_within(
+        each.W, e.delta[:, :, None] * X[:, None], (np.abs(e.delta) * e.relative)[:, :, None] * np.abs(X)[:, None]
+    )
+    input_grads = jax.jit(module.batched_input_grad)(params, X, y)
     terms = np.abs(e.delta) * (e.relative + (size[1] + 2) * U)
-    held(of_inputs, e.delta @ np.asarray(params.W, np.float64), terms @ W)
+    assert_within(input_grads, e.delta @ np.asarray(params.W, np.float64), terms @ W)
 
     value, mean = jax.jit(module.value_and_grad)(params, X, y)
-    held(value, e.loss.mean(), (e.loss_off + (B + 2) * U * e.loss).mean())
+    assert_within(value, e.loss.mean(), (e.loss_off + (B + 2) * U * e.loss).mean())
     summed = np.abs(e.delta) * (e.relative + (B + 2) * U)
-    held(mean.W, e.delta.T @ X / B, summed.T @ np.abs(X) / B)
-    held(mean.b, e.delta.mean(0), summed.mean(0))
+    assert_within(mean.W, e.delta.T @ X / B, summed.T @ np.abs(X) / B)
+    assert_within(mean.b, e.delta.mean(0), summed.mean(0))
 
 
 @pytest.mark.every(5)
@@ -95,14 +97,16 @@ def test_factors_norms_and_sums(size):
     e = exact(params, X, y)
     g = jax.jit(closed_form.factored_grads)(params, X, y)
     squares = (e.delta**2).sum(1) * ((X.astype(np.float64) ** 2).sum(1) + 1) + (e.dw**2).sum(1)
-    held(jax.jit(lambda g: g.norms())(g), np.sqrt(squares), np.sqrt(squares) * (e.relative.max(1) + size[2] * U))
+    assert_within(
+        jax.jit(lambda g: g.norms())(g), np.sqrt(squares), np.sqrt(squares) * (e.relative.max(1) + size[2] * U)
+    )
     summed = np.abs(e.delta) * (e.relative + (size[0] + 2) * U)
-    held(jax.jit(lambda g: g.sum())(g).W, e.delta.T @ X, summed.T @ np.abs(X))
+    assert_within(jax.jit(lambda g: g.sum())(g).W, e.delta.T @ X, summed.T @ np.abs(X))
 
 
 @pytest.mark.every(2)
 @pytest.mark.parametrize("size", SIZES[:3], ids=str)
-def test_hessian_products_by_hand_and_by_jax_grad_lie_together(size):
+def test_hessian_products_by_hand_and_by_jax_grad_agree(size):
     params, X, y = data(*size)
     V = jax.tree.map(lambda a: np.cos(np.arange(a.size)).reshape(a.shape).astype(np.float32), params)
     by_hand = jax.jit(closed_form.hessian_vector_product)(params, V, X, y)
@@ -123,4 +127,4 @@ def test_the_derivation_s_forms(size):
     for form in forms:
         found = jax.jit(jax.vmap(form, (None, 0, 0)))(params, X[:64], y[:64])
         allowed = (np.abs(e.delta) * (e.relative + 2 * sum(size[1:]) * U))[:64, :, None] * np.abs(X[:64])[:, None]
-        held(found, (e.delta[:, :, None] * X[:, None])[:64], allowed)
+        assert_within(found, (e.delta[:, :, None] * X[:, None])[:64], allowed)

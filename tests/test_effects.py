@@ -1,4 +1,4 @@
-"""Effects inside a loss happen as often, and in the order, that vmap(jax.grad) has them."""
+"""Effects inside a loss happen as often, and in the same order, as with vmap(jax.grad)."""
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +52,11 @@ def in_remat(record, W, x):
 
 
 def in_cond(record, W, x):
-    def there(x):
+    def branch(x):
         jax.debug.callback(log(record), x[0])
         return jnp.sum(jnp.tanh(W @ x))
 
-    return lax.cond(x[0] > 0, there, lambda x: jnp.sum(W @ x), x)
+    return lax.cond(x[0] > 0, branch, lambda x: jnp.sum(W @ x), x)
 
 
 def in_scan(record, W, x):
@@ -86,7 +86,7 @@ def in_the_backward_pass(record, W, x):
 )
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 def test_effects_are_those_of_vmap_of_grad(loss, jit, capfd):
-    def ran(transform):
+    def run(transform):
         record = []
         gradient = transform(lambda W, x: loss(record, W, x))
         result = (jax.jit(gradient) if jit else gradient)(W, X)
@@ -94,8 +94,8 @@ def test_effects_are_those_of_vmap_of_grad(loss, jit, capfd):
         jax.effects_barrier()
         return result, record, capfd.readouterr().out
 
-    expected, happened, out = ran(lambda loss: jax.vmap(jax.grad(loss), in_axes=(None, 0)))
-    found, record, out_ = ran(lambda loss: lambda W, X: jg.per_example_grad(loss)(W, X).materialize())
+    expected, happened, out = run(lambda loss: jax.vmap(jax.grad(loss), in_axes=(None, 0)))
+    found, record, out_ = run(lambda loss: lambda W, X: jg.per_example_grad(loss)(W, X).materialize())
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
     assert out.splitlines() == out_.splitlines()
     assert happened == record

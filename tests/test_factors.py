@@ -1,4 +1,4 @@
-"""Every operation on factors is its image on the matrix that is written out: float64, 1e-12 relative, by hypothesis."""
+"""Every operation on factors gives what it gives on the materialized matrix: float64, 1e-12, by hypothesis."""
 
 import re
 
@@ -13,7 +13,7 @@ from conftest import FUZZ
 from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows
 from jaxgrad.per_example.algebra import chunks, pairs, sums
 
-# The parameter is always of this many rows and columns; a factor may see it transposed or in groups.
+# The parameter always has this many rows and columns; a factor may see it transposed or in groups.
 SHAPES = [(4, 6), (6, 4), (1, 3), (2, 2)]
 KINDS = ["outer", "outer transposed", "outer grouped", "rows", "rows transposed", "rows repeated", "dense"]
 CHUNKS = [1, 700, 2**26]
@@ -36,14 +36,14 @@ def factor(kind, seed, B, T, shape, dtype=np.float64):
             layout = Layout(shape, jnp.dtype(dtype), (1, 0), (1, K, F))
             left, right = normal(seed, B, 1, T, K, dtype=dtype), normal(seed + 1, B, 1, T, F, dtype=dtype)
             return Outer(left, right, layout)
-        case "outer grouped":  # the rows fall into two groups, if they do
+        case "outer grouped":  # two groups of rows, if their number is even
             G = 2 if F % 2 == 0 else 1
             layout = Layout(shape, jnp.dtype(dtype), (0, 1), (G, F // G, K))
             return Outer(normal(seed, B, G, T, F // G, dtype=dtype), normal(seed + 1, B, G, T, K, dtype=dtype), layout)
         case "rows" | "rows transposed" | "rows repeated":
             N, E, axes = (K, F, (1, 0)) if kind == "rows transposed" else (F, K, (0, 1))
             S = 1 if kind == "rows repeated" else T
-            # repeated ids, and padding ids on both sides of the table; in any dtype that an index may have
+            # repeated ids, and padding ids on both sides of the table; in any integer dtype
             ids = jnp.asarray(np.random.default_rng(seed).integers(-2, N + 2, size=(B, T)))
             ids = ids.astype([jnp.int64, jnp.int32, jnp.int16, jnp.int8][seed % 4])
             return Rows(ids, normal(seed, B, S, E, dtype=dtype), Layout(shape, jnp.dtype(dtype), axes, (1, N, E)))
@@ -52,7 +52,7 @@ def factor(kind, seed, B, T, shape, dtype=np.float64):
 
 
 def dense_of(f):
-    """The matrix written out by loops: what everything is held against."""
+    """The matrix, materialized by loops: the reference for everything."""
     G, F, K = f.layout.matrix
     if isinstance(f, Dense):
         return np.asarray(f.value, np.float64)
@@ -151,7 +151,7 @@ def test_new_batches(kind, seed, B, T, shape):
 @given(seeds, st.sampled_from([1, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 5, 30]), st.sampled_from(CHUNKS))
 @settings(max_examples=6 * FUZZ)
 def test_both_ways_of_an_inner_product_are_exact(seed, B, G, T, chunk_bytes):
-    """Through positions and through the matrix, whichever the cost model takes."""
+    """Through positions and through the matrix, whichever the cost model chooses."""
     layout = Layout((G, 3, 2), jnp.dtype(jnp.float64), (0, 1, 2), (G, 3, 2))
     f = Outer(normal(seed, B, G, T, 3), normal(seed + 1, B, G, T, 2), layout)
     f_ = Outer(normal(seed + 2, B, G, 7, 3), normal(seed + 3, B, G, 7, 2), layout)
@@ -185,7 +185,7 @@ def test_a_layout_is_a_bijection():
 
 
 @pytest.mark.usefixtures("plain_types")
-def test_a_layout_that_cannot_be_is_refused():
+def test_an_invalid_layout_is_refused():
     for axes, matrix in (((0, 0), (1, 2, 3)), ((0, 1), (1, 2, 4)), ((0,), (1, 2, 3))):
         with pytest.raises(ValueError, match="Layout: expected axes that permute shape"):
             Layout((2, 3), jnp.dtype(jnp.float32), axes, matrix)
@@ -237,7 +237,7 @@ def test_a_norm_neither_overflows_nor_loses_its_small_terms(kind, dtype, size):
     np.testing.assert_allclose(two_leaves.norms(), np.sqrt(2) * expected, rtol=2e-5)
 
 
-def test_a_norm_has_positions_whose_huge_side_meets_a_tiny_one():
+def test_a_norm_counts_positions_where_a_huge_side_meets_a_tiny_one():
     """Each position's product is near 1; a single scale for all positions would lose both."""
     sizes = np.array([1e30, 1.0, 1e-30, 0.0], np.float32)[None, None, :, None]
     left = normal(0, 5, 1, 4, 3, dtype=np.float32) * sizes
@@ -254,7 +254,7 @@ def test_a_norm_has_positions_whose_huge_side_meets_a_tiny_one():
 @pytest.mark.parametrize("small", [1e-25, 1.0])
 @pytest.mark.parametrize("T", [1, 2])
 def test_a_zero_gradient_beside_huge_sides_does_not_hide_the_others(T, small):
-    """As of a parameter behind units that are off, whose inputs are large; in another parameter, or in the same."""
+    """Zero as for weights of inactive units with large inputs; the others in another parameter, or in the same."""
     layout = Outer.of_matrix(jnp.ones((1, 70)), jnp.ones((1, 60)), jnp.float32).layout
     nothing = Outer(jnp.zeros((3, 1, T, 70), jnp.float32), jnp.full((3, 1, T, 60), 1e30, jnp.float32), layout)
     tiny = normal(1, 3, 1, T, 60, dtype=np.float32) * np.float32(small)
@@ -304,7 +304,7 @@ def test_variance_does_not_cancel():
 
 @pytest.mark.every(9)
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_nan_example_leaves_the_others_bit_identical_and_where_the_sums_too(kind):
+def test_one_nan_example_leaves_the_others_bit_identical_and_where_removes_it_from_sums(kind):
     f = factor(kind, 11, 5, 3, (4, 6), np.dtype(np.float32))
 
     def poisoned(a):
@@ -315,7 +315,7 @@ def test_one_nan_example_leaves_the_others_bit_identical_and_where_the_sums_too(
     g, bad = PerExampleGrads((f,)), PerExampleGrads((jax.tree.map(poisoned, f),))
     others, mask = jnp.array([0, 1, 3, 4]), jnp.array([True, True, False, True, True])
     V, c = normal(0, 4, 6, dtype=np.float32), normal(1, 5, dtype=np.float32)
-    for of in (
+    for operation in (
         lambda g: g.norms(),
         lambda g: g.squared_norms(),
         lambda g: g.dot(V),
@@ -323,9 +323,9 @@ def test_one_nan_example_leaves_the_others_bit_identical_and_where_the_sums_too(
         lambda g: g.clip(1.0).materialize(),
         lambda g: g.gram()[:, others],
     ):
-        np.testing.assert_array_equal(of(bad)[others], of(g)[others])
-        assert np.isnan(of(bad)[2]).any()
-    for of in (
+        np.testing.assert_array_equal(operation(bad)[others], operation(g)[others])
+        assert np.isnan(operation(bad)[2]).any()
+    for operation in (
         lambda g: g.sum(),
         lambda g: g.weighted_sum(c),
         lambda g: g.mean(),
@@ -335,15 +335,15 @@ def test_one_nan_example_leaves_the_others_bit_identical_and_where_the_sums_too(
         lambda g: g.norms(),
         lambda g: g.clip(0.5).sum(),
     ):
-        np.testing.assert_array_equal(of(bad.where(mask)), of(g.where(mask)))
-        assert np.isfinite(of(bad.where(mask))).all()
+        np.testing.assert_array_equal(operation(bad.where(mask)), operation(g.where(mask)))
+        assert np.isfinite(operation(bad.where(mask))).all()
 
 
 # --- Sums over very many examples ------------------------------------------------------------------------------
 
 
 def equal(kind, B):
-    """Gradients of one bias-like parameter that are all alike: added up one by one they are off by B/4 roundings."""
+    """Equal gradients of one parameter, and their entry; added one by one, the sum would be off by B/4 roundings."""
     value = jnp.float32(0.1)
     match kind:
         case "dense":
@@ -362,7 +362,7 @@ def equal(kind, B):
             layout = Layout(matrix, jnp.dtype(jnp.float32), (0, 1, 2), matrix)
             sides = jnp.full((B, matrix[0], 1, 3), value), jnp.full((B, matrix[0], 1, 2), value)
             return Outer(*sides, layout), (np.float64(value) ** 2,)
-        case "rows":  # half of them in each of two rows
+        case "rows":  # half of the positions in each of two rows
             ids = jnp.arange(B).reshape(B // 5, 5) % 2
             return Rows.of_table(ids, jnp.full((B // 5, 5, 3), value), 2, jnp.float32), (np.float64(value) / 2,)
 
@@ -372,7 +372,7 @@ def equal(kind, B):
     "kind", ["dense", "dense of many entries", "scalar", "positions", "small matrix", "groups", "rows"]
 )
 @pytest.mark.parametrize("B", [10_000, 100_020, 2_000_000])
-def test_sums_over_many_equal_gradients_keep_their_digits(kind, B):
+def test_sums_over_many_equal_gradients_are_accurate(kind, B):
     if kind == "dense of many entries":
         B = min(B, 100_020)
     f, (each,) = equal(kind, B)
@@ -416,7 +416,7 @@ def test_products_in_blocks_are_bilinear(N, F, K):
 
 
 def many_rows(seed, B, T, rows=40, K=3, repeated=False, dtype=np.float64):
-    """Ids that repeat, with padding on both sides of the table that holds what no sum may see."""
+    """Ids that repeat, with padding ids on both sides of the table, whose values no sum may include."""
     ids = jnp.asarray(np.random.default_rng(seed).integers(-2, rows + 2, size=(B, T)))
     f = Rows.of_table(ids, normal(seed, B, 1 if repeated else T, K, dtype=dtype), rows, dtype)
     if repeated:
@@ -427,7 +427,7 @@ def many_rows(seed, B, T, rows=40, K=3, repeated=False, dtype=np.float64):
 @pytest.mark.every(7)
 @pytest.mark.parametrize("rows", [40, 5000])
 @pytest.mark.parametrize("repeated", [(False, False), (True, True), (True, False)])
-def test_rows_with_many_positions_meet_by_their_ids(rows, repeated):
+def test_rows_with_many_positions_are_matched_by_id(rows, repeated):
     f, f_ = (
         many_rows(s, B, T, rows, repeated=r) for s, B, T, r in zip((0, 9), (3, 4), (130, 70), repeated, strict=True)
     )
@@ -459,7 +459,7 @@ def test_norms_of_rows_with_many_positions_in_float32(size):
     np.testing.assert_allclose(PerExampleGrads((f,)).norms(), np.linalg.norm(dense_of(f), axis=(1, 2)), rtol=1e-6)
 
 
-def test_no_table_is_written_out_for_norms_of_rows_with_many_positions():
+def test_no_table_is_materialized_for_norms_of_rows_with_many_positions():
     f = many_rows(0, 4, 300, rows=10_000, K=8, dtype=np.float32)
     text = jax.jit(lambda f: PerExampleGrads((f,)).norms()).lower(f).compile().as_text()
     shapes = [s.split(",") for s in re.findall(r"f32\[([\d,]+)\]", text)]

@@ -1,4 +1,4 @@
-"""Gradients that products of float8 make, by dot_general, by a kernel, and in Flax's layers."""
+"""Gradients that are float8 products, by dot_general, by a kernel, and in Flax's layers."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def narrow_kernel(a, b, axes):
 
 
 @pytest.mark.parametrize("product", [dot, narrow_kernel])
-def test_products_of_float8_stay_factored_and_keep_their_digits(product):
+def test_products_of_float8_stay_factored_and_are_accurate(product):
     dense = narrow_layer(product)
 
     def loss(W, x):
@@ -83,7 +83,7 @@ def test_products_of_float8_stay_factored_and_keep_their_digits(product):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_sums_and_products_of_float8_sides_are_not_rounded_to_float8(bias):
-    """What follows a product of float8, and acts on its sides, has the digits of the product's own dtype."""
+    """Operations after a float8 product, applied to its sides, are as accurate as the dtype of the product."""
     C = normal(5, 20, 7)
 
     @jax.custom_vjp

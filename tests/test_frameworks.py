@@ -1,7 +1,7 @@
 """per_example_grad on models as people write them: plain trees, Equinox, Flax linen and Flax nnx.
 
 Every example is small and complete, to copy: how to get from the framework's model to a loss of one example whose first
-argument is the tree of parameters. What comes out is held against jax.vmap(jax.grad(loss)).
+argument is the tree of parameters. The results are compared with jax.vmap(jax.grad(loss)).
 """
 
 import functools
@@ -18,8 +18,8 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 
 @pytest.fixture(autouse=True)
-def users_settings():
-    """JAX as it comes, but in float64; the frameworks make float32 where they do not ask."""
+def jax_defaults():
+    """JAX's default promotion rules, in float64; frameworks with a fixed dtype create float32."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -37,25 +37,25 @@ def cross_entropy(logits, label):
 
 
 def agrees(loss, params, *batch, in_axes=0):
-    """Hold the factors against the gradients written out; no matrix may take the direct route."""
+    """Compare the factors with the materialized gradients; no matrix may take the direct route."""
     axes = (None, *[0] * len(batch)) if in_axes == 0 else in_axes
 
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def both(params):  # a shared argument may hold functions, which do not go through jit
+    def both(params):  # the batch is closed over: a shared argument may hold functions, which jit does not take
         g = per_example_grad(loss, in_axes=in_axes)(params, *batch)
         total, info = clipped_grad(loss, 1.0, in_axes=in_axes, passes=2)(params, *batch)
-        written_out = jax.vmap(jax.grad(loss), axes)(params, *batch)
-        norms = jnp.sqrt(sum((a.reshape(B, -1) ** 2).sum(1) for a in jax.tree.leaves(written_out)))
-        clipped = jax.tree.map(lambda a: jnp.tensordot(1 / jnp.maximum(1, norms), a, 1), written_out)
+        materialized = jax.vmap(jax.grad(loss), axes)(params, *batch)
+        norms = jnp.sqrt(sum((a.reshape(B, -1) ** 2).sum(1) for a in jax.tree.leaves(materialized)))
+        clipped = jax.tree.map(lambda a: jnp.tensordot(1 / jnp.maximum(1, norms), a, 1), materialized)
         one_pass = g.materialize(), g.norms(), g.clip(1.0).sum()
-        return (*one_pass, info.norms, total), (written_out, norms, clipped, norms, clipped)
+        return (*one_pass, info.norms, total), (materialized, norms, clipped, norms, clipped)
 
-    found, wanted = both(params)
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    found, expected = both(params)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         rtol = 1e-10 if b.dtype == jnp.float64 else 1e-4
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()))
-    assert (wanted[1] > 1).any(), "the bound should bind"
+    assert (expected[1] > 1).any(), "the bound should bind"
 
     explanation = explain(loss, in_axes=in_axes)(params, *batch)
     assert {row.path: row.shape for row in explanation.rows} == {
@@ -257,11 +257,11 @@ def test_nnx_linear_and_convolution():
     assert agrees(loss, params, *batch)["['hidden']['kernel'].value"].how == "factored"
 
 
-# --- What is said where a model cannot be taken as it is
+# --- Errors for models that cannot be used as they are
 
 
 @pytest.mark.usefixtures("plain_types")
-def test_a_model_given_whole_is_told_how_to_split():
+def test_the_error_for_a_whole_model_says_how_to_split_it():
     eqx, nnx = pytest.importorskip("equinox"), pytest.importorskip("flax.nnx")
 
     class Net(nnx.Module):

@@ -67,7 +67,7 @@ def test_a_batch_of_factors_is_a_candidate_for_check_gradient():
     assert not wrong.agrees
 
 
-def test_it_goes_through_jit_vmap_scan_and_tree_map(g):
+def test_it_works_under_jit_vmap_scan_and_tree_map(g):
     close(jax.jit(lambda g: g.clip(0.3))(g).sum(), g.clip(0.3).sum())
     several = jax.tree.map(lambda a: jnp.stack([a, 3 * a]), g)
     norms = jax.vmap(lambda g: g.norms())(several)
@@ -91,11 +91,11 @@ def test_norms_are_differentiable_zero_gradients_included():
 
     by_factors = jax.grad(penalty(lambda p: closed_form.factored_grads(p, X, Y).norms()))(params)
 
-    def written_out(p):
+    def materialized_norms(p):
         G = autodiff.batched_grad(p, X, Y)
         return jnp.sqrt(sum(jnp.sum(a.reshape(B, -1) ** 2, 1) for a in G))
 
-    close(by_factors, jax.grad(penalty(written_out))(params), 1e-10)
+    close(by_factors, jax.grad(penalty(materialized_norms))(params), 1e-10)
 
     def through(c):  # every gradient zero at c = 0
         return closed_form.factored_grads(params, X, Y).scale(jnp.full(B, c)).norms().sum()
@@ -106,7 +106,7 @@ def test_norms_are_differentiable_zero_gradients_included():
     assert np.isfinite(leaves(jnp.zeros(B))).all()
 
 
-def test_clip_bounds_the_norm_and_leaves_what_is_inside_alone(g):
+def test_clip_bounds_the_norm_and_keeps_shorter_gradients(g):
     norms = g.norms()
     bound = float(jnp.median(norms))
     clipped = g.clip(bound)
@@ -312,10 +312,10 @@ def test_bad_input_is_named(g):
             call()
 
 
-# --- Switches of JAX -------------------------------------------------------------------------------------------
+# --- debug_nans and debug_infs ----------------------------------------------------------------------------------------
 
 
-VERBS = {
+EVERY_OPERATION = {
     "norms": lambda g: g.norms(),
     "squared_norms": lambda g: g.squared_norms(),
     "leaf_norms": lambda g: g.leaf_norms(),
@@ -367,19 +367,19 @@ def healthy():
 
 @pytest.mark.every(49)
 @pytest.mark.parametrize("jit", [True, False])
-@pytest.mark.parametrize("name", VERBS)
-def test_nothing_of_our_own_is_nan_or_infinite(name, jit):
+@pytest.mark.parametrize("name", EVERY_OPERATION)
+def test_intermediate_results_are_finite(name, jit):
     g = healthy()
-    found = (jax.jit(VERBS[name]) if jit else VERBS[name])(g)
-    with jax.debug_nans(True), jax.debug_infs(name != "clip nothing"):  # whose bound is infinite
-        close((jax.jit(VERBS[name]) if jit else VERBS[name])(g), found)
+    found = (jax.jit(EVERY_OPERATION[name]) if jit else EVERY_OPERATION[name])(g)
+    with jax.debug_nans(True), jax.debug_infs(name != "clip nothing"):  # its bound is infinite
+        close((jax.jit(EVERY_OPERATION[name]) if jit else EVERY_OPERATION[name])(g), found)
 
 
 @pytest.mark.every(13)
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("weighting", ["clip", "normalize", jg.clipping.automatic(0.1)])
 @pytest.mark.parametrize("microbatch_size", [None, 2])
-def test_nothing_of_our_own_is_nan_or_infinite_in_a_clipped_sum(jit, weighting, microbatch_size):
+def test_intermediate_results_of_a_clipped_sum_are_finite(jit, weighting, microbatch_size):
     params, X, Y = batch(jnp.float32)
     gradient = jg.clipped_grad(
         lambda p, x, y: loss(p, x, y) * (x[0] != 0).astype(x.dtype),
@@ -447,7 +447,7 @@ def test_a_weight_used_in_slices_has_one_factor_where_they_lie_side_by_side(name
 @pytest.mark.parametrize("regular", [True, False])
 def test_the_number_of_equations_is_linear_in_the_slices(verb, regular):
     def equations(n):
-        start = [8 * e if regular else 8 * e + e % 2 for e in range(n)]  # slices that are nowhere one box
+        start = [8 * e if regular else 8 * e + e % 2 for e in range(n)]  # slices that do not join into one box
         loss = lambda W, x: sum(jnp.tanh(W[s : s + 6 + 2 * regular] @ x).sum() for s in start)  # noqa: E731
         g = jax.eval_shape(jg.per_example_grad(loss), jnp.ones((n * 8, 6)), jnp.ones((4, 6)))
         return len(jax.make_jaxpr(verb)(g).eqns)
@@ -455,7 +455,7 @@ def test_the_number_of_equations_is_linear_in_the_slices(verb, regular):
     assert equations(32) <= (1.1 if regular else 2.2) * equations(16)
 
 
-def test_an_empty_draw_has_no_examples():
+def test_an_empty_index_selects_no_examples():
     g = jg.per_example_grad(lambda W, x: jnp.tanh(W @ x).sum())(jnp.ones((5, 4)), jnp.ones((3, 4)))
     for index in ([], np.array([], int), slice(0, 0)):
         empty = g[index]
@@ -484,7 +484,7 @@ def test_products_written_with_an_operator():
     np.testing.assert_allclose((g.T @ c).W.ravel(), c @ G.W, rtol=1e-10)
 
 
-def test_sums_have_the_dtype_that_is_asked_for():
+def test_sums_have_the_requested_dtype():
     g = closed_form.factored_grads(*batch(jnp.bfloat16))
     c = jnp.ones(g.batch_size)
     for function in (g.sum, g.mean, lambda dtype=None: g.weighted_sum(c, dtype)):

@@ -1,4 +1,4 @@
-"""The gradients of all outputs of a model, held against `jax.vmap(jax.jacrev)`."""
+"""The gradients of all outputs of a model, against `jax.vmap(jax.jacrev)`."""
 
 import chex
 import jax
@@ -33,7 +33,7 @@ def tree_of_outputs(params, x):
     return {"mean": h.mean(0) @ params["V"].T, "total": h.sum()}
 
 
-def normalised(params, x):
+def normalized(params, x):
     W = params["W"] / jnp.sqrt((params["W"] ** 2).sum(1, keepdims=True))
     return params["V"] @ jnp.tanh(W @ x)
 
@@ -46,7 +46,7 @@ def loop(params, x):
     return jax.lax.scan(step, jnp.zeros(30), x)[1].sum(0)
 
 
-def rematerialised(params, x):
+def rematerialized(params, x):
     return params["V"] @ jax.checkpoint(lambda W, x: jnp.tanh(W @ x))(params["W"], x)
 
 
@@ -65,16 +65,16 @@ MODELS = {
     ),
     "table": (table, {"E": normal(1, 50, 30), "V": WEIGHTS["V"]}, jnp.arange(30).reshape(6, 5) * 7 % 50),
     "tree of outputs": (tree_of_outputs, WEIGHTS, normal(4, 6, 7, 20)),
-    "normalised": (normalised, WEIGHTS, normal(4, 6, 20)),
+    "normalized": (normalized, WEIGHTS, normal(4, 6, 20)),
     "loop": (loop, {"W": normal(1, 30, 20), "V": normal(3, 30, 30) / 6}, normal(4, 6, 5, 20)),
-    "rematerialised": (rematerialised, WEIGHTS, normal(4, 6, 20)),
+    "rematerialized": (rematerialized, WEIGHTS, normal(4, 6, 20)),
     "one example": (dense, WEIGHTS, normal(4, 1, 20)),
 }
 
 
 @pytest.mark.every(11)
 @pytest.mark.parametrize(("name", "jit"), [*((name, True) for name in MODELS), ("dense", False)])
-def test_agrees_with_the_written_out_jacobian(name, jit):
+def test_agrees_with_the_materialized_jacobian(name, jit):
     model, params, x = MODELS[name]
     direction = jax.tree.map(jnp.cos, params)
 
@@ -83,15 +83,15 @@ def test_agrees_with_the_written_out_jacobian(name, jit):
         return J, J.materialize(), J.norms(), J.gram(), J.dot(direction), J.rows(), J.rows().materialize()
 
     @quick_jit
-    def wanted(params, x):
+    def expected(params, x):
         rows = jax.vmap(jax.jacrev(lambda params, x: ravel_pytree(model(params, x))[0]), (None, 0))(params, x)
         flat = jnp.concatenate([a.reshape(len(x), a.shape[1], -1) for a in jax.tree.leaves(rows)], 2)
         return rows, jnp.linalg.norm(flat, axis=2), jnp.einsum("bop,cqp->bcoq", flat, flat), flat
 
-    J, written, norms, gram, dot, rows, flattened = (quick_jit(results) if jit else results)(params, x)
-    want, lengths, kernel, flat = wanted(params, x)
+    J, materialized, norms, gram, dot, rows, flattened = (quick_jit(results) if jit else results)(params, x)
+    want, lengths, kernel, flat = expected(params, x)
     B, O, scale = J.batch_size, J.outputs, float(jnp.abs(flat).max())  # noqa: E741
-    chex.assert_trees_all_close(written, want, rtol=1e-9, atol=1e-11)
+    chex.assert_trees_all_close(materialized, want, rtol=1e-9, atol=1e-11)
     np.testing.assert_allclose(norms, lengths, rtol=1e-9, atol=1e-12 * scale)
     np.testing.assert_allclose(gram, kernel, rtol=1e-9, atol=1e-9 * scale**2)
     np.testing.assert_allclose(dot, flat @ ravel_pytree(direction)[0], rtol=1e-9, atol=1e-10 * scale)
@@ -105,8 +105,8 @@ def test_what_all_outputs_share_is_computed_and_held_once():
     model, params, x = MODELS["dense"]
     J = jg.per_example_jacobian(model)(params, x)
     B, O = 6, 10  # noqa: E741
-    held = B * (O * 30 + 20) + B * O * 30 + B * 30 + 3 * B  # of W, b and V, whose rows are numbered, and the weights
-    assert J.nbytes == held * 8 + B * O * 4
+    numbers = B * (O * 30 + 20) + B * O * 30 + B * 30 + 3 * B  # W, b and V, whose rows are numbered, and the weights
+    assert J.nbytes == numbers * 8 + B * O * 4
 
     def counted(params, x):
         jax.debug.callback(lambda _: passes.append(1), x[0])
@@ -151,8 +151,8 @@ def test_the_wide_mlp_s_kernel_holds_less_than_its_rows():
 
     x = normal(4, 32, 48)
     memory = lambda f: jax.jit(f).lower(params, x).compile().memory_analysis()  # noqa: E731
-    written = memory(lambda params, x: jax.vmap(jax.jacrev(model), (None, 0))(params, x)).output_size_in_bytes
-    assert memory(jg.attribution.ntk(model)).temp_size_in_bytes < written / 2
+    dense = memory(lambda params, x: jax.vmap(jax.jacrev(model), (None, 0))(params, x)).output_size_in_bytes
+    assert memory(jg.attribution.ntk(model)).temp_size_in_bytes < dense / 2
 
 
 def test_the_kernel_of_a_convolutional_network_takes_no_more_memory_than_its_rows():
@@ -182,8 +182,8 @@ def test_the_kernel_of_a_convolutional_network_takes_no_more_memory_than_its_row
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-9)])
 @pytest.mark.parametrize("B", [64, 256])
 @pytest.mark.as_used
-def test_norms_and_kernels_under_jit_at_real_sizes_have_the_digits_of_their_dtype(dtype, rounding, B):
-    """What is held is rounded to the dtype; all that is made of it is added up in float32."""
+def test_norms_and_kernels_under_jit_at_real_sizes_are_as_accurate_as_their_dtype(dtype, rounding, B):
+    """The factors are rounded to the dtype; everything computed from them is summed in float32."""
     params, x = {"W": normal(1, 128, 64) / 8, "b": normal(2, 128), "V": normal(3, 10, 128) / 8}, normal(4, B, 64)
     with jax.enable_x64(False):
         narrow = jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, x))
@@ -191,10 +191,10 @@ def test_norms_and_kernels_under_jit_at_real_sizes_have_the_digits_of_their_dtyp
         norms, kernel = jax.jit(lambda J: (J.norms(), J.gram()))(J)
         rows = jax.tree.map(lambda a: np.asarray(a, np.float64), J.rows().factors)
     assert norms.dtype == kernel.dtype == jnp.float32
-    held = jg.PerExampleGrads(jax.tree.map(jnp.asarray, rows))  # the same factors, everything else in float64
-    np.testing.assert_allclose(norms.reshape(-1), held.norms(), rtol=200 * 2.0**-24)
-    scale = np.asarray(held.norms())
-    off = np.abs(np.asarray(kernel).transpose(0, 2, 1, 3).reshape(B * 10, B * 10) - np.asarray(held.gram()))
+    wide = jg.PerExampleGrads(jax.tree.map(jnp.asarray, rows))  # the same factors, everything else in float64
+    np.testing.assert_allclose(norms.reshape(-1), wide.norms(), rtol=200 * 2.0**-24)
+    scale = np.asarray(wide.norms())
+    off = np.abs(np.asarray(kernel).transpose(0, 2, 1, 3).reshape(B * 10, B * 10) - np.asarray(wide.gram()))
     assert (off <= 200 * 2.0**-24 * scale[:, None] * scale[None, :]).all()
     exact = jg.per_example_jacobian(dense)(params, x).norms()
     np.testing.assert_allclose(norms, exact, rtol=64 * rounding)

@@ -1,4 +1,4 @@
-"""The contract with JAX: the params that are read of each primitive, and the form of the gradient programs."""
+"""The contract with JAX: the params that each rule reads, and the form of the gradient programs."""
 
 import re
 from pathlib import Path
@@ -118,7 +118,7 @@ def test_the_parts_of_a_scan(step, init, xs, parts, reverse):
     consts, carry, *rest = _jax.scan_parts(eqn)
     assert (carry, len(eqn.invars) - consts - carry, len(eqn.outvars) - carry) == parts
     assert rest == [3, reverse, 1 + reverse]
-    assert consts == eqn.params.get("num_consts", consts) > 0  # the name is gone since JAX 0.11
+    assert consts == eqn.params.get("num_consts", consts) > 0  # JAX 0.11 has no such name
 
 
 def recurrent(W, xs):
@@ -172,7 +172,7 @@ def test_a_mean_of_lookups_adds_one_row_at_every_index_and_a_loop_gives_products
     assert writes(jaxpr, eqn.invars[2]).primitive is lax.broadcast_in_dim_p
     (rows,) = jaxgrad.per_example_grad(mean)(jnp.ones((30, 4)), IDS[None]).factors
     assert (rows.ids.shape, rows.values.shape) == ((1, 5), (1, 1, 4))
-    for loss in (  # written at every position it would hold more than the gradient
+    for loss in (  # held at every position, a mean would be larger than the gradient
         lambda E, ids: jnp.tanh(E[ids].mean(1)).sum(),
         lambda E, ids: lax.scan(lambda h, ids: (h + jnp.tanh(E[ids].mean(0)).sum(), None), 0.0, ids)[0],
         lambda E, ids: sum(jnp.tanh(E[ids[k]].mean(0)).sum() for k in range(8)),
@@ -183,16 +183,16 @@ def test_a_mean_of_lookups_adds_one_row_at_every_index_and_a_loop_gives_products
     assert (outer.left.shape, outer.positions_first) == ((2, 1, 3, 40), True)
 
 
-odd, strange = jax.custom_jvp(jnp.sin), jax.custom_vjp(jnp.cos)
-odd.defjvp(lambda primals, tangents: (odd(*primals), 3 * tangents[0]))  # not its derivative
-strange.defvjp(lambda x: (strange(x), None), lambda _, ct: (5 * ct,))
+wrong_jvp, wrong_vjp = jax.custom_jvp(jnp.sin), jax.custom_vjp(jnp.cos)
+wrong_jvp.defjvp(lambda primals, tangents: (wrong_jvp(*primals), 3 * tangents[0]))  # not its derivative
+wrong_vjp.defvjp(lambda x: (wrong_vjp(x), None), lambda _, ct: (5 * ct,))
 
 
 def everything(W, x):
-    x = odd(x) + strange(x) + jnp.asarray(np.arange(4.0))
+    x = wrong_jvp(x) + wrong_vjp(x) + jnp.asarray(np.arange(4.0))
     h = lax.fori_loop(0, 3, lambda i, h: jnp.sin(h), x) + lax.while_loop(lambda h: h.sum() < 9, lambda h: 2 * h + 1, x)
-    h = jax.checkpoint(lambda h: jnp.tanh(jax.jit(odd)(W @ h)))(h) + recurrent(W, jnp.stack([x, x]))
-    return lax.cond(x[0] > 0, lambda: strange(W @ h).sum(), lambda: h.sum()) + (W @ lax.sort(x)).sum()
+    h = jax.checkpoint(lambda h: jnp.tanh(jax.jit(wrong_jvp)(W @ h)))(h) + recurrent(W, jnp.stack([x, x]))
+    return lax.cond(x[0] > 0, lambda: wrong_vjp(W @ h).sum(), lambda: h.sum()) + (W @ lax.sort(x)).sum()
 
 
 WRAPPERS = {"": lambda f: f, "vmap": jax.vmap, "grad": lambda f: jax.grad(lambda *args: jnp.sin(f(*args)).sum())}
@@ -204,7 +204,7 @@ def test_every_equation_can_be_evaluated_by_itself(name):
     W, x = jax.random.normal(jax.random.key(0), (2, 4, 4)), jax.random.normal(jax.random.key(1), (2, 4))
     args, names = (W, x) if name == "vmap" else (W[0], x[0]), set()
 
-    def again(W, x):
+    def reevaluated(W, x):
         jaxpr, consts = program(jax.grad(everything), W, x)
         known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, W, x), strict=True))
         read = lambda v: v.val if isinstance(v, _jax.Literal) else known[v]  # noqa: E731
@@ -213,7 +213,7 @@ def test_every_equation_can_be_evaluated_by_itself(name):
             names.add(eqn.primitive.name)
         return read(jaxpr.outvars[0])
 
-    np.testing.assert_allclose(*(WRAPPERS[name](f)(*args) for f in (again, jax.grad(everything))), rtol=1e-12)
+    np.testing.assert_allclose(*(WRAPPERS[name](f)(*args) for f in (reevaluated, jax.grad(everything))), rtol=1e-12)
     assert names >= {"custom_jvp_call", "custom_vjp_call", "while", "scan", "cond", "sort"}
 
 
@@ -227,15 +227,15 @@ def test_the_users_line_is_found():
     assert _jax.source_line(next(e for e in jaxpr.eqns if e.primitive is lax.tanh_p)) == f"{__file__}:{first + 2}"
 
 
-def test_only_one_file_takes_what_is_not_plainly_public():
+def test_only_one_file_uses_what_is_not_plainly_public():
     private = r"jax\.(_src|core|interpreters)\b|from jax import .*\b(_src|core|interpreters)\b"
     for path in Path(jaxgrad.__file__).parent.rglob("*.py"):
         assert not re.search(private, path.read_text()), path
         assert path.name == "_jax.py" or "jax.extend" not in path.read_text()
 
 
-def test_an_equation_knows_what_it_is_evaluated_in():
-    """Of the mesh: the axes that are explicit, or left to the compiler inside of what is."""
+def test_an_equation_is_evaluated_in_its_own_context():
+    """The context is the mesh: which of its axes are explicit, and which are automatic inside auto_axes."""
     mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
         inner = program(jax.sharding.auto_axes(jnp.sin, out_sharding=jax.sharding.PartitionSpec()), A).jaxpr

@@ -21,7 +21,7 @@ from jaxgrad.exercise.job import output
 from jaxgrad.exercise.job.command import main
 from jaxgrad.network import closed_form
 
-# What the job runs in: JAX's own defaults, whatever conftest.py has made stricter.
+# The job runs with JAX's defaults; conftest.py is stricter.
 pytestmark = pytest.mark.usefixtures("plain_types")
 
 
@@ -48,7 +48,7 @@ def table(path: Path, n=40, columns=("a", "b"), label="label", classes=("no", "y
     return frame
 
 
-def test_as_a_stranger_runs_it():
+def test_as_a_new_user_runs_it():
     """In its own process, with JAX's defaults, and nothing on the error stream."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA"))}
     root = Path(jaxgrad.__file__).parents[1]
@@ -110,10 +110,10 @@ def test_every_dtype_and_activation(capsys, dtype, activation):
 @pytest.mark.slow
 def test_untrained_and_seeded(capsys):
     first = run(capsys, "--steps", "0", "--seed", "1")[1]
-    again = run(capsys, "--steps", "0", "--seed", "1")[1]
+    repeated = run(capsys, "--steps", "0", "--seed", "1")[1]
     other = run(capsys, "--steps", "0", "--seed", "2")[1]
     loss = re.compile(r"loss \S+ accuracy \S+")
-    assert loss.findall(first) == loss.findall(again) != loss.findall(other)
+    assert loss.findall(first) == loss.findall(repeated) != loss.findall(other)
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ def test_a_constant_feature_and_large_offsets_are_fine(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_numbers_that_only_float64_holds_are_standardised_like_others(capsys, tmp_path):
+def test_numbers_that_only_float64_holds_are_standardized_like_others(capsys, tmp_path):
     frame = table(tmp_path / "in.csv")
     frame["large"], frame["constant"] = 1e100 * frame["b"], 1e300
     frame.to_csv(tmp_path / "in.csv", index=False)
@@ -206,15 +206,15 @@ def test_numbers_that_only_float64_holds_are_standardised_like_others(capsys, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [slice(None), slice(None, None, -1), slice(3, None, 2)], ids=["all", "turned", "some"])
-def test_a_nameless_column_that_counts_the_rows_is_said_and_not_learnt_from(capsys, tmp_path, rows):
+def test_a_nameless_column_that_counts_the_rows_is_reported_and_not_used(capsys, tmp_path, rows):
     frame = table(tmp_path / "in.csv")
     frame.iloc[rows].to_csv(tmp_path / "in.csv")
     status, out, err = run(capsys, "--data", tmp_path / "in.csv", "--steps", "5")
     assert (status, err) == (0, "")
     assert "2 inputs (without the first column, which counts the rows)" in out
-    frame.iloc[rows].set_index("a").to_csv(tmp_path / "in.csv", index_label="")  # numbers that count nothing
+    frame.iloc[rows].set_index("a").to_csv(tmp_path / "in.csv", index_label="")  # its values do not count the rows
     assert "2 inputs\n" in run(capsys, "--data", tmp_path / "in.csv", "--steps", "5")[1]
-    frame.iloc[rows].to_csv(tmp_path / "in.csv", index_label="id")  # what has a name is a feature
+    frame.iloc[rows].to_csv(tmp_path / "in.csv", index_label="id")  # a column with a name is a feature
     assert "3 inputs\n" in run(capsys, "--data", tmp_path / "in.csv", "--steps", "5")[1]
 
 
@@ -452,7 +452,7 @@ def test_labels_and_names_are_printed_as_they_are(capsys, tmp_path):
         ("{} --steps none 2>/dev/full", 2, ""),
     ],
 )
-def test_whatever_standard_output_is(command, status, message):
+def test_any_kind_of_standard_output(command, status, message):
     root = Path(jaxgrad.__file__).parents[1]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     done = subprocess.run(
@@ -474,7 +474,7 @@ def test_help_names_every_option(capsys):
         assert f"--{option}" in out
 
 
-def test_the_data_is_standardised():
+def test_the_data_is_standardized():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = data_module.load(None, None)

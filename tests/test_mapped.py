@@ -1,4 +1,4 @@
-"""Weights behind a map and penalties of the parameters: nothing of B × parameters is held, and the digits stay."""
+"""Weights behind a map and penalties on parameters: no array of B × parameters is held, and results are accurate."""
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def test_memory_of_norms_and_clipped_sum_is_near_a_plain_gradients(name):
     assert nbytes(ours) <= 1.5 * nbytes(plain)
 
 
-def standardised(p, x):
+def standardized(p, x):
     W = p["W"] - p["W"].mean(1, keepdims=True)
     return jnp.sum(jnp.tanh(W / (W.std(1, keepdims=True) + jnp.asarray(0.125, W.dtype)) @ x))
 
@@ -84,7 +84,7 @@ CASES = [
     (weight_decay, (100, 512)),
     (masked, (256, 256)),
     (weight_norm, (100, 512)),
-    (standardised, (100, 512)),
+    (standardized, (100, 512)),
     (accumulated, (100, 512)),
     (masked_over_positions, (256, 256)),
 ]
@@ -94,7 +94,7 @@ CASES = [
 @pytest.mark.parametrize(("loss", "shape"), CASES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.as_used
-def test_norms_and_sums_have_the_digits_of_their_dtype(loss, shape, dtype):
+def test_norms_and_sums_are_as_accurate_as_their_dtype(loss, shape, dtype):
     names = ["v", "g"] if loss is weight_norm else ["W"]
     exact = {n: normal(k, *(shape if n != "g" else shape[:1]), dtype=np.float64) / 8 for k, n in enumerate(names)}
     params = jax.tree.map(lambda a: jnp.asarray(a, dtype), exact)
@@ -120,7 +120,7 @@ def test_norms_and_sums_have_the_digits_of_their_dtype(loss, shape, dtype):
 
 @pytest.mark.every(3)
 @pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
-def test_norms_of_masked_and_penalised_gradients_neither_overflow_nor_vanish(size):
+def test_norms_of_masked_and_penalized_gradients_neither_overflow_nor_vanish(size):
     params = {"W": normal(1, 30, 30)}
     X = normal(2, 5, 30)
 
@@ -133,7 +133,7 @@ def test_norms_of_masked_and_penalised_gradients_neither_overflow_nor_vanish(siz
 
 
 @pytest.mark.every(0)
-def test_one_example_is_cut_out_of_what_all_share():
+def test_indexing_and_where_keep_what_all_examples_share():
     params, X = {"W": normal(1, 30, 20, dtype=np.float64)}, normal(2, 4, 20, dtype=np.float64)
     loss = lambda p, x: jnp.sum(jnp.tanh(jnp.exp(p["W"]) @ x)) + x[0] * jnp.sum(p["W"] ** 2)  # noqa: E731
     g = jg.per_example_grad(loss)(params, X)
@@ -142,11 +142,11 @@ def test_one_example_is_cut_out_of_what_all_share():
     for index in (slice(1, 3), np.array([2, 0]), np.array([True, False, True, True])):
         np.testing.assert_allclose(g[index].materialize()["W"], expected[index], rtol=1e-12)
     np.testing.assert_allclose(g.where(jnp.arange(4) < 2).sum()["W"], expected[:2].sum(0), rtol=1e-12)
-    again = jax.jit(lambda g: g.scale(jnp.arange(4.0)).sum())(g)["W"]
-    np.testing.assert_allclose(again, np.tensordot(np.arange(4.0), expected, 1), rtol=1e-12)
+    total = jax.jit(lambda g: g.scale(jnp.arange(4.0)).sum())(g)["W"]
+    np.testing.assert_allclose(total, np.tensordot(np.arange(4.0), expected, 1), rtol=1e-12)
 
 
-def test_two_calls_give_one_structure():
+def test_two_calls_give_the_same_tree_structure():
     params, X = {"v": normal(1, 30, 20), "g": normal(3, 30)}, normal(2, 4, 20)
     first, second = (jg.per_example_grad(weight_norm)(params, X) for _ in range(2))
     assert jax.tree.structure(first) == jax.tree.structure(second)
@@ -174,12 +174,12 @@ def test_magnitudes_are_no_less_than_the_norms(loss, shape, size):
     names = {"v": shape, "g": shape[:1]} if loss is weight_norm else {"W": shape}
     params, X = {n: normal(k, *s) for k, (n, s) in enumerate(names.items())}, normal(1, 5, shape[1])
     g = jax.jit(jg.per_example_grad(lambda p, x, s: s * loss(p, x)))(params, X, np.full(5, size, np.float32))
-    magnitudes = g.magnitudes()  # of the matrix alone: the other is a vector, of which nothing cancels
+    magnitudes = g.magnitudes()  # of the matrix only: nothing cancels in the gradient of the other, a vector
     matrix = next(norms for name, norms in g.leaf_norms().items() if name != "g")
     assert magnitudes is None or bool((magnitudes >= matrix * np.float32(1 - 1e-5)).all())
 
 
-def test_the_norm_of_a_map_that_spreads_its_input_counts_how_far():
+def test_the_norm_of_a_map_that_broadcasts_its_input_counts_the_copies():
     column, array = jnp.ones((30, 1), jnp.float32), jnp.asarray(normal(1, 30, 400))
     (eqn,) = jax.make_jaxpr(lax.mul)(column, array).eqns
     spread, _, shared = Map.of([Result(call_of(eqn, [Input(column), array]), 0)])
@@ -192,7 +192,7 @@ def test_the_norm_of_a_map_that_spreads_its_input_counts_how_far():
 @pytest.mark.every(2)
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-9)])
 @pytest.mark.as_used
-def test_a_map_in_every_step_of_a_loop_has_the_digits_of_its_dtype_at_real_sizes(dtype, rounding):
+def test_a_map_in_every_step_of_a_loop_is_as_accurate_as_its_dtype_at_real_sizes(dtype, rounding):
     rng = np.random.default_rng(0)
     W, x = rng.normal(size=(64, 64)) / 8, rng.normal(size=(64, 5, 64))
     mask = jnp.asarray(rng.random((64, 64)) < 0.5)
@@ -214,7 +214,7 @@ def test_a_map_in_every_step_of_a_loop_has_the_digits_of_its_dtype_at_real_sizes
 
 
 @pytest.mark.every(3)
-@pytest.mark.parametrize("loss", [weight_decay, masked, standardised])
+@pytest.mark.parametrize("loss", [weight_decay, masked, standardized])
 def test_batches_behind_a_map_are_concatenated_where_they_share_it(loss):
     params, X = {"W": jnp.asarray(normal(1, 30, 20))}, jnp.asarray(normal(2, 7, 20))
     g = jg.per_example_grad(loss)
@@ -229,7 +229,7 @@ def test_batches_behind_a_map_are_concatenated_where_they_share_it(loss):
         )(both, other)
 
 
-def orthogonalised(W, x):
+def orthogonalized(W, x):
     step = lambda W, _: (1.5 * W - 0.5 * W @ (W.T @ W), None)  # noqa: E731
     return jnp.tanh(lax.scan(step, W[0] / jnp.linalg.norm(W[0]), None, length=3)[0] @ x).sum()
 
@@ -248,15 +248,15 @@ def exponential(W, x):
 @pytest.mark.parametrize(
     ("loss", "dtype", "rounding"),
     [
-        (orthogonalised, jnp.float32, 2.0**-24),
-        (orthogonalised, jnp.bfloat16, 2.0**-9),
+        (orthogonalized, jnp.float32, 2.0**-24),
+        (orthogonalized, jnp.bfloat16, 2.0**-9),
         (layers_of_unit_rows, jnp.float32, 2.0**-24),
         (layers_of_unit_rows, jnp.bfloat16, 2.0**-9),
-        (exponential, jnp.float32, 2.0**-24),  # jax.scipy has none in bfloat16
+        (exponential, jnp.float32, 2.0**-24),  # jax.scipy has no bfloat16 version
     ],
 )
 @pytest.mark.as_used
-def test_loops_that_are_maps_have_the_digits_of_their_dtype_at_real_sizes(loss, dtype, rounding, B):
+def test_loops_that_are_maps_are_as_accurate_as_their_dtype_at_real_sizes(loss, dtype, rounding, B):
     rng = np.random.default_rng(0)
     W, X = jnp.asarray(rng.normal(size=(3, 64, 64)) / 8, dtype), jnp.asarray(rng.normal(size=(B, 64)), dtype)
     exact = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(W.astype(float), X.astype(float)))

@@ -1,4 +1,4 @@
-"""Each notebook runs from top to bottom, and what is committed is what such a run shows."""
+"""Each notebook runs from top to bottom, and its committed outputs are those of such a run."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
-# What a notebook says it found, as "name: number" lines of its last cell, and between what bounds that must lie.
+# The results that a notebook prints as "name: number" lines in its last cell, and the bounds of each.
 HEADLINES = {
     "05_influence_and_curvature": {
         "table, AUC of loss": (0.97, 1),
@@ -65,7 +65,7 @@ def code_cells(notebook):
 
 
 def kinds(cell):
-    """What a cell put out, without the numbers: the streams by name, the results by their media types."""
+    """The kinds of a cell's outputs, without the numbers: streams by name, results by media types."""
     return {(o.output_type, o.get("name", ""), *sorted(o.get("data", {}))) for o in cell.outputs}
 
 
@@ -85,9 +85,9 @@ def assert_headlines_hold(notebook, stem):
 
 @pytest.mark.slow
 @each_notebook
-def test_runs_from_top_to_bottom_and_puts_out_what_is_committed(path, tmp_path, monkeypatch):
+def test_runs_from_top_to_bottom_with_the_committed_kinds_of_output(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's own start-up files
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # without a user's start-up files
     monkeypatch.delenv("MPLBACKEND", raising=False)  # figures belong in the notebook
     copy = shutil.copy(path, tmp_path)
     notebook, committed = nbformat.read(copy, as_version=4), nbformat.read(path, as_version=4)

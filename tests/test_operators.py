@@ -1,4 +1,4 @@
-"""Arithmetic on PerExampleGrads, and what becomes of them in `jax.tree.map`."""
+"""Arithmetic on PerExampleGrads, and what `jax.tree.map` does to them."""
 
 import chex
 import jax
@@ -25,7 +25,7 @@ def second(params, ids):
     return jnp.sum(jnp.sin(params["E"][ids[0]])) + jnp.sum(params["W"] ** 2) * ids[0].astype(float)
 
 
-def written(loss):
+def materialized(loss):
     return jax.vmap(jax.grad(loss), (None, 0))(PARAMS, IDS)
 
 
@@ -44,7 +44,7 @@ def test_sums_and_multiples_are_those_of_the_matrix(jit):
             2 * g.scale(c) - h * c, jnp.float64(2) * g,
         ]  # fmt: skip
 
-    def wanted(a, b):
+    def expected(a, b):
         each = lambda v: c.reshape(4, *[1] * (v.ndim - 1)) * v  # noqa: E731
         tree = jax.tree.map
         plus = lambda x, y, s=1.0: tree(lambda x, y: x + s * y, x, y)  # noqa: E731
@@ -56,7 +56,7 @@ def test_sums_and_multiples_are_those_of_the_matrix(jit):
         ]  # fmt: skip
 
     results = (jax.jit(combined) if jit else combined)(grads(first), grads(second))
-    for got, want in zip(results, wanted(written(first), written(second)), strict=True):
+    for got, want in zip(results, expected(materialized(first), materialized(second)), strict=True):
         chex.assert_trees_all_close(got.materialize(), want, rtol=1e-12)
         squares = sum((v.reshape(4, -1) ** 2).sum(1) for v in jax.tree.leaves(want))
         np.testing.assert_allclose(got.norms(), np.sqrt(squares), rtol=1e-10)
@@ -64,7 +64,9 @@ def test_sums_and_multiples_are_those_of_the_matrix(jit):
 
 def test_a_sum_is_the_gradient_of_the_sum_of_the_losses_and_keeps_its_factors():
     total = grads(first) + grads(second)
-    chex.assert_trees_all_close(total.materialize(), written(lambda p, ids: first(p, ids) + second(p, ids)), rtol=1e-12)
+    chex.assert_trees_all_close(
+        total.materialize(), materialized(lambda p, ids: first(p, ids) + second(p, ids)), rtol=1e-12
+    )
     assert [type(f).__name__ for f in total.factors["E"]] == ["Rows", "Rows"]
 
 
@@ -84,12 +86,12 @@ def test_what_does_not_fit_is_refused():
         g + jg.per_example_grad(lambda w, x: (w * x).sum())(jnp.ones(3), jnp.ones((4, 3)))
     with pytest.raises(ValueError, match=r"one floating number per example, shape \(4,\)"):
         g * jnp.ones(3)
-    for other in (1.0, written(first)):
+    for other in (1.0, materialized(first)):
         with pytest.raises(TypeError):
             g + other
 
 
-def test_a_tree_map_that_takes_the_examples_away_is_noticed():
+def test_a_tree_map_that_drops_the_example_axis_is_an_error():
     for function in (lambda a: a.mean(0), jnp.linalg.norm):
         mapped = jax.tree.map(lambda a, f=function: f(a) if jnp.issubdtype(a.dtype, jnp.floating) else a, grads(first))
         with pytest.raises(ValueError, match=r"jax\.tree\.map"):

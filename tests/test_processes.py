@@ -37,8 +37,8 @@ def run(params, X, Y):
 
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 each, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-mine = slice(8 * jax.process_index(), 8 * (jax.process_index() + 1))  # each process has read half of the batch
-batch = [jax.make_array_from_process_local_data(each, a[mine]) for a in (X, Y)]
+local = slice(8 * jax.process_index(), 8 * (jax.process_index() + 1))  # each process has read half of the batch
+batch = [jax.make_array_from_process_local_data(each, a[local]) for a in (X, Y)]
 everywhere = jax.tree.map(lambda a: jax.make_array_from_process_local_data(whole, np.asarray(a)), params)
 found = jax.jit(run, out_shardings=whole)(everywhere, *batch)
 expected = jax.jit(run)(params, X, Y)  # on this process alone
@@ -61,11 +61,11 @@ def test_two_processes_agree_with_one():
         for k in range(2)
     ]
     try:
-        told = [process.communicate(timeout=180)[0] for process in both]
+        outputs = [process.communicate(timeout=180)[0] for process in both]
     except subprocess.TimeoutExpired:
         pytest.fail("two processes have not finished within three minutes")
     finally:
         for process in both:
             process.kill()
-    assert [text.rstrip().splitlines()[-1:] for text in told] == [["agreed"]] * 2, "\n".join(told)
-    assert [process.returncode for process in both] == [0, 0], "\n".join(told)
+    assert [text.rstrip().splitlines()[-1:] for text in outputs] == [["agreed"]] * 2, "\n".join(outputs)
+    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)

@@ -12,20 +12,20 @@ from conftest import FUZZ
 from jaxgrad import per_example_grad
 from jaxgrad.per_example.algebra.factors import Dense
 
-ONCE_WRONG = {125, 161, 168, 1230, 1350}  # or refused; beyond the first hundred
-QUICK = {"xla_backend_optimization_level": "0"}  # compiling is most of the time
+ONCE_WRONG = {125, 161, 168, 1230, 1350}  # seeds that once gave a wrong result or an error
+QUICK = {"xla_backend_optimization_level": "0"}  # compilation takes most of the time
 
 
 def disagreements(p: programs.Program) -> list[str]:
-    """What is further off than p.rtol of the largest there is of its kind, a line each."""
+    """A line for each result that is off by more than p.rtol times the largest entry of its kind."""
     c = np.linspace(-1, 2, programs.B)
 
     def loss(params, *batch):
-        """With results of every sort beside it."""
+        """The program's loss, with auxiliary results of every kind."""
         value, x, weight = p.loss(params, *batch), batch[0], jax.tree.leaves(params)[0]
         spread = jnp.broadcast_to(x.sum(), (2, 3))
-        beside = {"axis": x[None], "zeros": jnp.zeros(3), "spread": spread, "weight": weight, "none": None}
-        return value, beside | {"value": value, "ids": (batch[4], batch[5])}
+        extra = {"axis": x[None], "zeros": jnp.zeros(3), "spread": spread, "weight": weight, "none": None}
+        return value, extra | {"value": value, "ids": (batch[4], batch[5])}
 
     def both(params, batch):
         g, aux = per_example_grad(loss, has_aux=True)(params, *batch)
@@ -35,18 +35,18 @@ def disagreements(p: programs.Program) -> list[str]:
         return (G, off), (g.materialize(), g.norms(), g.gram(), g.weighted_sum(jnp.asarray(c)), g.second_moment())
 
     alike: list = []
-    (G, off), (written, norms, gram, weighted, second) = jax.jit(both, compiler_options=QUICK)(p.params, p.batch)
+    (G, off), (materialized, norms, gram, weighted, second) = jax.jit(both, compiler_options=QUICK)(p.params, p.batch)
     wide = {n: np.asarray(v, np.float64).reshape(programs.B, -1) for n, v in G.items()}
     every = np.concatenate(list(wide.values()), 1)
     top = np.linalg.norm(every, axis=1).max()
     cases = [("norms", norms, np.linalg.norm(every, axis=1), top), ("gram", gram, every @ every.T, top**2)]
     for n, g in wide.items():
         size = max(np.abs(g).max(), 1e-3 * np.abs(every).max())
-        cases += [(f"materialize {n}", written[n], g, size), (f"weighted_sum {n}", weighted[n], c @ g, size)]
+        cases += [(f"materialize {n}", materialized[n], g, size), (f"weighted_sum {n}", weighted[n], c @ g, size)]
         cases += [(f"second_moment {n}", second[n], (g * g).mean(0), size**2)]
     lines = [f"aux {n}" for n, same in alike[0].items() if not all(jax.tree.leaves(same))]
     lines += [f"aux {n}: off by {v}" for n, v in off.items() if not all(float(a) <= 1e-4 for a in jax.tree.leaves(v))]
-    lines += [f"dtype {n}: {written[n].dtype}, not {G[n].dtype}" for n in G if written[n].dtype != G[n].dtype]
+    lines += [f"dtype {n}: {materialized[n].dtype}, not {G[n].dtype}" for n in G if materialized[n].dtype != G[n].dtype]
     for name, found, expected, size in cases:
         off = np.abs(np.asarray(found, np.float64).reshape(expected.shape) - expected).max()
         if not off <= p.rtol * size:
@@ -55,7 +55,7 @@ def disagreements(p: programs.Program) -> list[str]:
 
 
 def census(seeds) -> tuple[Counter, Counter]:
-    """(How many parameters stay factored, partly, or are written out; how often each kind of step was drawn.)"""
+    """Count parameters that are factored, partly factored or materialized; and each kind of step that was drawn."""
     parameters, kinds = Counter(), Counter()
     for seed in seeds:
         p = programs.program(seed)

@@ -1,4 +1,4 @@
-"""What a user meets: every public name has a docstring, an example that runs, types, and a place in the reference."""
+"""Every public name has a docstring, an example that runs, types, and a place in the reference."""
 
 import ast
 import doctest
@@ -20,39 +20,41 @@ from jaxgrad.network import derivation
 
 SOURCE = Path(jaxgrad.__file__).parent
 REFERENCE = SOURCE.parent / "docs" / "reference"
-INNER = {"errors", "microbatches", "precision", "progress", "sharding"}  # what the others use
+INTERNAL = {"errors", "microbatches", "precision", "progress", "sharding"}  # used by the public modules only
 
 
-def beside_the_face() -> list[str]:
+def submodules() -> list[str]:
+    """The names of the public modules directly in the package."""
     found = (module.name for module in pkgutil.iter_modules(jaxgrad.__path__))
-    # jaxgrad.network is the exercise under another name
-    return [name for name in found if not name.startswith("_") and name not in INNER | {"network"}]
+    # jaxgrad.network is another name of jaxgrad.exercise
+    return [name for name in found if not name.startswith("_") and name not in INTERNAL | {"network"}]
 
 
-def public(room: ModuleType) -> dict[str, object]:
-    if room is derivation:  # a line of the page each
-        return {n: v for n, v in vars(room).items() if inspect.isfunction(v) and v.__module__ == room.__name__}
-    return {name: getattr(room, name) for name in room.__all__}
+def public(module: ModuleType) -> dict[str, object]:
+    """The public names of a module, with their values."""
+    if module is derivation:  # it has no __all__: each function is one line of the derivation
+        return {n: v for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__}
+    return {name: getattr(module, name) for name in module.__all__}
 
 
-def rooms() -> list[ModuleType]:
-    """The modules that a user imports from: the face, those beside it, and those that these name."""
-    found = [jaxgrad, *(importlib.import_module(f"jaxgrad.{name}") for name in beside_the_face())]
-    for room in found:  # grows
-        named = [value for value in public(room).values() if inspect.ismodule(value) and value is not jaxgrad.network]
-        found += [module for module in named if module not in found]
+def public_modules() -> list[ModuleType]:
+    """The modules that a user imports from: the package, its submodules, and the modules that these export."""
+    found = [jaxgrad, *(importlib.import_module(f"jaxgrad.{name}") for name in submodules())]
+    for module in found:  # grows
+        exported = [v for v in public(module).values() if inspect.ismodule(v) and v is not jaxgrad.network]
+        found += [m for m in exported if m not in found]
     return found
 
 
-ROOMS = rooms()
-NAMES = {f"{room.__name__}.{name}": value for room in ROOMS for name, value in public(room).items()}
+MODULES = public_modules()
+NAMES = {f"{module.__name__}.{name}": value for module in MODULES for name, value in public(module).items()}
 FUNCTIONS = {f"{v.__module__}.{v.__qualname__}": v for v in NAMES.values() if inspect.isfunction(v)}
 CLASSES = {f"{v.__module__}.{v.__qualname__}": v for v in NAMES.values() if inspect.isclass(v)}
 BOTH = FUNCTIONS | CLASSES
 
 
 def callables(name: str) -> dict[str, Callable]:
-    """A function; or a class under its own name, and its public methods and properties."""
+    """A function by its name; or a class by its name, with its public methods and properties."""
     value = BOTH[name]
     if name in FUNCTIONS:
         return {name: value}
@@ -70,12 +72,12 @@ def explained(docstring: str) -> set[str]:
 
 @functools.cache
 def with_examples(module: str) -> set[str]:
-    """What `pytest --doctest-modules` finds examples of."""
+    """The names for which `pytest --doctest-modules` finds examples."""
     return {test.name for test in doctest.DocTestFinder().find(sys.modules[module]) if test.examples}
 
 
 def constants_with_a_docstring() -> set[str]:
-    """What is assigned at the top of a module with a string below it."""
+    """The names that are assigned at the top level of a module and have a string below."""
     found = set()
     for path in SOURCE.rglob("*.py"):
         body = ast.parse(path.read_text()).body
@@ -86,22 +88,24 @@ def constants_with_a_docstring() -> set[str]:
     return found
 
 
-def test_a_package_holds_what_it_names_and_its_modules_and_nothing_else():
-    for package in (room for room in ROOMS if hasattr(room, "__path__")):
+def test_a_package_has_the_names_in_all_and_its_modules_and_nothing_else():
+    for package in (module for module in MODULES if hasattr(module, "__path__")):
         modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
-        held = {name for name in dir(package) if not name.startswith("_")} - {"jaxtyping"}  # the run-time type checks'
-        assert held - modules <= set(package.__all__) <= held
+        names = {name for name in dir(package) if not name.startswith("_")} - {
+            "jaxtyping"
+        }  # added by the run-time type checks
+        assert names - modules <= set(package.__all__) <= names
 
 
-def test_the_exercise_keeps_the_name_that_code_knows_it_by():
-    import jaxgrad.network.closed_form as by_the_old_path
+def test_the_exercise_can_be_imported_as_network():
+    import jaxgrad.network.closed_form as closed_form
 
-    assert by_the_old_path is jaxgrad.network.closed_form is jaxgrad.exercise.closed_form
+    assert closed_form is jaxgrad.network.closed_form is jaxgrad.exercise.closed_form
     assert all(getattr(jaxgrad.network, name) is getattr(jaxgrad.exercise, name) for name in jaxgrad.exercise.__all__)
 
 
-def test_every_room_has_a_docstring():
-    assert all(room.__doc__ for room in ROOMS)
+def test_every_module_has_a_docstring():
+    assert all(module.__doc__ for module in MODULES)
     assert with_examples(derivation.__name__) == {derivation.__name__}
 
 
@@ -139,19 +143,19 @@ def test_every_parameter_and_result_has_a_type(name):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_the_docstring_explains_the_parameters_that_there_are(name):
+def test_the_docstring_explains_all_parameters_and_no_others(name):
     for path, value in callables(name).items():
-        there, given = set(inspect.signature(value).parameters), explained(value.__doc__)
-        assert given <= there, path
-        assert path not in FUNCTIONS or given in (set(), there), path
+        parameters, documented = set(inspect.signature(value).parameters), explained(value.__doc__)
+        assert documented <= parameters, path
+        assert path not in FUNCTIONS or documented in (set(), parameters), path
 
 
-def test_every_room_has_a_page_in_the_reference_with_all_its_names():
-    for room in ROOMS:
-        if room.__name__.count(".") < 2:
-            page = (REFERENCE / f"{room.__name__.rpartition('.')[2]}.md").read_text()
-            assert re.search(rf"^::: {room.__name__}$", page, re.MULTILINE)
+def test_every_module_has_a_page_in_the_reference_with_all_its_names():
+    for module in MODULES:
+        if module.__name__.count(".") < 2:
+            page = (REFERENCE / f"{module.__name__.rpartition('.')[2]}.md").read_text()
+            assert re.search(rf"^::: {module.__name__}$", page, re.MULTILINE)
             listed = re.findall(r"^        - (\w+)$", page, re.MULTILINE)
-            assert not listed or set(listed) == {n for n, v in public(room).items() if v in BOTH.values()}
+            assert not listed or set(listed) == {n for n, v in public(module).items() if v in BOTH.values()}
         else:
-            assert f"\n::: {room.__name__}\n" in (REFERENCE / f"{room.__name__.split('.')[1]}.md").read_text()
+            assert f"\n::: {module.__name__}\n" in (REFERENCE / f"{module.__name__.split('.')[1]}.md").read_text()

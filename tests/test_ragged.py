@@ -11,7 +11,7 @@ import jaxgrad as jg
 from jaxgrad import _jax
 from jaxgrad.per_example import check_rule
 
-SIZES = jnp.array([[2, 3, 2], [0, 4, 2], [7, 0, 0], [0, 0, 0], [1, 1, 1]])  # of 7 rows; the rest is in no group
+SIZES = jnp.array([[2, 3, 2], [0, 4, 2], [7, 0, 0], [0, 0, 0], [1, 1, 1]])  # of 7 rows; the others are in no group
 
 
 def normal(seed, *shape, dtype=jnp.float64):
@@ -99,7 +99,7 @@ def test_matrices_that_depend_on_the_example():
 
 
 @pytest.mark.parametrize(("K", "N"), [(9, 20), (20, 9)])
-def test_the_square_commutes(K, N):
+def test_the_rule_commutes_with_materialization(K, N):
     gradient = jax.grad(lambda w, x, sizes: jnp.sin(lax.ragged_dot(x, w, sizes)).sum())
     report = check_rule(gradient, normal(5, 3, K, N), normal(6, 7, K), SIZES[1])
     assert report.factored

@@ -53,7 +53,7 @@ def test_the_check_accepts_a_right_rule_in_every_dtype(dtype):
     assert len(report.rows) == 3
 
 
-def test_the_check_says_when_it_has_nothing_to_check():
+def test_the_check_is_an_error_if_there_is_nothing_to_check():
     with pytest.raises(
         ValueError, match=r"check_rule: expected a function that uses .* got the primitives half, sin\."
     ):
@@ -80,7 +80,7 @@ def test_a_rule_that_does_not_fit_is_an_error(equals, message):
         jg.per_example_grad(lambda W, x: jnp.sin(x @ half_p.bind(W)).sum())(W, X)
 
 
-def test_rules_that_come_back_to_each_other_are_an_error():
+def test_rules_that_call_each_other_are_an_error():
     double_p = primitive("double", lambda a: a * 2)
     with (
         jg.register_rule(half_p, lambda a: double_p.bind(a) / 4),

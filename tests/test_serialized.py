@@ -1,4 +1,4 @@
-"""`jax.export` of functions of gradients: with the number of examples left open, and written down."""
+"""`jax.export` of functions of gradients, with a symbolic number of examples, and serialized."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,11 @@ from jax import export
 
 import jaxgrad as jg
 
-pytestmark = pytest.mark.usefixtures("plain_types")  # a size that is left open is no int
+pytestmark = pytest.mark.usefixtures("plain_types")  # a symbolic size is not an int
 
 
 @pytest.fixture(autouse=True)
-def _float32_and_the_rules_of_promotion_as_users_have_them():
+def jax_defaults():
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -62,7 +62,7 @@ LOSSES = {
 
 
 def everything(g):
-    """All that can be asked, with an [B, B] result last."""
+    """All operations, with a [B, B] result last."""
     return {
         "norms": g.norms(),
         "squared": g.squared_norms(),
@@ -72,7 +72,7 @@ def everything(g):
         "sum": g.weighted_sum(g.norms()),
         "mean": g.mean(),
         "clipped": g.clip(0.5).sum(),
-        "written out": g.materialize(),
+        "materialized": g.materialize(),
         "dot": g.dot(g.mean()),
         "noise": jg.attribution.noise_scale(g),
         "natural": jg.curvature.natural_gradient(g, 1.0),
@@ -81,11 +81,11 @@ def everything(g):
 
 
 def exported(function, *arguments):
-    """Through bytes, with the leading axis of everything but the first argument left open."""
+    """Exported, serialized and read again, with a symbolic leading axis in all arguments but the first."""
     (b,) = export.symbolic_shape("b")
     params, *batch = arguments
-    open_ = [jax.ShapeDtypeStruct((b, *a.shape[1:]), a.dtype) for a in batch]
-    return export.deserialize(export.export(jax.jit(function))(params, *open_).serialize())
+    symbolic = [jax.ShapeDtypeStruct((b, *a.shape[1:]), a.dtype) for a in batch]
+    return export.deserialize(export.export(jax.jit(function))(params, *symbolic).serialize())
 
 
 @pytest.mark.every(0)
@@ -93,14 +93,14 @@ def exported(function, *arguments):
 def test_any_number_of_examples_in_an_exported_function(name):
     loss, params, batch = LOSSES[name]
 
-    def asked(params, *batch):
+    def run(params, *batch):
         return everything(jg.per_example_grad(loss)(params, *batch))
 
-    program = exported(asked, params, *batch(1))
-    for B in (3, 130):  # fewer and more than are treated at once
-        got, wanted = program.call(params, *batch(B)), jax.jit(asked)(params, *batch(B))
-        scale = jax.tree.map(lambda a: 2e-4 * float(jnp.abs(a).max()), wanted)
-        jax.tree.map(lambda a, b, atol: np.testing.assert_allclose(a, b, rtol=2e-4, atol=atol), got, wanted, scale)
+    program = exported(run, params, *batch(1))
+    for B in (3, 130):  # fewer and more than one block holds
+        got, expected = program.call(params, *batch(B)), jax.jit(run)(params, *batch(B))
+        scale = jax.tree.map(lambda a: 2e-4 * float(jnp.abs(a).max()), expected)
+        jax.tree.map(lambda a, b, atol: np.testing.assert_allclose(a, b, rtol=2e-4, atol=atol), got, expected, scale)
 
 
 @pytest.mark.every(7)
@@ -109,15 +109,15 @@ def test_gradients_and_clip_info_are_arguments_and_results(name):
     loss, params, batch = LOSSES[name]
     grads = exported(jg.per_example_grad(loss), params, *batch(5)).call(params, *batch(5))
     assert isinstance(grads, jg.PerExampleGrads)
-    wanted = jg.per_example_grad(loss)(params, *batch(5))
-    np.testing.assert_allclose(grads.norms(), wanted.norms(), rtol=1e-5)
+    expected = jg.per_example_grad(loss)(params, *batch(5))
+    np.testing.assert_allclose(grads.norms(), expected.norms(), rtol=1e-5)
 
     norms = export.deserialize(export.export(jax.jit(lambda g: g.norms()))(grads).serialize())
-    np.testing.assert_allclose(norms.call(wanted), wanted.norms(), rtol=1e-5)
+    np.testing.assert_allclose(norms.call(expected), expected.norms(), rtol=1e-5)
 
     total, info = exported(jg.clipped_grad(loss, max_norm=0.5), params, *batch(5)).call(params, *batch(5))
     assert isinstance(info, jg.ClipInfo)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), total, wanted.clip(0.5).sum())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), total, expected.clip(0.5).sum())
 
 
 def test_a_gradient_behind_a_map_says_what_to_export():

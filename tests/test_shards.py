@@ -1,4 +1,4 @@
-"""Losses with a shard_map inside: their products leave it as products, and numbers are those of vmap(jax.grad)."""
+"""Losses with a shard_map inside: its products stay factored, and results equal those of vmap(jax.grad)."""
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +34,12 @@ def mapped(f, in_specs, out_specs, **options):
 
 
 def summed_before_it_is_divided(V, x):
-    """The gradient of what psum gives is a sum over devices, and each of them goes on with its own mask."""
+    """The gradient of psum's result is a sum over devices, and each device multiplies it with its own number."""
     return x @ lax.psum(V[0] * (1.0 + lax.axis_index("data").astype(V.dtype)), "data").T
 
 
 def five_times(W, x):
-    """A layer on the mesh, five times in a row, its positions divided."""
+    """A layer on the mesh, five times in a row, with sharded positions."""
     layer = jax.shard_map(lambda W, x: jnp.tanh(x @ W.T) @ W, in_specs=(EVERYWHERE, ROWS), out_specs=ROWS)
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         W, x = jax.sharding.reshard(W, EVERYWHERE), jax.sharding.reshard(x, ROWS)
@@ -49,7 +49,7 @@ def five_times(W, x):
 
 
 def constrained(spec):
-    """A loss without a shard_map, whose input an explicit mesh divides."""
+    """A loss without a shard_map, whose input is sharded on an explicit mesh."""
 
     def loss(W, x):
         if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
@@ -71,7 +71,7 @@ LOSSES = {
     "columns of the weight divided": mapped(
         lambda W, x: lax.psum(x @ W.T, "model"), (COLUMNS, PartitionSpec("data", "model")), ROWS
     ),
-    "normalised before": mapped(
+    "normalized before": mapped(
         lambda W, x: x @ (W / jnp.linalg.norm(W, axis=1, keepdims=True)).T,
         (PartitionSpec("model"), EVERYWHERE),
         COLUMNS,
@@ -95,8 +95,8 @@ LOSSES = {
     ),
     "jitted": jax.jit(mapped(lambda W, x: x @ W.T, (EVERYWHERE, ROWS), ROWS)),
 }
-KEPT = ["positions divided", "rows of the weight divided", "rows and positions divided"]
-KEPT += ["columns of the weight divided", "a bias beside", "jitted", "looked up at divided positions"]
+FACTORED = ["positions divided", "rows of the weight divided", "rows and positions divided"]
+FACTORED += ["columns of the weight divided", "a bias beside", "jitted", "looked up at divided positions"]
 
 
 @pytest.mark.every(53)
@@ -119,21 +119,21 @@ def test_gradients_are_those_of_vmap(name, jit, mesh):
     np.testing.assert_allclose(gram, np.einsum("aij,bij->ab", G, G), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", KEPT)
-def test_products_are_kept(name, mesh):
+@pytest.mark.parametrize("name", FACTORED)
+def test_products_stay_factored(name, mesh):
     with jax.set_mesh(mesh):
-        told = jg.explain(LOSSES[name])(jnp.ones((OUT, IN)), jnp.ones((B, T, IN))).rows[0]
-    assert told.how == "factored", told
+        row = jg.explain(LOSSES[name])(jnp.ones((OUT, IN)), jnp.ones((B, T, IN))).rows[0]
+    assert row.how == "factored", row
 
 
-def test_factors_stay_where_their_devices_have_them(mesh):
+def test_factors_stay_on_the_devices_that_computed_them(mesh):
     with jax.set_mesh(mesh):
         g = jax.jit(jg.per_example_grad(LOSSES["positions divided"]))(jnp.ones((OUT, IN)), jnp.ones((B, T, IN)))
     assert [a.sharding.spec[2] for a in jax.tree.leaves(g.factors)] == ["data", "data"]
 
 
 @pytest.mark.every(2)
-def test_a_sum_over_devices_that_each_goes_on_with_is_formed(mesh):
+def test_a_sum_over_devices_that_each_device_scales_differently_is_right(mesh):
     loss = mapped(summed_before_it_is_divided, (PartitionSpec("data"), ROWS), ROWS)
     rng = np.random.default_rng(1)
     V, X = jnp.asarray(rng.normal(size=(2, OUT, IN)) / 7), jnp.asarray(rng.normal(size=(B, T, IN)))
@@ -144,9 +144,9 @@ def test_a_sum_over_devices_that_each_goes_on_with_is_formed(mesh):
 
 @pytest.mark.every(17)
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8)])
-@pytest.mark.parametrize("name", ["rows and positions divided", "normalised before", "in a loop", "five times"])
+@pytest.mark.parametrize("name", ["rows and positions divided", "normalized before", "in a loop", "five times"])
 @pytest.mark.as_used
-def test_the_digits_are_those_of_the_dtype_at_real_sizes(name, dtype, rounding, mesh):
+def test_results_are_as_accurate_as_the_dtype_at_real_sizes(name, dtype, rounding, mesh):
     loss, rng = LOSSES[name], np.random.default_rng(2)
     with jax.set_mesh(mesh):
         W, X = jnp.asarray(rng.normal(size=(256, 128)) / 11, dtype), jnp.asarray(rng.normal(size=(64, 8, 128)), dtype)
@@ -158,16 +158,16 @@ def test_the_digits_are_those_of_the_dtype_at_real_sizes(name, dtype, rounding, 
     np.testing.assert_allclose(total, exact.sum(0), atol=64 * rounding * np.abs(exact).sum(0).max())
 
 
-def verbs(g):
-    """Everything that can be asked, as arrays."""
+def operations(g):
+    """The results of all operations, as arrays."""
     V, c = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), g.sum()), jnp.arange(1.0, 1 + len(g))
     sums = (g.sum(), g.mean(), g.weighted_sum(c), g.second_moment(), g.variance())
     numbers = (g.norms(), g.squared_norms(), g.leaf_norms(), g.dot(V), g.gram(), g.gram(g[1:]))
     return sums, numbers, g.clip(1.0).sum(), g.where(c > 2).norms(), g.materialize()
 
 
-def lying(a, axis, examples):
-    """On an explicit mesh: an axis, counted from the last, over one of its axes, and the examples over the other."""
+def sharded(a, axis, examples):
+    """`a` on an explicit mesh: an axis, counted from the last, over "model", and the examples over `examples`."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     spec = [examples, *[None] * (a.ndim - 1)]
     if 0 < a.ndim - axis < a.ndim and a.shape[-axis] % 4 == 0:
@@ -180,23 +180,23 @@ def lying(a, axis, examples):
 @pytest.mark.parametrize("examples", [None, "data"])
 @pytest.mark.parametrize("axis", range(5))
 @pytest.mark.parametrize("kind", FACTORS)
-def test_every_verb_of_factors_that_an_explicit_mesh_divides(kind, axis, examples, many):
+def test_every_operation_on_factors_sharded_on_an_explicit_mesh(kind, axis, examples, many):
     g = jg.PerExampleGrads((tuple(factor(kind, k, 4, 4, (8, 8)) for k in range(many)),))
-    expected = quick_jit(verbs)(g)
-    found = quick_jit(verbs)(jax.tree.map(lambda a: lying(a, axis, examples), g))
+    expected = quick_jit(operations)(g)
+    found = quick_jit(operations)(jax.tree.map(lambda a: sharded(a, axis, examples), g))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, expected)
 
 
 @pytest.mark.every(2)
 @pytest.mark.parametrize("outputs", [2, 64])
-def test_every_verb_of_convolutions_of_examples_that_an_explicit_mesh_divides(outputs):
-    """JAX itself refuses a convolution whose other axes are divided."""
+def test_every_operation_on_convolutions_of_examples_sharded_on_an_explicit_mesh(outputs):
+    """JAX itself refuses a convolution whose other axes are sharded."""
 
     def loss(w, x):
         return (lax.conv_general_dilated(x[None], w, (1, 1), "SAME") ** 2).sum()
 
-    ours = quick_jit(lambda w, x: verbs(jg.per_example_grad(loss)(w, x)))
+    ours = quick_jit(lambda w, x: operations(jg.per_example_grad(loss)(w, x)))
     w = jnp.asarray(np.random.default_rng(0).normal(size=(outputs, 8, 3, 3)))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 4, 4)))
-    expected, found = ours(w, x), ours(w, lying(x, 0, "data"))
+    expected, found = ours(w, x), ours(w, sharded(x, 0, "data"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, expected)

@@ -1,4 +1,4 @@
-"""Runs over many batches: what is on disk is that of one pass, also after a stop at any moment."""
+"""Runs over many batches: the files on disk are those of one pass, even after an interruption at any moment."""
 
 import signal
 import subprocess
@@ -51,35 +51,35 @@ def test_inner_products_with_a_fixed_set(tmp_path):
 
 
 def test_what_is_done_is_neither_read_nor_written_again(tmp_path):
-    each, seen = streams.norms(network.loss), []
+    norms, sizes = streams.norms(network.loss), []
 
     def function(params, *batch):
-        seen.append(len(batch[0]))
-        return each(params, *batch)
+        sizes.append(len(batch[0]))
+        return norms(params, *batch)
 
     batches = streams.Batches(X, Y, size=8)
-    each_time = streams.run(function, jit=False)
-    first = each_time(PARAMS, batches, tmp_path)
-    again = each_time(PARAMS, iter(list(batches)), tmp_path)
-    assert seen == [8] * 6 + [2]
-    np.testing.assert_array_equal(first.rows["norms"], again.rows["norms"])
+    run = streams.run(function, jit=False)
+    first = run(PARAMS, batches, tmp_path)
+    repeated = run(PARAMS, iter(list(batches)), tmp_path)
+    assert sizes == [8] * 6 + [2]
+    np.testing.assert_array_equal(first.rows["norms"], repeated.rows["norms"])
     longer = streams.Batches(np.concatenate([X, X[:8]]), np.concatenate([Y, Y[:8]]), size=8)
-    assert each_time(PARAMS, longer, tmp_path).batches == 8  # goes on with what has come since
+    assert run(PARAMS, longer, tmp_path).batches == 8  # continues with the new batch
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".new")}
 
 
-@pytest.mark.parametrize("at", range(7))
+@pytest.mark.parametrize("failure", range(7))
 @pytest.mark.parametrize("every", [1, 3])
-def test_an_error_anywhere_and_another_start_end_with_the_same_files(tmp_path, at, every):
+def test_a_run_restarted_after_an_error_ends_with_the_same_files(tmp_path, failure, every):
     def function(_, x, y):
         return streams.Part({"x": x, "two": np.stack([y, 2 * y], 1)}, {"sum": x.sum(0) / 3})
 
     def failing(_, x, y):
         failing.count += 1
-        if failing.count == at + 1:
+        if failing.count == failure + 1:
             raise RuntimeError
         return function(None, x, y)
 
@@ -87,7 +87,7 @@ def test_an_error_anywhere_and_another_start_end_with_the_same_files(tmp_path, a
     streams.run(function, every=every, jit=False)(None, batches, tmp_path / "unbroken")
     with pytest.raises(RuntimeError):
         streams.run(failing, every=every, jit=False)(None, batches, tmp_path / "broken")
-    for path in (tmp_path / "broken").glob("*.rows"):  # rows that no state counts, as a kill between the two leaves
+    for path in (tmp_path / "broken").glob("*.rows"):  # as after a kill between writing rows and writing the state
         path.write_bytes(path.read_bytes() + b"half a row")
     streams.run(function, every=every, jit=False)(None, batches, tmp_path / "broken")
     assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
@@ -121,7 +121,7 @@ def finished(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_with_the_files_of_an_unbroken_one(tmp_path):
+def test_a_killed_run_continues_and_ends_with_the_files_of_an_unbroken_one(tmp_path):
     assert finished(tmp_path / "unbroken")
     for wait in (0.15, 0.4, 0.3):
         with start(tmp_path / "broken") as process:
@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_an_unbroken_one(tmp_pat
     assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
 
 
-def test_half_precision_and_a_bar(tmp_path, capsys):
+def test_half_precision_and_a_progress_bar(tmp_path, capsys):
     values = jnp.asarray(X[:10, 0], jnp.bfloat16)
     results = streams.run(lambda _, v: streams.Part({"v": v}, {}), progress=True)(
         None, [(values[:5],), (values[5:],)], tmp_path
@@ -163,10 +163,10 @@ def test_errors_name_the_call(tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("size", [10.0, 2.0**-13])
 def test_second_moments_of_half_precision_are_float32(tmp_path, dtype, size):
-    """Squares of 10 add up to more than float16 holds, squares of 2⁻¹³ are less than it holds."""
+    """Squares of 10 add up to more than the largest float16, and squares of 2⁻¹³ are below the smallest."""
     x = jnp.full((1024, 3), size, dtype)
     moments = streams.second_moments(lambda w, x: (w * x).sum())
     sums = streams.run(moments)(jnp.zeros(3, dtype), streams.Batches(x, size=100), tmp_path).sums
-    assert sums["squares"].dtype == sums["sum"].dtype == np.float64  # what is added up on disk
+    assert sums["squares"].dtype == sums["sum"].dtype == np.float64  # sums on disk
     np.testing.assert_allclose(sums["squares"], 1024 * size**2, rtol=1e-5)
     np.testing.assert_allclose(sums["sum"], 1024 * size, rtol=1e-5)

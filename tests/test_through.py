@@ -1,5 +1,5 @@
-"""Squares commute: what an equation does to a sum of products, maps and shared arrays, written out, is what it does to
-the sum written out."""
+"""Rules commute with materialization: applied to a sum of products, maps and shared arrays, and then materialized, a
+rule gives what the primitive gives on the materialized sum."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def product(seed):
 
 
 def mapped(seed):
-    """A product times an array that all share, entry by entry."""
+    """A product times an array that all examples share, elementwise."""
     program = _jax.program_of(jax.make_jaxpr(lambda u, s: u * s)(jnp.zeros(SHAPE), jnp.zeros(SHAPE)))
     (result,) = through(program.jaxpr.eqns[0], [product(seed), Shared(normal(seed + 2, *SHAPE))])
     assert result.maps
@@ -70,7 +70,7 @@ ONE = {
     "fft": lambda u: jnp.fft.rfft(u, axis=0).imag,
     "twice": lambda u: jnp.cumsum(u, 0) * 2 - u,
 }
-# With an array that all examples share, and with another sum.
+# The second operand is an array that all examples share, or another sum.
 TWO = {
     "concatenate": lambda u, v: jnp.concatenate([u, v, u], 1),
     "stack": lambda u, v: jnp.stack([v, u], 1),
@@ -95,7 +95,7 @@ def commutes(function, values):
 
 
 @pytest.fixture(autouse=True)
-def _users_settings():
+def jax_defaults():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -115,7 +115,7 @@ def test_two_operands(name, kind, other):
     commutes(TWO[name], [SUMS[kind](1), Shared(normal(50, *SHAPE)) if other == "shared" else SUMS[other](30)])
 
 
-def test_a_gather_that_fills_with_a_number_is_no_map():
+def test_a_gather_that_fills_with_a_number_is_not_a_map():
     commutes(lambda u: jnp.take(u, np.array([1, 99]), 0, mode="fill", fill_value=0.5), [mapped(1)])
 
 

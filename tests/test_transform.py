@@ -1,4 +1,4 @@
-"""per_example_grad, per_example_value_and_grad and explain as users call them, held against jax.vmap(jax.grad(…))."""
+"""per_example_grad, per_example_value_and_grad and explain as users call them, against jax.vmap(jax.grad(…))."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from jaxgrad import explain, network, per_example_grad, per_example_value_and_gr
 from jaxgrad.network import closed_form
 
 B = 6
-# Most of the time here would go into optimising code that runs once.
+# Each program runs once: without these options, optimizing it would take most of the time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 QUICK |= {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
@@ -63,7 +63,7 @@ def close(found, expected, rtol=1e-12):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max(initial=0))
 
 
-def ours(loss, argnums=0, in_axes=0):
+def from_factors(loss, argnums=0, in_axes=0):
     def results(*args):
         g = per_example_grad(loss, argnums, in_axes=in_axes)(*args)
         return g.materialize(), g.sum(), g.norms(), g.clip(1.0).sum()
@@ -71,7 +71,7 @@ def ours(loss, argnums=0, in_axes=0):
     return results
 
 
-def theirs(loss, argnums=0, vmap_axes=(None, 0, 0)):
+def reference(loss, argnums=0, vmap_axes=(None, 0, 0)):
     def results(*args):
         G = jax.vmap(jax.grad(loss, argnums), vmap_axes)(*args)
         squares = [jnp.sum(a**2, tuple(range(1, a.ndim))).astype(jnp.float64) for a in jax.tree.leaves(G)]
@@ -94,7 +94,7 @@ def test_scalars_are_parameters_and_random_keys_are_examples():
     for dtype in (jnp.float32, jnp.float64):
         p = {"a": jnp.array(2, dtype), "c": 0.5, "d": np.ones((), dtype)[()]}
         args = (p, jax.random.split(jax.random.key(0), B), normal(0, B, 3, dtype=dtype))
-        close(jit(ours(loss))(*args), jit(theirs(loss))(*args), 1e-6)
+        close(jit(from_factors(loss))(*args), jit(reference(loss))(*args), 1e-6)
 
 
 def test_values_auxiliary_results_and_numpy_arrays():
@@ -143,7 +143,7 @@ TRANSFORMED = {
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_under_transformations(name):
     data, function = TRANSFORMED[name]
-    close(*(jit(functools.partial(function, results))(*data()) for results in (ours, theirs)), 1e-11)
+    close(*(jit(functools.partial(function, results))(*data()) for results in (from_factors, reference)), 1e-11)
 
 
 @pytest.mark.every(7)
@@ -154,7 +154,7 @@ def test_a_sharded_batch(kind, unused):
     types = (jax.sharding.AxisType["Explicit" if kind == "Explicit" else "Auto"],)
     mesh, each, whole = jax.make_mesh((devices,), ("batch",), axis_types=types), PartitionSpec("batch"), PartitionSpec()
     (p, X, Y), part = mlp_data(), slice(None, None, 2 if "shard_map" in kind else None)  # without sums over examples
-    function, expected = (lambda *args: ours(mlp)(*args)[part]), jit(theirs(mlp))(p | unused, X, Y)[part]
+    function, expected = (lambda *args: from_factors(mlp)(*args)[part]), jit(reference(mlp))(p | unused, X, Y)[part]
     if "shard_map" in kind:
         specs = {"in_specs": (whole, each, each), "out_specs": each, "check_vma": kind == "shard_map"}
         function = jax.shard_map(function, mesh=mesh, **specs)
@@ -183,7 +183,7 @@ def test_the_loss_is_traced_once():
 @MODELS
 def test_batches_of_none_and_of_one(loss, data, n):
     p, X, Y = data()
-    close(jit(ours(loss))(p, X[:n], Y[:n]), jit(theirs(loss))(p, X[:n], Y[:n]))
+    close(jit(from_factors(loss))(p, X[:n], Y[:n]), jit(reference(loss))(p, X[:n], Y[:n]))
     assert jax.eval_shape(per_example_value_and_grad(loss), p, X[:n], Y[:n])[0].shape == (n,)
 
 
@@ -191,7 +191,7 @@ def test_all_examples_masked():
     p, X, Y = many_data()
     mask, nothing = jnp.zeros(B, bool), jax.tree.map(jnp.zeros_like, p)
     masked = lambda p, x, y, m: jnp.where(m, many(p, x, y), 0)  # noqa: E731
-    _, total, norms, clipped = jit(ours(masked))(p, X, Y, mask)
+    _, total, norms, clipped = jit(from_factors(masked))(p, X, Y, mask)
     close((total, norms, clipped), (nothing, jnp.zeros(B), nothing), 0)
     bad = jit(lambda: (lambda g: (g.sum(), g.norms()))(per_example_grad(many)(p, X, Y * jnp.nan).where(mask)))()
     close(bad, (nothing, jnp.zeros(B)), 0)
@@ -199,7 +199,7 @@ def test_all_examples_masked():
 
 @pytest.mark.every(2)
 @MODELS
-def test_examples_do_not_touch_each_other(loss, data):
+def test_examples_do_not_affect_each_other(loss, data):
     p, X, Y = data()
     others, order = np.arange(B) != 2, np.array([3, 0, 5, 1, 4, 2])
 
@@ -222,12 +222,12 @@ def test_examples_do_not_touch_each_other(loss, data):
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.05), (jnp.float16, 0.01)])
 def test_low_precision(dtype, rtol):
     data = mlp_data(dtype)
-    g, G = jit(per_example_grad(mlp))(*data), jit(theirs(mlp))(*data)[0]
+    g, G = jit(per_example_grad(mlp))(*data), jit(reference(mlp))(*data)[0]
     for tree in (g.sum(), g.mean(), g.materialize(), g.weighted_sum(jnp.ones(B)), g.clip(1.0).sum()):
         assert {a.dtype for a in jax.tree.leaves(tree)} == {jnp.dtype(dtype)}
     assert g.norms().dtype == jnp.float32
     close(jax.tree.map(np.float64, g.materialize()), jax.tree.map(np.float64, G), 4 * float(jnp.finfo(dtype).eps))
-    norms = jit(ours(mlp))(*jax.tree.map(np.float64, data))[2]
+    norms = jit(from_factors(mlp))(*jax.tree.map(np.float64, data))[2]
     np.testing.assert_allclose(g.norms(), norms, rtol=rtol, atol=rtol * norms.max() / 4)
     W, *vectors = jax.tree.map(np.float64, [leaf[0] for leaf in g.factors.values()])
     squares = np.sum(W.left**2, (1, 2, 3)) * np.sum(W.right**2, (1, 2, 3)) + sum(np.sum(f.value**2, 1) for f in vectors)
@@ -244,7 +244,7 @@ def test_the_exercise_has_the_factors_of_its_closed_form():
         close(jax.tree.leaves(a), jax.tree.leaves(b))
 
 
-# --- What is done, and what is refused -------------------------------------------------------------------------------
+# --- explain, strict, errors ------------------------------------------------------------------------------------------
 
 HELD = {
     "['D']": ("materialized", "Dense([6, 4, 3])"),
@@ -278,7 +278,7 @@ def test_explain():
 
 
 def test_strict():
-    close(jit(per_example_grad(mlp, strict=True))(*mlp_data()).sum(), jit(ours(mlp))(*mlp_data())[1])
+    close(jit(per_example_grad(mlp, strict=True))(*mlp_data()).sum(), jit(from_factors(mlp))(*mlp_data())[1])
     for transform in (per_example_grad, per_example_value_and_grad):
         message = rf"{transform.__name__}: .*\['D'\]: scan at {re.escape(DIRECT)}: .*Write the use .* drop strict=True"
         with pytest.raises(ValueError, match=message):
@@ -313,7 +313,7 @@ SCALAR = "expected a loss that returns a real scalar for one example"
         (mlp, {"argnums": (0, 1, 2)}, ValueError, "expected at least one batched argument"),
     ],
 )
-def test_what_cannot_be_is_named(loss, options, error, message):
+def test_errors_name_what_is_wrong(loss, options, error, message):
     p, X, Y = mlp_data()
     p, options = p | {"leaf": options.get("leaf", ())}, {k: v for k, v in options.items() if k != "leaf"}
     for name, transform in (("per_example_grad", per_example_grad), ("explain", explain)):
@@ -347,8 +347,10 @@ def test_no_array_of_batch_times_matrix_is_in_the_compiled_program(name):
     loss, shapes = LARGE[name]
     p, X = {k: jnp.zeros(shape, jnp.float32) for k, shape in shapes.items()}, jnp.zeros((29, 5, 40), jnp.float32)
 
-    def largest(of):
-        text = jax.jit(lambda *args: of(per_example_grad(loss, strict=True)(*args))).lower(p, X).compile().as_text()
+    def largest(operation):
+        text = (
+            jax.jit(lambda *args: operation(per_example_grad(loss, strict=True)(*args))).lower(p, X).compile().as_text()
+        )
         return max(np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w\[([\d,]+)\]", text))
 
     assert largest(lambda g: (g.norms(), g.clip(1.0).sum())) < 29 * 40 * 40 <= largest(lambda g: g.materialize())

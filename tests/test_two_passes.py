@@ -1,4 +1,4 @@
-"""per_example_norms and clipped_grad(passes=2): the numbers of one pass, with a plain gradient's memory."""
+"""per_example_norms and clipped_grad(passes=2): the results of one pass, with a plain gradient's memory."""
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,13 @@ from jaxgrad import per_example_norms
 
 
 @pytest.fixture(autouse=True)
-def users_settings():
-    """JAX as it comes, but in float64."""
+def jax_defaults():
+    """JAX's default promotion rules, in float64."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
-# Backward passes written by hand that are not linear: a second pass cannot have their numbers, and says so.
+# Hand-written backward passes that are not linear: a second pass cannot reproduce their results and raises an error.
 REFUSED = {*NOT_LINEAR, "custom_vjp_that_is_not_the_derivative"}
 
 
@@ -36,7 +36,7 @@ def until(h, start, step):
     return jax.lax.while_loop(lambda c: c[0] < h.sum(), lambda c: (c[0] + 1, step(c[1])), (0.0, start))[1]
 
 
-BACKWARD = {  # of activations h and a cotangent d
+BACKWARD = {  # (whether it is linear, the backward pass for activations h and a cotangent d)
     "relu": (False, lambda h, d: jax.nn.relu(d)),
     "clip": (False, lambda h, d: jnp.clip(d, -1, 1)),
     "normalize": (False, lambda h, d: d / jnp.maximum(1, jnp.linalg.norm(d))),
@@ -205,7 +205,7 @@ def test_one_example_moves_the_sum_by_at_most_the_bound(dtype):
 @pytest.mark.every(5)
 @pytest.mark.parametrize("B", [64, 256])
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8)])
-def test_the_digits_are_those_of_the_dtype_at_real_sizes(dtype, rounding, B):
+def test_results_are_as_accurate_as_the_dtype_at_real_sizes(dtype, rounding, B):
     params = jax.tree.map(lambda a: (a / 8).astype(dtype), drawn(9, L=4, D=64, H=128))
     X = batch_of(10, B, T=32, D=64).astype(dtype)
     exact = jax.tree.map(lambda a: a.astype(jnp.float64), (params, X))

@@ -1,4 +1,4 @@
-"""Every loss of the zoo: each operation on its gradients is its image on the matrix that jax.grad writes out."""
+"""Every loss of the zoo: each operation on factors gives what it gives on the materialized gradients."""
 
 import math
 import re
@@ -15,8 +15,8 @@ from jaxgrad import PerExampleGrads, explain, per_example_grad
 
 
 @pytest.fixture
-def users_settings():
-    """JAX as it comes, but in float64."""
+def jax_defaults():
+    """JAX's default promotion rules, in float64."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -53,8 +53,8 @@ def algebra(g: PerExampleGrads, V, c, mask, bound) -> dict:
     }
 
 
-def images(leaves: list, V, c, mask, bound) -> dict:
-    """The same, of the matrix: every result with the size that its rounding errors are relative to."""
+def references(leaves: list, V, c, mask, bound) -> dict:
+    """The same operations on the matrix, each result with the size that its rounding errors are relative to."""
     G = [np.asarray(a).reshape(len(a), -1) for a in leaves]
     whole, direction = np.concatenate(G, 1), np.concatenate([np.ravel(v) for v in V])
     lengths, size = np.linalg.norm(whole, axis=1), [np.abs(a).sum() for a in G]
@@ -85,13 +85,15 @@ def images(leaves: list, V, c, mask, bound) -> dict:
 def close(found, expected, scale, rtol, message):
     found, error = np.asarray(found), np.abs(np.asarray(found) - expected)
     assert found.shape == np.shape(expected), f"{message}: shape {found.shape}, expected {np.shape(expected)}"
-    assert np.all(error <= rtol * scale), f"{message}: {np.max(error / np.maximum(scale, 1e-300)):.1e} of its size away"
+    assert np.all(error <= rtol * scale), (
+        f"{message}: off by {np.max(error / np.maximum(scale, 1e-300)):.1e} of its size"
+    )
 
 
 @pytest.mark.every(145)
-@pytest.mark.usefixtures("users_settings")
+@pytest.mark.usefixtures("jax_defaults")
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_agrees_with_the_written_out_gradients(entry):
+def test_agrees_with_the_materialized_gradients(entry):
     params, batch, grad = entry.params, entry.batch, jax.grad(entry.loss)
 
     @quick_jit
@@ -118,22 +120,26 @@ def test_agrees_with_the_written_out_gradients(entry):
     g, found = run(params, batch, treedef.unflatten(V), c, mask, bound)
     assert isinstance(g, PerExampleGrads)
     assert jax.tree.map(jnp.result_type, found["materialize"]) == jax.tree.map(jnp.result_type, params)
-    for name, results in images(leaves, V, c, mask, bound).items():
+    for name, results in references(leaves, V, c, mask, bound).items():
         for a, (b, scale) in zip(jax.tree.leaves(found[name]), results, strict=True):
             close(a, b, scale, entry.rtol, name)
 
 
 @pytest.mark.every(5)
-@pytest.mark.usefixtures("users_settings")
-@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.factored or e.formed], ids=lambda entry: entry.name)
+@pytest.mark.usefixtures("jax_defaults")
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.factored or e.products], ids=lambda entry: entry.name)
 def test_matrices_do_not_take_the_direct_route(entry):
-    told = explain(entry.loss, in_axes=axes_of(entry))(entry.params, *entry.batch)
-    assert {path: told[path].how for path in entry.factored} == dict.fromkeys(entry.factored, "factored"), f"\n{told}"
-    assert all(told[path].how == "factored" or told[path].why == "smaller" for path in entry.formed), f"\n{told}"
+    explained = explain(entry.loss, in_axes=axes_of(entry))(entry.params, *entry.batch)
+    assert {path: explained[path].how for path in entry.factored} == dict.fromkeys(entry.factored, "factored"), (
+        f"\n{explained}"
+    )
+    assert all(explained[path].how == "factored" or explained[path].why == "smaller" for path in entry.products), (
+        f"\n{explained}"
+    )
 
 
 def sizes_held(function, *arguments) -> set[int]:
-    """How many entries the arrays of the compiled program have, those that a fusion only passes through left out."""
+    """The sizes of the arrays in the compiled program, without those inside fusions."""
     sizes: set[int] = set()
     for computation in quick_jit(function).lower(*arguments).compile().as_text().split("\n\n"):
         if re.match(r"%(fused|wrapped)_", computation.strip()):
@@ -144,8 +150,8 @@ def sizes_held(function, *arguments) -> set[int]:
     return sizes
 
 
-def written_out(entry: Loss, function) -> set[str]:
-    """The factored parameters of whose B gradients there is an array that a plain gradient has no use for."""
+def materialized_parameters(entry: Loss, function) -> set[str]:
+    """The factored parameters whose B gradients are an array of the program that a plain gradient does not have."""
 
     def ours(params, batch):
         return function(per_example_grad(entry.loss, in_axes=axes_of(entry))(params, *batch))
@@ -155,33 +161,33 @@ def written_out(entry: Loss, function) -> set[str]:
         return jax.value_and_grad(lambda params: losses(params, *batch).mean())(params)
 
     B = jax.eval_shape(per_example_grad(entry.loss, in_axes=axes_of(entry)), entry.params, *entry.batch).batch_size
-    more = sizes_held(ours, entry.params, entry.batch) - sizes_held(plain, entry.params, entry.batch)
+    new_sizes = sizes_held(ours, entry.params, entry.batch) - sizes_held(plain, entry.params, entry.batch)
     leaves = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(entry.params)}
-    return {path for path in entry.factored if B * leaves[path].size in more}
+    return {path for path in entry.factored if B * leaves[path].size in new_sizes}
 
 
 @pytest.mark.every(71)
-@pytest.mark.usefixtures("users_settings")
+@pytest.mark.usefixtures("jax_defaults")
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.factored], ids=lambda e: e.name)
 def test_the_compiled_clipped_sum_holds_no_batch_of_gradients(entry):
-    assert not written_out(entry, lambda g: g.with_chunk_bytes(1).clip(1.0).sum())
+    assert not materialized_parameters(entry, lambda g: g.with_chunk_bytes(1).clip(1.0).sum())
 
 
-@pytest.mark.usefixtures("users_settings")
-def test_a_batch_of_gradients_would_be_seen():
+@pytest.mark.usefixtures("jax_defaults")
+def test_a_batch_of_gradients_would_be_found():
     entries = [e for e in ENTRIES if e.factored][::12]
-    seen = [entry.name for entry in entries if written_out(entry, lambda g: g.materialize())]
-    assert len(seen) > 0.7 * len(entries), seen  # others have an activation of that size
+    found = [entry.name for entry in entries if materialized_parameters(entry, lambda g: g.materialize())]
+    assert len(found) > 0.7 * len(entries), found  # the others have an activation of that size
 
 
 def test_the_zoo_is_large_and_its_names_are_unique():
     names = [entry.name for entry in ENTRIES]
     assert len(names) == len(set(names)) >= 60
-    assert sum(bool(entry.factored or entry.formed) for entry in ENTRIES) >= 60
+    assert sum(bool(entry.factored or entry.products) for entry in ENTRIES) >= 60
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_an_entry_names_parameters_that_it_has(entry):
     leaves = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_leaves_with_path(entry.params)}
-    assert {*entry.factored, *entry.formed} <= set(leaves)
+    assert {*entry.factored, *entry.products} <= set(leaves)
     assert all(a.dtype == np.float64 for a in leaves.values())

@@ -1,4 +1,4 @@
-"""What accelerators do and a processor does not, for tests on a processor."""
+"""What accelerators do and CPUs do not, for tests on a CPU."""
 
 import contextlib
 
@@ -11,7 +11,7 @@ from jaxgrad.per_example.algebra.platforms import by_platform
 
 @contextlib.contextmanager
 def compiled_for(platform):
-    """Take what is compiled for a platform ("cuda", "tpu") where the implementation depends on it."""
+    """Use the implementation for a platform ("cuda", "tpu") where there is a choice."""
 
     def chosen(*arrays, default=None, **ways):
         return ways.get(platform, default)(*arrays)
@@ -25,7 +25,7 @@ def compiled_for(platform):
 
 @contextlib.contextmanager
 def operands_rounded_to(dtype):
-    """Round the float32 operands of `jnp.einsum`, in which norms and sums take their products, to fewer bits."""
+    """Round the float32 operands of `jnp.einsum`, which computes the products of norms and sums, to fewer bits."""
     bits = jnp.finfo(dtype)
     einsum = jnp.einsum
 

@@ -1,4 +1,4 @@
-"""Compile models for an H100, and print as JSON what they move, hold and compute relative to a plain gradient."""
+"""Compile models for an H100; print as JSON the bytes, memory and kernels, relative to a plain gradient's."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Losses whose gradients are few enough to be written out: what the tests of curvature and attribution compare with."""
+"""Losses with gradients small enough to materialize: references for the tests of curvature and attribution."""
 
 import functools
 from collections.abc import Callable
@@ -22,23 +22,23 @@ each_loss = pytest.mark.parametrize("entry", LOSSES, ids=lambda entry: entry.nam
 
 
 def reordered(entry: Any) -> tuple[np.ndarray, ...]:
-    """Other examples of the same loss: the batch with its arguments rolled against each other, one example less."""
+    """Other examples for the same loss: the batch with its arguments rolled against each other, less one."""
     return tuple(np.roll(a, k, 0)[1:] for k, a in enumerate(entry.batch))
 
 
 @functools.cache
 def gradients(name: str, other: bool = False) -> tuple[PerExampleGrads, np.ndarray]:
-    """As factors, and written out by jax.grad, [B, parameters]; of the reordered batch for `other`."""
+    """Gradients as factors, and materialized by jax.grad, [B, parameters]; with `other`, of the reordered batch."""
     entry = next(entry for entry in LOSSES if entry.name == name)
     batch = reordered(entry) if other else entry.batch
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         g = quick_jit(per_example_grad(entry.loss))(entry.params, *batch)
-        written = quick_jit(jax.vmap(jax.grad(entry.loss), (None, *[0] * len(batch))))(entry.params, *batch)
-    return g, matrix(written)
+        materialized = quick_jit(jax.vmap(jax.grad(entry.loss), (None, *[0] * len(batch))))(entry.params, *batch)
+    return g, matrix(materialized)
 
 
-def of_matrix(G: Any, dtype: Any = jnp.float64) -> PerExampleGrads:
-    """Rows G as the gradients of G w."""
+def gradients_with_rows(G: Any, dtype: Any = jnp.float64) -> PerExampleGrads:
+    """PerExampleGrads with the rows of G: the gradients of G w."""
     G = jnp.asarray(G, dtype)
     return per_example_grad(lambda w, x: w @ x)(jnp.zeros(G.shape[1], dtype), G)
 
@@ -54,12 +54,12 @@ def flat(tree: Any) -> np.ndarray:
 
 
 def solved(G: np.ndarray, v: np.ndarray, damping: float) -> np.ndarray:
-    """(GᵀG/n + μI)⁻¹ v, of [parameters, parameters]."""
+    """(GᵀG/n + μI)⁻¹ v, by a [parameters, parameters] solve."""
     return np.linalg.solve(G.T @ G / len(G) + damping * np.eye(G.shape[1]), v)
 
 
 def assert_close(found: Any, expected: Any, rtol: float = 1e-9) -> None:
-    """Relative to the largest entry: |found - expected| ≤ rtol · max|expected|."""
+    """Assert |found - expected| ≤ rtol · max|expected|, entry by entry."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape
     scale = np.abs(expected).max(initial=0)

@@ -1,4 +1,4 @@
-"""The exercise in 60-digit arithmetic, and ulps: what the accuracy tests measure against."""
+"""The exercise in 60-digit arithmetic, and errors in ulps: the reference of the accuracy tests."""
 
 import ml_dtypes
 import mpmath as mp
@@ -75,7 +75,7 @@ def numbers(array) -> list:
 
 
 def ulps(found, true, dtype) -> float:
-    """|found - true| in units in the last place that `true` has in `dtype`; 0 is right where `true` underflows."""
+    """|found - true| in units in the last place that `true` has in `dtype`; 0 is correct where `true` underflows."""
     info = ml_dtypes.finfo(dtype)
     found = mp.mpf(float(found))
     if abs(true) < float(info.smallest_normal):
@@ -87,7 +87,7 @@ def ulps(found, true, dtype) -> float:
 def gradient(params, x, y, sigma="logistic"):
     """(W, b, w, x) gradients of one example as lists of mpf (W a list of rows), with the conditioning of each.
 
-    Also returned: π, s, s′ and the absolute sums |W||x| + |b| and |w|ᵀ|s| that the error bounds speak of.
+    Also returned: π, s, s′ and the absolute sums |W||x| + |b| and |w|ᵀ|s| that the error bounds contain.
     """
     value, slope, curvature = EXACT[sigma]
     W = [numbers(row) for row in np.asarray(params.W)]

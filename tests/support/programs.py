@@ -3,8 +3,8 @@
 The source is Python: params, batch, and loss(params, *example) line by line, so that a failure can be cut down by hand.
 Every line is a template below, an f-string that is evaluated when it is drawn: {w} is a weight of shape {s},
 {like(shape)} another weight, {given(shape)} a value that depends on the example, {const(*shape)} one that does not,
-{ids(n)} integers, some of them out of range, {flag()} a boolean. After what is marked with ! the gradient of w is no
-product any more; two programs in three have none of these.
+{ids(n)} integers, some of them out of range, {flag()} a boolean. After a template marked with ! the gradient of w is no
+longer a product; two programs in three have none of these.
 """
 
 import itertools
@@ -28,7 +28,7 @@ def table(text):
     return {kind: templates.split(" | ") for kind, templates in lines}
 
 
-# --- (a) before it is used: a weight from a weight. A number after the slash is the rank it takes.
+# --- (a) a weight from a weight, before its use. A number after the slash is the rank that the template takes.
 TRANSFORMS = table("""
 transpose: {w}.transpose({perm(len(s))}) | {w}.T | jnp.moveaxis({w}, 0, -1)
 reshape: {w}.reshape({factored(n)}) | {w}.ravel() | {w}.reshape({s[::-1]})
@@ -225,7 +225,7 @@ identity.defvjp(lambda w: (w, None), lambda _, d: (0.5 * d,))
 
 
 def seen(f, w, x):
-    """f(w, x), with an effect beside it."""
+    """f(w, x), with an effect."""
     jax.debug.callback(lambda _: None, x)
     return f(w, x)
 
@@ -237,14 +237,14 @@ def recurrence(decay, u):
 
 
 def scan(step, start, xs, **options):
-    """The [k] of the last carry, and what was stacked."""
+    """The [k] of the last carry, plus the mean of the stacked results."""
     last, ys = lax.scan(step, start, xs, **options)
     last = last[-1] if isinstance(last, tuple) else last
     return last if ys is None else last + ys.mean(0)
 
 
 def learnt(f, w, h, x):
-    """A step of descent inside the loss."""
+    """A step of gradient descent inside the loss."""
     return w - 0.1 * jax.grad(lambda w: jnp.sin(f(w, x)).sum())(w), f(w, h)
 
 
@@ -300,7 +300,7 @@ def program(seed: int) -> Program:
 
 
 class Names(dict):
-    """What a template may say: drawn when first asked for, and the same from then on."""
+    """The names in a template; each is drawn on its first use and then stays the same."""
 
     def __missing__(self, name):
         b, s = self["b"], self.get("s")
@@ -374,7 +374,7 @@ class Builder:
         return name
 
     def line(self, kind, template, pool=None, like=None, **names):
-        """A new value: the template filled in. like: its shape, where that is known."""
+        """A new value, from the filled-in template. like: its shape, if that is known."""
         before, self.forward = self.forward, self.forward or kind in ("derivative", "custom")
         code = eval(f'f"""{template}"""', {}, Names(b=self, **names))
         self.forward = before
@@ -395,14 +395,14 @@ class Builder:
         return name
 
     def inner(self, out, closed=False, **arguments):
-        """The name of a new function of a weight and a value, to the shape out; None: of one weight, to another."""
+        """The name of a new function: (weight, value) → shape `out`; if `out` is None, weight → weight."""
         b = Builder(self.rng, self)
         b.closed = closed or self.closed
         names = {n: f"{n}{next(self.numbers)}" for n in arguments}
         for n, shape in arguments.items():
             b.declare(names[n], shape, "weights" if n == "w" else "data")
         b.used |= {n for n in names.values() if n[0] == "x"}
-        if out is None or (not closed and self.coin(0.3)):  # it may close over what there is outside
+        if out is None or (not closed and self.coin(0.3)):  # it may close over outer variables
             for n, v in self.shapes.items():
                 pool = "data" if n in self.data else "weights" if n in self.weights and out is not None else None
                 b.declare(n, v.shape, pool, v.dtype)
@@ -412,7 +412,7 @@ class Builder:
             end = b.step(TRANSFORMS, end) if self.coin() else end
         else:
             b.steps(self.int(1, 3))
-            end = f"jnp.sin({b.close(out)})"  # bounded: it may become a carry
+            end = f"jnp.sin({b.close(out)})"  # bounded, because it may become a carry
         f = f"fun{next(self.numbers)}"
         lines = [f"def {f}({', '.join(names.values())}):", *indented([*b.lines, f"return {end}"])]
         self.functions[f] = "\n".join(lines)
@@ -452,7 +452,7 @@ class Builder:
         return self.line("nonlinear", self.pick(LAST["curve"]), "data", self.shape(name), v=name)
 
     def close(self, shape):
-        """Every weight not used yet is; then every value not used yet, into one of this shape (None: a scalar)."""
+        """Use every unused weight, then add up all unused values in one of this shape (None: a scalar)."""
         while unused := [w for w in self.weights if w not in self.used]:
             self.step(USES, unused[0])
         ends = [v for v in self.data if v not in self.used] or self.data[-1:]
@@ -463,14 +463,14 @@ class Builder:
     # --- arguments
 
     def weight(self, rank=None):
-        """A weight that is not large, one not used yet more often; of this rank if there is one."""
+        """A small weight, more often an unused one; of this rank if there is one."""
         small = [w for w in self.weights if prod(self.shape(w)) <= 1200 and self.shape(w)] or self.weights
         fitting = [w for w in small if rank in (None, len(self.shape(w)))] or small
         unused = [w for w in fitting if w not in self.used]
         return self.pick(unused if unused and self.coin(0.7) else fitting)
 
     def like(self, shape):
-        """A weight of this shape: one there is, a new parameter, or a piece of another weight."""
+        """A weight of this shape: an existing one, a new parameter, or a piece of another weight."""
         same = [w for w in self.weights if self.shape(w) == shape]
         if same and self.coin(0.8):
             return self.pick(same)
@@ -487,10 +487,10 @@ class Builder:
         s, n, have = self.shape(name), prod(shape), prod(self.shape(name))
         if s == shape:
             return name
-        if pool and self.coin(0.8):  # cut or padded axis by axis, so that its gradient is
+        if pool and self.coin(0.8):  # pad or crop each axis; otherwise ravel, repeat and cut, below
             k = len(shape) - len(s)
             kept = (*[1] * k, *s) if k > 0 else s[-k:]
-            edges = [(0, to - of, 0) for to, of in zip(shape, kept, strict=True)]
+            edges = [(0, size - old, 0) for size, old in zip(shape, kept, strict=True)]
             return self.line(
                 "fit", f"lax.pad({name}[{', '.join(['None'] * k + ['0'] * -k) or '...'}], 0.0, {edges})", pool, shape
             )

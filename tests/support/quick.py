@@ -1,4 +1,4 @@
-"""jit for programs that run once: most of the time would go into optimising them."""
+"""jit for programs that run once, without the optimizations that would take most of the time."""
 
 import functools
 

@@ -1,8 +1,8 @@
-"""Two layers and a loss with their gradients written in NumPy: an oracle for float32 at real sizes, without XLA.
+"""Two layers and a loss with their gradients in NumPy: an oracle for float32 at real sizes, without XLA.
 
 Rounding is bounded entry by entry: a sum of n terms is off by about √n u Σ|term| (Higham and Mary 2019; u = 2⁻²⁴).
-So what is expected comes with its magnitude, the same formula with M in place of G: M is made of absolute values, and
-nothing in it cancels.
+So each expected result comes with its magnitude, the same formula with M in place of G. M is computed from absolute
+values, and nothing in it cancels.
 """
 
 import functools
@@ -21,7 +21,7 @@ H = 16
 
 
 class Size(NamedTuple):
-    """How many examples, outputs and inputs."""
+    """The numbers of examples, outputs and inputs."""
 
     B: int
     O: int  # noqa: E741
@@ -29,7 +29,7 @@ class Size(NamedTuple):
 
     @property
     def rounding(self) -> float:
-        """Of the longest sum; a gradient goes through three: both layers, and what is asked of it."""
+        """The rounding of the longest sum, three times: in both layers, and in the operation on the gradients."""
         return 3 * 2.0**-24 * max(self) ** 0.5
 
 
@@ -61,7 +61,7 @@ class TwoLayers(NamedTuple):
 
     @property
     def G(self) -> np.ndarray:
-        """[B, parameters]: of the softmax's loss."""
+        """[B, parameters], the gradients of the softmax loss."""
         return self.gradients((self.p - self.labels)[:, None])
 
     @property
@@ -70,19 +70,19 @@ class TwoLayers(NamedTuple):
         return self.magnitudes((self.p + self.labels)[:, None])
 
     def gradients(self, cotangents: np.ndarray) -> np.ndarray:
-        """[B, R, O] → [B·R, parameters]: of cotangents · outputs."""
+        """[B, R, O] → [B·R, parameters], the gradients of cotangents · outputs."""
         W, x = np.float64(self.params["out"]), np.float64(self.x)
         h = np.tanh(x @ np.float64(self.params["in"]).T + self.params["b"])
         return _joined(cotangents, cotangents @ W * (1 - h**2)[:, None], x, h)
 
     def magnitudes(self, cotangents: np.ndarray) -> np.ndarray:
-        """The same of absolute values; 1 stands for a unit and its slope."""
+        """The same with absolute values; 1 stands for a unit and its slope."""
         W, x = (np.abs(np.float64(a)) for a in (self.params["out"], self.x))
         return _joined(np.abs(cotangents), np.abs(cotangents) @ W, x, np.ones((len(x), H)))
 
     @property
     def large(self) -> np.ndarray:
-        """[B]: how much a softmax's probabilities move, relatively, for a relative change of the logits."""
+        """[B], the relative change of a softmax's probabilities for a relative change of the logits."""
         return 1 + np.abs(self.logits).max(1)
 
     def root(self) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +103,7 @@ class TwoLayers(NamedTuple):
 
 @functools.lru_cache(maxsize=3)
 def two_layers(size: Size, scale: float = 1.0, seed: int = 0) -> TwoLayers:
-    """`scale` of the last layer: from about 10 on most examples are sure."""
+    """`scale` multiplies the last layer; from about 10 on, the softmax is saturated on most examples."""
     B, O, D = size  # noqa: E741
     rng = np.random.default_rng(seed)
     rounded = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
@@ -115,7 +115,7 @@ def two_layers(size: Size, scale: float = 1.0, seed: int = 0) -> TwoLayers:
 
 
 def _joined(cotangents: np.ndarray, delta: np.ndarray, x: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """In the order of the parameters: b, in, out."""
+    """One array, in the order of the parameters: b, in, out."""
     n = cotangents.shape[0] * cotangents.shape[1]
     parts = (delta, delta[..., None] * x[:, None, None, :], cotangents[..., None] * h[:, None, None, :])
     return np.concatenate([part.reshape(n, -1) for part in parts], 1)
@@ -134,7 +134,7 @@ def gradients(params: Any, x: Any, y: Any) -> PerExampleGrads:
 
 
 def value_magnitude(data: TwoLayers) -> Any:
-    """Of every loss: two logits'."""
+    """The magnitude of every loss, that of two logits."""
     return 2 * (np.abs(data.logits).max(1) + np.abs(np.float64(data.params["out"])).sum(1).max())
 
 
@@ -146,7 +146,7 @@ def direction(data: TwoLayers) -> np.ndarray:
 # --- Which sizes, and how they are compared --------------------------------------------------------------------------
 
 SIZES = [Size(B, O, D) for B in (64, 256, 1000) for O in (10, 100) for D in (64, 512)]  # noqa: E741
-NUMBERS = 1e7  # as many as are written out at once
+NUMBERS = 1e7  # the most entries of gradients to materialize at once
 
 
 class Claim(NamedTuple):
@@ -159,7 +159,7 @@ class Claim(NamedTuple):
 
 
 class Claims(dict[str, Callable[[TwoLayers], Claim]]):
-    """Claims about a batch by name, and the sizes that each is tried at."""
+    """Claims about a batch by name, and the sizes at which each is tested."""
 
     def __init__(self) -> None:
         self.runs: list[Any] = []
@@ -176,7 +176,7 @@ class Claims(dict[str, Callable[[TwoLayers], Claim]]):
 
 
 def drawn(name: str, rows: Callable[[Size], int] = lambda s: s.B, most: int = 10_000) -> list[Any]:
-    """For every number of examples one size, which the name decides, of those with so many rows at most."""
+    """One size for every number of examples, chosen by the name from those with at most `most` rows."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     possible = [s for s in SIZES if rows(s) <= most and rows(s) * H * (1 + s.D + s.O) <= NUMBERS]
     of_each = [[s for s in possible if s.B == B] for B in (64, 256, 1000)]
@@ -207,7 +207,7 @@ def assert_held(found: Any, expected: Any, magnitude: Any, rounding: float, roun
         assert a.shape == np.shape(b)
         error, allowed = np.abs(np.float64(a) - b), rounding * np.broadcast_to(m, a.shape) + rounded_to * np.abs(b)
         worst = (error / np.where(allowed == 0, 1, allowed)).max(initial=0, where=allowed != 0)
-        assert worst <= 1, f"off by {worst:.3g} times what rounding is"
+        assert worst <= 1, f"off by {worst:.3g} times the rounding"
         assert not error[allowed == 0].any()
 
 
@@ -224,7 +224,7 @@ class Solved(NamedTuple):
 def solved(
     K: np.ndarray, diagonal: np.ndarray, ridge: float, right: np.ndarray, right_magnitude: np.ndarray | float
 ) -> Solved:
-    """Where rounding · E of K, and rounding · right_magnitude of what is solved for, are not known.
+    """The solution, and its magnitude if K is off by rounding · E and the right side by rounding · right_magnitude.
 
     With A = K + ridge·I, W moves by A⁻¹(δR - δK W). E_ij = m_i m_j, m_i² = diagonal_i + ridge, covers the rounding of
     products of rows whose magnitudes have these squared lengths, and a Cholesky decomposition's, whose factor's rows
@@ -236,6 +236,6 @@ def solved(
     return Solved(W, np.sqrt(inverse**2 @ moved))
 
 
-def of_roots(weights: np.ndarray, A: np.ndarray) -> np.ndarray:
-    """√((weights ⊙ weights)(A ⊙ A)): the size of a sum of terms of mean zero."""
+def root_of_squares(weights: np.ndarray, A: np.ndarray) -> np.ndarray:
+    """√((weights ⊙ weights)(A ⊙ A)), the size of a sum of terms with mean zero."""
     return np.sqrt(weights**2 @ A**2)

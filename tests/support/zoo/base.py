@@ -10,16 +10,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of one example and what `per_example_grad` is to make of it.
+    """A loss of one example, and how `per_example_grad` must hold its gradients.
 
     Attributes:
         loss: loss(params, *example) -> scalar.
         params: float64 arrays.
-        batch: the examples' arguments, with the example axis where `in_axes` says.
-        factored: the parameters, as `jax.tree_util.keystr` prints them, whose gradients are not to be written out.
-        formed: the parameters whose gradients are products, kept as such or formed where that is the smaller thing.
-        in_axes: one entry an argument of the batch; None for 0 throughout.
-        rtol: relative error that is allowed.
+        batch: the arguments of the examples, with the example axes that `in_axes` names.
+        factored: paths, as from `jax.tree_util.keystr`, of the parameters whose gradients must stay factored.
+        products: paths of the parameters whose gradients are products: factored, or materialized if that is smaller.
+        in_axes: one entry for each argument of the batch; None for 0 throughout.
+        rtol: the relative error that is allowed.
     """
 
     name: str
@@ -27,18 +27,18 @@ class Loss:
     params: Any
     batch: tuple[Any, ...]
     factored: tuple[str, ...] = ()
-    formed: tuple[str, ...] = ()
+    products: tuple[str, ...] = ()
     in_axes: tuple[Any, ...] | None = None
     rtol: float = 1e-12
 
 
 def collection() -> tuple[list[Loss], Callable[..., Any]]:
-    """A list and the decorator that adds the loss below it, under the function's name."""
+    """A list of losses, and the decorator that adds a function to it under its name."""
     entries: list[Loss] = []
 
-    def entry(params, batch, factored=(), formed=(), in_axes=None, rtol=1e-12):
+    def entry(params, batch, factored=(), products=(), in_axes=None, rtol=1e-12):
         def add(loss):
-            entries.append(Loss(loss.__name__, loss, params, batch, factored, formed, in_axes, rtol))
+            entries.append(Loss(loss.__name__, loss, params, batch, factored, products, in_axes, rtol))
             return loss
 
         return add
@@ -61,7 +61,7 @@ class Draws:
         return self.rng.normal(size=shape)
 
     def weight(self, *shape: int) -> np.ndarray:
-        """Scaled so that a product with any one or two of its axes stays near 1."""
+        """Scaled so that a product over any one or two of its axes stays near 1."""
         return self.rng.normal(size=shape) / math.prod(shape) ** (0.5 / max(len(shape) - 1, 1))
 
     def positive(self, *shape: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Convolutions. A kernel's gradient is a product; it is formed where the image's windows are more than the kernel."""
+"""Convolutions. A kernel's gradient is a product; it is materialized if the windows are larger than the kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -19,55 +19,55 @@ def conv(x, kernel, strides=(1, 1), padding="SAME", dimension_numbers=NHWC, **op
     return y[0]
 
 
-@entry({"k": w(3, 7, 8), "b": x(8)}, (x(4, 6, 7),), formed=paths("k"))
+@entry({"k": w(3, 7, 8), "b": x(8)}, (x(4, 6, 7),), products=paths("k"))
 def conv_1d(p, x):
     y = lax.conv_general_dilated(x[None], p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
     return jnp.sum(jnp.tanh(y + p["b"]))
 
 
-@entry({"k": w(3, 2, 8, 9), "b": x(9)}, (x(3, 5, 4, 8),), formed=paths("k"))
+@entry({"k": w(3, 2, 8, 9), "b": x(9)}, (x(3, 5, 4, 8),), products=paths("k"))
 def conv_2d(p, x):
     return jnp.sum(jnp.tanh(conv(x, p["k"]) + p["b"]))
 
 
-@entry({"k": w(2, 3, 2, 5, 6)}, (x(3, 3, 4, 2, 5),), formed=paths("k"))
+@entry({"k": w(2, 3, 2, 5, 6)}, (x(3, 3, 4, 2, 5),), products=paths("k"))
 def conv_3d(p, x):
     y = lax.conv_general_dilated(x[None], p["k"], (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
     return jax.nn.logsumexp(y)
 
 
-@entry({"k": w(3, 2, 8, 9)}, (x(4, 6, 5, 8),), formed=paths("k"))
+@entry({"k": w(3, 2, 8, 9)}, (x(4, 6, 5, 8),), products=paths("k"))
 def conv_without_padding(p, x):
     return jnp.sum(jnp.tanh(conv(x, p["k"], padding="VALID")))
 
 
-@entry({"k": w(3, 4, 8, 9), "m": w(3, 4, 9, 7)}, (x(4, 7, 5, 8),), formed=paths("k", "m"))
+@entry({"k": w(3, 4, 8, 9), "m": w(3, 4, 9, 7)}, (x(4, 7, 5, 8),), products=paths("k", "m"))
 def conv_strided(p, x):
     h = jnp.tanh(conv(x, p["k"], strides=(2, 1)))
     return jnp.sum(jnp.tanh(conv(h, p["m"], strides=(3, 2), padding="VALID")))
 
 
-@entry({"k": w(3, 2, 8, 9)}, (x(4, 5, 4, 8),), formed=paths("k"))
+@entry({"k": w(3, 2, 8, 9)}, (x(4, 5, 4, 8),), products=paths("k"))
 def conv_padded_differently_on_every_side(p, x):
     return jnp.sum(jnp.tanh(conv(x, p["k"], padding=((2, 0), (1, 3)), strides=(2, 2))))
 
 
-@entry({"k": w(3, 2, 8, 9)}, (x(4, 6, 5, 8),), formed=paths("k"))
+@entry({"k": w(3, 2, 8, 9)}, (x(4, 6, 5, 8),), products=paths("k"))
 def conv_cropped(p, x):
     return jnp.sum(jnp.tanh(conv(x, p["k"], padding=((-1, 1), (0, -1)))))
 
 
-@entry({"k": w(3, 2, 8, 9)}, (x(3, 6, 4, 8),), formed=paths("k"))
+@entry({"k": w(3, 2, 8, 9)}, (x(3, 6, 4, 8),), products=paths("k"))
 def conv_dilated_kernel(p, x):
     return jnp.sum(jnp.tanh(conv(x, p["k"], rhs_dilation=(2, 3), padding=((1, 1), (2, 1)))))
 
 
-@entry({"k": w(3, 4, 8, 9)}, (x(3, 3, 2, 8),), formed=paths("k"))
+@entry({"k": w(3, 4, 8, 9)}, (x(3, 3, 2, 8),), products=paths("k"))
 def conv_dilated_image(p, x):
     return jnp.sum(jnp.tanh(conv(x, p["k"], lhs_dilation=(2, 3), padding=((1, 2), (3, 1)), strides=(1, 2))))
 
 
-@entry({"k": w(3, 2, 4, 10), "b": x(10)}, (x(4, 3, 4, 8),), formed=paths("k"))
+@entry({"k": w(3, 2, 4, 10), "b": x(10)}, (x(4, 3, 4, 8),), products=paths("k"))
 def conv_in_groups(p, x):
     return jnp.sum(jnp.tanh(conv(x, p["k"], feature_group_count=2, padding="VALID") + p["b"]))
 
@@ -101,13 +101,13 @@ def conv_depthwise_separable(p, x):
     return jnp.sum(jnp.tanh(conv(h, p["point"])))
 
 
-@entry({"k": w(9, 8, 3, 2), "m": w(10, 9, 2, 3)}, (x(3, 8, 4, 5),), formed=paths("k", "m"))
+@entry({"k": w(9, 8, 3, 2), "m": w(10, 9, 2, 3)}, (x(3, 8, 4, 5),), products=paths("k", "m"))
 def conv_channels_first(p, x):
     h = jnp.tanh(lax.conv(x[None], p["k"], (1, 1), "SAME"))
     return jax.nn.logsumexp(lax.conv_with_general_padding(h, p["m"], (2, 2), "VALID", None, None))
 
 
-@entry({"k": w(9, 3, 8, 2), "m": w(2, 9, 3, 7)}, (x(3, 5, 8, 1, 4),), formed=paths("k", "m"))
+@entry({"k": w(9, 3, 8, 2), "m": w(2, 9, 3, 7)}, (x(3, 5, 8, 1, 4),), products=paths("k", "m"))
 def conv_unusual_layouts(p, x):
     h = lax.conv_general_dilated(x, p["k"], (1, 1), "SAME", dimension_numbers=("HCNW", "OHIW", "WNCH"))
     h = jnp.tanh(h[..., :3])
@@ -115,7 +115,7 @@ def conv_unusual_layouts(p, x):
     return jnp.sum(jnp.tanh(y))
 
 
-@entry({"k": w(14, 4, 3, 2)}, (x(3, 8, 4, 3),), formed=paths("k"))
+@entry({"k": w(14, 4, 3, 2)}, (x(3, 8, 4, 3),), products=paths("k"))
 def conv_channels_first_in_groups_and_dilated(p, x):
     y = conv(
         x,
@@ -128,7 +128,7 @@ def conv_channels_first_in_groups_and_dilated(p, x):
     return jnp.sum(jnp.tanh(y))
 
 
-@entry({"k": w(3, 2, 8, 9), "m": w(2, 3, 9, 7)}, (x(3, 2, 3, 8),), formed=paths("k", "m"))
+@entry({"k": w(3, 2, 8, 9), "m": w(2, 3, 9, 7)}, (x(3, 2, 3, 8),), products=paths("k", "m"))
 def conv_transposed(p, x):
     h = lax.conv_transpose(x[None], p["k"], (2, 1), "SAME", dimension_numbers=NHWC)
     h = lax.conv_transpose(jnp.tanh(h)[:, :2, :2], p["m"], (1, 1), "VALID", dimension_numbers=NHWC)
@@ -144,7 +144,7 @@ def conv_transposed_with_its_kernel_turned(p, x):
 @entry(
     {"down": w(3, 3, 5, 12), "middle": w(3, 3, 12, 13), "up": w(2, 2, 13, 11), "last": w(3, 3, 16, 14)},
     (x(3, 4, 2, 5), x(3, 4, 2, 14)),
-    formed=paths("down", "middle", "up", "last"),
+    products=paths("down", "middle", "up", "last"),
 )
 def u_net(p, x, target):
     h = jnp.tanh(conv(x, p["down"], strides=(2, 2)))
@@ -161,7 +161,7 @@ def pool(x, start, operation):
 @entry(
     {"k": w(3, 3, 7, 8), "m": w(3, 2, 8, 9), "W": w(9, 10)},
     (x(3, 4, 5, 7), draws.ids(10, 3)),
-    formed=paths("k", "m", "W"),
+    products=paths("k", "m", "W"),
 )
 def convnet_with_pooling(p, x, label):
     h = pool(jnp.tanh(conv(x, p["k"])), -jnp.inf, lax.max)
@@ -170,28 +170,28 @@ def convnet_with_pooling(p, x, label):
     return jax.nn.logsumexp(logits) - logits[label]
 
 
-@entry({"k": w(1, 1, 14, 13), "b": x(13)}, (x(4, 2, 3, 14),), formed=paths("k"))
+@entry({"k": w(1, 1, 14, 13), "b": x(13)}, (x(4, 2, 3, 14),), products=paths("k"))
 def conv_one_by_one(p, x):
     return jnp.sum(jnp.tanh(conv(x, p["k"]) + p["b"]))
 
 
-@entry({"k": w(3, 4, 8, 9)}, (x(4, 2, 4, 3, 8),), formed=paths("k"))
+@entry({"k": w(3, 4, 8, 9)}, (x(4, 2, 4, 3, 8),), products=paths("k"))
 def conv_of_several_images(p, x):
     y = lax.conv_general_dilated(x, p["k"], (1, 1), "SAME", dimension_numbers=NHWC)
     return jnp.sum((jnp.tanh(y[0]) - jnp.tanh(y[1])) ** 2)
 
 
-@entry({"k": w(3, 4, 8, 9)}, (x(4, 2, 4, 3, 8),), formed=paths("k"))
+@entry({"k": w(3, 4, 8, 9)}, (x(4, 2, 4, 3, 8),), products=paths("k"))
 def conv_mapped_over_images(p, x):
     return jax.nn.logsumexp(jax.vmap(lambda x: jnp.tanh(conv(x, p["k"])))(x).prod(0))
 
 
-@entry({"k": w(3, 2, 10, 10)}, (x(3, 4, 3, 10),), formed=paths("k"))
+@entry({"k": w(3, 2, 10, 10)}, (x(3, 4, 3, 10),), products=paths("k"))
 def conv_kernel_used_twice(p, x):
     return jnp.sum(jnp.tanh(conv(jnp.tanh(conv(x, p["k"])), p["k"])))
 
 
-@entry({"k": w(3, 10, 10)}, (x(3, 2, 3, 10),), formed=paths("k"))
+@entry({"k": w(3, 10, 10)}, (x(3, 2, 3, 10),), products=paths("k"))
 def conv_inside_a_scan(p, xs):
     def step(h, x):
         h = lax.conv_general_dilated(h[None], p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))[0]
@@ -200,7 +200,7 @@ def conv_inside_a_scan(p, xs):
     return lax.scan(step, jnp.ones((3, 10)), xs)[0].sum()
 
 
-@entry({"k": w(3, 7, 8), "m": w(2, 8, 9)}, (x(4, 5, 7),), formed=paths("k", "m"))
+@entry({"k": w(3, 7, 8), "m": w(2, 8, 9)}, (x(4, 5, 7),), products=paths("k", "m"))
 def conv_causal(p, x):
     numbers = ("NWC", "WIO", "NWC")
     h = jnp.tanh(lax.conv_general_dilated(x[None], p["k"], (1,), ((2, 0),), dimension_numbers=numbers))
@@ -210,7 +210,7 @@ def conv_causal(p, x):
 
 
 @entry({"k": w(8, 3, 7), "g": draws.positive(8)}, (x(4, 6, 7),))
-def conv_of_a_normalised_kernel(p, x):
+def conv_of_a_normalized_kernel(p, x):
     kernel = p["k"] / jnp.sqrt((p["k"] ** 2).sum((1, 2), keepdims=True)) * p["g"][:, None, None]
     y = lax.conv_general_dilated(x[None], kernel, (1,), "SAME", dimension_numbers=("NWC", "OWI", "NWC"))
     return jnp.sum(jnp.tanh(y))

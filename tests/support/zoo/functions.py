@@ -32,7 +32,7 @@ def exponential_and_softmax(p, x):
 
 
 @entry({"W": w(9, 7)}, (x(4, 7),))
-def standardised(p, x):
+def standardized(p, x):
     W = p["W"] - p["W"].mean(1, keepdims=True)
     return jnp.sum(jnp.tanh(W / (W.std(1, keepdims=True) + 0.1) @ x))
 
@@ -63,9 +63,9 @@ def functions_of_weight_and_example(p, x, y, t):
     return jax.nn.softplus(x @ W @ y) + jnp.sum(jnp.exp(-((p["W"] - y) ** 2)))
 
 
-@entry({"centres": w(7, 5), "weights": x(7)}, (x(4, 5),))
-def distances_to_centres(p, x):
-    return jnp.exp(-((x - p["centres"]) ** 2).sum(1)) @ p["weights"]
+@entry({"centers": w(7, 5), "weights": x(7)}, (x(4, 5),))
+def distances_to_centers(p, x):
+    return jnp.exp(-((x - p["centers"]) ** 2).sum(1)) @ p["weights"]
 
 
 @entry({"W": w(7, 5)}, (x(4, 5), x(4, 7)))

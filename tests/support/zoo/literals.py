@@ -1,4 +1,4 @@
-"""Numbers that stand in the program itself, of every kind, in every place that an operand can have."""
+"""Literals of every kind, as every operand that can be one."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Weights behind a map that no example changes, penalties of the parameters, complex weights, and identities."""
+"""Weights behind a map that no example changes, penalties on the parameters, complex weights, and identities."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def used(W, x):
     return jnp.sum(jnp.tanh(W @ x))
 
 
-# --- normalised weights
+# --- normalized weights
 
 
 def weight_norm(p):
@@ -26,29 +26,29 @@ def weight_norm(p):
 
 
 @entry({"v": w(21, 17), "g": positive(21)}, (x(4, 17),), paths("v"))
-def weight_normalised(p, x):
+def weight_normalized(p, x):
     return used(weight_norm(p), x)
 
 
 @entry({"v": w(21, 17), "g": positive(21)}, (x(4, 2, 17),), paths("v"))
-def weight_normalised_and_computed_twice(p, x):
+def weight_normalized_and_computed_twice(p, x):
     return jnp.sum(jax.checkpoint(lambda p, x: jnp.tanh(jnp.tanh(x @ weight_norm(p).T) @ weight_norm(p)))(p, x))
 
 
 @entry({"v": w(17, 17), "g": positive(17)}, (x(3, 2, 17),), paths("v"))
-def weight_normalised_and_recurrent(p, x):
+def weight_normalized_and_recurrent(p, x):
     W = weight_norm(p)
     return lax.scan(lambda h, u: (jnp.tanh(W @ h + u), None), x[0], x)[0].sum()
 
 
 @entry({"W": w(21, 17)}, (x(4, 17),), paths("W"))
-def rows_standardised(p, x):
+def rows_standardized(p, x):
     W = p["W"] - p["W"].mean(1, keepdims=True)
     return used(W / (W.std(1, keepdims=True) + 0.1), x)
 
 
 @entry({"W": w(21, 17)}, (x(4, 17),), paths("W"))
-def spectrally_normalised(p, x):
+def spectrally_normalized(p, x):
     u = lax.fori_loop(0, 3, lambda _, u: jnp.tanh(p["W"] @ (u @ p["W"])), jnp.ones(21))
     v = lax.stop_gradient(u @ p["W"])
     v = v / jnp.linalg.norm(v)
@@ -57,7 +57,7 @@ def spectrally_normalised(p, x):
 
 
 @entry({"K": w(9, 8, 3, 3)}, (x(3, 8, 4, 4),), (), paths("K"))
-def kernels_standardised(p, x):
+def kernels_standardized(p, x):
     K = p["K"] - p["K"].mean((1, 2, 3), keepdims=True)
     return jnp.sum(jnp.tanh(lax.conv(x[None], K / (K.std((1, 2, 3), keepdims=True) + 0.1), (1, 1), "SAME")))
 
@@ -137,13 +137,13 @@ def log_prior(p, x):
 
 
 @entry({"W": w(33, 17)}, (x(4, 17),), paths("W"))
-def split_into_a_masked_a_penalised_and_a_plain_part(p, x):
+def split_into_a_masked_a_penalized_and_a_plain_part(p, x):
     a, b, c = jnp.split(p["W"], 3)
     return used(a * MASK[:11], x) + 0.1 * jnp.sum(b**2) + used(c, x)
 
 
 @entry({"W": w(3, 11, 17)}, (x(4, 17),), paths("W"))
-def unstacked_into_a_masked_a_penalised_and_a_plain_part(p, x):
+def unstacked_into_a_masked_a_penalized_and_a_plain_part(p, x):
     a, b, c = jnp.unstack(p["W"])
     return used(a * MASK[:11], x) + 0.1 * jnp.sum(b**2) + used(c, x)
 
@@ -166,7 +166,7 @@ SQUARE = np.random.default_rng(2).random((19, 19)) < 0.5
 
 
 @entry({"v": w(19, 19), "g": positive(19)}, (x(4, 3, 19),), paths("v"))
-def weight_normalised_in_every_step(p, xs):
+def weight_normalized_in_every_step(p, xs):
     return recurrent(lambda: weight_norm(p), jnp.ones(19), xs)
 
 
@@ -177,7 +177,7 @@ def masked_in_every_step(p, xs):
 
 
 @entry({"W": w(19, 19)}, (x(4, 3, 19),), paths("W"))
-def rematerialised_with_its_map(p, xs):
+def rematerialized_with_its_map(p, xs):
     step = jax.checkpoint(lambda h, x: (jnp.tanh(jax.nn.softplus(p["W"]) @ h / 9 + x), None))
     return jnp.sum(lax.scan(step, jnp.ones(19), xs)[0])
 
@@ -189,7 +189,7 @@ def a_map_that_is_another_in_every_step(p, xs):
 
 
 @entry({"W": w(19, 19)}, (x(4, 3, 19),), paths("W"))
-def penalised_in_every_step(p, xs):
+def penalized_in_every_step(p, xs):
     def step(total, x):
         return total + jnp.sum(jnp.tanh(p["W"] @ x)) + x[0] * jnp.sum(p["W"] ** 2), None
 
@@ -248,7 +248,7 @@ def behind_a_custom_identity(p, x):
     return used(identity(p["W"]), x)
 
 
-# --- what is no larger than an activation
+# --- parameters no larger than an activation
 
 
 @entry(
@@ -278,7 +278,7 @@ def exponential(p, x):
 
 
 @entry({"W": w(21, 17)}, (x(4, 17),), paths("W"))
-def orthogonalised_by_iteration(p, x):
+def orthogonalized_by_iteration(p, x):
     step = lambda W, _: (1.5 * W - 0.5 * W @ (W.T @ W), None)  # noqa: E731
     return used(lax.scan(step, p["W"] / jnp.linalg.norm(p["W"]), None, length=3)[0], x)
 
@@ -377,7 +377,7 @@ def over_the_size_of_a_transform(p, x):
     return used(p["W"] / (2 + jnp.sum(jnp.fft.irfft2(jnp.fft.rfft2(p["W"]), s=(17, 17)) ** 2)), x)
 
 
-# --- backward passes by hand that are not linear: a loop or a branch is a map only where it is
+# --- hand-written backward passes that are not linear, so that their loop or branch is not a map
 
 
 def by_hand(backward):

@@ -148,12 +148,12 @@ def one_of_two_weights(p, x, first):
 
 
 @entry({"W": w(11, 9), "b": x(11)}, (x(4, 9),))
-def regularised(p, x):
+def regularized(p, x):
     return jnp.sum(jnp.tanh(p["W"] @ x + p["b"])) + 0.01 * sum(jnp.sum(v**2) for v in p.values()) * x[0]
 
 
 @entry({"W": w(11, 9)}, (x(4, 9),))
-def regulariser_alone(p, x):
+def regularizer_alone(p, x):
     return 0.5 * jnp.sum(p["W"] ** 2) * x[0] + jnp.linalg.norm(p["W"]) * x[1] + jnp.abs(p["W"]).sum() * x[2]
 
 

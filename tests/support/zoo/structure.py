@@ -137,11 +137,11 @@ def custom_vjp_of_a_layer(p, x):
 
 
 @jax.custom_vjp
-def lying(W, x):
+def wrong_vjp(W, x):
     return W @ x
 
 
-lying.defvjp(
+wrong_vjp.defvjp(
     lambda W, x: (W @ x, (W, x)),
     lambda kept, d: (jnp.sign(kept[0]) * d[:, None] + 0.1 * jnp.outer(d, kept[1]), 3 * kept[1]),
 )
@@ -149,21 +149,21 @@ lying.defvjp(
 
 @entry({"W": w(11, 9), "V": w(9, 9)}, (x(4, 9),), paths("V"))
 def custom_vjp_that_is_not_the_derivative(p, x):
-    return jnp.sum(jnp.tanh(lying(p["W"], jnp.tanh(p["V"] @ x))))
+    return jnp.sum(jnp.tanh(wrong_vjp(p["W"], jnp.tanh(p["V"] @ x))))
 
 
 @jax.custom_vjp
-def quantised(x):
+def quantized(x):
     return jnp.round(4 * x) / 4
 
 
-quantised.defvjp(lambda x: (quantised(x), None), lambda _, d: (d,))
+quantized.defvjp(lambda x: (quantized(x), None), lambda _, d: (d,))
 
 
 @entry({"W": w(11, 9), "V": w(8, 11)}, (x(4, 9),), paths("V"))
 def straight_through(p, x):
-    h = jnp.tanh(quantised(p["W"]) @ x)
-    return jnp.sum(jnp.tanh(p["V"] @ quantised(h)))
+    h = jnp.tanh(quantized(p["W"]) @ x)
+    return jnp.sum(jnp.tanh(p["V"] @ quantized(h)))
 
 
 def root(W, h, x):
