@@ -20,13 +20,13 @@ from jaxgrad.integrations import optax as ours_of_optax
 
 B = 7
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)  # what is compiled here runs once
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)  # each program here runs once
 RTOL = {jnp.dtype(jnp.float64): 1e-9, jnp.dtype(jnp.float32): 2e-5}
 
 
 @pytest.fixture(autouse=True)
-def users_settings():
-    """JAX as it comes, but in float64."""
+def jax_defaults():
+    """JAX's default promotion rules, in float64."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -247,7 +247,7 @@ def test_a_transform_before_clipping_gives_jax_privacys_sum_and_norms(transform,
 
 
 def test_a_wide_diagonal_in_float32_clips_no_more_than_it_has_to():
-    """The norms of what cancels are of the scaled products, not of the products times the largest entry."""
+    """Terms that may cancel have the magnitude of the scaled products, not of the products times the largest entry."""
     for options in ({}, {"keep_batch_dim": True}):
         found, expected = both(loss, *inputs(jnp.float32), l2_clip_norm=1.0, pre_clipping_transform=diagonal, **options)
         close(found, expected, 2e-4, 1e-6)
