@@ -302,37 +302,36 @@ class ClippedGrad:
         B, size = arguments.batch_size, self._microbatch_size
         mask = jnp.ones(B, bool) if mask is None else checked_mask(mask, B)
         if size is None or size >= B:
-            flat, each = self._of(arguments, mask)
+            flat, by_example = self._clipped_sum(arguments, mask)
         else:
-            flat, each = in_microbatches(self._of, arguments, mask, size)
-        each = jax.tree.map(lambda a: kept(mask, a), each)
-        values, aux, norms, over = each
+            flat, by_example = in_microbatches(self._clipped_sum, arguments, mask, size)
+        values, aux, norms, exceeds = jax.tree.map(lambda a: kept(mask, a), by_example)
         count = jnp.maximum(mask.sum(), 1).astype(norms.dtype)
         nonfinite = mask & ~jnp.isfinite(norms)
-        share = (over | nonfinite).sum().astype(norms.dtype) / count
+        fraction = (exceeds | nonfinite).sum().astype(norms.dtype) / count
         total = complexes.joined(jax.tree.unflatten(arguments.params_tree, flat), complexes.gradient)
-        return total, ClipInfo(values, norms, share, nonfinite.sum(), aux)
+        return total, ClipInfo(values, norms, fraction, nonfinite.sum(), aux)
 
-    def _of(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
+    def _clipped_sum(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
         """Return (leaves of the sum, (values, aux, norms, True if a norm exceeds its bound) of every example)."""
         if self._passes == 2:
-            return self._of_two_passes(arguments, mask)
+            return self._sum_in_two_passes(arguments, mask)
         values, aux, g, _ = self._transformed.evaluated(arguments)
         bounds, groups = g.groups(self._max_norm)
         norms = [group.norms() for group in groups]
         keep = mask & functools.reduce(operator.and_, (jnp.isfinite(n) for n in norms))
         total: list[Array] = []
-        over = jnp.zeros_like(mask)
+        exceeds = jnp.zeros_like(mask)
         for bound, group, n in zip(bounds, groups, norms, strict=True):
             limit = jnp.asarray(bound, n.dtype)
             c = self._factors(n, group.magnitudes(), limit, keep, group.rounding())
             total += jax.tree.leaves(group.where(keep).scale(c).sum(n.dtype))
-            over |= n > limit
+            exceeds |= n > limit
         total = [a.astype(working_dtype(p.dtype)) for a, p in zip(total, arguments.params, strict=True)]
-        return total, (values, aux, root_sum_of_squares(norms), over)
+        return total, (values, aux, root_sum_of_squares(norms), exceeds)
 
-    def _of_two_passes(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
-        """As `_of`: the norms, and then the gradient of the weighted sum of losses."""
+    def _sum_in_two_passes(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
+        """As `_clipped_sum`: take the norms first, then the gradient of the weighted sum of losses."""
         check_linear(self._transformed, arguments)
         values, aux, measures = self._transformed.measured(arguments, MEASURER)
         bounds, groups = checked_groups(self._max_norm, arguments.params_tree)
@@ -346,17 +345,17 @@ class ClippedGrad:
         ]
         sums = weighted_gradients(self._transformed, arguments, weights, keep)
         total = {i: leaves[i] for group, leaves in zip(groups, sums, strict=True) for i in group}
-        over = functools.reduce(operator.or_, (n > limit for n, limit in zip(norms, limits, strict=True)))
-        return [total[i] for i in range(len(total))], (values, aux, root_sum_of_squares(norms), over)
+        exceeds = functools.reduce(operator.or_, (n > limit for n, limit in zip(norms, limits, strict=True)))
+        return [total[i] for i in range(len(total))], (values, aux, root_sum_of_squares(norms), exceeds)
 
     def _factors(self, norms: Array, magnitudes: Array | None, limit: Array, keep: Array, rounding: Array) -> Array:
         """c [B], the factors that make no gradient longer than its bound; 0 for examples that are not kept."""
         norms = kept(keep, norms)
         c = _one_for_each(self._weighting(norms, limit), norms)
-        return nan_unless(limit > 0, within(c, norms, magnitudes, limit, keep, rounding))
+        return nan_unless(limit > 0, limited(c, norms, magnitudes, limit, keep, rounding))
 
 
-def within(c: Array, norms: Array, magnitudes: Array | None, limit: Array, keep: Array, rounding: Array) -> Array:
+def limited(c: Array, norms: Array, magnitudes: Array | None, limit: Array, keep: Array, rounding: Array) -> Array:
     """Reduce factors c [B] so that no gradient becomes longer than the limit, rounding included; 0 where not kept."""
     norms, rounding = kept(keep, norms), rounding.astype(norms.dtype)
     largest, size = norms, norms
@@ -365,8 +364,8 @@ def within(c: Array, norms: Array, magnitudes: Array | None, limit: Array, keep:
         magnitudes = kept(keep, magnitudes.astype(norms.dtype))
         largest, size = (root_sum_of_squares([norms, part]) for part in (guard * magnitudes, magnitudes))
     largest = largest + rounding * size
-    numbers = jnp.finfo(norms.dtype)
-    bound = jnp.minimum(limit, numbers.max)
-    most = bound / jnp.maximum(largest, jnp.maximum(bound / (numbers.max / 4), numbers.tiny))  # never infinite
-    c = jnp.clip(c, -most, most)
+    finfo = jnp.finfo(norms.dtype)
+    bound = jnp.minimum(limit, finfo.max)
+    c_max = bound / jnp.maximum(largest, jnp.maximum(bound / (finfo.max / 4), finfo.tiny))  # never infinite
+    c = jnp.clip(c, -c_max, c_max)
     return kept(keep & ~jnp.isnan(c), c)

@@ -1,4 +1,4 @@
-"""A loop over microbatches: sums, and what there is of every example."""
+"""A loop over microbatches, which adds up sums and stacks the results of every example."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,57 +14,59 @@ from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import divisible
 
-Part = Callable[[Arguments, Array], tuple[list[Array], Any]]
+Step = Callable[[Arguments, Array], tuple[list[Array], Any]]
 """A function (arguments, mask) → (arrays to add up over microbatches, a tree of arrays [B, …])."""
 
 
 def in_microbatches(
-    part: Part, arguments: Arguments, mask: Array, size: int, skip_the_end: bool = False
+    step: Step, arguments: Arguments, mask: Array, size: int, skip_the_end: bool = False
 ) -> tuple[list[Array], Any]:
-    """Loop over microbatches of every `count`-th example, so that each is sharded as the batch is.
+    """Apply a step to one microbatch after another; return the sums, and the trees of all examples.
+
+    With n microbatches, each takes every n-th example, so that it is sharded as the batch is.
 
     Args:
-        part: what to do with one microbatch.
-        arguments, mask: of the whole batch.
-        size: the number of examples at once. It need not divide the batch.
-        skip_the_end: whether to skip the microbatches after the last one with an unmasked example; what there is of
-            their examples is then 0.
+        step: the computation on one microbatch.
+        arguments, mask: those of the whole batch.
+        size: the number of examples in a microbatch. It need not divide the batch.
+        skip_the_end: whether to skip the microbatches after the last one with an unmasked example; the results of their
+            examples are then 0.
     """
     B = arguments.batch_size
     count = -(-B // size)
-    whole = count * size == B
+    divides = count * size == B
 
     def divided(a: Any, axis: int = 0) -> Any:
-        a = divisible(jnp.moveaxis(a, axis, 0), size if whole else 1)
-        a = a if whole else a[jnp.minimum(jnp.arange(count * size), B - 1)]  # pads with the last example, masked
+        a = divisible(jnp.moveaxis(a, axis, 0), size if divides else 1)
+        a = a if divides else a[jnp.minimum(jnp.arange(count * size), B - 1)]  # pads with the last example, masked
         return a.reshape(size, count, *a.shape[1:]).swapaxes(0, 1)
 
     leaves = [divided(a, axis) for a, axis in zip(arguments.batch, arguments.axes, strict=True)]
     valid = divided(mask) & (jnp.arange(count * size) < B).reshape(size, count).T
     axes = frozenset(name for a in arguments.batch for name in _jax.varying(a))
 
-    shapes, shapes_of_each = jax.eval_shape(lambda: part(arguments, mask))
+    shapes, example_shapes = jax.eval_shape(lambda: step(arguments, mask))
 
     def zeros(shape: tuple[int, ...], dtype: Any) -> Array:
         return _jax.made_varying(jnp.zeros(shape, dtype), axes)
 
-    def of_none(*_: Any) -> tuple[list[Array], Any]:
-        each = jax.tree.map(lambda s: zeros((size, *s.shape[1:]), s.dtype), shapes_of_each)
-        return [zeros(s.shape, s.dtype) for s in shapes], each
+    def skip(*_: Any) -> tuple[list[Array], Any]:
+        by_example = jax.tree.map(lambda s: zeros((size, *s.shape[1:]), s.dtype), example_shapes)
+        return [zeros(s.shape, s.dtype) for s in shapes], by_example
 
-    def of_one(batch: list[Any], mask: Array) -> tuple[list[Array], Any]:
-        return part(dataclasses.replace(arguments, batch=batch, axes=[0] * len(batch), batch_size=size), mask)
+    def run(batch: list[Any], mask: Array) -> tuple[list[Array], Any]:
+        return step(dataclasses.replace(arguments, batch=batch, axes=[0] * len(batch), batch_size=size), mask)
 
-    def step(total: list[Array], micro: tuple[list[Any], Array, Array | None]) -> tuple[list[Array], Any]:
+    def add(total: list[Array], micro: tuple[list[Any], Array, Array | None]) -> tuple[list[Array], Any]:
         batch, mask, skipped = micro
         if not skip_the_end:
-            flat, each = of_one(batch, mask)
+            flat, by_example = run(batch, mask)
         else:
-            flat, each = lax.cond(skipped, of_none, of_one, batch, mask)
-        return [a + b.astype(a.dtype) for a, b in zip(total, flat, strict=True)], each
+            flat, by_example = lax.cond(skipped, skip, run, batch, mask)
+        return [a + b.astype(a.dtype) for a, b in zip(total, flat, strict=True)], by_example
 
     start = [zeros(s.shape, working_dtype(s.dtype)) for s in shapes]
     skipped = jnp.cumsum(valid.any(1)[::-1])[::-1] == 0 if skip_the_end else None
-    total, each = lax.scan(step, start, (leaves, valid, skipped))
+    total, by_example = lax.scan(add, start, (leaves, valid, skipped))
     total = [a.astype(s.dtype) for a, s in zip(total, shapes, strict=True)]
-    return total, jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(count * size, *a.shape[2:])[:B], each)
+    return total, jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(count * size, *a.shape[2:])[:B], by_example)

@@ -15,7 +15,7 @@ import jax_privacy
 from jax_privacy import clipping as theirs
 from jaxtyping import Array, PyTree
 
-from jaxgrad.clipping import EPSILON, within
+from jaxgrad.clipping import EPSILON, limited
 from jaxgrad.errors import naming
 from jaxgrad.microbatches import in_microbatches
 from jaxgrad.per_example.algebra import complexes
@@ -285,7 +285,7 @@ class _Clipped:
         total: list[Array] = []
         for bound, group, norms in zip(bounds, clipped, lengths, strict=True):
             c, most = options.factors(kept(keep, norms), bound)
-            c = within(c, norms, group.magnitudes(), most, keep, group.rounding())
+            c = limited(c, norms, group.magnitudes(), most, keep, group.rounding())
             total += jax.tree.leaves(group.where(keep).scale(c).sum(norms.dtype))
         wanted = [group.norms() for group in originals] if self._norms_apart else lengths
         return total, (values, aux, wanted)

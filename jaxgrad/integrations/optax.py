@@ -8,7 +8,7 @@ import optax
 from jaxtyping import PyTree
 from optax import contrib
 
-from jaxgrad.clipping import within
+from jaxgrad.clipping import limited
 from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra.norms import shortened
 from jaxgrad.per_example.checks import checked_bound
@@ -74,5 +74,5 @@ def _clipped_sum(g: PerExampleGrads, bound: Any) -> PyTree:
     norms = g.norms()
     keep = jnp.isfinite(norms)
     norms, limit = kept(keep, norms), jnp.asarray(bound, norms.dtype)
-    c = within(shortened(norms, limit), norms, g.magnitudes(), limit, keep, g.rounding())
+    c = limited(shortened(norms, limit), norms, g.magnitudes(), limit, keep, g.rounding())
     return g.where(keep).scale(c).sum(norms.dtype)

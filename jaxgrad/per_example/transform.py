@@ -133,7 +133,7 @@ class Route:
 
 
 class Transformed:
-    """A loss and the options it is called with; `after`, if there is one, maps the tree of one example's gradient."""
+    """A loss and the options it is called with; `gradient_map`, if given, is applied to each example's gradient."""
 
     def __init__(
         self,
@@ -144,11 +144,11 @@ class Transformed:
         has_aux: bool = False,
         strict: bool = False,
         spmd_axis_name: Any = None,
-        after: Callable[[Any], Any] | None = None,
+        gradient_map: Callable[[Any], Any] | None = None,
     ):
         if not callable(fun):
             raise TypeError(f"{call}: expected a function of one example, got {type(fun).__name__}.")
-        self.after = after
+        self.gradient_map = gradient_map
         self.call, self.fun, self.argnums, self.in_axes = call, fun, argnums, in_axes
         self.has_aux, self.strict, self.spmd_axis_name = has_aux, strict, spmd_axis_name
 
@@ -171,14 +171,14 @@ class Transformed:
         over_examples = jax.vmap(
             one, (arguments.axes,), (0, 0, 0, None), axis_size=arguments.batch_size, spmd_axis_name=self.spmd_axis_name
         )
-        others, parts, routes, shared = over_examples(arguments.batch)
+        value_and_aux, parts, routes, shared = over_examples(arguments.batch)
         parts = [
             settled(factors, Lowered(factors, route.how, route.reason))
             for factors, route in zip(put_back(parts, shared), routes, strict=True)
         ]
         if self.strict:
             self._refuse_direct(arguments, routes)
-        values, aux = jax.tree.unflatten(out_tree, others)
+        values, aux = jax.tree.unflatten(out_tree, value_and_aux)
         return values, aux, PerExampleGrads(jax.tree.unflatten(gradients_tree, parts)), routes
 
     def measured(self, arguments: Arguments, measurer: Measurer) -> tuple[Any, Any, list[Measure]]:
@@ -188,54 +188,54 @@ class Transformed:
 
             def one(examples: Sequence[Any]) -> Any:
                 with measuring(measurer):
-                    others, gradients = walked(examples)
-                    return others, [measurer.one(value, aval.shape, aval.dtype) for value, aval in gradients]
+                    value_and_aux, gradients = walked(examples)
+                    return value_and_aux, [measurer.one(value, aval.shape, aval.dtype) for value, aval in gradients]
 
             over_examples = jax.vmap(
                 one, (arguments.axes,), axis_size=arguments.batch_size, spmd_axis_name=self.spmd_axis_name
             )
-            others, measures = over_examples(arguments.batch)
-            values, aux = jax.tree.unflatten(out_tree, others)
+            value_and_aux, measures = over_examples(arguments.batch)
+            values, aux = jax.tree.unflatten(out_tree, value_and_aux)
             return values, aux, measures
 
     def of_one_example(self, arguments: Arguments) -> tuple[Callable[[Sequence[Any]], Any], Any, Any]:
-        """(one, the tree structure of (value, aux), that of the gradient).
+        """(one, the structure of (value, aux), the structure of the gradient).
 
-        one(the batch's leaves for one example) → (leaves of value and aux, factors without their shared arrays, the
+        one(the leaves of one example) → (leaves of value and aux, factors without their shared arrays, the
         route of each parameter, the shared arrays).
         """
         walked, out_tree, gradients_tree = self._walk(arguments)
 
         def one(examples: Sequence[Any]) -> Any:
-            others, gradients = walked(examples)
+            value_and_aux, gradients = walked(examples)
             lowered = [lower(value, aval.shape, aval.dtype) for value, aval in gradients]
             parts, shared = taken_out([f.factors for f in lowered])
-            return others, parts, [Route(f.how, f.reason) for f in lowered], shared
+            return value_and_aux, parts, [Route(f.how, f.reason) for f in lowered], shared
 
         return one, out_tree, gradients_tree
 
     def _walk(self, arguments: Arguments) -> tuple[Callable[[Sequence[Any]], Any], Any, Any]:
-        """(walked, the structure of (value, aux), that of the gradient).
+        """(walked, the structure of (value, aux), the structure of the gradient).
 
-        walked(the batch's leaves, for one example) → (value and aux, (gradient, its shape and dtype) for each leaf).
+        walked(the leaves of one example) → (leaves of value and aux, (gradient, its aval) for each of its leaves).
         """
         program, out_tree, gradients_tree = self._program(arguments)
         outvars = program.jaxpr.outvars
         first = len(outvars) - gradients_tree.num_leaves
-        wanted = [k >= first for k in range(len(outvars))]
+        is_gradient = [k >= first for k in range(len(outvars))]
 
         def walked(examples: Sequence[Any]) -> tuple[list[Array], list[tuple[Value, Any]]]:
             leaves = [*map(Shared, arguments.params), *examples]
-            results = evaluate(program, leaves, wanted, [True] * len(outvars))
-            others = [_as_returned(value, v.aval) for value, v in zip(results[:first], outvars, strict=False)]
-            return others, list(zip(results[first:], (v.aval for v in outvars[first:]), strict=True))
+            results = evaluate(program, leaves, is_gradient, [True] * len(outvars))
+            value_and_aux = [_as_returned(value, v.aval) for value, v in zip(results[:first], outvars, strict=False)]
+            return value_and_aux, list(zip(results[first:], (v.aval for v in outvars[first:]), strict=True))
 
         return walked, out_tree, gradients_tree
 
     def _program(self, arguments: Arguments) -> tuple[_jax.Program, Any, Any]:
-        """Trace the gradient's program for one example; its results are (value, aux …, gradients …).
+        """(the program, the structure of (value, aux), the structure of the gradient).
 
-        With the program come the structures of (value, aux) and of the gradient.
+        The program is that of the gradient of one example's loss; its results are (value, aux …, gradients …).
         """
 
         def scalar(params: Sequence[Any], examples: Sequence[Any]) -> Any:
@@ -254,12 +254,12 @@ class Transformed:
             return checked_scalar(value), (value, aux)
 
         def program(params: Sequence[Any], examples: Sequence[Any]) -> Any:
-            (_, others), leaves = jax.value_and_grad(scalar, has_aux=True)(params, examples)
+            (_, value_and_aux), leaves = jax.value_and_grad(scalar, has_aux=True)(params, examples)
             gradients = jax.tree.unflatten(arguments.params_tree, leaves)
-            if self.after is not None:
-                whole = complexes.joined(gradients, complexes.gradient)
-                gradients = complexes.parts(self.after(whole), sign=-1)
-            return others, gradients
+            if self.gradient_map is not None:
+                gradient = complexes.joined(gradients, complexes.gradient)
+                gradients = complexes.parts(self.gradient_map(gradient), sign=-1)
+            return value_and_aux, gradients
 
         closed, shape = jax.make_jaxpr(program, return_shape=True)(arguments.params, arguments.example)
         return _jax.program_of(closed), *map(jax.tree.structure, shape)
