@@ -182,7 +182,8 @@ def clipped_grad(
         if not returns_aux:
             return total
         aux = jax.tree.map(_without_axis_1, aux) if keep_batch_dim else aux
-        return total, AuxiliaryOutput(values if return_values else None, norms, aux if has_aux else None)
+        values, norms = values if return_values else None, norms if return_grad_norms else None
+        return total, AuxiliaryOutput(values, norms, aux if has_aux else None)
 
     return BoundedSensitivityCallable(summed, options.bound() / normalize_by, returns_aux)
 
