@@ -166,7 +166,7 @@ def test_disagreement_ends_with_status_one(capsys, monkeypatch, tmp_path):
     def full(path, write):
         raise data_module.InputError(f"{path}: cannot be written: No space left on device")
 
-    monkeypatch.setattr(output, "_whole", full)
+    monkeypatch.setattr(output, "_write_whole", full)
     status, out, err = run(capsys, "--steps", "5", "--save", tmp_path / "out.csv", "--plot", tmp_path / "out.png")
     assert status == 1  # the verdict, whatever else failed
     assert "DISAGREES" in out
@@ -407,10 +407,10 @@ def test_a_file_that_is_written_appears_whole_or_not_at_all(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(data_module.InputError, match=r"out\.csv: cannot be written: No space left on device"):
-        output._whole(target, fails_half_way)
+        output._write_whole(target, fails_half_way)
     assert target.read_text() == "before"
     assert list(tmp_path.iterdir()) == [target]
-    output._whole(target, lambda file: file.write(b"after"))
+    output._write_whole(target, lambda file: file.write(b"after"))
     assert target.read_text() == "after"
     umask = os.umask(0)
     os.umask(umask)
@@ -423,7 +423,7 @@ def test_a_link_stays_and_its_file_is_written(tmp_path):
     link.symlink_to(target)
     for path in (link, long):
         output.check_writable(path, output.TABLE_SUFFIXES, "--save")
-        output._whole(path, lambda file: file.write(b"after"))
+        output._write_whole(path, lambda file: file.write(b"after"))
     assert link.is_symlink()
     assert (target.read_text(), long.read_text()) == ("after", "after")
 
