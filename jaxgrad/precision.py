@@ -23,7 +23,14 @@ def contracted(spec: str, a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Ar
     Products of two bfloat16 numbers are exact in float32, so arrays of bfloat16 are multiplied as they are.
     """
     if {a.dtype, b.dtype} == {jnp.dtype(jnp.bfloat16)} and dtype == jnp.float32:
-        return jnp.einsum(spec, a, b, preferred_element_type=dtype)
+
+        def product(a: Array, b: Array) -> Array:
+            return jnp.einsum(spec, a, b, preferred_element_type=dtype)
+
+        # XLA's CPU cannot run such a product of an operand whose transpose it has folded in.
+        apart: Any = lambda a, b: product(*jax.lax.optimization_barrier((a, b)))  # noqa: E731
+        found: Array = jax.lax.platform_dependent(a, b, cpu=apart, default=product)
+        return found
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype))
 
 
