@@ -29,6 +29,7 @@ import jaxgrad as jg
 from jaxgrad import attribution, curvature, network
 from jaxgrad.curvature import damped_solve, fisher_solve, fisher_vector_product, gauss_newton, natural_gradient
 from jaxgrad.curvature.gauss_newton import from_function
+from jaxgrad.per_example.algebra.factors import unfolded
 
 OUTPUT_LOSSES = {
     "softmax": (curvature.softmax, np.array([0, 3, 1, 1, 2])),
@@ -412,7 +413,11 @@ def test_kfac_factors_are_the_moments_of_activations_and_cotangents():
     found = curvature.kfac_factors(jg.per_example_grad(lambda W, x: forward(W, zeros, x)[0])(W, X))
     for factors, delta, a in zip(found, taps, inputs, strict=True):
         both = {"left": factors.left, "right": factors.right}
-        sides = {"left": delta, "right": a} if factors.layout.axes == (0, 1) else {"left": a, "right": delta}
+        sides = (
+            {"left": delta, "right": a}
+            if factors.layout.order[1] < factors.layout.order[2]
+            else {"left": a, "right": delta}
+        )
         for side, rows in sides.items():
             assert_close(both[side][0], np.asarray(rows).T @ np.asarray(rows) / len(X))
 
@@ -432,8 +437,7 @@ def test_kfac_factors_of_sequences_and_convolutions_match_the_materialized_sides
     assert found["b"] is None
     for key, factors in (("W", found["W"]), ("K", found["K"])):
         (f,) = g.factors[key]
-        outer = f.unfolded() if hasattr(f, "unfolded") else f
-        left, right = np.asarray(outer.left), np.asarray(outer.right)
+        left, right = map(np.asarray, (unfolded(f) if f.windows else f).sides())
         T = left.shape[2]
         assert T > 1
         assert_close(factors.left, np.einsum("bgtf,bgte->gfe", left, left) / 3)

@@ -69,7 +69,7 @@ def test_a_pallas_kernel_takes_the_direct_route_until_it_has_a_rule():
     assert __file__ in row.source
     with rule_for_weight_kernel():
         row = jg.explain(pallas_loss)(W, X).rows[0]
-        assert (row.how, row.factors) == ("factored", ("Outer([4, 1, 3, 30], [4, 1, 3, 20])",))
+        assert (row.how, row.factors) == ("factored", ("Outer([4, 3, 30], [4, 3, 20])",))
         assert agrees(pallas_loss, W, X)
         g = jg.per_example_grad(pallas_loss, strict=True)(W, X)
     expected = directly(pallas_loss, W, X)
@@ -183,7 +183,7 @@ def test_a_primitive_that_makes_a_product_and_one_that_keeps_it():
         assert how(own_loss, W, X) == "materialized"
         with jg.register_rule(half_p, RULES[half_p]):
             row = jg.explain(own_loss)(W, X).rows[0]
-            assert (row.how, row.factors) == ("factored", ("Outer([4, 1, 3, 30], [4, 1, 3, 20])",))
+            assert (row.how, row.factors) == ("factored", ("Outer([4, 3, 30], [4, 3, 20])",))
             assert agrees(own_loss, W, X)
             report = check_rule(jax.grad(own_loss), W, X[0])
     assert report.agrees

@@ -14,7 +14,7 @@ from support.quick import quick_jit
 
 import jaxgrad as jg
 from jaxgrad import network
-from jaxgrad.per_example.algebra import windows
+from jaxgrad.per_example.algebra import factors
 
 DEVICES, B = 8, 32
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
@@ -139,8 +139,8 @@ def test_norms_communicate_nothing(name):
 @pytest.mark.every(5)
 @MODEL
 def test_norms_and_moments_block_by_block_move_no_example(name, monkeypatch):
-    """Norms communicate nothing, and moments only all-reduces, however many blocks there are."""
-    monkeypatch.setattr(windows, "UNFOLDED_BYTES", 1)
+    """A moment is one reduction of the parameters' size for each parameter, whatever it takes to get there."""
+    monkeypatch.setattr(factors, "UNFOLDED_BYTES", 1)
     expected = jax.jit(results(MODELS[name][0]))(MODELS[name][1], *MODELS[name][2])
     loss, params, batch = placed(name, mesh())
 

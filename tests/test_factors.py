@@ -1,6 +1,7 @@
 """Every operation on factors gives what it gives on the materialized matrix: float64, 1e-12, by hypothesis."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import FUZZ
-from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows
+from jaxgrad.per_example import Dense, Outer, PerExampleGrads, Rows
 from jaxgrad.per_example.algebra import chunks, pairs, sums
+from jaxgrad.per_example.algebra.rows import Lookup
 
 # The parameter always has this many rows and columns; a factor may see it transposed or in groups.
 SHAPES = [(4, 6), (6, 4), (1, 3), (2, 2)]
@@ -27,49 +29,55 @@ def factor(kind, seed, B, T, shape, dtype=np.float64):
     F, K = shape
     match kind:
         case "outer":
-            return Outer(
-                normal(seed, B, 1, T, F, dtype=dtype),
-                normal(seed + 1, B, 1, T, K, dtype=dtype),
-                Layout.of_matrix(F, K, dtype),
-            )
+            return outer(normal(seed, B, T, F, dtype=dtype), normal(seed + 1, B, T, K, dtype=dtype))
         case "outer transposed":
-            layout = Layout(shape, jnp.dtype(dtype), (1, 0), (1, K, F))
-            left, right = normal(seed, B, 1, T, K, dtype=dtype), normal(seed + 1, B, 1, T, F, dtype=dtype)
-            return Outer(left, right, layout)
-        case "outer grouped":  # two groups of rows, if their number is even
+            left, right = normal(seed, B, T, K, dtype=dtype), normal(seed + 1, B, T, F, dtype=dtype)
+            return Outer.of("tk,tf->fk", left, right, dtype)
+        case "outer grouped":  # the rows fall into two groups, if they do
             G = 2 if F % 2 == 0 else 1
-            layout = Layout(shape, jnp.dtype(dtype), (0, 1), (G, F // G, K))
-            return Outer(normal(seed, B, G, T, F // G, dtype=dtype), normal(seed + 1, B, G, T, K, dtype=dtype), layout)
+            left, right = normal(seed, B, G, T, F // G, dtype=dtype), normal(seed + 1, B, G, T, K, dtype=dtype)
+            return Outer.of("gtf,gtk->(gf)k", left, right, dtype)
         case "rows" | "rows transposed" | "rows repeated":
-            N, E, axes = (K, F, (1, 0)) if kind == "rows transposed" else (F, K, (0, 1))
-            S = 1 if kind == "rows repeated" else T
-            # repeated ids, and padding ids on both sides of the table; in any integer dtype
+            N, E = (K, F) if kind == "rows transposed" else (F, K)
+            # repeated ids, and padding ids on both sides of the table; in any dtype that an index may have
             ids = jnp.asarray(np.random.default_rng(seed).integers(-2, N + 2, size=(B, T)))
             ids = ids.astype([jnp.int64, jnp.int32, jnp.int16, jnp.int8][seed % 4])
-            return Rows(ids, normal(seed, B, S, E, dtype=dtype), Layout(shape, jnp.dtype(dtype), axes, (1, N, E)))
+            values = normal(seed, *((B, E) if kind == "rows repeated" else (B, T, E)), dtype=dtype)
+            return Rows.of_table(ids, values, N, dtype, transposed=kind == "rows transposed")
         case "dense":
             return Dense.of(normal(seed, B, F, K, dtype=dtype), dtype)
+
+
+def outer(left, right):
+    """Σ_t left ⊗ right for an [F, K] matrix."""
+    return Outer.of("tf,tk->fk", left, right, left.dtype)
 
 
 def dense_of(f):
     """The matrix, materialized by loops: the reference for everything."""
     G, F, K = f.layout.matrix
-    if isinstance(f, Dense):
-        return np.asarray(f.value, np.float64)
-    if isinstance(f, Outer):
-        left, right = np.asarray(f.left, np.float64), np.asarray(f.right, np.float64)
+    if f.kind == "Dense":
+        return np.asarray(f.left, np.float64).reshape(len(f.left), *f.shape)
+    if f.kind == "Outer":
+        left, right = (np.asarray(a, np.float64) for a in f.sides())
         out = np.zeros((len(left), G, F, K))
         for b, g, t in np.ndindex(left.shape[:3]):
             out[b, g] += np.outer(left[b, g, t], right[b, g, t])
     else:
-        ids, values = np.asarray(f.ids), np.asarray(f.values, np.float64)
+        table = Lookup.of(f)
+        ids, values = np.asarray(table.ids), np.asarray(table.values, np.float64)
         values = np.broadcast_to(values, (*ids.shape, values.shape[2]))
         out = np.zeros((len(ids), 1, F, K))
         for b, t in np.ndindex(ids.shape):
             if 0 <= ids[b, t] < F:
                 out[b, 0, ids[b, t]] += values[b, t]
-    moved = out.reshape(len(out), *(f.layout.shape[a] for a in f.layout.axes))
-    return moved.transpose(0, *(1 + np.argsort(f.layout.axes)))
+    order = [label for part in f.layout.order for label in part]
+    out = out.reshape(len(out), *(f.sizes[label] for label in order))
+    total = np.zeros((len(out), *f.shape))
+    for index in np.ndindex(out.shape[1:]):
+        at = tuple(a.start + sum(stride * index[order.index(x)] for x, stride in a.steps) for a in f.place)
+        total[(slice(None), *at)] += out[(slice(None), *index)]
+    return total
 
 
 def close(found, expected, scale=1.0):
@@ -151,11 +159,14 @@ def test_new_batches(kind, seed, B, T, shape):
 @given(seeds, st.sampled_from([1, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 5, 30]), st.sampled_from(CHUNKS))
 @settings(max_examples=6 * FUZZ)
 def test_both_ways_of_an_inner_product_are_exact(seed, B, G, T, chunk_bytes):
-    """Through positions and through the matrix, whichever the cost model chooses."""
-    layout = Layout((G, 3, 2), jnp.dtype(jnp.float64), (0, 1, 2), (G, 3, 2))
-    f = Outer(normal(seed, B, G, T, 3), normal(seed + 1, B, G, T, 2), layout)
-    f_ = Outer(normal(seed + 2, B, G, 7, 3), normal(seed + 3, B, G, 7, 2), layout)
-    A, C = (np.asarray(jnp.einsum("bgtf,bgtk->bgfk", o.left, o.right)).reshape(B, -1) for o in (f, f_))
+    """Through positions and through the matrix, whichever the cost model takes."""
+
+    def grouped(seed, T):
+        sides = normal(seed, B, G, T, 3), normal(seed + 1, B, G, T, 2)
+        return Outer.of("gtf,gtk->gfk", *sides, jnp.float64)
+
+    f, f_ = grouped(seed, T), grouped(seed + 2, 7)
+    A, C = (dense_of(o).reshape(B, -1) for o in (f, f_))
     size = np.abs(A).sum() * np.abs(C).sum()
     with chunks.at_most(chunk_bytes):
         for pair in (pairs._outer_outer, pairs.inner):
@@ -170,25 +181,24 @@ def test_both_ways_of_an_inner_product_are_exact(seed, B, G, T, chunk_bytes):
 @pytest.mark.parametrize("chunk_bytes", [1, 3000, 2**26])
 def test_the_matrix_is_sliced_along_its_longest_side(matrix, chunk_bytes):
     G, F, K = matrix
-    layout = Layout(matrix, jnp.dtype(jnp.float64), (0, 1, 2), matrix)
-    f, f_ = (Outer(normal(s, B, G, 40, F), normal(s + 1, B, G, 40, K), layout) for s, B in ((0, 4), (2, 3)))
-    A, C = (np.asarray(jnp.einsum("bgtf,bgtk->bgfk", o.left, o.right)).reshape(len(o.left), -1) for o in (f, f_))
+    sides = [(normal(s, B, G, 40, F), normal(s + 1, B, G, 40, K)) for s, B in ((0, 4), (2, 3))]
+    f, f_ = (Outer.of("gtf,gtk->gfk", *pair, jnp.float64) for pair in sides)
+    A, C = (dense_of(o).reshape(len(o.left), -1) for o in (f, f_))
     with chunks.at_most(chunk_bytes):
         close(pairs.gram(f, f_), A @ C.T, np.abs(A).sum() * np.abs(C).sum())
 
 
 def test_a_layout_is_a_bijection():
-    layout = Layout((2, 3, 4, 5), jnp.dtype(jnp.float64), (2, 0, 3, 1), (4, 10, 3))
+    layout = Outer.of("gfh,gk->fkgh", normal(0, 7, 4, 2, 5), normal(1, 7, 4, 3), jnp.float64).layout
     value = normal(0, 7, 2, 3, 4, 5)
     assert layout.to_matrix(value).shape == (7, 4, 10, 3)
     np.testing.assert_array_equal(layout.from_matrix(layout.to_matrix(value)), value)
 
 
 @pytest.mark.usefixtures("plain_types")
-def test_an_invalid_layout_is_refused():
-    for axes, matrix in (((0, 0), (1, 2, 3)), ((0, 1), (1, 2, 4)), ((0,), (1, 2, 3))):
-        with pytest.raises(ValueError, match="Layout: expected axes that permute shape"):
-            Layout((2, 3), jnp.dtype(jnp.float32), axes, matrix)
+def test_sides_that_do_not_fit_the_pattern_are_refused():
+    with pytest.raises(ValueError, match=r"Outer\.of: expected sides as in tf,tk->fk, got \(4, 5, 3\) and \(4, 6, 2\)"):
+        Outer.of("tf,tk->fk", normal(0, 4, 5, 3), normal(1, 4, 6, 2), jnp.float64)
 
 
 # --- Numerics --------------------------------------------------------------------------------------------------
@@ -222,12 +232,12 @@ def test_a_norm_neither_overflows_nor_loses_its_small_terms(kind, dtype, size):
     if dtype == jnp.float16 and size in (1e-30, 1e30):
         size = 1e-4 if size < 1 else 3e3
     f = factor(kind, 3, 5, 3, (4, 6), np.dtype(np.float32))
-    if isinstance(f, Outer):
-        f = Outer((f.left * size).astype(dtype), f.right.astype(dtype), f.layout)
-    elif isinstance(f, Rows):
-        f = Rows(f.ids, (f.values * size).astype(dtype), f.layout)
+    if f.kind == "Outer":
+        f = replace(f, left=(f.left * size).astype(dtype), right=f.right.astype(dtype))
+    elif f.kind == "Rows":
+        f = replace(f, right=(f.right * size).astype(dtype))
     else:
-        f = Dense.of((f.value * size).astype(dtype), dtype)
+        f = Dense.of((f.left * size).astype(dtype), dtype)
     G = dense_of(f)
     expected = np.sqrt((G**2).sum((1, 2)))
     np.testing.assert_allclose(PerExampleGrads((f,)).norms(), expected, rtol=2e-5)
@@ -239,14 +249,13 @@ def test_a_norm_neither_overflows_nor_loses_its_small_terms(kind, dtype, size):
 
 def test_a_norm_counts_positions_where_a_huge_side_meets_a_tiny_one():
     """Each position's product is near 1; a single scale for all positions would lose both."""
-    sizes = np.array([1e30, 1.0, 1e-30, 0.0], np.float32)[None, None, :, None]
-    left = normal(0, 5, 1, 4, 3, dtype=np.float32) * sizes
-    right = normal(1, 5, 1, 4, 6, dtype=np.float32) * sizes[:, :, [2, 1, 0, 3]]
-    f = Outer.of_matrix(jnp.ones((5, 3)), jnp.ones((5, 6)), jnp.float32)
-    f = Outer(left, right, f.layout)
+    sizes = np.array([1e30, 1.0, 1e-30, 0.0], np.float32)[None, :, None]
+    left = normal(0, 5, 4, 3, dtype=np.float32) * sizes
+    right = normal(1, 5, 4, 6, dtype=np.float32) * sizes[:, [2, 1, 0, 3]]
+    f = outer(left, right)
     expected = np.sqrt((dense_of(f) ** 2).sum((1, 2)))
     np.testing.assert_allclose(PerExampleGrads((f,)).norms(), expected, rtol=2e-6)
-    huge = Outer(left.at[:, :, 1].mul(np.float32(1e30)), right.at[:, :, 1].mul(np.float32(1e30)), f.layout)
+    huge = outer(left.at[:, 1].mul(np.float32(1e30)), right.at[:, 1].mul(np.float32(1e30)))
     assert np.isinf(PerExampleGrads((huge,)).norms()).all()
 
 
@@ -254,11 +263,10 @@ def test_a_norm_counts_positions_where_a_huge_side_meets_a_tiny_one():
 @pytest.mark.parametrize("small", [1e-25, 1.0])
 @pytest.mark.parametrize("T", [1, 2])
 def test_a_zero_gradient_beside_huge_sides_does_not_hide_the_others(T, small):
-    """Zero as for weights of inactive units with large inputs; the others in another parameter, or in the same."""
-    layout = Outer.of_matrix(jnp.ones((1, 70)), jnp.ones((1, 60)), jnp.float32).layout
-    nothing = Outer(jnp.zeros((3, 1, T, 70), jnp.float32), jnp.full((3, 1, T, 60), 1e30, jnp.float32), layout)
-    tiny = normal(1, 3, 1, T, 60, dtype=np.float32) * np.float32(small)
-    something = Outer(normal(0, 3, 1, T, 70, dtype=np.float32), tiny, layout)
+    """As of a parameter behind units that are off, whose inputs are large; in another parameter, or in the same."""
+    nothing = outer(jnp.zeros((3, T, 70), jnp.float32), jnp.full((3, T, 60), 1e30, jnp.float32))
+    tiny = normal(1, 3, T, 60, dtype=np.float32) * np.float32(small)
+    something = outer(normal(0, 3, T, 70, dtype=np.float32), tiny)
     vector = Dense.of(normal(2, 3, 4, dtype=np.float32) * np.float32(small), jnp.float32)
     expected = np.sqrt((dense_of(something) ** 2).sum((1, 2)))
     np.testing.assert_allclose(PerExampleGrads([(nothing,), (something,)]).norms(), expected, rtol=1e-5)
@@ -268,7 +276,7 @@ def test_a_zero_gradient_beside_huge_sides_does_not_hide_the_others(T, small):
     np.testing.assert_allclose(g.norms(), expected, rtol=1e-5)
     bound = np.float32(small * 1e-3)
     np.testing.assert_allclose(g.clip(bound).norms(), np.full(3, bound), rtol=1e-5)
-    slope = jax.grad(lambda v: PerExampleGrads([(nothing,), (Dense.of(v, jnp.float32),)]).norms().sum())(vector.value)
+    slope = jax.grad(lambda v: PerExampleGrads([(nothing,), (Dense.of(v, jnp.float32),)]).norms().sum())(vector.left)
     np.testing.assert_allclose(slope, dense_of(vector) / expected[:, None], rtol=1e-5)
 
 
@@ -282,9 +290,9 @@ def test_a_norm_just_below_the_largest_number_is_finite(n):
 
 def test_factors_of_a_loop_and_of_a_mean_of_rows_concatenate_with_others():
     plain = factor("outer", 0, 3, 4, (4, 6))
-    looped = Outer(plain.left, plain.right, plain.layout, positions_first=True)
+    looped = replace(plain, stepped=True)
     rows = factor("rows", 0, 3, 4, (4, 6))
-    repeated = Rows(rows.ids, rows.values[:, :1], rows.layout)
+    repeated = Rows.of_table(rows.left, rows.right[:, 0], 4, rows.dtype)
     for f, f_ in ((plain, looped), (rows, repeated)):
         both = PerExampleGrads.concatenate([PerExampleGrads([(f,)]), PerExampleGrads([(f_,)])])
         close(both.materialize()[0], np.concatenate([dense_of(f), dense_of(f_)]))
@@ -310,8 +318,8 @@ def test_one_nan_example_leaves_the_others_bit_identical_and_where_removes_it_fr
     def poisoned(a):
         return a.at[2].set(jnp.nan) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
-    if isinstance(f, Rows):
-        f = Rows(jnp.abs(f.ids) % f.rows, f.values, f.layout)
+    if f.kind == "Rows":
+        f = replace(f, left=jnp.abs(f.left) % f.rows)
     g, bad = PerExampleGrads((f,)), PerExampleGrads((jax.tree.map(poisoned, f),))
     others, mask = jnp.array([0, 1, 3, 4]), jnp.array([True, True, False, True, True])
     V, c = normal(0, 4, 6, dtype=np.float32), normal(1, 5, dtype=np.float32)
@@ -353,16 +361,13 @@ def equal(kind, B):
         case "scalar":
             return Dense.of(jnp.full(B, value), jnp.float32), (np.float64(value),)
         case "positions":  # a bias that is added at every position
-            layout = Layout((3,), jnp.dtype(jnp.float32), (0,), (1, 3, 1))
-            return Outer(jnp.full((B // 5, 1, 5, 3), value), jnp.ones((B // 5, 1, 5, 1), jnp.float32), layout), (
-                np.float64(value),
-            )
+            ones = jnp.ones((B // 5, 5), jnp.float32)
+            return Outer.of("tf,t->f", jnp.full((B // 5, 5, 3), value), ones, jnp.float32), (np.float64(value),)
         case "small matrix" | "groups":
-            matrix = (2, 3, 2) if kind == "groups" else (1, 3, 2)
-            layout = Layout(matrix, jnp.dtype(jnp.float32), (0, 1, 2), matrix)
-            sides = jnp.full((B, matrix[0], 1, 3), value), jnp.full((B, matrix[0], 1, 2), value)
-            return Outer(*sides, layout), (np.float64(value) ** 2,)
-        case "rows":  # half of the positions in each of two rows
+            G = 2 if kind == "groups" else 1
+            sides = jnp.full((B, G, 3), value), jnp.full((B, G, 2), value)
+            return Outer.of("gf,gk->gfk", *sides, jnp.float32), (np.float64(value) ** 2,)
+        case "rows":  # half of them in each of two rows
             ids = jnp.arange(B).reshape(B // 5, 5) % 2
             return Rows.of_table(ids, jnp.full((B // 5, 5, 3), value), 2, jnp.float32), (np.float64(value) / 2,)
 
@@ -418,10 +423,10 @@ def test_products_in_blocks_are_bilinear(N, F, K):
 def many_rows(seed, B, T, rows=40, K=3, repeated=False, dtype=np.float64):
     """Ids that repeat, with padding ids on both sides of the table, whose values no sum may include."""
     ids = jnp.asarray(np.random.default_rng(seed).integers(-2, rows + 2, size=(B, T)))
-    f = Rows.of_table(ids, normal(seed, B, 1 if repeated else T, K, dtype=dtype), rows, dtype)
-    if repeated:
-        return f
-    return Rows(ids, jnp.where(f.inside[..., None], f.values, jnp.nan), f.layout)
+    values = normal(seed, *((B, K) if repeated else (B, T, K)), dtype=dtype)
+    if not repeated:
+        values = jnp.where(((ids >= 0) & (ids < rows))[..., None], values, jnp.nan)
+    return Rows.of_table(ids, values, rows, dtype)
 
 
 @pytest.mark.every(7)
@@ -431,7 +436,7 @@ def test_rows_with_many_positions_are_matched_by_id(rows, repeated):
     f, f_ = (
         many_rows(s, B, T, rows, repeated=r) for s, B, T, r in zip((0, 9), (3, 4), (130, 70), repeated, strict=True)
     )
-    A, A_ = (dense_of(o).reshape(len(o.ids), -1) for o in (f, f_))
+    A, A_ = (dense_of(o).reshape(len(o.left), -1) for o in (f, f_))
     for chunk_bytes in CHUNKS:
         with chunks.at_most(chunk_bytes):
             close(pairs.inner(f, f), (A**2).sum(1), np.abs(A).sum() ** 2)
@@ -444,10 +449,10 @@ def test_rows_with_many_positions_are_matched_by_id(rows, repeated):
 
 def test_norms_of_rows_with_many_positions_are_differentiable():
     f = many_rows(0, 3, 130)
-    slope = jax.grad(lambda v: PerExampleGrads((Rows(f.ids, v, f.layout),)).norms().sum())(f.values)
+    slope = jax.grad(lambda v: PerExampleGrads((replace(f, right=v),)).norms().sum())(f.right)
     A = dense_of(f)
     A = A / np.linalg.norm(A, axis=(1, 2), keepdims=True)
-    ids, inside = np.clip(f.ids, 0, f.rows - 1), np.asarray(f.inside)[..., None]
+    ids, inside = np.clip(f.left, 0, f.rows - 1), np.asarray(Lookup.of(f).inside)[..., None]
     close(slope, np.where(inside, np.take_along_axis(A, ids[..., None], 1), 0))
 
 
@@ -455,7 +460,7 @@ def test_norms_of_rows_with_many_positions_are_differentiable():
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_norms_of_rows_with_many_positions_in_float32(size):
     f = many_rows(0, 4, 500, dtype=np.float32)
-    f = Rows(f.ids, f.values * np.float32(size), f.layout)
+    f = replace(f, right=f.right * np.float32(size))
     np.testing.assert_allclose(PerExampleGrads((f,)).norms(), np.linalg.norm(dense_of(f), axis=(1, 2)), rtol=1e-6)
 
 
@@ -484,7 +489,7 @@ def test_squares_of_half_precision_are_not_rounded_to_it(kind, dtype, size):
         case "dense":
             f = Dense.of(values[:, 0], dtype)
         case _:
-            f = Outer(normal(1, B, 1, T, 4).astype(dtype), values[:, None], Layout.of_matrix(4, 3, dtype))
+            f = outer(normal(1, B, T, 4).astype(dtype), values)
     g, G = PerExampleGrads({"p": (f,)}), dense_of(f)
     for found, expected in ((g.second_moment()["p"], (G**2).mean(0)), (g.variance()["p"], G.var(0))):
         assert found.dtype == jnp.float32

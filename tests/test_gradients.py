@@ -9,7 +9,7 @@ import pytest
 
 import jaxgrad as jg
 from jaxgrad.network import ACTIVATIONS, Params, autodiff, closed_form, init_params, loss
-from jaxgrad.per_example import Dense, Layout, Outer, PerExampleGrads, Rows
+from jaxgrad.per_example import Dense, Outer, PerExampleGrads, Rows
 
 B, H, D = 6, 3, 5
 
@@ -142,7 +142,7 @@ def test_what_is_held_is_shown(g):
     assert g.materialized_nbytes == 8 * B * (H * D + H + H)
     assert repr(g).splitlines() == [
         f"PerExampleGrads({B} examples, {g.nbytes} bytes held, {g.materialized_nbytes} if materialized)",
-        f"  .W float64[{H}, {D}]: Outer(float64[{B}, 1, 1, {H}], float64[{B}, 1, 1, {D}])",
+        f"  .W float64[{H}, {D}]: Outer(float64[{B}, {H}], float64[{B}, {D}])",
         f"  .b float64[{H}]: Dense(float64[{B}, {H}])",
         f"  .w float64[{H}]: Dense(float64[{B}, {H}])",
     ]
@@ -290,17 +290,7 @@ def test_bad_input_is_named(g):
             lambda: PerExampleGrads.concatenate(
                 [
                     other,
-                    PerExampleGrads(
-                        {
-                            "W": (
-                                Outer(
-                                    jnp.ones((1, 1, 1, 1)),
-                                    jnp.ones((1, 1, 1, 3)),
-                                    Layout((3,), jnp.dtype(jnp.float64), (0,), (1, 1, 3)),
-                                ),
-                            )
-                        }
-                    ),
+                    PerExampleGrads({"W": (Outer.of("t,tk->k", jnp.ones((1, 2)), jnp.ones((1, 2, 3)), jnp.float64),)}),
                 ]
             ),
             ValueError,
@@ -348,19 +338,19 @@ def healthy():
     conv = lambda kernel, x: jnp.sin(jax.lax.conv(x[None], kernel, (1, 1), "VALID")).sum()  # noqa: E731
     windows = jg.per_example_grad(conv)(jnp.ones((64, 32, 3, 3)), normal(8, 4, 32, 6, 6)).factors
     ids = jnp.array([[0, 2, 2], [1, 1, 1], [4, 0, 9], [-1, 3, 3]])
-    layout = Outer.of_matrix(jnp.ones((1, 4)), jnp.ones((1, 5)), jnp.float64).layout
+    outer = lambda left, right: Outer.of("tf,tk->fk", left, right, jnp.float64)  # noqa: E731
     return PerExampleGrads(
         {
             "one": (Outer.of_matrix(normal(0, 4, 3), normal(1, 4, 2), jnp.float64),),
-            "positions": (Outer(normal(2, 4, 1, 3, 4), normal(3, 4, 1, 3, 5), layout),),
+            "positions": (outer(normal(2, 4, 3, 4), normal(3, 4, 3, 5)),),
             "rows": (Rows.of_table(ids, normal(4, 4, 3, 5), 5, jnp.float64),),
             "tied": (
                 Rows.of_table(ids, normal(5, 4, 3, 5), 4, jnp.float64),
-                Outer(normal(6, 4, 1, 3, 4), normal(7, 4, 1, 3, 5), layout),
+                outer(normal(6, 4, 3, 4), normal(7, 4, 3, 5)),
             ),
             "vector": (Dense.of(normal(9, 4, 3), jnp.float64),),
             "windows": windows,
-            "unused": (Outer(jnp.zeros((4, 1, 0, 4)), jnp.zeros((4, 1, 0, 5)), layout),),
+            "unused": (outer(jnp.zeros((4, 0, 4)), jnp.zeros((4, 0, 5))),),
         }
     )
 

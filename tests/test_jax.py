@@ -171,8 +171,8 @@ def test_a_mean_of_lookups_adds_one_row_at_every_index_and_a_loop_gives_products
     eqn, jaxpr = gradient(mean, jnp.ones((30, 4)), IDS)
     assert writes(jaxpr, eqn.invars[2]).primitive is lax.broadcast_in_dim_p
     (rows,) = jaxgrad.per_example_grad(mean)(jnp.ones((30, 4)), IDS[None]).factors
-    assert (rows.ids.shape, rows.values.shape) == ((1, 5), (1, 1, 4))
-    for loss in (  # held at every position, a mean would be larger than the gradient
+    assert (rows.left.shape, rows.right.shape) == ((1, 5), (1, 4))
+    for loss in (  # written at every position it would hold more than the gradient
         lambda E, ids: jnp.tanh(E[ids].mean(1)).sum(),
         lambda E, ids: lax.scan(lambda h, ids: (h + jnp.tanh(E[ids].mean(0)).sum(), None), 0.0, ids)[0],
         lambda E, ids: sum(jnp.tanh(E[ids[k]].mean(0)).sum() for k in range(8)),
@@ -180,7 +180,7 @@ def test_a_mean_of_lookups_adds_one_row_at_every_index_and_a_loop_gives_products
         g = jaxgrad.per_example_grad(loss)(jnp.ones((30, 4)), jnp.zeros((2, 8, 16), jnp.int32))
         assert g.nbytes <= g.materialized_nbytes
     (outer,) = jaxgrad.per_example_grad(recurrent)(jnp.ones((40, 40)), jnp.ones((2, 3, 40))).factors
-    assert (outer.left.shape, outer.positions_first) == ((2, 1, 3, 40), True)
+    assert (outer.left.shape, outer.stepped) == ((2, 3, 40), True)
 
 
 wrong_jvp, wrong_vjp = jax.custom_jvp(jnp.sin), jax.custom_vjp(jnp.cos)

@@ -118,6 +118,13 @@ def test_norms_and_sums_are_as_accurate_as_their_dtype(loss, shape, dtype):
         assert np.linalg.norm(a - np.tensordot(np.asarray(c), b, 1)) <= tolerance * scale
 
 
+def test_products_of_bfloat16_run_on_a_cpu_whose_compiler_folds_transposes_into_them():
+    params, X = {"W": jnp.asarray(normal(1, 100, 512), jnp.bfloat16)}, jnp.asarray(normal(2, 8, 512), jnp.bfloat16)
+    gram = jax.jit(lambda p, X: jg.per_example_grad(standardized)(p, X).gram())(params, X)
+    norms = jax.jit(lambda p, X: jg.per_example_grad(standardized)(p, X).norms())(params, X)
+    np.testing.assert_allclose(np.sqrt(np.diag(gram)), norms, rtol=0.05)
+
+
 @pytest.mark.every(3)
 @pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
 def test_norms_of_masked_and_penalized_gradients_neither_overflow_nor_vanish(size):
@@ -183,7 +190,7 @@ def test_the_norm_of_a_map_that_broadcasts_its_input_counts_the_copies():
     column, array = jnp.ones((30, 1), jnp.float32), jnp.asarray(normal(1, 30, 400))
     (eqn,) = jax.make_jaxpr(lax.mul)(column, array).eqns
     spread, _, shared = Map.of([Result(call_of(eqn, [Input(column), array]), 0)])
-    layout = Layout.of_matrix(30, 400, jnp.float32)
+    layout = Layout.of_array((30, 400), jnp.float32)
     part = Dense.of(column[None], jnp.float32)
     f = Mapped(((part,),), Same(tuple(shared)), spread, (((30, 1), jnp.dtype(jnp.float32)),), layout)
     assert f.norm(jnp.float32) >= np.linalg.norm(array, axis=1).max()

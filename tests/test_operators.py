@@ -67,7 +67,7 @@ def test_a_sum_is_the_gradient_of_the_sum_of_the_losses_and_keeps_its_factors():
     chex.assert_trees_all_close(
         total.materialize(), materialized(lambda p, ids: first(p, ids) + second(p, ids)), rtol=1e-12
     )
-    assert [type(f).__name__ for f in total.factors["E"]] == ["Rows", "Rows"]
+    assert [f.kind for f in total.factors["E"]] == ["Rows", "Rows"]
 
 
 def test_an_integer_number_and_half_precision_keep_float32():

@@ -10,7 +10,6 @@ from support import programs
 
 from conftest import FUZZ
 from jaxgrad import per_example_grad
-from jaxgrad.per_example.algebra.factors import Dense
 
 ONCE_WRONG = {125, 161, 168, 1230, 1350}  # seeds that once gave a wrong result or an error
 QUICK = {"xla_backend_optimization_level": "0"}  # compilation takes most of the time
@@ -62,7 +61,7 @@ def census(seeds) -> tuple[Counter, Counter]:
         kinds += p.kinds
         factors = jax.eval_shape(lambda *args, p=p: per_example_grad(p.loss)(*args).factors, p.params, *p.batch)
         for leaf in factors.values():
-            dense = {isinstance(f, Dense) for f in leaf}
+            dense = {f.kind == "Dense" for f in leaf}
             parameters["partly" if len(dense) == 2 else "Dense" if True in dense else "factored"] += 1
     return parameters, kinds
 

@@ -13,6 +13,7 @@ from support.numpy_programs import evaluated, traced
 
 from conftest import FUZZ
 from jaxgrad import _jax
+from jaxgrad.per_example.algebra.place import Axis, is_nested, put, read
 from jaxgrad.per_example.interpreter import walk
 from jaxgrad.per_example.interpreter.measuring import Measurer, measuring
 from jaxgrad.per_example.interpreter.values import Undone, array_of
@@ -246,7 +247,7 @@ def part(d, shape):
     return lambda a, args: lax.split(a, sizes, k)[which], [sizes[which] if i == k else m for i, m in enumerate(shape)]
 
 
-def put(d, shape):
+def placed(d, shape):
     """Into zeros, at an index that is data."""
     if not shape:
         return None
@@ -256,13 +257,15 @@ def put(d, shape):
 
     def update(a, args):
         i = index(args)
-        return lax.dynamic_update_slice(jnp.zeros(new), a, [i if j == k else jnp.zeros_like(i) for j in range(len(new))])
+        return lax.dynamic_update_slice(
+            jnp.zeros(new), a, [i if j == k else jnp.zeros_like(i) for j in range(len(new))]
+        )
 
     return update, new
 
 
 STEPS = [transpose, reshape, reshape, squeeze, cut, cut, pad, reverse, negative, scaled, masked, summed]
-STEPS += [times_matrix, joined, part, put]
+STEPS += [times_matrix, joined, part, placed]
 
 
 def program(seed):
@@ -321,3 +324,37 @@ def test_what_the_rules_make_of_a_product_is_what_the_program_makes_of_its_array
         np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=1e-12, err_msg=f"{seed}: {names}")
         refused[len(kept) == before] += 1
     assert refused[False] > 40 * FUZZ, refused  # most stay products to the end
+
+
+def random_place(d):
+    """(a place whose labels have gaps between them and run backwards, their sizes)."""
+    sizes, place = [], []
+    for _ in range(d.of([1, 2])):
+        steps, extent = [], 1
+        for _ in range(d.of([0, 1, 2, 3])):
+            stride, n = extent + d.of([0, 0, 1, 2]), d.of([1, 2, 3])
+            steps.insert(0, (len(sizes), d.of([-1, 1]) * stride))
+            sizes.append(n)
+            extent += stride * (n - 1)
+        axis = Axis(0, 0, tuple(steps))
+        first, last = axis.extent(sizes)
+        before, after = d.of([0, 1, 2]), d.of([0, 1, 2])
+        place.append(axis._replace(size=before + last - first + 1 + after, start=before - first))
+    return place, sizes
+
+
+@pytest.mark.parametrize("seed", range(40 * FUZZ))
+def test_put_and_read_are_what_the_strides_say(seed):
+    d = Draw(seed)
+    place, sizes = random_place(d)
+    assert all(is_nested(axis, sizes) for axis in place)
+    order = [int(k) for k in d.rng.permutation(len(sizes))]
+    value = d.rng.normal(size=[2, *(sizes[label] for label in order)])
+    expected = np.zeros([2, *(axis.size for axis in place)])
+    for index in np.ndindex(value.shape[1:]):
+        at = [a.start + sum(stride * index[order.index(label)] for label, stride in a.steps) for a in place]
+        expected[(slice(None), *at)] += value[(slice(None), *index)]
+    (found,) = evaluated(traced(lambda a: put(a, order, place, sizes), [value]), [value])
+    np.testing.assert_array_equal(found, expected)
+    (found,) = evaluated(traced(lambda a: read(a, order, place, sizes), [expected]), [expected])
+    np.testing.assert_array_equal(found, value)

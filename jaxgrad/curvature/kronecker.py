@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.per_example.algebra.chunks import sum_examples
-from jaxgrad.per_example.algebra.factors import Factor, Outer, Windows, accumulator, wide
+from jaxgrad.per_example.algebra.factors import Factor, accumulator, at_once, unfolded, wide
 from jaxgrad.per_example.algebra.layout import Layout
+from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.sharding import replicated
 
@@ -27,8 +28,8 @@ class KroneckerFactors:
 
     Example:
         >>> factors = kfac_factors(jg.per_example_grad(lambda W, x: (W @ x).sum())(jnp.ones((16, 9)), jnp.ones((4, 9))))
-        >>> factors.left.shape, factors.right.shape, factors.layout.axes
-        ((1, 16, 16), (1, 9, 9), (0, 1))
+        >>> factors.left.shape, factors.right.shape, factors.layout.matrix
+        ((1, 16, 16), (1, 9, 9), (1, 16, 9))
     """
 
     left: Any  # an Array, or its jax.ShapeDtypeStruct
@@ -73,20 +74,19 @@ def _leaf_factors(leaf: tuple[Factor, ...]) -> KroneckerFactors | None:
     if len(leaf) != 1:
         return None
     match wide(leaf[0], accumulator(*leaf)):
-        case Outer() as f:
-            sums, T = _sums(f), f.left.shape[2]
-        case Windows() as f:
-            sums = sum_examples(lambda w: _sums(w.unfolded()), f.at_once, f)
-            T = jax.eval_shape(Windows.unfolded, f).left.shape[2]
+        case Product(kind="Outer") as f:
+            sums = _sums(f)
+        case Product(kind="Windows") as f:
+            sums = sum_examples(lambda w: _sums(unfolded(w)), at_once(f), f)
         case _:
             return None
     left, right = sums
     B = f.left.shape[0]
-    return KroneckerFactors(left / B, right / B / T, f.layout)  # not / (B * T), which may overflow int32
+    return KroneckerFactors(left / B, right / B / f.positions, f.layout)  # not / (B * T), which may overflow int32
 
 
-def _sums(f: Outer) -> tuple[Float[Array, "G F F"], Float[Array, "G K K"]]:
+def _sums(f: Product) -> tuple[Float[Array, "G F F"], Float[Array, "G K K"]]:
     """Σ_bt left leftᵀ and Σ_bt right rightᵀ."""
-    sides = (jnp.moveaxis(a, 1, 0).reshape(a.shape[1], a.shape[0] * a.shape[2], a.shape[3]) for a in (f.left, f.right))
+    sides = (jnp.moveaxis(a, 1, 0).reshape(a.shape[1], a.shape[0] * a.shape[2], a.shape[3]) for a in f.sides())
     left, right = (jnp.matmul(a.mT, a, out_sharding=replicated(a)) for a in sides)
     return left, right

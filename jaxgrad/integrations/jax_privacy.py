@@ -19,8 +19,8 @@ from jaxgrad.clipping import EPSILON, limited
 from jaxgrad.errors import naming
 from jaxgrad.microbatches import in_microbatches
 from jaxgrad.per_example.algebra import complexes
-from jaxgrad.per_example.algebra.factors import Dense
 from jaxgrad.per_example.algebra.norms import root_sum_of_squares
+from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.checks import checked_mask
 from jaxgrad.per_example.transform import Transformed
@@ -293,16 +293,16 @@ class _Clipped:
 
 
 def _is_dense(node: Any) -> bool:
-    return isinstance(node, Dense)
+    return isinstance(node, Product) and node.right is None
 
 
 def _exactly_rounded(node: Any) -> Any:
     """Materialized gradients in half precision as float32, rounded once: norms and sums then see the same numbers."""
-    if not _is_dense(node) or node.value.dtype not in (jnp.bfloat16, jnp.float16):
+    if not _is_dense(node) or node.left.dtype not in (jnp.bfloat16, jnp.float16):
         return node
-    narrow = jnp.finfo(node.value.dtype)
-    value = jax.lax.reduce_precision(node.value.astype(jnp.float32), narrow.nexp, narrow.nmant)
-    return dataclasses.replace(node, value=value)
+    narrow = jnp.finfo(node.left.dtype)
+    value = jax.lax.reduce_precision(node.left.astype(jnp.float32), narrow.nexp, narrow.nmant)
+    return dataclasses.replace(node, left=value)
 
 
 # --- Arguments

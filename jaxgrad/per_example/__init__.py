@@ -27,9 +27,11 @@ The implementation has two halves, and a module that joins them:
     lower         converts unevaluated products to factors; its cost model decides what is materialized
 """
 
-from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Rows, Windows
+from jaxgrad.per_example.algebra.factors import Factor
+from jaxgrad.per_example.algebra.kinds import Dense, Outer, Rows
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same
+from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.custom_primitives import RegisteredRule, register_rule
 from jaxgrad.per_example.explain import Explanation, ExplanationRow, explain
 from jaxgrad.per_example.gradients import PerExampleGrads
@@ -49,12 +51,12 @@ __all__ = [
     "Outer",
     "PerExampleGrads",
     "PerExampleJacobian",
+    "Product",
     "RegisteredRule",
     "Rows",
     "RuleReport",
     "RuleRow",
     "Same",
-    "Windows",
     "check_rule",
     "explain",
     "per_example_grad",

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgrad.per_example.algebra.factors import arrays
+from jaxgrad.per_example.algebra.factors import arrays, shown
 from jaxgrad.per_example.algebra.leaf import Leaf
 from jaxgrad.per_example.algebra.mapped import of_examples
 from jaxgrad.per_example.algebra.pairs import way
@@ -38,7 +38,7 @@ class ExplanationRow:
     Example:
         >>> row = explain(lambda W, x: jnp.tanh(W @ x).sum())(jnp.ones((30, 20)), jnp.ones((4, 20))).rows[0]
         >>> row.how, row.factors
-        ('factored', ('Outer([4, 1, 1, 30], [4, 1, 1, 20])',))
+        ('factored', ('Outer([4, 30], [4, 20])',))
     """
 
     path: str
@@ -119,9 +119,9 @@ def explain(
     direct route, where it is computed as `vmap(jax.grad)` would, for the reason given below the table.
 
     The column `held as` names the kinds of factors and the shapes of their arrays, for B examples, T positions and G
-    groups. Outer(left [B, G, T, F], right [B, G, T, K]) stands for Σ_t left ⊗ right; Rows(ids [B, T], values
-    [B, T, K]) for rows of a table, with values [B, 1, K] for a mean of rows; Windows(cotangents, image) for a
-    convolution; Mapped(arrays of other factors, shared arrays) for a weight that is transformed before it is used;
+    groups, without axes of size 1. Outer(left [B, G, T, F], right [B, G, T, K]) stands for Σ_t left ⊗ right; Rows(ids
+    [B, T], values [B, T, K]) for rows of a table, with values [B, K] for a mean of rows; Windows(cotangents, image) for
+    a convolution; Mapped(arrays of other factors, shared arrays) for a weight that is transformed before it is used;
     Common(number, array) for a penalty; Dense for the gradient itself.
 
     The column `norm` says what the norm is computed from, for each pair of factors: "sides", ‖left‖·‖right‖;
@@ -181,7 +181,7 @@ def _row(path: str, factors: Sequence[Any], route: Route) -> ExplanationRow:
         shape=layout.shape,
         dtype=layout.dtype,
         how=route.how if route.how in ("factored", "unused") else "materialized",
-        factors=tuple(f"{type(f).__name__}({', '.join(str(list(a.shape)) for a in arrays(f))})" for f in factors),
+        factors=tuple(map(shown, factors)),
         norm=norm,
         nbytes=sum(math.prod(a.shape) * a.dtype.itemsize for a in held),
         materialized_nbytes=B * layout.size * layout.dtype.itemsize,

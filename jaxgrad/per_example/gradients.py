@@ -60,7 +60,7 @@ class PerExampleGrads(Held):
     its two real parts. Norms and moments use |·|², and inner products are the real part of Σ conj(g) v.
 
     Args:
-        tree: the parameters' tree with each leaf replaced by a tuple of factors (`Outer`, `Rows`, `Windows`, …).
+        tree: the parameters' tree with each leaf replaced by a tuple of factors (`Product`, `Mapped`, `Common`).
         chunk_bytes: the most bytes that a method materializes at once, if the cheapest way to compute its result
             materializes gradients; see `with_chunk_bytes`.
 
@@ -343,7 +343,7 @@ class PerExampleGrads(Held):
             raise ValueError("PerExampleGrads.concatenate: expected at least one batch, got none.")
         for part in parts[1:]:
             parts[0]._same_parameters(part)
-        kinds = [[[(type(f), f.layout) for f in leaf.factors] for leaf in part._leaves] for part in parts]
+        kinds = [[[(f.kind, f.layout.where) for f in leaf.factors] for leaf in part._leaves] for part in parts]
         if any(kind != kinds[0] for kind in kinds[1:]):
             raise ValueError(
                 "PerExampleGrads.concatenate: expected the same factors in every part, got different ones."

@@ -8,14 +8,17 @@ import jax.numpy as jnp
 from jax import export
 
 from jaxgrad.per_example.algebra.complexes import Complex
-from jaxgrad.per_example.algebra.factors import Dense, Outer, Rows, Windows
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.leaf import Leaf
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same
-from jaxgrad.per_example.algebra.windows import Unfolding, Window
+from jaxgrad.per_example.algebra.place import Axis
+from jaxgrad.per_example.algebra.product import Product, Unfolded
+from jaxgrad.per_example.algebra.windows import Window
 from jaxgrad.per_example.gradients import PerExampleGrads
 
 N = TypeVar("N")
+_TYPES: tuple[Any, ...] = (Axis, Layout, Unfolded, Window)
+_NAMED = {kind.__name__: kind for kind in _TYPES}
 
 
 def named_tuple(cls: type[N]) -> type[N]:
@@ -33,12 +36,12 @@ def _written(fields: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Layout):
-        return {"layout": [_plain(getattr(value, field.name)) for field in dataclasses.fields(value)]}
-    if isinstance(value, Unfolding):
-        return {"unfolding": [*value[:2], [list(window) for window in value.windows]]}
+    """Data that JSON can hold; a dtype and the types of `_TYPES` become {name: fields}."""
     if isinstance(value, jnp.dtype):
         return {"dtype": value.name}
+    if type(value) in _TYPES:
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)] if type(value) is Layout else value
+        return {type(value).__name__: [_plain(part) for part in fields]}
     return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
@@ -49,13 +52,7 @@ def _read(data: bytes | bytearray) -> Any:
 def _made(value: Any) -> Any:
     if isinstance(value, dict):
         ((kind, content),) = value.items()
-        if kind == "dtype":
-            return jnp.dtype(content)
-        fields = _made(content)
-        if kind == "layout":
-            return Layout(*fields)
-        left, image, windows = fields
-        return Unfolding(left, image, tuple(Window(*window) for window in windows))
+        return jnp.dtype(content) if kind == "dtype" else _NAMED[kind](*_made(content))
     return tuple(_made(part) for part in value) if isinstance(value, list) else value
 
 
@@ -67,7 +64,7 @@ def _refused(_: Any) -> bytes:
     )
 
 
-for _kind in (Outer, Rows, Windows, Dense, Common, Same, Leaf, Complex):
+for _kind in (Product, Common, Same, Leaf, Complex):
     export.register_pytree_node_serialization(
         _kind, serialized_name=_name(_kind), serialize_auxdata=_written, deserialize_auxdata=_read
     )

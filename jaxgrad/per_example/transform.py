@@ -68,7 +68,7 @@ def per_example_grad(
         >>> loss = lambda params, x, y: (jnp.tanh(params["W"] @ x).sum() - y) ** 2
         >>> params = {"W": jnp.ones((3, 5)), "unused": jnp.ones(7)}
         >>> g = per_example_grad(loss)(params, jnp.ones((4, 5)), jnp.zeros(4))
-        >>> g.norms().shape, g.sum()["W"].shape, type(g.factors["W"][0]).__name__
+        >>> g.norms().shape, g.sum()["W"].shape, g.factors["W"][0].kind
         ((4,), (3, 5), 'Outer')
     """
     transformed = Transformed("per_example_grad", fun, argnums, in_axes, has_aux, strict, spmd_axis_name)

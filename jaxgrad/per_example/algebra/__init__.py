@@ -1,8 +1,12 @@
 """The gradients of one parameter as factors, and operations on them.
 
-factors      the kinds of factors: Outer, Rows, Windows, Dense
-layout       where the entries of a factor are in the parameter
-windows      a convolution as a product: an image, and its windows under the kernel
+place        where the entries of a product are in a larger array: an affine function for each axis
+product      Product: two sides, whose axes have labels, and the place of their product
+windows      the windows of an image under a convolution's kernel
+layout       where the entries of a product's matrices are in the parameter
+holding      the form in which products are held, and fewer of them
+kinds        constructors, by the names that `explain` prints: Outer, Rows, Dense
+factors      what is asked of one factor: a product, or one that the examples share
 mapped       factors followed by a linear map shared by all examples, and penalties: Mapped, Common
 maps         these maps: recorded, applied, transposed
 leaf         the gradients of one parameter: a sum of factors times one number per example
@@ -12,7 +16,6 @@ scaled       norms of gradients that a shared map scales elementwise
 pairs        inner products of two factors, for every pair of kinds, and Gram matrices
 moments      elementwise second moment and variance
 rows         inner products and sums of an embedding's gradient, by combining equal ids
-boxes        one factor in place of many adjacent ones
 
 sums         sums over very many examples, in blocks
 scales       powers of two that keep squares in range

@@ -28,7 +28,7 @@ class Complex:
     Example:
         >>> loss = lambda W, x: jnp.abs(W @ x).sum()
         >>> g = jg.per_example_grad(loss)(jnp.ones((30, 20), jnp.complex64), jnp.ones((4, 20)))
-        >>> g.sum().dtype.name, [type(f).__name__ for f in g.factors.real]
+        >>> g.sum().dtype.name, [f.kind for f in g.factors.real]
         ('complex64', ['Outer'])
     """
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxgrad.per_example.algebra import factors, moments, norms, pairs, weighted
-from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Rows, Windows
+from jaxgrad.per_example.algebra.factors import Factor
+from jaxgrad.per_example.algebra.holding import with_positions
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same, of_examples
+from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.precision import added, joined, working_dtype
 from jaxgrad.sharding import every_example, kept
@@ -35,6 +38,7 @@ class Leaf:
     @staticmethod
     def of(parts: tuple[Factor, ...]) -> "Leaf":
         """The sum of these factors, with weight 1."""
+        parts = jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, parts)
         return Leaf(parts, jnp.ones(of_examples(parts[0])[0].shape[0], factors.accumulator(*parts)))
 
     @property
@@ -109,7 +113,7 @@ class Leaf:
         return added([factors.written_out(f) for f in self.weighted()]).astype(self.layout.dtype)
 
     def __repr__(self) -> str:
-        return " + ".join(_shown(f) for f in self.factors)
+        return " + ".join(factors.shown(f, dtypes=True) for f in self.factors)
 
 
 def concatenated(parts: Sequence[Leaf]) -> Leaf:
@@ -132,16 +136,15 @@ def _concatenated(same: tuple[Factor, ...]) -> Factor:
         inputs = zip(*(f.inputs for f in mapped), strict=True)
         parts = tuple(tuple(map(_concatenated, zip(*each, strict=True))) for each in inputs)
         return dataclasses.replace(mapped[0], inputs=parts)
-    if isinstance(same[0], Dense | Windows):
-        return jax.tree.map(lambda *a: joined(a), *same)
-    same = tuple(_alike(f) for f in same)
-    axis = {Outer: 2, Rows: 1}[type(same[0])]
-    T = max(factors.arrays(f)[0].shape[axis] for f in same)
-
-    def padded(a: Array) -> Array:
-        return jnp.pad(a, [(0, T - a.shape[axis] if k == axis else 0) for k in range(a.ndim)])
-
-    return jax.tree.map(lambda *a: joined([padded(x) for x in a]), *same)
+    products = [f for f in same if isinstance(f, Product)]
+    if len({(tuple(a.shape[1:] for a in factors.arrays(f)), f.left_labels, f.right_labels) for f in products}) > 1:
+        T = max(f.positions for f in products)
+        products = [jax.vmap(lambda f: with_positions(f, T))(f) for f in products]
+    first = dataclasses.replace(products[0], stepped=False)
+    left, right = (
+        None if a[0] is None else joined(a) for a in ([f.left for f in products], [f.right for f in products])
+    )
+    return dataclasses.replace(first, left=left, right=right)
 
 
 def _check_shared(parts: Sequence[Same]) -> None:
@@ -160,15 +163,3 @@ def _known_to_be_equal(a: Array, b: Array) -> bool:
         return a is b or bool(jnp.array_equal(a, b, equal_nan=True))
     except jax.errors.TracerBoolConversionError:
         return False
-
-
-def _alike(f: Factor) -> Factor:
-    """Convert to the form that every factor of this kind can take."""
-    if isinstance(f, Outer):
-        return dataclasses.replace(f, positions_first=False)
-    return f.at_each_position() if isinstance(f, Rows) else f
-
-
-def _shown(f: Factor) -> str:
-    shapes = ", ".join(f"{a.dtype.name}{list(a.shape)}" for a in factors.arrays(f))
-    return f"{type(f).__name__}({shapes})"

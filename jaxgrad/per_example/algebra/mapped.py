@@ -6,7 +6,7 @@ Arrays shared by all examples have no example axis. They are wrapped in `Same`, 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,13 +50,14 @@ class Common:
     Example:
         >>> loss = lambda W, x: jnp.tanh(W @ x).sum() + 0.1 * (W**2).sum()
         >>> g = jg.per_example_grad(loss)(jnp.ones((30, 20)), jnp.ones((4, 20)))
-        >>> [type(f).__name__ for f in g.factors]
+        >>> [f.kind for f in g.factors]
         ['Outer', 'Common']
     """
 
     number: Any
     array: Same
     layout: Layout
+    kind: ClassVar[str] = "Common"
 
 
 @functools.partial(
@@ -77,7 +78,7 @@ class Mapped:
         >>> loss = lambda W, x: jnp.tanh(jnp.exp(W) @ x).sum()
         >>> g = jg.per_example_grad(loss)(jnp.ones((30, 20)), jnp.ones((4, 20)))
         >>> f = g.factors[0]
-        >>> type(f).__name__, type(f.inputs[0][0]).__name__
+        >>> f.kind, f.inputs[0][0].kind
         ('Mapped', 'Outer')
     """
 
@@ -86,6 +87,7 @@ class Mapped:
     map: Map
     shapes: tuple[tuple[tuple[int, ...], jnp.dtype], ...]
     layout: Layout
+    kind: ClassVar[str] = "Mapped"
 
     def avals(self, dtype: Any) -> list[jax.ShapeDtypeStruct]:
         """Shape of one example of each input, in `dtype`."""

@@ -6,17 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxgrad.per_example.algebra.chunks import chunk_size, sum_examples
-from jaxgrad.per_example.algebra.factors import (
-    Dense,
-    Factor,
-    Outer,
-    Rows,
-    accumulator,
-    wide,
-    written_out,
-)
+from jaxgrad.per_example.algebra.factors import Factor, accumulator, wide, written_out
 from jaxgrad.per_example.algebra.mapped import of_examples
-from jaxgrad.per_example.algebra.rows import merged
+from jaxgrad.per_example.algebra.product import Product
+from jaxgrad.per_example.algebra.rows import Lookup, merged, with_values
 from jaxgrad.per_example.algebra.weighted import weighted_sum
 
 Factors = tuple[Factor, ...]
@@ -26,11 +19,12 @@ def second_moment(leaf: Factors) -> Array:
     """mean_b g_b ⊙ g_b of one parameter, in the accumulator's dtype, because half precision cannot hold the squares."""
     B, acc = _count(leaf), accumulator(*leaf)
     match tuple(wide(f, acc) for f in leaf):
-        case (Outer(left, right, _) as f,) if left.shape[2] == 1:
-            total = weighted_sum(Outer(left * left, right * right, f.layout), None)
-        case (Rows(ids, _, _) as f,):
-            f = f if ids.shape[1] == 1 else merged(f)
-            total = weighted_sum(dataclasses.replace(f, values=f.values * f.values), None)
+        case (Product(left, right, row=None, windows=()) as f,) if f.positions == 1:
+            squares = dataclasses.replace(f, left=left * left, right=None if right is None else right * right)
+            total = weighted_sum(squares, None)
+        case (Product(row=int()) as f,):
+            values = merged(Lookup.of(f)) if f.positions > 1 else Lookup.of(f)
+            total = weighted_sum(with_values(f, values.ids, values.values * values.values), None)
         case wide_leaf:
             total = _sum_of_squares(wide_leaf, None)
     return total / B if B else jnp.full_like(total, jnp.nan)
@@ -48,10 +42,12 @@ def variance(leaf: Factors) -> Array:
     if B == 0:
         return jnp.full(layout.shape, jnp.nan, acc)
     match leaf:
-        case (Outer(left, right, _),) if left.shape[2] == 1:
+        case (Product(right=None) as f,):
+            value = f.sides()[0]
+            total = layout.from_matrix((_centred(value)[0] ** 2).mean(0).reshape(layout.matrix))
+        case (Product(row=None, windows=()) as f,) if f.positions == 1:
+            left, right = f.sides()
             total = layout.from_matrix(_outer_variance(left[:, :, 0], right[:, :, 0]))
-        case (Dense(value, _),):
-            total = (_centred(value)[0] ** 2).mean(0)
         case _:
             terms = [weighted_sum(f, None) for f in leaf]
             total = _sum_of_squares(leaf, sum(terms[1:], terms[0]) / B) / B

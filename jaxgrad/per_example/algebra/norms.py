@@ -12,19 +12,19 @@ from jaxtyping import Array
 from jaxgrad.per_example.algebra import pairs, scaled
 from jaxgrad.per_example.algebra.chunks import chunk_size, map_examples
 from jaxgrad.per_example.algebra.factors import (
-    Dense,
     Factor,
-    Outer,
-    Rows,
-    Windows,
     accumulator,
     arrays,
+    at_once,
     is_nothing,
     scale_by_powers,
     scaled_by_power_of_two,
+    unfolded,
     written_out,
 )
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, of_examples
+from jaxgrad.per_example.algebra.product import Product
+from jaxgrad.per_example.algebra.rows import Lookup
 from jaxgrad.per_example.algebra.scales import compact, power_of_two, safe_sqrt, squares
 from jaxgrad.precision import added, working_dtype
 
@@ -67,15 +67,16 @@ def length(leaf: Factors) -> Length:
     leaf = tuple(scaled.as_rows(f) for f in leaf)
     match leaf:
         case (f,) if is_nothing(f):
-            nothing = jnp.zeros_like(arrays(f)[0][:, 0].sum((1, 2)), accumulator(f))
+            a = arrays(f)[0]
+            nothing = jnp.zeros_like(a.sum(tuple(range(1, a.ndim))), accumulator(f))
             return Length(nothing, nothing)
-        case (Outer(left, right, _),) if left.shape[1:3] == (1, 1):
+        case (Product(left, right=None),):
+            return _of_vectors(left, accumulator(*leaf))
+        case (Product(left, right) as f,) if f.is_vectors:
             a, b = (_of_vectors(side, accumulator(*leaf)).norm for side in (left, right))
             return Length(jnp.ones_like(a), a * b)
-        case (Dense(value, _),):
-            return _of_vectors(value, accumulator(*leaf))
-        case (Windows() as f,):
-            norms = map_examples(lambda w: _of_sum((w,)).norm, f.at_once, f)
+        case (Product(windows=(_, *_)) as f,):
+            norms = map_examples(lambda w: _of_sum((w,)).norm, at_once(f), f)
             return Length(jnp.ones_like(norms), norms)
     if any(isinstance(f, Mapped) for f in leaf):
         products = scaled.scaled_products(leaf)
@@ -135,31 +136,31 @@ def magnitude(leaf: Factors) -> Array | None:
     """
     leaf = tuple(scaled.as_rows(f) for f in leaf)
     match leaf:
-        case (f,) if is_nothing(f) or isinstance(f, Dense):
+        case (f,) if is_nothing(f):
             return None
-        case (Outer(left, _, _),) if left.shape[1:3] == (1, 1):
+        case (Product() as f,) if f.right is None or f.is_vectors:
             return None
-        case (Mapped(((Outer(left, _, _),),)) as f,) if left.shape[1:3] == (1, 1) and scaled.elementwise(f) is not None:
-            return None
+        case (Mapped(((Product() as part,),)) as f,) if part.is_vectors:
+            if scaled.elementwise(f) is not None:
+                return None
     total = [_magnitude(f, accumulator(*leaf)) for f in leaf if not is_nothing(f)]
     return added(total)
 
 
 def _magnitude(f: Factor, dtype: jnp.dtype) -> Array:
     match f:
-        case Outer(left, right, _):
+        case Product(left, right=None):
+            return _of_vectors(left, dtype).norm
+        case Product(row=int()):
+            table = Lookup.of(f)
+            norm = _of_vectors(table.used(), dtype).norm
+            return table.inside.sum(1).astype(dtype) * norm if table.repeated else math.sqrt(f.positions) * norm
+        case Product(left, right, windows=(_, *_)):
+            places = math.prod(w.window.places for w in f.windows)
+            return math.sqrt(places) * _product(_of_vectors(left, dtype).norm, _of_vectors(right, dtype).norm)
+        case Product():
+            left, right = f.sides()
             return _product(_of_positions(left, dtype), _of_positions(right, dtype)).sum((1, 2))
-        case Rows() if f.repeated:
-            count = f.inside.sum(1)
-            values = jnp.where((count > 0)[:, None, None], f.values, jnp.zeros_like(f.values))
-            return count.astype(dtype) * _of_vectors(values, dtype).norm
-        case Rows(ids, _, _):
-            return math.sqrt(ids.shape[1]) * _of_vectors(f.valid()[1], dtype).norm
-        case Windows(left, image, unfolding, _):
-            places = math.prod(window.places for window in unfolding.windows)
-            return math.sqrt(places) * _product(_of_vectors(left, dtype).norm, _of_vectors(image, dtype).norm)
-        case Dense(value, _):
-            return _of_vectors(value, dtype).norm
         case Common(number, array):
             return _product(jnp.abs(number.astype(dtype)), _of_vectors(array.value[None], dtype).norm)
         case Mapped(inputs):
@@ -177,12 +178,15 @@ def _magnitude_of_scaled(f: Mapped, dtype: jnp.dtype) -> Array | None:
         return None
     part, array = found
 
-    def of_outer(f: Outer) -> Array:
-        return _of_scaled([scaled.of_positions(f, array, dtype)]).norm.reshape(f.left.shape[0], f.left.shape[2]).sum(1)
+    def of_outer(f: Product) -> Array:
+        norms = _of_scaled([scaled.of_positions(f, array, dtype)]).norm
+        return norms.reshape(f.left.shape[0], f.positions).sum(1)
 
-    if isinstance(part, Windows) and part.layout.matrix[0] == 1:
-        return map_examples(lambda w: of_outer(w.unfolded()), part.at_once, part)
-    return of_outer(part) if isinstance(part, Outer) and part.layout.matrix[0] == 1 else None
+    if not isinstance(part, Product) or part.layout.matrix[0] != 1:
+        return None
+    if part.windows:
+        return map_examples(lambda w: of_outer(unfolded(w)), at_once(part), part)
+    return of_outer(part) if part.kind == "Outer" else None
 
 
 def _of_vectors(a: Array, dtype: jax.typing.DTypeLike) -> Length:

@@ -34,18 +34,21 @@ from jaxgrad.per_example.algebra.chunks import (
     sum_examples,
 )
 from jaxgrad.per_example.algebra.factors import (
-    Dense,
     Factor,
-    Outer,
-    Rows,
-    Windows,
     accumulator,
+    at_once,
     dot,
     for_products,
+    is_nothing,
+    unfolded,
+    unfolded_shape,
+    value,
     written_out,
 )
-from jaxgrad.per_example.algebra.layout import Layout
-from jaxgrad.per_example.algebra.mapped import Common, Mapped, of_examples
+from jaxgrad.per_example.algebra.mapped import Common, of_examples
+from jaxgrad.per_example.algebra.place import axis_of
+from jaxgrad.per_example.algebra.product import Product
+from jaxgrad.per_example.algebra.rows import Lookup
 from jaxgrad.per_example.algebra.scales import row_sums
 from jaxgrad.precision import contracted
 from jaxgrad.sharding import every_example
@@ -63,8 +66,8 @@ class Plan(NamedTuple):
     """
 
     way: str
-    f: Factor
-    f_: Factor
+    f: Any
+    f_: Any
     each: Callable[[Any, Any], Array] | None = None
     pair: int = 0
 
@@ -76,27 +79,29 @@ def plan(f: Factor, f_: Factor, of_all_pairs: bool = False) -> Plan:
         of_all_pairs: True if every example is paired with every other, as in a Gram matrix.
     """
     f, f_ = _ordered(f, f_)
-    if f.layout.disjoint(f_.layout):
+    if f.layout.disjoint(f_.layout) or is_nothing(f) or is_nothing(f_):
         return Plan("apart", f, f_)
     if isinstance(f_, Common):
         return Plan("direction", f, f_)
-    if isinstance(f, Mapped):
+    if not (isinstance(f, Product) and isinstance(f_, Product)):
         return Plan("map", f, f_)
-    f, f_ = _in_matrix_order(f, f_)
-    through_positions = _gram_through_positions if of_all_pairs else _inner_through_positions
-    match f, f_:
-        case Outer(), Outer() if _same_matrix(f, f_) and through_positions(f, f_):
-            (_, G, T, _), S = f.left.shape, f_.left.shape[2]
-            return Plan("sides" if T == S == 1 else "positions", f, f_, _outer_outer, G * T * S)
-        case Rows(), Rows() if f.layout.same_place(f_.layout):
-            T, S = f.ids.shape[1], f_.ids.shape[1]
-            return Plan("positions", f, f_, rows.inner if T * S > rows.PAIRS else _rows_rows, T * S)
-        case Rows(), Outer() if (turned := _turned_to_table(f, f_)) is not None:
-            return Plan("positions", f, turned, _rows_outer, f.ids.shape[1] * turned.left.shape[2])
-        case Dense(), Outer():
-            return Plan("entries", f, f_, _dense_outer)
-        case Dense(), _:
-            return Plan("entries", f, f_)
+    if f_.kind == "Outer" and f.kind in ("Outer", "Rows") and f.layout.same_place(f_.layout.turned()):
+        f_ = f_.turned()
+    same = f.layout.same_place(f_.layout)
+    if same:
+        f, f_ = _as_matrix(f), _as_matrix(f_)
+    through_positions = _gram_is_cheaper if of_all_pairs else _inner_is_cheaper
+    pair = f.count(f.roles[0]) * f.positions * f_.positions
+    if f.right is None or f_.right is None:
+        plain = f_.right is not None and f_.row is None and not f_.windows
+        return Plan("entries", f, f_, _dense_outer if plain else None)
+    if same and not f.windows and not f_.windows:
+        if f.row is not None and f_.row is not None:
+            return Plan("positions", f, f_, _sorted_rows if pair > rows.PAIRS else _rows_rows, pair)
+        if f.row is not None:
+            return Plan("positions", f, f_, _rows_outer, pair)
+        if through_positions(f, f_):
+            return Plan("sides" if f.positions == f_.positions == 1 else "positions", f, f_, _outer_outer, pair)
     return Plan("matrix", f, f_)
 
 
@@ -104,7 +109,7 @@ def inner(f: Factor, f_: Factor) -> Float[Array, " B"]:
     """⟨f_b, f′_b⟩ of every example, in the accumulator's dtype."""
     acc = accumulator(f, f_)
     f, f_ = (for_products(o, acc) for o in (f, f_))
-    windows = [w.at_once for w in (f, f_) if isinstance(w, Windows)]
+    windows = [at_once(w) for w in (f, f_) if isinstance(w, Product) and w.windows]
     way, f, f_, each, _ = plan(f, f_)
     match way, f_:
         case "apart", _:
@@ -126,32 +131,33 @@ def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
     first, _ = _ordered(f, f_)
     if first is not f:
         return gram(f_, f).T
-    if isinstance(f, Windows) and isinstance(f_, Windows) and _smaller_unfolded(f) and _smaller_unfolded(f_):
-        return gram(f.unfolded(), f_.unfolded())
+    if all(isinstance(w, Product) and w.windows and _smaller_unfolded(w) for w in (f, f_)):
+        return gram(_unfolded(f), _unfolded(f_))
     way, f, f_, each, pair = plan(f, f_, of_all_pairs=True)
     if way == "apart":
         return jnp.zeros((_count(f), _count(f_)), acc)
     if isinstance(f_, Common):
         return dot(f, f_.array.value)[:, None] * every_example(f_.number.astype(acc))[None, :]
     f_ = every_example(f_)  # only factors are communicated between devices, never materialized gradients
-    match f, f_:
-        case Outer(), Outer() if way == "sides" and f.left.shape[1] == 1:  # two matrix products
-            return _product(f.left, f_.left, acc) * _product(f.right, f_.right, acc)
-        case Outer(), Outer() if way == "matrix" and _same_matrix(f, f_):
-            return _through_matrix(f, f_)
-        case Rows(), Rows() if way == "positions" and _tables_are_cheaper(f, f_):
-            return rows.gram(f, f_)
-        case Dense(), Dense():
-            mine, theirs = (o.value.reshape(_count(o), o.layout.size) for o in (f, f_))
-            return contracted("bk,ck->bc", mine, theirs, acc)  # both are materialized already
+    if not (isinstance(f, Product) and isinstance(f_, Product)):
+        return _written_out_blocks(f, f_)
+    if way == "sides" and f.count(f.roles[0]) == 1:  # two matrix products
+        (left, right), (left_, right_) = f.sides(), f_.sides()
+        return _product(left, left_, acc) * _product(right, right_, acc)
+    if way == "matrix" and all(o.row is None and not o.windows for o in (f, f_)) and f.layout.same_place(f_.layout):
+        return _through_matrix(f, f_)
+    if way == "positions" and f.row is not None and f_.row is not None and _tables_are_cheaper(f, f_):
+        return rows.gram(Lookup.of(f), Lookup.of(f_))
+    if way == "entries" and f.right is None and f_.right is None and f.layout.same_place(f_.layout):
+        return _product(f.sides()[0], f_.sides()[0], acc)
     if pair and each is not None:
-        return _by_blocks(_rows_rows if each is rows.inner else each, f, f_, 2 * pair * acc.itemsize)
+        return _by_blocks(_rows_rows if each is _sorted_rows else each, f, f_, 2 * pair * acc.itemsize)
     return _written_out_blocks(f, f_)
 
 
 def way(f: Factor, f_: Factor) -> str:
     """The `Plan.way` by which `inner` computes; convolutions are treated as unfolded."""
-    f, f_ = (jax.eval_shape(Windows.unfolded, w) if isinstance(w, Windows) else w for w in (f, f_))
+    f, f_ = (jax.eval_shape(_unfolded, o) for o in (f, f_))
     return plan(f, f_).way
 
 
@@ -164,135 +170,122 @@ def _count(f: Factor) -> int:
 
 def _ordered(f: Factor, f_: Factor) -> tuple[Factor, Factor]:
     """Order as Mapped, Dense, Rows, Outer, Windows, Common, so that each pair of kinds is handled in one place."""
-    rank = {Mapped: 0, Dense: 1, Rows: 2, Outer: 3, Windows: 4, Common: 5}
-    return (f, f_) if rank[type(f)] <= rank[type(f_)] else (f_, f)
+    order = ("Mapped", "Dense", "Rows", "Outer", "Windows", "Common")
+    return (f, f_) if order.index(f.kind) <= order.index(f_.kind) else (f_, f)
 
 
 def _unfolded(f: Factor) -> Factor:
-    return f.unfolded() if isinstance(f, Windows) else f
+    return unfolded(f) if isinstance(f, Product) and f.windows else f
 
 
-def _smaller_unfolded(f: Windows) -> bool:
-    """True if the unfolded Outer holds fewer numbers than the gradient it stands for."""
-    left, image = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (f.left, f.image))
-    outer = jax.eval_shape(f.unfolding.sides, left, image)
-    return sum(math.prod(side.shape[1:]) for side in outer) < f.layout.size
+def _smaller_unfolded(f: Product) -> bool:
+    """True if it holds fewer numbers unfolded than the gradient that it stands for."""
+    return unfolded_shape(f).held < f.layout.size
 
 
-def _same_matrix(f: Outer, f_: Outer) -> bool:
-    return f.layout.same_place(f_.layout)
+def _as_matrix(f: Product) -> Product:
+    """The product in a [G, F, K] parameter, so that nothing is moved or padded."""
+    G, _, F, K = f.roles
+    place = tuple(axis_of(labels, f.sizes) for labels in (G, F, K))
+    return dataclasses.replace(f, place=place)
 
 
-def _in_matrix_order(f: Factor, f_: Factor) -> tuple[Factor, Factor]:
-    """Turn two factors with one layout into factors of a [G, F, K] parameter, so that nothing is moved or padded."""
-    if isinstance(f, Dense | Mapped) or isinstance(f_, Dense | Mapped) or not f.layout.same_place(f_.layout):
-        return f, f_
-    layout = Layout(f.layout.matrix, f.layout.dtype, (0, 1, 2), f.layout.matrix)
-    return dataclasses.replace(f, layout=layout), dataclasses.replace(f_, layout=layout)
-
-
-def _inner_through_positions(f: Outer, f_: Outer) -> bool:
-    (_, _, T, F), S, K = f.left.shape, f_.left.shape[2], f.right.shape[3]
+def _inner_is_cheaper(f: Product, f_: Product) -> bool:
+    T, S, (_, F, K) = f.positions, f_.positions, f.layout.matrix
     return T * S * (F + K) <= (T + S) * F * K + F * K
 
 
-def _gram_through_positions(f: Outer, f_: Outer) -> bool:
-    (_, _, T, F), (_, _, S, _), K = f.left.shape, f_.left.shape, f.right.shape[3]
+def _gram_is_cheaper(f: Product, f_: Product) -> bool:
+    T, S, (_, F, K) = f.positions, f_.positions, f.layout.matrix
     B, C = expected(_count(f)), expected(_count(f_))
     return B * C * T * S * (F + K) <= (B * T + C * S + B * C) * F * K
 
 
-def _tables_are_cheaper(f: Rows, f_: Rows) -> bool:
-    ids, ids_ = (expected(_count(o)) * o.ids.shape[1] for o in (f, f_))
-    return f.ids.shape[1] * f_.ids.shape[1] * expected(_count(f)) > ids + min(f.rows, ids + ids_)
-
-
-def _turned_to_table(table: Rows, outer: Outer) -> Outer | None:
-    """The Outer with its sides ordered so that `left` runs over the table's rows; None if the layouts do not match."""
-    if table.layout.same_place(outer.layout):
-        return outer
-    G, F, K = outer.layout.matrix
-    swapped = dataclasses.replace(outer.layout, axes=outer.layout.axes[::-1], matrix=(G, K, F))
-    if G == 1 and len(outer.layout.axes) == 2 and table.layout.same_place(swapped):
-        return Outer(outer.right, outer.left, swapped)
-    return None
+def _tables_are_cheaper(f: Product, f_: Product) -> bool:
+    ids, ids_ = (expected(_count(o)) * o.positions for o in (f, f_))
+    return f.positions * f_.positions * expected(_count(f)) > ids + min(f.rows, ids + ids_)
 
 
 # --- Through positions: each function takes paired examples -------------------------------------------------------
 
 
-def _outer_outer(f: Outer, f_: Outer) -> Array:
-    _, G, T, F = f.left.shape
-    S, acc = f_.left.shape[2], accumulator(f, f_)
-    if T == S == 1:
-        count = _count(f) * G
-        lefts = (f.left.astype(acc) * f_.left.astype(acc)).reshape(count, F)
-        rights = (f.right.astype(acc) * f_.right.astype(acc)).reshape(count, f.right.shape[3])
-        return (row_sums(lefts) * row_sums(rights)).reshape(_count(f), G).sum(1)
+def _outer_outer(f: Product, f_: Product) -> Array:
+    acc = accumulator(f, f_)
+    if f.positions == f_.positions == 1:
+        lefts, rights = (a.astype(acc) * b.astype(acc) for a, b in zip(f.sides(), f_.sides(), strict=True))
+        B, G = lefts.shape[:2]
+        lefts, rights = (a.reshape(B * G, a.shape[3]) for a in (lefts, rights))
+        return (row_sums(lefts) * row_sums(rights)).reshape(B, G).sum(1)
 
-    def positions(f: Outer, f_: Outer) -> Array:
-        lefts = contracted("bgtf,bgsf->bgts", f.left, f_.left, acc)
-        rights = contracted("bgtk,bgsk->bgts", f.right, f_.right, acc)
+    def positions(f: Product, f_: Product) -> Array:
+        (left, right), (left_, right_) = f.sides(), f_.sides()
+        lefts = contracted("bgtf,bgsf->bgts", left, left_, acc)
+        rights = contracted("bgtk,bgsk->bgts", right, right_, acc)
         return row_sums(lefts * rights)
 
-    size = chunk_size(2 * G * T * S * acc.itemsize, _count(f))
+    size = chunk_size(2 * f.layout.matrix[0] * f.positions * f_.positions * acc.itemsize, _count(f))
     return map_examples(positions, size, f, f_)
 
 
-def _rows_rows(f: Rows, f_: Rows) -> Array:
+def _sorted_rows(f: Product, f_: Product) -> Array:
+    a, b = Lookup.of(f), Lookup.of(f_)
+    return rows.inner(a, dataclasses.replace(b, ids=a.ids) if f_.left is f.left else b)
+
+
+def _rows_rows(f: Product, f_: Product) -> Array:
     acc = accumulator(f, f_)
 
-    def repeated(f: Rows, f_: Rows) -> Array:
+    def repeated(f: Lookup, f_: Lookup) -> Array:
         ids, ids_ = rows.of_one_dtype(f.ids, f_.ids)
         same = (ids[:, :, None] == ids_[:, None, :]) & f.inside[:, :, None]
         count = same.sum((1, 2))
         products = row_sums(f.values.astype(acc) * f_.values.astype(acc))
         return jnp.where(count > 0, count.astype(products.dtype) * products, jnp.zeros_like(products))
 
-    def positions(f: Rows, f_: Rows) -> Array:
+    def positions(f: Lookup, f_: Lookup) -> Array:
         (ids, values), (ids_, values_) = f.valid(), f_.valid()
         ids, ids_ = rows.of_one_dtype(ids, ids_)
         same = ids[:, :, None] == ids_[:, None, :]
         products = contracted("btk,bsk->bts", values, values_, acc)
         return row_sums(jnp.where(same, products, jnp.zeros_like(products)))
 
-    size = chunk_size(2 * f.ids.shape[1] * f_.ids.shape[1] * acc.itemsize, _count(f))
-    return map_examples(repeated if f.repeated and f_.repeated else positions, size, f, f_)
+    size = chunk_size(2 * f.positions * f_.positions * acc.itemsize, _count(f))
+    each = repeated if f.repeated and f_.repeated else positions
+    return map_examples(each, size, Lookup.of(f), Lookup.of(f_))
 
 
-def _rows_outer(f: Rows, f_: Outer) -> Array:
+def _rows_outer(f: Product, f_: Product) -> Array:
     """Σ_ts left′[s, id_t] (values_t · right′_s)."""
     acc = accumulator(f, f_)
 
-    def positions(f: Rows, f_: Outer) -> Array:
-        ids, values = f.valid()
-        picked = jnp.take_along_axis(f_.left[:, 0], ids[:, None, :], axis=2)  # [B, S, T]
-        return row_sums(picked.astype(acc) * contracted("bsk,btk->bst", f_.right[:, 0], values, acc))
+    def positions(f: Product, f_: Product) -> Array:
+        (ids, values), (left, right) = Lookup.of(f).valid(), f_.sides()
+        picked = jnp.take_along_axis(left[:, 0], ids[:, None, :], axis=2)  # [B, S, T]
+        return row_sums(picked.astype(acc) * contracted("bsk,btk->bst", right[:, 0], values, acc))
 
-    size = chunk_size(2 * f.ids.shape[1] * f_.left.shape[2] * acc.itemsize, _count(f))
+    size = chunk_size(2 * f.positions * f_.positions * acc.itemsize, _count(f))
     return map_examples(positions, size, f, f_)
 
 
-def _dense_outer(f: Dense, f_: Outer) -> Array:
-    """Σ_t left_tᵀ D right_t, without materializing the Outer; D is materialized already."""
-    layout, acc = f_.layout, accumulator(f, f_)
-    if layout.matrix[1] > layout.matrix[2]:  # contract with the longer side first
-        f_, order = dataclasses.replace(f_, left=f_.right, right=f_.left), "bgkf"
-    else:
-        order = "bgfk"
+def _dense_outer(f: Product, f_: Product) -> Array:
+    """Σ_t left_tᵀ D right_t, without materializing the second product; D is materialized already."""
+    acc, (_, F, K) = accumulator(f, f_), f_.layout.matrix
 
-    def each(value: Array, f_: Outer) -> Array:
-        D = layout.to_matrix(value)
-        return row_sums(f_.left.astype(acc) * contracted(f"bgtk,{order}->bgtf", f_.right, D, acc))
+    def each(f: Product, f_: Product) -> Array:
+        (left, right), D = f_.sides(), f_.layout.to_matrix(value(f))
+        if F > K:  # contract with the longer side first
+            return row_sums(right.astype(acc) * contracted("bgtf,bgfk->bgtk", left, D, acc))
+        return row_sums(left.astype(acc) * contracted("bgtk,bgfk->bgtf", right, D, acc))
 
-    size = chunk_size((layout.size + math.prod(f_.left.shape[1:])) * acc.itemsize, _count(f))
-    return map_examples(each, size, f.value, f_)
+    size = chunk_size((f_.layout.size + math.prod(f_.left.shape[1:])) * acc.itemsize, _count(f))
+    return map_examples(each, size, f, f_)
 
 
 # --- Gram matrices by blocks -------------------------------------------------------------------------------------
 
 
 def _product(a: Array, b: Array, dtype: jnp.dtype) -> Array:
+    """[B, 1, 1, F], [C, 1, 1, F] → [B, C]."""
     return contracted("bk,ck->bc", a.reshape(a.shape[0], a.shape[3]), b.reshape(b.shape[0], b.shape[3]), dtype)
 
 
@@ -311,29 +304,28 @@ def _by_blocks(pair, f, f_, pair_bytes):  # type: ignore[no-untyped-def]
     return map_examples(block, down, f)
 
 
-def _through_matrix(f: Outer, f_: Outer) -> Array:
+def _through_matrix(f: Product, f_: Product) -> Array:
     """gram through the matrices; one slice of G, F or K (the longest) is materialized at a time."""
-    axis = max(range(3), key=f.layout.matrix.__getitem__)
+    matrix, acc = f.layout.matrix, accumulator(f, f_)
+    axis = max(range(3), key=matrix.__getitem__)
+    sides, sides_ = f.sides(), f_.sides()
     if axis == 2:
-        f, f_ = (dataclasses.replace(o, left=o.right, right=o.left) for o in (f, f_))
-    length, acc = f.layout.matrix[axis], accumulator(f, f_)
-    each = (expected(_count(f)) + expected(_count(f_))) * (f.layout.size // length) * acc.itemsize
-    size = chunk_size(each, length)
+        sides, sides_ = sides[::-1], sides_[::-1]
+    each = (expected(_count(f)) + expected(_count(f_))) * (math.prod(matrix) // matrix[axis]) * acc.itemsize
+    size = chunk_size(each, matrix[axis])
 
-    def sliced(o: Outer) -> tuple[Array, ...]:  # the chosen axis first
-        sides = (o.left, o.right) if axis == 0 else (o.left,)
-        return tuple(jnp.moveaxis(a, 1 if axis == 0 else 3, 0) for a in sides)
+    def sliced(sides: tuple[Array, Array]) -> tuple[Array, ...]:  # the chosen axis first
+        return tuple(jnp.moveaxis(a, 1, 0) for a in sides) if axis == 0 else (jnp.moveaxis(sides[0], 3, 0),)
 
     def part(slices: tuple[Array, ...], slices_: tuple[Array, ...]) -> Array:
         if axis == 0:
             P, P_ = (contracted("gbtf,gbtk->bgfk", a[0], a[1], acc) for a in (slices, slices_))
         else:
-            P, P_ = (
-                contracted("fbgt,bgtk->bgfk", a[0], right, acc) for a, right in ((slices, f.right), (slices_, f_.right))
-            )
+            both = ((slices, sides[1]), (slices_, sides_[1]))
+            P, P_ = (contracted("fbgt,bgtk->bgfk", a[0], right, acc) for a, right in both)
         return lax.dot_general(P, P_, (((1, 2, 3), (1, 2, 3)), ((), ())))
 
-    return sum_examples(part, size, sliced(f), sliced(f_), spread=False)
+    return sum_examples(part, size, sliced(sides), sliced(sides_), spread=False)
 
 
 def _written_out_blocks(f: Factor, f_: Factor) -> Array:

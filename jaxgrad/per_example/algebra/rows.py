@@ -1,4 +1,9 @@
-"""Equal ids of a Rows factor combined, without a table to find which values belong to one row."""
+"""The gradients of a table whose rows are looked up; equal ids are combined, found without a table."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Integer
 
 from jaxgrad.per_example.algebra.chunks import Blocks, expected, map_examples
-from jaxgrad.per_example.algebra.factors import Rows
-from jaxgrad.per_example.algebra.layout import Layout
+from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.algebra.scales import row_sums
 from jaxgrad.precision import index_dtype, joined, working_dtype
 
@@ -18,7 +22,52 @@ TABLE_BYTES = 2 * 2**20
 """How many bytes of tables are materialized at once on a processor: about the size of its cache."""
 
 
-def inner(f: Rows, f_: Rows) -> Float[Array, " B"]:
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("ids", "values"), meta_fields=("rows",))
+@dataclass(frozen=True)
+class Lookup:
+    """The sides of a lookup as [B, T] and [B, T, K], or [B, 1, K] for values that are the same at all positions."""
+
+    ids: Any
+    values: Any
+    rows: int
+
+    @staticmethod
+    def of(f: Product) -> "Lookup":
+        """The sides of a product whose left side is seen through ids."""
+        B, K, T = f.left.shape[0], f.count(f.roles[3]), f.positions
+        return Lookup(f.left.reshape(B, T), f.right.reshape(B, 1 if f.repeated else T, K), f.rows)
+
+    @property
+    def repeated(self) -> bool:
+        """True if the values are held once for several positions."""
+        return self.values.shape[1] != self.ids.shape[1]
+
+    @property
+    def inside(self) -> Array:
+        """[B, T]: True where the id is a row of the table."""
+        return (self.ids >= 0) & (self.ids < self.rows)
+
+    def valid(self) -> tuple[Array, Array]:
+        """(ids, values [B, T, K]) with every id in range: ids out of range become 0, with values 0."""
+        values = jnp.where(self.inside[..., None], self.values, jnp.zeros_like(self.values))
+        return jnp.where(self.inside, self.ids, jnp.zeros_like(self.ids)), values
+
+    def used(self) -> Array:
+        """The values, 0 where no id is in range."""
+        inside = self.inside.any(1, keepdims=True) if self.repeated else self.inside
+        return jnp.where(inside[..., None], self.values, jnp.zeros_like(self.values))
+
+
+def with_values(f: Product, ids: Array, values: Array) -> Product:
+    """The lookup with values of their own at every position."""
+    K = f.roles[3]
+    sizes = (*f.sizes, ids.shape[1])
+    T = len(f.sizes)
+    values = values.reshape(*ids.shape, *(f.sizes[x] for x in K))
+    return dataclasses.replace(f, left=ids, right=values, left_labels=(T,), right_labels=(T, *K), sizes=sizes)
+
+
+def inner(f: Lookup, f_: Lookup) -> Float[Array, " B"]:
     """⟨f_b, f′_b⟩: sort the ids of each example and sum the values of equal ids. Cost: (T + S)(K + log(T + S))."""
     if f.ids is f_.ids:
         place = place_ = _places(f.ids)
@@ -28,7 +77,7 @@ def inner(f: Rows, f_: Rows) -> Float[Array, " B"]:
     return row_sums(_summed(f, place, count) * _summed(f_, place_, count))
 
 
-def gram(f: Rows, f_: Rows) -> Float[Array, "B C"]:
+def gram(f: Lookup, f_: Lookup) -> Float[Array, "B C"]:
     """⟨f_b, f′_c⟩: read the table of each example c at the ids of all examples b. Cost: C(U + B·T)K.
 
     U is the number of rows, or the number of positions if that is smaller. A few tables are materialized at a time.
@@ -40,8 +89,10 @@ def gram(f: Rows, f_: Rows) -> Float[Array, "B C"]:
     acc = working_dtype(values.dtype, f_.values.dtype)
     values = values.astype(acc)
 
-    def columns(f_: Rows) -> Array:
-        tables = jax.vmap(lambda ids, values: jnp.zeros(f_.layout.matrix[1:], acc).at[ids].add(values.astype(acc)))
+    def columns(f_: Lookup) -> Array:
+        tables = jax.vmap(
+            lambda ids, values: jnp.zeros((f_.rows, f_.values.shape[2]), acc).at[ids].add(values.astype(acc))
+        )
         return jax.vmap(lambda table: row_sums(values * table[ids]))(tables(*f_.valid()))
 
     read = expected(ids.shape[0]) * ids.shape[1]
@@ -49,24 +100,22 @@ def gram(f: Rows, f_: Rows) -> Float[Array, "B C"]:
     return map_examples(columns, Blocks.of(each, f_.ids.shape[0], TABLE_BYTES), f_, spread=False).T
 
 
-def merged(f: Rows) -> Rows:
+def merged(f: Lookup) -> Lookup:
     """The same gradients with every id of an example once; positions that are left over get row 0 with values 0."""
     ids, _ = f.valid()
     place, T = _places(f.ids), f.ids.shape[1]
     unique = jax.vmap(lambda place, ids: jnp.zeros_like(ids).at[place].max(ids))(place, ids)
-    return Rows(unique, _summed(f, place, T), f.layout)
+    return Lookup(unique, _summed(f, place, T), f.rows)
 
 
-def _compact(f: Rows, f_: Rows) -> tuple[Rows, Rows]:
+def _compact(f: Lookup, f_: Lookup) -> tuple[Lookup, Lookup]:
     """Replace the table's rows by as many rows as there are positions; each id becomes its rank among all ids."""
     sizes = [o.ids.shape for o in (f, f_)]
     ids = [jnp.where(o.inside, o.ids, -jnp.ones_like(o.ids)).ravel() for o in (f, f_)]
     ranks = _places(joined(ids)[None])[0]
     parts = jnp.split(ranks, [ids[0].size])
-    matrix = (1, ranks.size, f.layout.matrix[2])
-    layout = Layout(matrix, f.layout.dtype, (0, 1, 2), matrix)
     rows = [
-        Rows(jnp.where(o.inside, part.reshape(size), -jnp.ones(size, part.dtype)), o.values, layout)
+        Lookup(jnp.where(o.inside, part.reshape(size), -jnp.ones(size, part.dtype)), o.values, ranks.size)
         for o, part, size in zip((f, f_), parts, sizes, strict=True)
     ]
     return rows[0], rows[1]
@@ -80,7 +129,7 @@ def _places(ids: Integer[Array, "B T"]) -> Integer[Array, "B T"]:
     return jax.vmap(lambda order, rank: jnp.zeros_like(rank).at[order].set(rank, unique_indices=True))(order, rank)
 
 
-def _summed(f: Rows, place: Integer[Array, "B T"], count: int) -> Float[Array, "B {count} K"]:
+def _summed(f: Lookup, place: Integer[Array, "B T"], count: int) -> Float[Array, "B {count} K"]:
     """Sum the values at each place, in float32 at least."""
     acc = working_dtype(f.values.dtype)
     if f.repeated:

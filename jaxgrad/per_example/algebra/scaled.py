@@ -15,9 +15,10 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad.per_example.algebra.chunks import Blocks, map_examples
-from jaxgrad.per_example.algebra.factors import Dense, Factor, Outer, Rows, accumulator, wide
-from jaxgrad.per_example.algebra.layout import Layout
+from jaxgrad.per_example.algebra.factors import Factor, accumulator, wide
 from jaxgrad.per_example.algebra.mapped import Common, Mapped
+from jaxgrad.per_example.algebra.product import Product
+from jaxgrad.per_example.algebra.rows import Lookup, with_values
 from jaxgrad.per_example.algebra.scales import nearest_power, power_of_two, row_sums
 
 BLOCK_BYTES = 2**20
@@ -45,21 +46,21 @@ def elementwise(f: Factor) -> tuple[Factor, Array] | None:
 
 def as_rows(f: Factor) -> Factor:
     """`Rows` whose table is scaled elementwise, as `Rows` with scaled values; any other factor unchanged."""
-    if not isinstance(f, Mapped) or not isinstance(f.inputs[0][0], Rows):
+    if not isinstance(f, Mapped) or f.inputs[0][0].kind != "Rows":
         return f
     found = elementwise(f)
     if found is None:
         return f
     table, array = found
-    assert isinstance(table, Rows)
-    ids, values = table.valid()
+    assert isinstance(table, Product)
+    ids, values = Lookup.of(table).valid()
     acc = accumulator(f)
-    return Rows(ids, values.astype(acc) * table.layout.to_matrix(array.astype(acc))[0][ids], table.layout)
+    return with_values(table, ids, values.astype(acc) * table.layout.to_matrix(array.astype(acc))[0][ids])
 
 
-def of_positions(f: Outer, array: Array, dtype: jnp.dtype) -> Scaled:
+def of_positions(f: Product, array: Array, dtype: jnp.dtype) -> Scaled:
     """The product at each position of an Outer with G = 1, as an example of its own; it is scaled by `array`."""
-    left, right = (a.astype(dtype).reshape(-1, a.shape[3]) for a in (f.left, f.right))
+    left, right = (a.astype(dtype).reshape(-1, a.shape[3]) for a in f.sides())
     return Scaled(left, right, f.layout.to_matrix(array.astype(dtype))[0])
 
 
@@ -67,7 +68,7 @@ def scaled_products(leaf: Sequence[Factor]) -> list[Scaled] | None:
     """Convert one parameter's factors to this form; None if they have more positions or another layout."""
     acc = accumulator(*leaf)
     alone = elementwise(leaf[0]) if len(leaf) == 1 else None
-    if alone is not None and isinstance(alone[0], Outer) and alone[0].left.shape[1:3] == (1, 1):  # in any layout
+    if alone is not None and isinstance(alone[0], Product) and alone[0].is_vectors:  # in any layout
         return [of_positions(alone[0], alone[1], acc)]
     found = [_scaled(wide(f, acc)) for f in leaf]
     return None if any(products is None for products in found) else [p for products in found for p in products or ()]
@@ -75,9 +76,14 @@ def scaled_products(leaf: Sequence[Factor]) -> list[Scaled] | None:
 
 def _scaled(f: Factor) -> list[Scaled] | None:
     shape = f.layout.shape
-    if isinstance(f, Outer):
-        whole = f.layout.same_place(Layout.of_rows(shape, f.layout.dtype))
-        return [Scaled(f.left[:, 0, 0], f.right[:, 0, 0], None)] if whole and f.left.shape[1:3] == (1, 1) else None
+    if isinstance(f, Product):
+        if f.kind != "Outer" or f.positions != 1 or not all(axis.is_whole(f.sizes) for axis in f.place):
+            return None
+        G, _, F, K = f.roles
+        if G or f.place[0].labels != F or f.out[len(F) :] != K:
+            return None
+        left, right = f.sides()
+        return [Scaled(left[:, 0, 0], right[:, 0, 0], None)]
     if isinstance(f, Common):
         return [Scaled(f.number[:, None], None, _rows(f.array.value))]
     if not isinstance(f, Mapped) or len(f.inputs) != 1 or len(f.inputs[0]) != 1:
@@ -87,13 +93,13 @@ def _scaled(f: Factor) -> list[Scaled] | None:
         return None
     ones = [jnp.ones(of, accumulator(f))]
     arrays = [_rows(dataclasses.replace(f, map=each).apply(ones)) for each in f.map.parts()]
-    if isinstance(part, Outer) and of == shape:
+    if isinstance(part, Product) and part.right is not None and of == shape:
         product = _scaled(part)
         return None if product is None else [product[0]._replace(array=array) for array in arrays]
     along = [d for d, n in zip(dims or range(len(of)), of, strict=True) if n != 1]
-    if not isinstance(part, Dense) or along not in ([], [0], list(range(1, len(shape)))):
+    if not isinstance(part, Product) or part.right is not None or along not in ([], [0], list(range(1, len(shape)))):
         return None
-    values = part.value.reshape(part.value.shape[0], math.prod(of))
+    values = part.left.reshape(part.left.shape[0], math.prod(of))
     first = not along or along == [0]
     return [Scaled(values if first else None, None if first else values, array) for array in arrays]
 

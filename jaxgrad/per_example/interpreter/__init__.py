@@ -8,8 +8,9 @@
     through      linear operations that no rule can apply to the operands, as a linear map shared by all examples
     moves        transposes, reshapes, slices and pads an unevaluated product
     linear       scales, masks and sums one, or multiplies it by a matrix
-    undone       an unevaluated product: two operands, and how their axes form those of the result
+    undone       what makes an unevaluated product: a `Product` of the algebra, for one example
     values       what a variable may stand for during the walk
 
-From the algebra, the interpreter uses only the types for a convolution (`windows`) and for a linear map (`maps`).
+From the algebra, the interpreter uses only the types for a product (`product`, `place`, `windows`) and for a linear map
+(`maps`).
 """

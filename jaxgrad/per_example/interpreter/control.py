@@ -13,10 +13,11 @@ from jax import lax
 
 from jaxgrad import _jax
 from jaxgrad.per_example.algebra.maps import Input, Map
+from jaxgrad.per_example.algebra.place import Axis
+from jaxgrad.per_example.algebra.product import Product, squeezed
 from jaxgrad.per_example.interpreter import undone
 from jaxgrad.per_example.interpreter.as_map import Evaluate
 from jaxgrad.per_example.interpreter.measuring import measurer, with_measure
-from jaxgrad.per_example.interpreter.undone import Term
 from jaxgrad.per_example.interpreter.values import (
     FORMED,
     Broadcast,
@@ -32,6 +33,7 @@ from jaxgrad.per_example.interpreter.values import (
     numbers,
     reason_at,
     settled,
+    worth_holding,
     zero,
 )
 
@@ -253,13 +255,13 @@ def _worth_emitting(value: Value, steps: int, stacked: bool) -> bool:
         if not all(_worth_emitting(part, steps, stacked) for part in parts):
             return False
         held = sum(part.held if steps == 1 else steps * _at_each_position(part) for part in parts)
-        return held + sum(x.size for x in inputs if not isinstance(x, Undone)) < direct.size
+        return worth_holding(held + sum(x.size for x in inputs if not isinstance(x, Undone)), direct.size)
     if not isinstance(value, Undone):
         return False
     if any(term.carried or (stacked and term.row is not None) for term in value.terms):
         return False
     held = value.held if steps == 1 else steps * _at_each_position(value)
-    return not value.terms or held < value.size
+    return not value.terms or worth_holding(held, value.size)
 
 
 def _at_each_position(value: Undone) -> int:
@@ -273,17 +275,17 @@ def _first(a: Any) -> Any:
 def _along(value: Undone, S: int, group: bool) -> Undone:
     """Products stacked by a loop: the new first axis is a position, or else a group and an axis of the result."""
 
-    def one(term: Term) -> Term:
-        label = term.fresh()
-        changes: dict[str, Any] = {
-            "left_labels": (label, *term.left_labels),
-            "right_labels": (label, *term.right_labels),
-            "stepped": not group,
-        }
-        if group:
-            changes["dims"] = ((label,), *term.dims)
-            changes["box"] = None if term.box is None else ((0, 1, S), *term.box)
-        return dataclasses.replace(term, **changes)
+    def one(p: Product) -> Product:
+        label = len(p.sizes)
+        stacked = dataclasses.replace(
+            p,
+            left_labels=(label, *p.left_labels),
+            right_labels=(label, *p.right_labels),
+            sizes=(*p.sizes, S),
+            place=(Axis(S, 0, ((label, 1),)), *p.place) if group else p.place,
+            stepped=not group,
+        )
+        return squeezed(stacked)
 
     shape = (S, *value.shape) if group else value.shape
     return Undone(tuple(one(term) for term in value.terms), shape, value.dtype)
@@ -359,4 +361,4 @@ def _all_products(values: Sequence[Value]) -> bool:
     """Whether every branch returns products, and those of all branches together are smaller than the gradient."""
     if not all(isinstance(v, Undone) and not any(t.carried for t in v.terms) for v in values):
         return False
-    return sum(v.held for v in values) < values[0].size
+    return worth_holding(sum(v.held for v in values), values[0].size)

@@ -11,190 +11,159 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxgrad.per_example.interpreter.undone import Labels, Term, einsum, replace
+from jaxgrad.per_example.algebra.place import Axis, labels_of, put, read, whole
+from jaxgrad.per_example.algebra.product import Product, einsum, squeezed
 from jaxgrad.precision import working_dtype
 
 
-def on_smaller(term: Term, function: Callable[[Any], Any]) -> Term:
-    """Apply a linear elementwise function to the smaller operand."""
-    if term.row is None and term.left.size < term.right.size:
-        return replace(term, left=function(term.left))
-    return replace(term, right=function(term.right))
+def on_smaller(p: Product, function: Callable[[Any], Any]) -> Product:
+    """Apply a linear elementwise function to the smaller side."""
+    if p.row is None and p.left.size < p.right.size:
+        return dataclasses.replace(p, left=function(p.left))
+    return dataclasses.replace(p, right=function(p.right))
 
 
-def aligned(term: Term, value: Array, dims: Sequence[int]) -> tuple[str, Array] | None:
-    """Align `value`, which has one axis for each axis of the result in `dims`, with the axes of one operand.
+def aligned(p: Product, value: Array, dims: Sequence[int]) -> tuple[str, Array] | None:
+    """Align `value`, which has one axis for each axis of the result in `dims`, with the axes of one side.
 
     Returns:
-        ("left" or "right", the value with an axis of full size or size 1 for each axis of that operand); None if it
-        varies along axes of both operands.
+        ("left" or "right", the value with an axis of full size or size 1 for each axis of that side); None if it varies
+        along axes of both sides.
     """
-    labels = [label for k in dims for label in term.dims[k]]
-    side = "right" if all(label in term.right_labels for label in labels) else "left"
-    of = term.right_labels if side == "right" else term.left_labels
-    if not all(label in of for label in labels) or (term.row is not None and side == "left"):
+    place = [p.place[k] for k in dims]
+    labels = labels_of(place)
+    side = "right" if set(labels) <= set(p.right_labels) else "left"
+    of: tuple[int, ...] = getattr(p, f"{side}_labels")
+    if not set(labels) <= set(of) or (p.row is not None and side == "left"):
         return None
-    if term.box is not None:
-        for axis, k in enumerate(dims):
-            start, stride, _ = term.box[k]
-            value = lax.slice_in_dim(value, start, start + (term.sizes[k] - 1) * stride + 1, stride, axis)
-    value = value.reshape([term.size_of(label) for label in labels])
-    present = [label for label in of if label in labels]
-    value = value.transpose([labels.index(label) for label in present])
-    return side, value.reshape([term.size_of(label) if label in labels else 1 for label in of])
+    value = read(value, [x for x in of if x in labels], place, p.sizes)
+    return side, value.reshape([p.sizes[x] if x in labels else 1 for x in of])
 
 
-def sums(term: Term, dims: Sequence[int]) -> Term | None:
+def sums(p: Product, dims: Sequence[int]) -> Product | None:
     """Sum the product over axes of the result."""
-    gone = {label for k in dims for label in term.dims[k]}
-    if term.row is not None and term.row[0] in gone:
+    gone = set(labels_of([p.place[k] for k in dims]))
+    if p.row in gone:
         return None
-
-    def side(a: Array, labels: Labels, others: Labels) -> tuple[Array, Labels]:
-        alone = [label for label in labels if label in gone and label not in others]
-        if not alone:
-            return a, labels
-        total = a.sum([labels.index(label) for label in alone], dtype=working_dtype(a.dtype))
-        return total, tuple(label for label in labels if label not in alone)
-
-    left, left_labels = side(term.left, term.left_labels, term.right_labels)
-    right, right_labels = side(term.right, term.right_labels, term.left_labels)
-    kept = [k for k in range(len(term.dims)) if k not in dims]
-    box = None if term.box is None else tuple(term.box[k] for k in kept)
-    changed = dataclasses.replace(
-        term,
-        left=left,
-        right=right,
-        left_labels=left_labels,
-        right_labels=right_labels,
-        dims=tuple(term.dims[k] for k in kept),
-        box=None,
-    )
-    return replace(changed, box=box)
+    changes: dict[str, Any] = {}
+    for name, other in (("left", p.right_labels), ("right", p.left_labels)):
+        a, labels = getattr(p, name), getattr(p, f"{name}_labels")
+        alone = [x for x in labels if x in gone and x not in other]
+        if alone:
+            changes[name] = a.sum([labels.index(x) for x in alone], dtype=working_dtype(a.dtype))
+            changes[f"{name}_labels"] = tuple(x for x in labels if x not in alone)
+    place = tuple(axis for k, axis in enumerate(p.place) if k not in dims)
+    return dataclasses.replace(p, place=place, **changes)
 
 
 def contract(
-    term: Term,
+    p: Product,
     C: Array,
     contracted: Sequence[tuple[int, int]],
     batch: Sequence[tuple[int, int]],
     undone_first: bool,
     precision: object,
-) -> Term | None:
-    """dot_general of the product with an array C, applied to one operand: (δ aᵀ) C = δ (Cᵀ a)ᵀ.
+) -> Product | None:
+    """dot_general of the product with an array C, applied to one side: (δ aᵀ) C = δ (Cᵀ a)ᵀ.
 
     Args:
         contracted, batch: (axis of the product, axis of C).
         undone_first: whether the product is dot_general's first operand.
     """
-    met = [label for k, _ in (*contracted, *batch) for label in term.dims[k]]
-    if term.row is not None and term.row[0] in met:
+    met = {axis: p.place[k] for k, axis in (*contracted, *batch)}
+    gone, kept = labels_of([p.place[k] for k, _ in contracted]), labels_of([p.place[k] for k, _ in batch])
+    sides = [side for side in ("left", "right") if {*gone, *kept} <= set(getattr(p, f"{side}_labels"))]
+    sides = [side for side in sides if p.row is None or side == "right"]
+    if not sides or p.row in (*gone, *kept):
         return None
-    for k, axis in contracted:
-        if not term.whole(k):
-            start, stride, _ = term.place(k)
-            C = lax.slice_in_dim(C, start, start + (term.sizes[k] - 1) * stride + 1, stride, axis)
-    if not all(term.whole(k) for k, _ in batch):
-        return None
-    sides = [s for s in ("left", "right") if all(label in getattr(term, f"{s}_labels") for label in met)]
-    if term.row is not None:
-        sides = [s for s in sides if s == "right"]
-    if not sides:
-        return None
-    side = min(sides, key=lambda s: getattr(term, s).size)
-    of, operand = getattr(term, f"{side}_labels"), getattr(term, side)
-    other = term.right_labels if side == "left" else term.left_labels
-    free = [axis for axis in range(C.ndim) if axis not in {b for _, b in (*contracted, *batch)}]
-    new = {axis: term.fresh() + i for i, axis in enumerate(free)}
-    # Split C's axes as the product's are split.
-    at = {axis: term.dims[k] for k, axis in (*contracted, *batch)}
-    C_labels = tuple(label for axis in range(C.ndim) for label in at.get(axis, (new[axis],) if axis in new else ()))
-    sizes = [[term.size_of(label) for label in at[k]] if k in at else [C.shape[k]] for k in range(C.ndim)]
-    C = C.reshape([n for part in sizes for n in part])
-    gone = {label for k, _ in contracted for label in term.dims[k]} - set(other)
-    kept = tuple(label for label in of if label not in gone)
-    out = (*kept, *new.values())
+    side = min(sides, key=lambda side: getattr(p, side).size)
+    of, operand = getattr(p, f"{side}_labels"), getattr(p, side)
+    other = p.right_labels if side == "left" else p.left_labels
+    # C is read at the product's entries, with an axis for each label.
+    free = [axis for axis in range(C.ndim) if axis not in met]
+    new, sizes = whole([C.shape[axis] for axis in free], len(p.sizes))
+    sizes = (*p.sizes, *sizes)
+    place = [met[axis] if axis in met else new[free.index(axis)] for axis in range(C.ndim)]
+    C_labels = labels_of(place)
+    C = read(C, C_labels, place, sizes)
+    out = (*(x for x in of if x not in gone or x in other), *labels_of(new))
     work = working_dtype(operand.dtype, C.dtype)
     dtype = operand.dtype if operand.dtype == C.dtype else work
     value = einsum(operand, of, C, C_labels, out, work, precision).astype(dtype)
     used = {k for k, _ in (*contracted, *batch)}
-    mine = [k for k in range(len(term.dims)) if k not in used]
-    ours = [(term.dims[k], term.place(k)) for k in mine]
-    theirs = [((new[axis],), (0, 1, C.shape[C_labels.index(new[axis])])) for axis in free]
-    both = [(term.dims[k], term.place(k)) for k, _ in batch]
-    order = [*both, *ours, *theirs] if undone_first else [*both, *theirs, *ours]
+    both, ours = [p.place[k] for k, _ in batch], [axis for k, axis in enumerate(p.place) if k not in used]
     changes: dict[str, Any] = {side: value, f"{side}_labels": out}
-    changed = dataclasses.replace(term, **changes, dims=tuple(labels for labels, _ in order), box=None)
-    return replace(changed, box=tuple(place for _, place in order))
+    order = (*both, *ours, *new) if undone_first else (*both, *new, *ours)
+    return dataclasses.replace(p, place=order, sizes=sizes, **changes)
 
 
-def embedded(term: Term, dim: int, start: Array, full: int, mode: str) -> Term | None:
+def embedded(p: Product, dim: int, start: Array, full: int, mode: str) -> Product | None:
     """Put the product into zeros along one axis, at an index known only at run time.
 
     Args:
         mode: "clip" or "drop", for an index out of range.
     """
-    if not term.whole(dim) or term.row is not None:
+    axis = p.place[dim]
+    if p.row is not None or not axis.is_whole(p.sizes):
         return None
-    n = term.sizes[dim]
-    place = [term.place(k) for k in range(len(term.dims))]
     if mode == "clip":  # a negative start does not count from the end
-        start = jnp.clip(start, 0, full - n)
-    if n == 1:  # multiply the smaller operand by a one-hot vector
+        start = jnp.clip(start, 0, full - axis.size)
+    if axis.size == 1:  # multiply the smaller side by a one-hot vector
         hot = jnp.arange(full, dtype=start.dtype) == start
-        new, side = term.fresh(), "left" if term.left.size <= term.right.size else "right"
-        a, labels = getattr(term, side), getattr(term, f"{side}_labels")
+        label, side = len(p.sizes), "left" if p.left.size <= p.right.size else "right"
+        a, labels = getattr(p, side), getattr(p, f"{side}_labels")
         a = jnp.where(hot.reshape(full, *[1] * a.ndim), a[None], jnp.zeros_like(a)[None])
-        changes: dict[str, Any] = {side: a, f"{side}_labels": (new, *labels)}
-        dims = tuple((new,) if k == dim else d for k, d in enumerate(term.dims))
+        changes: dict[str, Any] = {side: a, f"{side}_labels": (label, *labels), "sizes": (*p.sizes, full)}
     else:
-        label = term.dims[dim]
-        sides = [s for s in ("left", "right") if all(x in getattr(term, f"{s}_labels") for x in label)]
-        if len(label) != 1 or len(sides) != 1 or mode != "clip":
+        sides = [side for side in ("left", "right") if set(axis.labels) <= set(getattr(p, f"{side}_labels"))]
+        if len(axis.labels) != 1 or len(sides) != 1 or mode != "clip":
             return None
-        a, labels = getattr(term, sides[0]), getattr(term, f"{sides[0]}_labels")
-        axis = labels.index(label[0])
-        zeros = jnp.zeros((*a.shape[:axis], full, *a.shape[axis + 1 :]), a.dtype)
-        changes = {sides[0]: lax.dynamic_update_slice_in_dim(zeros, a, start, axis)}
-        dims = term.dims
-    box = tuple((0, 1, full) if k == dim else p for k, p in enumerate(place))
-    return replace(dataclasses.replace(term, **changes, dims=dims, box=None), box=box)
+        (label,), (side,) = axis.labels, sides
+        a, at = getattr(p, side), getattr(p, f"{side}_labels").index(label)
+        zeros = jnp.zeros((*a.shape[:at], full, *a.shape[at + 1 :]), a.dtype)
+        sizes = tuple(full if x == label else n for x, n in enumerate(p.sizes))
+        changes = {side: lax.dynamic_update_slice_in_dim(zeros, a, start, at), "sizes": sizes}
+    axis = Axis(full, 0, ((label, 1),))
+    return squeezed(dataclasses.replace(p, place=(*p.place[:dim], axis, *p.place[dim + 1 :]), **changes))
 
 
-def contracted_with(term: Term, C: Array, dims: Sequence[int]) -> Array:
-    """Σ over axes of the result of (product ⊙ C); the product must cover the whole result."""
-    work = working_dtype(term.left.dtype, term.right.dtype, C.dtype)
-    sides = [term.left, term.left_labels, term.right, term.right_labels]
-    sides += [C.reshape([term.size_of(label) for label in term.out]), term.out]
-    kept = [k for k in range(len(term.dims)) if k not in dims]
-    out = [label for k in kept for label in term.dims[k]]
-    arrays = [a.astype(work) if k % 2 == 0 else list(a) for k, a in enumerate(sides)]
-    value = jnp.einsum(*arrays, out, optimize="optimal", precision=term.precision)
-    return value.reshape([term.sizes[k] for k in kept])
+def contracted_with(p: Product, C: Array, dims: Sequence[int]) -> Array:
+    """Σ over axes of the result of (product ⊙ C)."""
+    work = working_dtype(p.left.dtype, p.right.dtype, C.dtype)
+    kept = [axis for k, axis in enumerate(p.place) if k not in dims]
+    arrays = [a.astype(work) for a in (p.left, p.right, read(C, p.out, p.place, p.sizes))]
+    labels = [list(x) for x in (p.left_labels, p.right_labels, p.out)]
+    operands = [x for pair in zip(arrays, labels, strict=True) for x in pair]
+    value = jnp.einsum(*operands, labels_of(kept), optimize="optimal", precision=p.precision)
+    return put(value, labels_of(kept), kept, p.sizes)
 
 
-def real(term: Term) -> tuple[Term, ...]:
+def real(p: Product) -> tuple[Product, ...]:
     """The real part of a product of complex operands: Re·Re - Im·Im."""
-    (a, b), (c, d) = _parts(term)
-    return tuple(replace(term, left=x, right=y) for x, y in ((a, c), (_minus(b), d)) if x is not None and y is not None)
+    (a, b), (c, d) = _parts(p)
+    return _products(p, (a, c), (_minus(b), d))
 
 
-def imag(term: Term) -> tuple[Term, ...]:
+def imag(p: Product) -> tuple[Product, ...]:
     """The imaginary part: Re·Im + Im·Re."""
-    (a, b), (c, d) = _parts(term)
-    return tuple(replace(term, left=x, right=y) for x, y in ((a, d), (b, c)) if x is not None and y is not None)
+    (a, b), (c, d) = _parts(p)
+    return _products(p, (a, d), (b, c))
 
 
-def _parts(term: Term) -> list[tuple[Array, Array | None]]:
+def _products(p: Product, *sides: tuple[Array | None, Array | None]) -> tuple[Product, ...]:
+    return tuple(dataclasses.replace(p, left=x, right=y) for x, y in sides if x is not None and y is not None)
+
+
+def _parts(p: Product) -> list[tuple[Array, Array | None]]:
     """(real part, imaginary part) of both operands; the imaginary part of a real operand is None."""
-    complex_ = [jnp.issubdtype(a.dtype, jnp.complexfloating) for a in (term.left, term.right)]
-    return [(a.real, a.imag) if c else (a, None) for a, c in zip((term.left, term.right), complex_, strict=True)]
+    complex_ = [jnp.issubdtype(a.dtype, jnp.complexfloating) for a in (p.left, p.right)]
+    return [(a.real, a.imag) if c else (a, None) for a, c in zip((p.left, p.right), complex_, strict=True)]
 
 
 def _minus(a: Array | None) -> Array | None:
     return None if a is None else -a
 
 
-def conjugate(term: Term) -> Term:
+def conjugate(p: Product) -> Product:
     """The product with both operands conjugated."""
-    return replace(term, left=term.left if term.row is not None else jnp.conj(term.left), right=jnp.conj(term.right))
+    return dataclasses.replace(p, left=p.left if p.row is not None else jnp.conj(p.left), right=jnp.conj(p.right))

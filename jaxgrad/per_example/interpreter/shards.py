@@ -1,5 +1,7 @@
 """A shard_map in a gradient's program: its products leave it unevaluated, with each operand sharded as inside."""
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,9 +12,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.interpreter import undone
+from jaxgrad.per_example.algebra.place import Axis, Labels, Place
+from jaxgrad.per_example.algebra.product import Product, squeezed
 from jaxgrad.per_example.interpreter.as_map import Evaluate
-from jaxgrad.per_example.interpreter.undone import Labels, Term
 from jaxgrad.per_example.interpreter.values import (
     FORMED,
     Plain,
@@ -22,6 +24,7 @@ from jaxgrad.per_example.interpreter.values import (
     array_of,
     is_shared,
     is_zero,
+    worth_holding,
     zero,
 )
 
@@ -29,88 +32,95 @@ Names = tuple[str, ...]
 
 
 class Leaving(NamedTuple):
-    """How one term leaves a shard_map.
+    """How one product leaves a shard_map.
 
     Attributes:
-        added: labels of new leading axes of both operands; each has size 1 on a device.
-        dims: the term's dims, with the new labels.
+        left, right: the labels of its sides, with new leading axes; each of these has size 1 on a device.
+        place: where the product is outside.
         names: for each label, the mesh axes over which it is sharded.
     """
 
-    added: Labels
-    dims: tuple[Labels, ...]
+    left: Labels
+    right: Labels
+    place: Place
     names: dict[int, Names]
 
-    def specs(self, term: Term) -> tuple[PartitionSpec, PartitionSpec]:
-        """The partition specs of the two operands."""
+    def specs(self, p: Product) -> tuple[PartitionSpec, PartitionSpec]:
+        """The partition specs of the two sides."""
         left, right = (
-            PartitionSpec(*(self.names.get(label) or None for label in (*self.added, *labels)))
-            for labels in (term.left_labels, term.right_labels)
+            PartitionSpec(*(self.names.get(x) or None for x in labels)) for labels in (self.left, self.right)
         )
         return left, right
 
-    def held(self, term: Term, mesh: Any) -> int:
-        """The number of entries of the two operands on all devices."""
-        pairs = ((term.left, term.left_labels), (term.right, term.right_labels))
-        names = [[n for label in (*self.added, *labels) for n in self.names.get(label, ())] for _, labels in pairs]
-        return sum(a.size * math.prod(mesh.shape[n] for n in of) for (a, _), of in zip(pairs, names, strict=True))
+    def held(self, p: Product, mesh: Any) -> int:
+        """The number of entries of the two sides on all devices."""
+        sides = ((p.left, self.left), (p.right, self.right))
+        return sum(a.size * math.prod(mesh.shape[n] for x in of for n in self.names.get(x, ())) for a, of in sides)
 
-    def sides(self, term: Term) -> tuple[Array, Array]:
-        """The two operands as they leave, with the new axes."""
-        ones = [1] * len(self.added)
-        return term.left.reshape([*ones, *term.left.shape]), term.right.reshape([*ones, *term.right.shape])
-
-    def outside(self, term: Term, left: Any, right: Any, shape: Sequence[int]) -> Term:
-        """The term outside the shard_map, from its operands there."""
-        box = (
-            None
-            if term.box is None
-            else tuple(
-                (start, stride, n if term.whole(k) else full)
-                for k, ((start, stride, full), n) in enumerate(zip(term.box, shape, strict=True))
-            )
+    def sides(self, p: Product) -> tuple[Array, Array]:
+        """The two sides as they leave, with the new axes."""
+        left, right = (
+            a.reshape(*[1] * (len(labels) - a.ndim), *a.shape)
+            for a, labels in ((p.left, self.left), (p.right, self.right))
         )
-        changes: dict[str, Any] = {"box": box, "dims": self.dims, "over": ()}
-        labels = {"left_labels": (*self.added, *term.left_labels), "right_labels": (*self.added, *term.right_labels)}
-        return undone.replace(term, left=left, right=right, **labels, **changes)
+        return left, right
+
+    def outside(self, p: Product, left: Any, right: Any) -> Product:
+        """The product outside the shard_map, from its sides there."""
+        known = dict(zip((*self.left, *self.right), (*left.shape, *right.shape), strict=True))
+        sizes = tuple(known.get(x, n) for x, n in enumerate((*p.sizes, *[1] * (len(known) + 2))))
+        changes: dict[str, Any] = {"place": self.place, "sizes": sizes, "over": ()}
+        return squeezed(
+            dataclasses.replace(p, left=left, right=right, left_labels=self.left, right_labels=self.right, **changes)
+        )
 
 
-def leaving(term: Term, spec: PartitionSpec) -> Leaving | None:
-    """How a term leaves whose result is sharded by `spec`; None if no product can represent that."""
-    if term.windows:
+def leaving(p: Product, spec: PartitionSpec, shape: Sequence[int]) -> Leaving | None:
+    """How a product leaves whose result of this shape is sharded by `spec`; None if no product can represent that."""
+    if p.windows:
         return None
-    differs = [_jax.varying(term.left), _jax.varying(term.right)]
-    sides = [term.left_labels, term.right_labels]
-    added: list[int] = []
+    differs = [_jax.varying(p.left), _jax.varying(p.right)]
+    sides = [p.left_labels, p.right_labels]
+    added: list[list[int]] = [[], []]
     names: dict[int, Names] = {}
-    dims = list(term.dims)
+    place = list(p.place)
+    fresh = itertools.count(len(p.sizes))
 
-    def new() -> int:
-        added.append(term.fresh() + len(added))
-        return added[-1]
+    def new(axes: Names, on: Sequence[bool]) -> int:
+        label = next(fresh)
+        names[label] = axes
+        for side, also in zip(added, on, strict=True):
+            side += [label] * also
+        return label
 
-    for k, axes in enumerate(map(_names, [*spec, *[None] * (len(dims) - len(spec))])):
+    for k, axes in enumerate(map(_names, [*spec, *[None] * (len(place) - len(spec))])):
         if not axes:
             continue
-        labels, on_row = dims[k], term.row is not None and term.row[0] in dims[k]
-        if not term.whole(k) or on_row:
+        axis = place[k]
+        if not axis.is_whole(p.sizes) or p.row in axis.labels:
             return None
-        mine = [bool(labels) and labels[0] in side for side in sides]
-        others = [bool(set(axes) & axes_) for own, axes_ in zip(mine, differs, strict=True) if not own]
-        if any(mine) and not any(others):
-            names[labels[0]] = axes
-        elif term.row is not None:
+        on = [axis.labels[:1] != () and axis.labels[0] in side for side in sides]
+        others = [bool(set(axes) & along) for own, along in zip(on, differs, strict=True) if not own]
+        if any(on) and not any(others):
+            names[axis.labels[0]] = axes
+            place[k] = axis._replace(size=shape[k])
+        elif p.row is not None:
             return None
-        else:  # both operands differ between devices: a group
-            dims[k] = (new(), *labels)
-            names[added[-1]] = axes
-    if term.over:
-        positions = [label for label in sides[0] if label in sides[1] and label not in term.out]
-        names[positions[0] if positions and term.row is None else new()] = term.over
-    for side, along in zip(sides, differs, strict=True):
-        if along - {name for label in (*added, *side) for name in names.get(label, ())}:
+        else:  # both sides differ between devices: a group; or one does, on which it has one entry
+            either = [bool(set(axes) & along) for along in differs]
+            on = either if not any(on) and sum(either) == 1 else [True, True]
+            place[k] = Axis(shape[k], 0, ((new(axes, on), axis.size), *axis.steps))
+    if p.over:
+        positions = [x for x in sides[0] if x in sides[1] and x not in p.out]
+        if positions and p.row is None:
+            names[positions[0]] = p.over
+        else:
+            new(p.over, [True, True])
+    labels = [(*more, *side) for more, side in zip(added, sides, strict=True)]
+    for side, along in zip(labels, differs, strict=True):
+        if along - {name for x in side for name in names.get(x, ())}:
             return None
-    return Leaving(tuple(added), tuple(dims), names)
+    return Leaving(labels[0], labels[1], tuple(place), names)
 
 
 def _names(entry: Any) -> Names:
@@ -148,10 +158,10 @@ def shard_map(
         for k, value in enumerate(found):
             plans.append(None)
             if wanted[k] and isinstance(value, Undone) and not value.maps:
-                terms = [leaving(term, parts.out_specs[k]) for term in value.terms]
+                terms = [leaving(term, parts.out_specs[k], eqn.outvars[k].aval.shape) for term in value.terms]
                 plan = [term for term in terms if term is not None]
                 held = sum(p.held(term, parts.mesh) for p, term in zip(plan, value.terms, strict=False))
-                if len(plan) == len(terms) and held < max(eqn.outvars[k].aval.size, 1):
+                if len(plan) == len(terms) and worth_holding(held, max(eqn.outvars[k].aval.size, 1)):
                     plans[k] = plan
         return ()
 
@@ -176,7 +186,7 @@ def shard_map(
         aval, value, plan = eqn.outvars[k].aval, found[k], plans[k]
         if plan is not None:
             triples = zip(plan, value.terms, result, strict=True)
-            terms = [p.outside(term, left, right, aval.shape) for p, term, (left, right) in triples]
+            terms = [p.outside(term, left, right) for p, term, (left, right) in triples]
             results.append(Undone(tuple(terms), tuple(aval.shape), aval.dtype))
         elif wanted[k]:
             results.append(Plain(result, value.reason if isinstance(value, Plain) else FORMED))

@@ -158,9 +158,7 @@ def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[in
         if not isinstance(node.value, Undone) or tuple(node.value.shape) != shape:
             return None
         terms = node.value.terms
-        if not terms or any(
-            term.over or term.windows or term.row is not None or term.box is not None for term in terms
-        ):
+        if not terms or any(term.over or term.windows or term.row is not None for term in terms):
             return None
         return precision.added([linear.contracted_with(term, jnp.broadcast_to(scale, shape), axes) for term in terms])
     kind = node.call.key[0] if isinstance(node.call.key, tuple) else node.call.key

@@ -15,7 +15,9 @@ from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example.algebra.maps import Call, Input, Map, Node, Result, inputs_of
-from jaxgrad.per_example.interpreter.undone import Reason, Term, carried_out, form, product, replace, unfolded
+from jaxgrad.per_example.algebra.place import Axis
+from jaxgrad.per_example.algebra.product import Product, form, unfolded
+from jaxgrad.per_example.interpreter.undone import Reason, carried_out, product
 
 
 @functools.partial(
@@ -38,7 +40,7 @@ class Undone:
         measure: its norm, if a loop has taken it (`measuring`).
     """
 
-    terms: tuple[Term, ...]
+    terms: tuple[Product, ...]
     shape: tuple[int, ...]
     dtype: jnp.dtype
     maps: tuple[Node, ...] = ()
@@ -209,10 +211,10 @@ def spread(value: Broadcast, dtype: Any) -> Undone | None:
     left = value.compact.astype(dtype) * jnp.ones([value.shape[k] for k in there], dtype)
     ones = [k for k, n in enumerate(value.shape) if n != 1 and k not in there]
     term = product(left, jnp.ones([value.shape[k] for k in ones], dtype), [], [])
-    dims = dict(zip((*there, *ones), term.dims, strict=True))
-    term = replace(term, dims=tuple(dims.get(k, ()) for k in range(len(value.shape))))
+    axes = dict(zip((*there, *ones), term.place, strict=True))
+    term = dataclasses.replace(term, place=tuple(axes.get(k, Axis(1)) for k in range(len(value.shape))))
     result = Undone((term,), value.shape, jnp.dtype(dtype))
-    return result if ones and result.held < result.size else None
+    return result if ones and worth_holding(result.held, result.size) else None
 
 
 def added(value: Value, other: Value) -> Value:
@@ -247,14 +249,14 @@ def times_shared(number: Array, array: Array) -> Undone:
 
 
 def mapped(
-    value: Undone, shape: Sequence[int], dtype: Any, function: Callable[[Term], Any], on_windows: bool = False
+    value: Undone, shape: Sequence[int], dtype: Any, function: Callable[[Product], Any], on_windows: bool = False
 ) -> Undone | None:
     """Apply to every term a function that returns a term, several terms, or None if it cannot; then return None.
 
     Args:
         on_windows: whether the function accepts terms whose windows are not unfolded.
     """
-    terms: list[Term] = []
+    terms: list[Product] = []
     for term in value.terms:
         result = function(term if on_windows else unfolded(term))
         if result is None:
@@ -263,9 +265,14 @@ def mapped(
     return Undone(nonempty(terms), tuple(shape), dtype)
 
 
-def nonempty(terms: Iterable[Term]) -> tuple[Term, ...]:
+def worth_holding(held: int, size: int) -> bool:
+    """The one decision, from shapes alone: a product is held if its sides hold fewer numbers than its array has."""
+    return held < size
+
+
+def nonempty(terms: Iterable[Product]) -> tuple[Product, ...]:
     """The terms that have entries; a block of size zero that is put into zeros is zero."""
-    return tuple(term for term in terms if 0 not in term.sizes)
+    return tuple(term for term in terms if term.count(term.out) and 0 not in term.shape)
 
 
 def reason_at(eqn: _jax.Equation, why: str) -> Reason:

@@ -35,6 +35,7 @@ from jaxgrad.per_example.interpreter.values import (
     literal,
     numbers,
     reason_at,
+    worth_holding,
     zero,
 )
 
@@ -304,9 +305,9 @@ def _smaller(value: Value, as_written: Callable[[], Array]) -> Value:
     if not isinstance(value, Undone):
         return value
     value = dataclasses.replace(value, as_written=as_written)
-    if not is_zero(value) and not value.has_windows and value.held >= value.size and not stays_factored():
-        return Plain(array_of(value), value.reason or FORMED)
-    return value
+    if is_zero(value) or value.has_windows or stays_factored() or worth_holding(value.held, value.size):
+        return value
+    return Plain(array_of(value), value.reason or FORMED)
 
 
 def _refused(eqn: _jax.Equation, value: Undone) -> undone.Reason:

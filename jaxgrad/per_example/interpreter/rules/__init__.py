@@ -9,8 +9,8 @@
     devices       sums over mesh axes inside shard_map
     ragged        products of groups of rows, each with a matrix of its own
 
-To add a primitive, write its record in its family. `tests/test_through.py` checks that it is right: the rule's result,
-materialized, must equal the equation's result for the materialized product.
+To add a primitive, write its record in its family. `tests/test_through.py` and, on random programs, `test_squares.py`
+check that it is right: the rule's result, materialized, must equal the equation's result for the materialized product.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,16 @@ from jaxgrad import _jax
 from jaxgrad.per_example.interpreter.measuring import stays_factored
 from jaxgrad.per_example.interpreter.rules import arithmetic, contraction, convolution, devices, indexing, ragged, shape
 from jaxgrad.per_example.interpreter.rules.record import Record
-from jaxgrad.per_example.interpreter.values import FORMED, Plain, Undone, Value, array_of, is_shared, nonempty
+from jaxgrad.per_example.interpreter.values import (
+    FORMED,
+    Plain,
+    Undone,
+    Value,
+    array_of,
+    is_shared,
+    nonempty,
+    worth_holding,
+)
 
 _FAMILIES = (shape, arithmetic, contraction, indexing, convolution, devices)
 RECORDS: dict[Any, Record] = {p: record for family in _FAMILIES for p, record in family.RECORDS.items()}
@@ -43,7 +52,7 @@ def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | Plai
     if term is None:
         return None
     of_examples = not any(is_shared(value) for value in values)
-    if term.windows or term.held < out.size or (of_examples and stays_factored()):
+    if term.windows or worth_holding(term.held, out.size) or (of_examples and stays_factored()):
         return Undone(nonempty([term]), tuple(out.shape), out.dtype)
     return Plain(_jax.bind(eqn, [array_of(value) for value in values])[0], FORMED)
 

@@ -1,5 +1,6 @@
 """Elementwise primitives: sums, scaling, masks, and identities."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxgrad import _jax
+from jaxgrad.per_example.algebra.place import Axis
+from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.interpreter import linear, undone
 from jaxgrad.per_example.interpreter.rules.record import Record, axes_of, each, every, first, on_first
-from jaxgrad.per_example.interpreter.undone import Term
 from jaxgrad.per_example.interpreter.values import (
     Broadcast,
     Undone,
@@ -23,7 +25,7 @@ from jaxgrad.per_example.interpreter.values import (
 from jaxgrad.precision import working_dtype
 
 
-def _cast(eqn: _jax.Equation, term: Term) -> Term | None:
+def _cast(eqn: _jax.Equation, term: Product) -> Product | None:
     """Convert the dtype without rounding: the operands keep their own dtypes."""
     before, after = (jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (eqn.invars[0], eqn.outvars[0]))
     return term if before == after and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact) else None
@@ -43,7 +45,7 @@ def _sub(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     return None if negative is None else [added(first, negative)]
 
 
-def _scaled(term: Term, other: Broadcast, operation: Callable[[Any, Any], Any]) -> Term | None:
+def _scaled(term: Product, other: Broadcast, operation: Callable[[Any, Any], Any]) -> Product | None:
     """operation(term, other), elementwise; None if other varies along axes of both operands."""
 
     def apply(a: Any, b: Any) -> Any:
@@ -59,7 +61,7 @@ def _scaled(term: Term, other: Broadcast, operation: Callable[[Any, Any], Any]) 
     if side is None:
         return None
     name, value = side
-    return undone.replace(term, **{name: apply(getattr(term, name), value)})
+    return dataclasses.replace(term, **{name: apply(getattr(term, name), value)})
 
 
 def _mul(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
@@ -73,7 +75,7 @@ def _mul(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     return None if result is None else [result]
 
 
-def _outer(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+def _outer(eqn: _jax.Equation, values: Sequence[Value]) -> Product | None:
     """mul of a column and a row, both broadcast: an elementwise outer product."""
     a, b = (as_broadcast(value) for value in values)
     shape = tuple(eqn.outvars[0].aval.shape)
@@ -87,8 +89,8 @@ def _outer(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
     term = undone.product(jnp.asarray(a.compact), jnp.asarray(b.compact), [], both)
     order = [k for k in a.varies if k in b.varies]
     order += [k for k in a.varies if k not in b.varies] + [k for k in b.varies if k not in a.varies]
-    dims = dict(zip(order, term.dims, strict=True))
-    return undone.replace(term, dims=tuple(dims.get(k, ()) for k in range(len(shape))))
+    axes = dict(zip(order, term.place, strict=True))
+    return dataclasses.replace(term, place=tuple(axes.get(k, Axis(1)) for k in range(len(shape))))
 
 
 def _div(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
@@ -120,16 +122,17 @@ def _select(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
     return [total]
 
 
-def _masked(term: Term, keep: Any, varies: tuple[int, ...]) -> Term | None:
+def _masked(term: Product, keep: Any, varies: tuple[int, ...]) -> Product | None:
     if not varies:  # mask both operands, so that a dropped product is zero even if an operand holds NaN
-        left = term.left if term.row else jnp.where(keep, term.left, jnp.zeros_like(term.left))
-        return undone.replace(term, left=left, right=jnp.where(keep, term.right, jnp.zeros_like(term.right)))
+        left = term.left if term.row is not None else jnp.where(keep, term.left, jnp.zeros_like(term.left))
+        return dataclasses.replace(term, left=left, right=jnp.where(keep, term.right, jnp.zeros_like(term.right)))
     side = linear.aligned(term, keep, varies)
     if side is None:
         return None
     name, mask = side
     operand = getattr(term, name)
-    return undone.replace(term, **{name: jnp.where(mask, operand, jnp.zeros_like(operand))})
+    changes: dict[str, Any] = {name: jnp.where(mask, operand, jnp.zeros_like(operand))}
+    return dataclasses.replace(term, **changes)
 
 
 RECORDS = {

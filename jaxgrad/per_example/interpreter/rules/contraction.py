@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxgrad import _jax
+from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.interpreter import linear, undone
 from jaxgrad.per_example.interpreter.rules.record import Record, each, every
-from jaxgrad.per_example.interpreter.undone import Term
 from jaxgrad.per_example.interpreter.values import (
     Undone,
     Value,
@@ -30,7 +30,7 @@ def _keeps_dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[
     return None if result is None else [result]
 
 
-def _makes_dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+def _makes_dot_general(eqn: _jax.Equation, values: Sequence[Value]) -> Product | None:
     p = eqn.params
     (lhs_c, rhs_c), (lhs_b, rhs_b) = p["dimension_numbers"]
     contracted, batch = list(zip(lhs_c, rhs_c, strict=True)), list(zip(lhs_b, rhs_b, strict=True))

@@ -8,16 +8,17 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
+from jaxgrad.per_example.algebra.place import axis_of
+from jaxgrad.per_example.algebra.product import Product, Unfolded, squeezed
 from jaxgrad.per_example.algebra.windows import Window
 from jaxgrad.per_example.interpreter.rules.record import Record
-from jaxgrad.per_example.interpreter.undone import Term, Unfolded
 from jaxgrad.per_example.interpreter.values import (
     Value,
     array_of,
 )
 
 
-def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Product | None:
     """The gradient of a kernel: the cotangents slide over the image, and each entry of the kernel is a product.
 
     Under vmap a convolution of two batched operands would become one with a group for each example.
@@ -35,6 +36,7 @@ def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
     G, C, free, F = range(4)
     S = range(len(places))
     at, place, axis = (range(4 + k * len(S), 4 + (k + 1) * len(S)) for k in range(3))  # labels
+    sizes = {place[d]: n for d, n in enumerate(places)}
     left, left_labels = _divided(
         cotangent, {o: (groups * batch_groups, G, F), i: (1, G, C)} | {k: (1, G, at[d]) for d, k in enumerate(window)}
     )
@@ -42,18 +44,19 @@ def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
         image,
         {n: (batch_groups, G, free), c: (groups, G, C)} | {k: (1, G, axis[d]) for d, k in enumerate(spatial)},
     )
-    if G not in right_labels:
-        right, right_labels = right[None], (G, *right_labels)
-    if G not in left_labels:
-        left, left_labels = left[None], (G, *left_labels)
+    for a, labels in ((left, left_labels), (right, right_labels)):
+        sizes |= dict(zip(labels, a.shape, strict=True))
     result: dict[int, tuple[int, ...]] = dict(
         zip(numbers.out_spec, [(free,), (G, F), *((k,) for k in place)], strict=True)
     )
     edges = [(lo, hi, d - 1) for (lo, hi), d in zip(p["padding"], p["lhs_dilation"], strict=True)]
     shapes = zip(places, positions, p["window_strides"], p["rhs_dilation"], edges, strict=True)
     windows = tuple(Unfolded(axis[d], place[d], at[d], Window(*shape)) for d, shape in enumerate(shapes))
-    dims = tuple(result[k] for k in range(out.ndim))
-    return Term(left, right, left_labels, right_labels, dims, windows=windows, precision=p["precision"])
+    every = tuple(sizes.get(x, 1) for x in range(4 + 3 * len(S)))
+    dims = tuple(axis_of(result[k], every) for k in range(out.ndim))
+    return squeezed(
+        Product(left, right, left_labels, right_labels, dims, every, windows=windows, precision=p["precision"])
+    )
 
 
 def _divided(a: Array, parts: dict[int, tuple[int, int, int]]) -> tuple[Array, tuple[int, ...]]:

@@ -9,9 +9,9 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
+from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.interpreter import linear, moves, undone
 from jaxgrad.per_example.interpreter.rules.record import Record, first
-from jaxgrad.per_example.interpreter.undone import Term
 from jaxgrad.per_example.interpreter.values import (
     Broadcast,
     Undone,
@@ -19,6 +19,7 @@ from jaxgrad.per_example.interpreter.values import (
     array_of,
     is_zero,
     mapped,
+    worth_holding,
 )
 
 
@@ -43,7 +44,7 @@ def _keeps_update(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value
     return [update]
 
 
-def _makes_update(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+def _makes_update(eqn: _jax.Equation, values: Sequence[Value]) -> Product | None:
     """Put one row into a table of zeros, along any one axis."""
     operand, update, *starts = values
     shape, part = eqn.outvars[0].aval.shape, eqn.invars[1].aval.shape
@@ -100,16 +101,16 @@ def _put_at_each_position(
     others = [k for k in range(len(update.shape)) if k in window]
     order = [len(others) if k is None else others.index(k) for k in window]  # the rows come last
 
-    def placed(term: Term) -> Term | None:
+    def placed(term: Product) -> Product | None:
         term_ = linear.contract(term, hot, [(p, i) for i, p in enumerate(positions)], [], True, None)
         return None if term_ is None else moves.transpose(term_, order)
 
     result = mapped(update, tuple(shape), update.dtype, placed)
-    smaller = isinstance(result, Undone) and result.held < min(math.prod(shape), math.prod(update.shape))
+    smaller = result is not None and worth_holding(result.held, min(math.prod(shape), update.size))
     return [result] if smaller else None
 
 
-def _makes_scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+def _makes_scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Product | None:
     """Add rows to a table of zeros, at one index each, along any one axis."""
     operand, indices, updates = values
     shape, window, axes = eqn.outvars[0].aval.shape, _jax.scatter_window(eqn), _jax.scatter_axes(eqn)

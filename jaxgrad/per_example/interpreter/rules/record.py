@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxgrad import _jax
-from jaxgrad.per_example.interpreter.undone import Term
+from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.interpreter.values import Undone, Value, mapped
 
 Keeps = Callable[[_jax.Equation, Sequence[Value]], Sequence[Value] | None]
-Makes = Callable[[_jax.Equation, Sequence[Value]], Term | None]
+Makes = Callable[[_jax.Equation, Sequence[Value]], Product | None]
 Operands = Callable[[_jax.Equation], Sequence[int]]
 
 
@@ -51,14 +51,14 @@ class Record(NamedTuple):
 
 
 def each(
-    eqn: _jax.Equation, value: Undone, function: Callable[[Term], Any], out: int = 0, on_windows: bool = False
+    eqn: _jax.Equation, value: Undone, function: Callable[[Product], Any], out: int = 0, on_windows: bool = False
 ) -> Undone | None:
     """Apply a function to every term of a value; the result stands for the equation's result number `out`."""
     aval = eqn.outvars[out].aval
     return mapped(value, aval.shape, aval.dtype, function, on_windows)
 
 
-def on_first(function: Callable[[_jax.Equation, Term], Any], on_windows: bool = False) -> Keeps:
+def on_first(function: Callable[[_jax.Equation, Product], Any], on_windows: bool = False) -> Keeps:
     """Lift a function on products to a rule for a primitive with one result that rearranges its first operand."""
 
     def keeps(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:

@@ -1,17 +1,17 @@
 """Primitives that rearrange entries: transpose, reshape, slice, pad, concatenate and the like."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxgrad import _jax
+from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.interpreter import moves, undone
 from jaxgrad.per_example.interpreter.rules.record import Record, axes_of, each, every, on_first
-from jaxgrad.per_example.interpreter.undone import Term
 from jaxgrad.per_example.interpreter.values import (
     FORMED,
     Plain,
@@ -25,17 +25,17 @@ from jaxgrad.per_example.interpreter.values import (
 )
 
 
-def _reshape(eqn: _jax.Equation, term: Term) -> Term | None:
+def _reshape(eqn: _jax.Equation, term: Product) -> Product | None:
     # A reshape's `dimensions` is the order in which the axes are read; a squeeze's lists axes of size 1.
     if eqn.primitive is lax.reshape_p and eqn.params["dimensions"] is not None:
         term = moves.transpose(term, axes_of(eqn, "dimensions"))
     return moves.reshape(term, eqn.outvars[0].aval.shape)
 
 
-def _broadcast(eqn: _jax.Equation, term: Term) -> Term | None:
+def _broadcast(eqn: _jax.Equation, term: Product) -> Product | None:
     """Broadcast a product; None unless only axes of size 1 are added."""
     out = eqn.outvars[0].aval
-    return moves.reshape(term, out.shape) if out.size == np.prod(term.shape) else None
+    return moves.reshape(term, out.shape) if out.size == math.prod(term.shape) else None
 
 
 def _keeps_pad(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
@@ -46,22 +46,22 @@ def _keeps_pad(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] |
     return None if result is None else [result]
 
 
-def _makes_pad(eqn: _jax.Equation, values: Sequence[Value]) -> Term | None:
+def _makes_pad(eqn: _jax.Equation, values: Sequence[Value]) -> Product | None:
     """A padded array as a term that holds the array without the zeros."""
     value, padding = values
     if not is_zero(padding):
         return None
     array, reason = jnp.asarray(array_of(value)), value.reason if isinstance(value, Plain) else FORMED
-    return moves.pad(undone.carried_out(array, reason), _jax.padding(eqn))
+    return moves.pad(undone.carried_out(array, reason), _jax.padding(eqn)) or None
 
 
-def _slice(eqn: _jax.Equation, term: Term) -> tuple[Term, ...] | None:
+def _slice(eqn: _jax.Equation, term: Product) -> moves.Moved:
     p = eqn.params
-    strides = p["strides"] or [1] * len(term.dims)
+    strides = p["strides"] or [1] * len(term.place)
     return moves.cut_out(term, *([int(k) for k in part] for part in (p["start_indices"], p["limit_indices"], strides)))
 
 
-def _cut(starts: Sequence[int], limits: Sequence[int]) -> Callable[[Term], Any]:
+def _cut(starts: Sequence[int], limits: Sequence[int]) -> Callable[[Product], Any]:
     return partial(moves.cut_out, starts=starts, limits=limits, strides=[1] * len(starts))
 
 
