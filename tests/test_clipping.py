@@ -344,7 +344,7 @@ def test_errors_name_the_call():
     for size in (-1, 2.5, "2"):
         with pytest.raises(ValueError, match="clipped_grad: expected a microbatch size of at least 1"):
             jg.clipped_grad(simple, 1.0, microbatch_size=size)
-    for weighting in ("normalize", clipping.automatic, None):
+    for weighting in ("median", clipping.automatic, None):
         with pytest.raises(TypeError, match='clipped_grad: expected "clip", "normalize" or a function'):
             jg.clipped_grad(simple, 1.0, weighting=weighting)
     with pytest.raises(ValueError, match="sensitivity: expected a batch size of at least 0, got -5"):

@@ -194,7 +194,7 @@ class Transformed:
             over_examples = jax.vmap(
                 one, (arguments.axes,), axis_size=arguments.batch_size, spmd_axis_name=self.spmd_axis_name
             )
-            value_and_aux, measures = over_examples(arguments.batch)
+            value_and_aux, measures = over_examples([jnp.asarray(a) for a in arguments.batch])
             values, aux = jax.tree.unflatten(out_tree, value_and_aux)
             return values, aux, measures
 
