@@ -151,7 +151,7 @@ class PerExampleGrads(Held):
             ValueError: a `c` that is not a floating array [B].
         """
         c = checked_numbers(c, self.batch_size)
-        return self._summed(lambda leaf: leaf.sum(c), dtype)
+        return self._summed(Leaf.sum, dtype, c)
 
     def sum(self, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
         """Σ_b g_b, a tree with the parameters' shapes.
@@ -160,7 +160,7 @@ class PerExampleGrads(Held):
             dtype: dtype of the result, as in `jnp.sum`: None for each parameter's own. The sum is accumulated in
                 float32 at least and rounded once. For a complex parameter this is the dtype of its two real parts.
         """
-        return self._summed(lambda leaf: leaf.sum(None), dtype)
+        return self._summed(Leaf.sum, dtype)
 
     def mean(self, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
         """Σ_b g_b / B, a tree with the parameters' shapes; NaN for an empty batch, as in `jnp.mean`.
@@ -169,15 +169,20 @@ class PerExampleGrads(Held):
             dtype: dtype of the result, as in `sum`.
         """
 
-        def mean(leaf: Leaf) -> Array:
-            total = leaf.sum(None)
+        def mean(leaf: Leaf, c: Array | None) -> Array:
+            total = leaf.sum(c)
             return total / self.batch_size if self.batch_size else jnp.full_like(total, jnp.nan)
 
         return self._summed(mean, dtype)
 
     @automatic(by_example=False)
-    def _summed(self, function: Callable[[Leaf], Array], dtype: jax.typing.DTypeLike | None) -> PyTree:
-        by_leaf = self._map_leaves(lambda leaf: function(leaf).astype(dtype or leaf.layout.dtype))
+    def _summed(
+        self,
+        function: Callable[[Leaf, Array | None], Array],
+        dtype: jax.typing.DTypeLike | None,
+        c: Array | None = None,  # an argument, so that it has the function's mesh
+    ) -> PyTree:
+        by_leaf = self._map_leaves(lambda leaf: function(leaf, c).astype(dtype or leaf.layout.dtype))
         return complexes.joined(by_leaf, complexes.gradient)
 
     # --- products of examples
