@@ -483,3 +483,16 @@ def test_sums_have_the_requested_dtype():
         assert wide.W.dtype == jnp.float32
         assert not np.array_equal(wide.W, np.float32(function().W))  # digits that rounding drops
         np.testing.assert_array_equal(wide.W.astype(jnp.bfloat16), function().W)
+
+
+def test_a_weighted_sum_on_an_explicit_mesh_outside_jit():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    rng = np.random.default_rng(0)
+    W, X, c = (jnp.asarray(rng.normal(size=shape)) for shape in ((3, 4), (64, 4), (64,)))
+    loss = lambda W, x: jnp.tanh(W @ x).sum()  # noqa: E731
+    expected = c @ jax.vmap(jax.grad(loss), (None, 0))(W, X).reshape(64, -1)
+    with jax.set_mesh(mesh):
+        g = jg.per_example_grad(loss)(W, jax.device_put(X, spec))
+        found = g.weighted_sum(jax.device_put(c, spec))
+    np.testing.assert_allclose(np.ravel(found), expected, rtol=1e-10)
