@@ -1,4 +1,4 @@
-"""The only file that uses `jax.extend` or reads a primitive's parameters.
+"""The only file that uses `jax.extend` or reads a param whose layout differs between versions of JAX.
 
 tests/test_jax.py pins each layout that is read here, so a change in JAX fails there.
 """
@@ -355,43 +355,6 @@ def made_varying(a: Any, axes: frozenset[str]) -> Any:
     """The array, marked as varying along these mesh axes, so that its gradients are not summed over them."""
     missing = axes - varying(a)
     return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
-
-
-def depending(program: Any, operands: Sequence[int] | None = None) -> list[bool]:
-    """Whether each result of a program may depend on these operands (None: on any); True may be wrong, False is not."""
-    jaxpr = program_of(program).jaxpr
-    return list(_depending(jaxpr, tuple(range(len(jaxpr.invars)) if operands is None else operands)))
-
-
-@functools.lru_cache(512)
-def _depending(jaxpr: Jaxpr, operands: tuple[int, ...]) -> tuple[bool, ...]:
-    dependent = {jaxpr.invars[k] for k in operands}
-    for eqn in jaxpr.eqns:
-        varied = [k for k, v in enumerate(eqn.invars) if not isinstance(v, Literal) and v in dependent]
-        dependent.update(v for v, depends in zip(eqn.outvars, results_depending(eqn, varied), strict=True) if depends)
-    return tuple(not isinstance(v, Literal) and v in dependent for v in jaxpr.outvars)
-
-
-def results_depending(eqn: Equation, operands: Sequence[int]) -> list[bool]:
-    """As `depending`, for the results of an equation; `jax.vmap` decides in the same way which results are batched."""
-    if not operands:
-        return [False] * len(eqn.outvars)
-    if eqn.primitive is lax.optimization_barrier_p:  # each result depends on its own operand only
-        return [k in operands for k in range(len(eqn.outvars))]
-    if eqn.primitive in (jit_p, remat_p):
-        return depending(eqn.params["jaxpr"], operands)
-    if eqn.primitive is cond_p and 0 not in operands:
-        inner = [depending(branch, [k - 1 for k in operands]) for branch in eqn.params["branches"]]
-        return [any(results) for results in zip(*inner, strict=True)]
-    if eqn.primitive is scan_p:
-        parts, dependent, previous = scan_parts(eqn), set(operands), None
-        while dependent != previous:  # a carry is an operand of the next step
-            previous = set(dependent)
-            results = depending(eqn.params["jaxpr"], sorted(dependent))
-            dependent |= {parts.consts + k for k in range(parts.carry) if results[k]}
-        carried = [parts.consts + k in dependent for k in range(parts.carry)]
-        return carried + results[parts.carry :]
-    return [True] * len(eqn.outvars)
 
 
 def function_of(program: Any) -> Any:

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxgrad.errors import naming
-from jaxgrad.microbatches import in_microbatches
 from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares, shortened
 from jaxgrad.per_example.arguments import Arguments
-from jaxgrad.per_example.checks import checked_bound, checked_groups, checked_mask
+from jaxgrad.per_example.masks_and_bounds import checked_bound, checked_groups, checked_mask
 from jaxgrad.per_example.measure import MEASURER
+from jaxgrad.per_example.microbatches import in_microbatches
 from jaxgrad.per_example.second_pass import check_linear, weighted_gradients
 from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.per_example.transform import Transformed

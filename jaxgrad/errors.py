@@ -16,13 +16,13 @@ def naming(call: str, unless_inside: bool = False) -> Iterator[None]:
         call: the name of the public function.
         unless_inside: True keeps the name of the public function that is already running, if there is one.
     """
-    token = _CALL.set(called() if unless_inside and called() != _NO_CALL else call)
+    token = _CALL.set(caller() if unless_inside and caller() != _NO_CALL else call)
     try:
         yield
     finally:
         _CALL.reset(token)
 
 
-def called() -> str:
+def caller() -> str:
     """The name of the innermost public function that is running."""
     return _CALL.get()

@@ -52,7 +52,7 @@ def divisible(a: Array, n: int) -> Array:
     return a if n % shards == 0 else gathered(a)
 
 
-def automatic(by_example: bool) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def with_automatic_axes(by_example: bool) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorate a function of gradients: inside it the compiler chooses the shardings, on explicit meshes too.
 
     Args:

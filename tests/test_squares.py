@@ -16,7 +16,7 @@ from jaxgrad import _jax
 from jaxgrad.per_example.algebra.place import Axis, is_nested, put, read
 from jaxgrad.per_example.interpreter import walk
 from jaxgrad.per_example.interpreter.measuring import Measurer, measuring
-from jaxgrad.per_example.interpreter.values import Undone, array_of
+from jaxgrad.per_example.interpreter.values import Unevaluated, array_of
 
 SIZES = [1, 2, 3, 4, 6]
 
@@ -298,7 +298,7 @@ def result_of(closed, kept):
     def by_rules(*args):
         with measuring(Measurer(None, None)):  # products stay products, however small the result is
             (value,) = walk.evaluate(_jax.program_of(closed), args, [True], [True])
-        if isinstance(value, Undone):
+        if isinstance(value, Unevaluated):
             kept.append(len(value.terms))
             value = dataclasses.replace(value, as_written=None)
         return array_of(value)

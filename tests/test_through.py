@@ -10,9 +10,9 @@ import pytest
 from jax import lax
 
 from jaxgrad import _jax
-from jaxgrad.per_example.interpreter import undone, walk
+from jaxgrad.per_example.interpreter import products, walk
 from jaxgrad.per_example.interpreter.through import node_of, through
-from jaxgrad.per_example.interpreter.values import Shared, Undone, added, array_of, times_shared
+from jaxgrad.per_example.interpreter.values import Shared, Unevaluated, added, array_of, times_shared
 
 SHAPE = (24, 20)
 
@@ -22,8 +22,8 @@ def normal(seed, *shape):
 
 
 def product(seed):
-    term = undone.product(normal(seed, 24), normal(seed + 1, 20), [], [])
-    return Undone((term,), SHAPE, jnp.dtype(jnp.float64))
+    term = products.product(normal(seed, 24), normal(seed + 1, 20), [], [])
+    return Unevaluated((term,), SHAPE, jnp.dtype(jnp.float64))
 
 
 def mapped(seed):
@@ -89,7 +89,7 @@ def commutes(function, values):
     arrays = [array_of(v) for v in values]
     program = _jax.program_of(jax.make_jaxpr(function)(*arrays))
     (result,) = walk.evaluate(program, values, [True], [True])
-    if isinstance(result, Undone):
+    if isinstance(result, Unevaluated):
         result = dataclasses.replace(result, as_written=None)
     np.testing.assert_allclose(array_of(result), function(*arrays), rtol=1e-12, atol=1e-12)
 
@@ -121,5 +121,5 @@ def test_a_gather_that_fills_with_a_number_is_not_a_map():
 
 def test_a_node_stands_for_the_whole_sum():
     value = SUMS["all of these"](1)
-    whole = Undone((), value.shape, value.dtype, (node_of(value),))
+    whole = Unevaluated((), value.shape, value.dtype, (node_of(value),))
     np.testing.assert_allclose(array_of(whole), array_of(value), rtol=1e-12)

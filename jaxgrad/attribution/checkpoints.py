@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.errors import called, naming
+from jaxgrad.errors import caller, naming
 from jaxgrad.per_example.arguments import checked_batch
 from jaxgrad.per_example.measure import per_example_norms
 from jaxgrad.per_example.transform import per_example_grad
@@ -52,7 +52,7 @@ def _checked_checkpoints(checkpoints: Any) -> Iterable[PyTree]:
     single = isinstance(checkpoints, Mapping) or hasattr(checkpoints, "shape") or hasattr(checkpoints, "_fields")
     if single or not isinstance(checkpoints, Iterable):
         raise TypeError(
-            f"{called()}: expected several parameters, a list or another iterable, as checkpoints, got "
+            f"{caller()}: expected several parameters, a list or another iterable, as checkpoints, got "
             f"{type(checkpoints).__name__}. For a single one pass [params]."
         )
     return checkpoints
@@ -65,7 +65,7 @@ def _summed(terms: Iterable[Array]) -> tuple[Array, int]:
     for term in terms:
         total, count = term if total is None else total + term, count + 1
     if total is None:
-        raise ValueError(f"{called()}: expected at least one checkpoint, got none.")
+        raise ValueError(f"{caller()}: expected at least one checkpoint, got none.")
     return total, count
 
 

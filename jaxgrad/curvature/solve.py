@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxgrad.curvature.rows import Matrix, widened_rows
-from jaxgrad.errors import called
+from jaxgrad.errors import caller
 from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.sharding import gathered
 
@@ -108,7 +108,7 @@ def checked_damping(damping: Any, positive: bool = False) -> None:
     except TypeError:
         wrong = True
     if wrong:
-        raise ValueError(f"{called()}: expected a damping {'>' if positive else '≥'} 0, got {damping}.")
+        raise ValueError(f"{caller()}: expected a damping {'>' if positive else '≥'} 0, got {damping}.")
 
 
 def scaled_system(g: Matrix, damping: Any) -> tuple[Matrix, Array, Array]:

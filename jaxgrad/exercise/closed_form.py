@@ -38,7 +38,7 @@ from jaxtyping import Array, Float
 from jaxgrad.exercise.activations import Activation, logistic
 from jaxgrad.exercise.checks import batch, batch_mean, one_example_jitted
 from jaxgrad.exercise.params import Params
-from jaxgrad.per_example.algebra.kinds import Dense, Outer
+from jaxgrad.per_example.algebra.constructors import Dense, Outer
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import replicated

@@ -17,12 +17,12 @@ from jaxtyping import Array, PyTree
 
 from jaxgrad.clipping import EPSILON, limited
 from jaxgrad.errors import naming
-from jaxgrad.microbatches import in_microbatches
 from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.norms import root_sum_of_squares
 from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.arguments import Arguments
-from jaxgrad.per_example.checks import checked_mask
+from jaxgrad.per_example.masks_and_bounds import checked_mask
+from jaxgrad.per_example.microbatches import in_microbatches
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import kept

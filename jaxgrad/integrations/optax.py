@@ -11,8 +11,8 @@ from optax import contrib
 from jaxgrad.clipping import limited
 from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra.norms import shortened
-from jaxgrad.per_example.checks import checked_bound
 from jaxgrad.per_example.gradients import PerExampleGrads
+from jaxgrad.per_example.masks_and_bounds import checked_bound
 from jaxgrad.sharding import kept
 
 __all__ = ["differentially_private_aggregate"]

@@ -13,10 +13,12 @@ These modules hold the public functions and classes:
 
 These modules support them:
 
-    held          the base class of PerExampleGrads: its factors as a pytree, without the algebra
-    checks        checks of what its methods take: masks, indices, numbers, bounds
-    second_pass   the sum of weighted gradients as an ordinary gradient, for clipped_grad
+    factor_tree   the base class of PerExampleGrads: its factors as a pytree, without the algebra
+    masks_and_bounds
+                  checks of what its methods take: masks, indices, numbers, bounds
     arguments     which arguments are parameters, which are batched, which are shared
+    microbatches  a loop over microbatches
+    second_pass   the sum of weighted gradients as an ordinary gradient, for clipped_grad
     frameworks    advice in errors for models of Flax and Equinox
     serialized    serialization by jax.export
 
@@ -24,11 +26,11 @@ The implementation has two halves, and a module that joins them:
 
     algebra/      the kinds of factors and the operations on them
     interpreter/  evaluates the jaxpr of the gradient, but leaves its last products unevaluated
-    lower         converts unevaluated products to factors; its cost model decides what is materialized
+    lower         converts unevaluated products to factors
 """
 
+from jaxgrad.per_example.algebra.constructors import Dense, Outer, Rows
 from jaxgrad.per_example.algebra.factors import Factor
-from jaxgrad.per_example.algebra.kinds import Dense, Outer, Rows
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same
 from jaxgrad.per_example.algebra.product import Product

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrad import _jax
-from jaxgrad.errors import called
+from jaxgrad.errors import caller
 from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.frameworks import advice
 
@@ -70,7 +70,7 @@ def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any, in
     paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
     params = [_parameter(path, leaf, chosen) for path, (_, leaf) in zip(paths, with_paths, strict=True)]
     if not params:
-        raise ValueError(f"{called()}: expected parameters in argument {argnums}, got a tree without leaves.")
+        raise ValueError(f"{caller()}: expected parameters in argument {argnums}, got a tree without leaves.")
     start = {k: sum(len(jax.tree.leaves(args[j])) for j in numbers[:i]) for i, k in enumerate(numbers)}
     places, batch, shared = _split((*args, kwargs), entries, start)
     arrays, axes = [a for _, a, _ in batch], [axis for _, _, axis in batch]
@@ -121,7 +121,7 @@ def _split(trees: Sequence[Any], entries: Sequence[Any], start: dict[int, int]) 
                 name = f"{f'argument {k}' if positional else 'keyword arguments'}{jax.tree_util.keystr(path)}"
                 if any(path[: len(parent)] == parent for parent in sparse):
                     raise TypeError(
-                        f"{called()}: expected dense arrays of examples, got a sparse one with an example axis in "
+                        f"{caller()}: expected dense arrays of examples, got a sparse one with an example axis in "
                         f"{name}. Pass its parts (data and indices of every example) as arguments and assemble them "
                         f"inside the loss, or pass x.todense()."
                     )
@@ -136,7 +136,7 @@ def checked_batch(name: str, batch: Any) -> Any:
     if not isinstance(batch, tuple | list):
         shape = f" of shape {batch.shape}" if hasattr(batch, "shape") else ""
         raise TypeError(
-            f"{called()}: expected a tuple of the loss's arguments other than the parameters as {name}, got "
+            f"{caller()}: expected a tuple of the loss's arguments other than the parameters as {name}, got "
             f"{type(batch).__name__}{shape}. If the loss has one such argument, pass a tuple of one: (x,)."
         )
     return batch
@@ -153,7 +153,7 @@ def checked_scalar(value: Any) -> Any:
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         got = dtype if shape is None else f"{dtype} of shape {shape}"
         raise TypeError(
-            f"{called()}: expected a loss that returns a real scalar for one example, got {got}. "
+            f"{caller()}: expected a loss that returns a real scalar for one example, got {got}. "
             f"Pass the loss of a single example, not a batch mean; if the loss also returns auxiliary results, set "
             f"has_aux=True."
         )
@@ -167,13 +167,13 @@ def _numbers(argnums: Any, count: int) -> tuple[list[int], bool]:
         numbers = [operator.index(k) for k in (argnums if is_sequence else [argnums])]
     except (TypeError, ValueError):
         raise TypeError(
-            f"{called()}: expected a whole number or a sequence of them as argnums, got {argnums!r}."
+            f"{caller()}: expected a whole number or a sequence of them as argnums, got {argnums!r}."
         ) from None
     if not numbers or any(not -count <= k < count for k in numbers):
-        raise ValueError(f"{called()}: expected argnums among the {count} positional arguments, got {argnums!r}.")
+        raise ValueError(f"{caller()}: expected argnums among the {count} positional arguments, got {argnums!r}.")
     numbers = [k % count for k in numbers]
     if len(set(numbers)) != len(numbers):
-        raise ValueError(f"{called()}: expected each argument once in argnums, got {argnums!r}.")
+        raise ValueError(f"{caller()}: expected each argument once in argnums, got {argnums!r}.")
     return numbers, is_sequence
 
 
@@ -186,7 +186,7 @@ def _parameter(path: str, leaf: Any, tree: Any) -> Any:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         what = type(leaf).__name__ if dtype is None else dtype
         raise TypeError(
-            f"{called()}: expected parameters of a floating dtype, got {what} at {path or 'the parameter'}. "
+            f"{caller()}: expected parameters of a floating dtype, got {what} at {path or 'the parameter'}. "
             + (
                 advice(tree)
                 or "Move leaves that are not trained out of the differentiated argument and into another, "
@@ -209,14 +209,14 @@ def _entries(in_axes: Any, numbers: Sequence[int], count: int) -> list[Any]:
     suggestion = tuple(None if k in numbers else other_axes.pop(0) for k in range(count))
     if len(in_axes) != count:
         raise ValueError(
-            f"{called()}: expected in_axes as jax.vmap takes it, a number or a sequence with an entry for each of the "
+            f"{caller()}: expected in_axes as jax.vmap takes it, a number or a sequence with an entry for each of the "
             f"{count} positional arguments, got {in_axes!r}. Write in_axes={suggestion!r}, with None for the "
             f"differentiated arguments and for arguments shared by all examples."
         )
     for k in numbers:
         if jax.tree.leaves(in_axes[k]):
             raise ValueError(
-                f"{called()}: expected None in in_axes at the differentiated argument {k}, which is shared by all "
+                f"{caller()}: expected None in in_axes at the differentiated argument {k}, which is shared by all "
                 f"examples, got {in_axes[k]!r}. Write in_axes={suggestion!r}."
             )
     return list(in_axes)
@@ -230,14 +230,14 @@ def _broadcast(axis: Any, tree: Any) -> list[int | None]:
         prefixes, structure = jax.tree.flatten(axis, is_leaf=none)
         parts = structure.flatten_up_to(tree)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{called()}: expected in_axes to be a tree prefix of the arguments, got {axis!r}.") from error
+        raise ValueError(f"{caller()}: expected in_axes to be a tree prefix of the arguments, got {axis!r}.") from error
     axes = [prefix for prefix, part in zip(prefixes, parts, strict=True) for _ in jax.tree.leaves(part)]
     try:
         if any(isinstance(prefix, bool) for prefix in prefixes):
             raise TypeError
         return [None if a is None else operator.index(a) for a in axes]
     except TypeError:
-        raise TypeError(f"{called()}: expected whole numbers or None in in_axes, got {axis!r}.") from None
+        raise TypeError(f"{caller()}: expected whole numbers or None in in_axes, got {axis!r}.") from None
 
 
 def _sparse(node: Any) -> bool:
@@ -251,13 +251,13 @@ def _keyword_axis(leaf: Any) -> int | None:
 def _batch_size(sizes: dict[str, int]) -> int:
     if not sizes:
         raise ValueError(
-            f"{called()}: expected at least one batched argument besides the parameters, got none. Pass the examples "
+            f"{caller()}: expected at least one batched argument besides the parameters, got none. Pass the examples "
             f"in another argument, with their axis in in_axes; the default axis is 0."
         )
     if len(set(sizes.values())) != 1:
         got = ", ".join(f"{n} in {name}" for name, n in sizes.items())
         raise ValueError(
-            f"{called()}: expected one batch size in all batched arguments, got {got}. Pass arrays shared by all "
+            f"{caller()}: expected one batch size in all batched arguments, got {got}. Pass arrays shared by all "
             f"examples by position, with None in in_axes; arrays in keyword arguments are batched."
         )
     return next(iter(sizes.values()))
@@ -273,7 +273,7 @@ def _array(name: str, leaf: Any, axis: Any) -> Any:
             leaf = jnp.asarray(leaf)
     except TypeError:
         got = leaf.dtype if isinstance(leaf, np.ndarray) else type(leaf).__name__
-        raise TypeError(f"{called()}: expected an array with an example axis in {name}, got {got}. {hint}") from None
+        raise TypeError(f"{caller()}: expected an array with an example axis in {name}, got {got}. {hint}") from None
     if not -leaf.ndim <= axis < leaf.ndim:
-        raise ValueError(f"{called()}: expected an example axis {axis} in {name}, got shape {leaf.shape}. {hint}")
+        raise ValueError(f"{caller()}: expected an example axis {axis} in {name}, got shape {leaf.shape}. {hint}")
     return leaf

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxgrad.per_example.algebra.factors import arrays, shown
+from jaxgrad.per_example.algebra.inner_products import plan_name
 from jaxgrad.per_example.algebra.leaf import Leaf
 from jaxgrad.per_example.algebra.mapped import of_examples
-from jaxgrad.per_example.algebra.pairs import way
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.transform import Route, Transformed
 
@@ -175,7 +175,7 @@ def _row(path: str, factors: Sequence[Any], route: Route) -> ExplanationRow:
     layout = factors[0].layout
     held = [a for f in factors for a in arrays(f)]
     B = of_examples(factors)[0].shape[0]
-    norm = tuple(way(f, f_) for i, f in enumerate(factors) for f_ in factors[: i + 1])
+    norm = tuple(plan_name(f, f_) for i, f in enumerate(factors) for f_ in factors[: i + 1])
     return ExplanationRow(
         path=path,
         shape=layout.shape,

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from jaxgrad.errors import called
+from jaxgrad.errors import caller
 
 SPLIT = {
     "nnx": "Split the module, graph, params, rest = nnx.split(model, nnx.Param, ...), differentiate with respect to "
@@ -33,9 +33,9 @@ def advice(tree: Any) -> str:
 def add_advice(error: Exception) -> None:
     """Add advice to an error that the loss raised, if its cause is known."""
     if type(error).__name__ == "TraceContextError":
-        error.add_note(f"{called()}: {STATE}")
+        error.add_note(f"{caller()}: {STATE}")
     elif isinstance(error, NameError) and "unbound axis name" in str(error):
-        error.add_note(f"{called()}: {AXIS}")
+        error.add_note(f"{caller()}: {AXIS}")
 
 
 def _model(node: Any) -> str:

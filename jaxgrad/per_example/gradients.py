@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxgrad.errors import called, naming
+from jaxgrad.errors import caller, naming
 from jaxgrad.per_example.algebra import chunks, complexes, norms
 from jaxgrad.per_example.algebra.leaf import Leaf, concatenated
 from jaxgrad.per_example.algebra.mapped import map_examples_of
-from jaxgrad.per_example.checks import checked_groups, checked_index, checked_mask, checked_numbers
-from jaxgrad.per_example.held import Held, not_gradients
+from jaxgrad.per_example.factor_tree import FactorTree, not_gradients
+from jaxgrad.per_example.masks_and_bounds import checked_groups, checked_index, checked_mask, checked_numbers
 from jaxgrad.precision import added, working_dtype
-from jaxgrad.sharding import automatic
+from jaxgrad.sharding import with_automatic_axes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,7 +35,7 @@ def _in_chunks(method: Callable[P, R]) -> Callable[P, R]:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class PerExampleGrads(Held):
+class PerExampleGrads(FactorTree):
     """The gradients of B examples with respect to a tree of parameters; each parameter's gradient is a sum of factors.
 
     It stands for the matrix G [B, parameters] that `jax.vmap(jax.grad(loss))` would return, split over the tree. Every
@@ -76,20 +76,20 @@ class PerExampleGrads(Held):
     # --- norms
 
     @_in_chunks
-    @automatic(by_example=True)
+    @with_automatic_axes(by_example=True)
     def squared_norms(self) -> Float[Array, " B"]:
         """‖g_b‖² [B], in float32 at least. It overflows or underflows where the square does; `norms` does not."""
         return added([leaf.squared_norm() for leaf in self._leaves])
 
     @_in_chunks
-    @automatic(by_example=True)
+    @with_automatic_axes(by_example=True)
     def leaf_norms(self) -> PyTree:
         """The norm of each parameter's gradient, computed as in `norms`: a tree like the parameters with leaves [B]."""
         by_leaf = self._map_leaves(lambda leaf: leaf.length().norm)
         return complexes.joined(by_leaf, lambda *parts: norms.root_sum_of_squares(parts))
 
     @_in_chunks
-    @automatic(by_example=True)
+    @with_automatic_axes(by_example=True)
     def norms(self) -> Float[Array, " B"]:
         """‖g_b‖ [B], over all parameters together, in float32 at least.
 
@@ -99,9 +99,9 @@ class PerExampleGrads(Held):
         below the smallest normal number may the norm be 0. The norms are differentiable; the derivative at a zero
         gradient is 0.
         """
-        return norms.together([leaf.length() for leaf in self._leaves])
+        return norms.joint_norm([leaf.length() for leaf in self._leaves])
 
-    @automatic(by_example=True)
+    @with_automatic_axes(by_example=True)
     def magnitudes(self) -> Float[Array, " B"] | None:
         """Magnitude of the terms that may cancel, per example [B]; None if no gradient is a sum.
 
@@ -125,7 +125,7 @@ class PerExampleGrads(Held):
     # --- linear maps
 
     @naming("PerExampleGrads.dot")
-    @automatic(by_example=True)
+    @with_automatic_axes(by_example=True)
     def dot(self, tree: PyTree) -> Float[Array, " B"]:
         """G v [B]: the inner product of every example's gradient with a direction v, in float32 at least.
 
@@ -175,7 +175,7 @@ class PerExampleGrads(Held):
 
         return self._summed(mean, dtype)
 
-    @automatic(by_example=False)
+    @with_automatic_axes(by_example=False)
     def _summed(
         self,
         function: Callable[[Leaf, Array | None], Array],
@@ -189,7 +189,7 @@ class PerExampleGrads(Held):
 
     @naming("PerExampleGrads.gram")
     @_in_chunks
-    @automatic(by_example=False)
+    @with_automatic_axes(by_example=False)
     def gram(self, other: "PerExampleGrads | None" = None) -> Float[Array, "B C"]:
         """G G′ᵀ [B, C]: the inner products of all pairs of examples, of this batch with `other` or with itself.
 
@@ -214,7 +214,7 @@ class PerExampleGrads(Held):
         return self.gram(other.gradients) if isinstance(other, Transposed) else self.dot(other)
 
     @_in_chunks
-    @automatic(by_example=False)
+    @with_automatic_axes(by_example=False)
     def second_moment(self) -> PyTree:
         """mean_b g_b ⊙ g_b, a tree with the parameters' shapes, in float32 at least: half precision cannot hold the
         squares.
@@ -226,7 +226,7 @@ class PerExampleGrads(Held):
         return complexes.joined(by_leaf, operator.add)
 
     @_in_chunks
-    @automatic(by_example=False)
+    @with_automatic_axes(by_example=False)
     def variance(self) -> PyTree:
         """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree with the parameters' shapes, in float32 at least.
 
@@ -269,7 +269,7 @@ class PerExampleGrads(Held):
         self._same_parameters(other)
         if self.batch_size != other.batch_size:
             raise ValueError(
-                f"{called()}: expected as many examples in both, got {self.batch_size} and "
+                f"{caller()}: expected as many examples in both, got {self.batch_size} and "
                 f"{other.batch_size}. To join two batches, use PerExampleGrads.concatenate."
             )
         pairs = zip(self._leaves, other._leaves, strict=True)
@@ -323,7 +323,7 @@ class PerExampleGrads(Held):
         return self._with([leaf.where(mask) for leaf in self._leaves])
 
     @naming("PerExampleGrads[...]")
-    @automatic(by_example=False)
+    @with_automatic_axes(by_example=False)
     def __getitem__(self, index: Any) -> "PerExampleGrads":
         """The examples that a slice, or an integer or boolean array, selects; replicated on an explicit mesh.
 
@@ -355,7 +355,7 @@ class PerExampleGrads(Held):
             )
         return parts[0]._with([concatenated(same) for same in zip(*(part._leaves for part in parts), strict=True)])
 
-    @automatic(by_example=True)
+    @with_automatic_axes(by_example=True)
     def materialize(self) -> PyTree:
         """Materialize G: the tree of [B, *shape] that `jax.vmap(jax.grad(loss))` returns, B × parameters numbers."""
         return complexes.joined(self._map_leaves(Leaf.materialize), complexes.gradient)

@@ -12,11 +12,12 @@ from jaxtyping import Array, Float, PyTree
 from jaxgrad import _jax
 from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra.chunks import pairs_of_outputs
-from jaxgrad.per_example.algebra.mapped import map_examples_of, put_back
+from jaxgrad.per_example.algebra.mapped import map_examples_of, with_shared
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.frameworks import add_advice
 from jaxgrad.per_example.gradients import PerExampleGrads, widened
-from jaxgrad.per_example.lower import Lowered, is_settled, settled
+from jaxgrad.per_example.interpreter import dependence
+from jaxgrad.per_example.lower import Lowered, convolutions_materialized, has_its_final_form
 from jaxgrad.per_example.transform import Transformed
 
 OUTPUT_AXIS, NO_OUTPUT_AXIS = 1, -1
@@ -250,7 +251,7 @@ def evaluated_by_output(
     program, shape = jax.make_jaxpr(parts_of_one, return_shape=True)(*arguments.example)
     trees: list[Any] = [jax.tree.structure(part) for part in shape]
     aux_count, parts_count, shared_count = (tree.num_leaves for tree in trees)
-    depends = _jax.depending(program, [len(arguments.example) - 1])[aux_count : aux_count + parts_count]
+    depends = dependence.depending(program, [len(arguments.example) - 1])[aux_count : aux_count + parts_count]
     inner = [0 if by_output else None for by_output in depends]
     axes = [OUTPUT_AXIS if by_output else NO_OUTPUT_AXIS for by_output in depends]
     run = _jax.function_of(program)
@@ -272,22 +273,25 @@ def evaluated_by_output(
         jax.tree.unflatten(tree, part)
         for tree, part in zip(trees, (results[: cuts[0]], results[slice(*cuts)], results[cuts[1] :]), strict=True)
     )
-    factor_axes = put_back(jax.tree.unflatten(trees[1], axes), jax.tree.map(lambda _: NO_OUTPUT_AXIS, shared))
+    factor_axes = with_shared(jax.tree.unflatten(trees[1], axes), jax.tree.map(lambda _: NO_OUTPUT_AXIS, shared))
     held, axes_held = [], []
-    for factors, axes_of_factors, route in zip(put_back(parts, shared), factor_axes, routes, strict=True):
-        settled_, axes_ = _settled(factors, axes_of_factors, Lowered(factors, route.how, route.reason), outputs)
-        held.append(settled_)
+    for factors, axes_of_factors, route in zip(with_shared(parts, shared), factor_axes, routes, strict=True):
+        final, axes_ = _materialized(factors, axes_of_factors, Lowered(factors, route.how, route.reason), outputs)
+        held.append(final)
         axes_held += [*axes_, NO_OUTPUT_AXIS]  # the last entry is for the leaf's weights
     g = PerExampleGrads(jax.tree.unflatten(arguments.params_tree, held))
     return aux, PerExampleJacobian(g, tuple(axes_held), outputs)
 
 
-def _settled(factors: Any, axes: Any, lowered: Lowered, outputs: int) -> tuple[Any, list[int]]:
-    """Apply `settled` to every output; also return the output axis of each array."""
-    if is_settled(factors, lowered):
+def _materialized(factors: Any, axes: Any, lowered: Lowered, outputs: int) -> tuple[Any, list[int]]:
+    """Apply `convolutions_materialized` to every output; also return the output axis of each array."""
+    if has_its_final_form(factors, lowered):
         return factors, jax.tree.leaves(axes)
     over_outputs = jax.vmap(
-        lambda factors: settled(factors, lowered), (jax.tree.map(_vmap_axis, axes),), OUTPUT_AXIS, axis_size=outputs
+        lambda factors: convolutions_materialized(factors, lowered),
+        (jax.tree.map(_vmap_axis, axes),),
+        OUTPUT_AXIS,
+        axis_size=outputs,
     )
     return over_outputs(factors), [OUTPUT_AXIS]
 

@@ -11,30 +11,29 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxgrad.per_example.algebra.arrangement import arranged, fewer
+from jaxgrad.per_example.algebra.constructors import Dense, dense
 from jaxgrad.per_example.algebra.factors import Factor, written_out
-from jaxgrad.per_example.algebra.holding import arranged, fewer
-from jaxgrad.per_example.algebra.kinds import Dense, dense
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same
 from jaxgrad.per_example.algebra.maps import Map, Node, inputs_of
 from jaxgrad.per_example.algebra.place import Axis
 from jaxgrad.per_example.algebra.product import Product
-from jaxgrad.per_example.interpreter.undone import Reason
+from jaxgrad.per_example.interpreter.cost_model import worth_holding
+from jaxgrad.per_example.interpreter.reasons import FORMED, Reason
 from jaxgrad.per_example.interpreter.values import (
-    FORMED,
     Broadcast,
     Plain,
     Shared,
-    Undone,
+    Unevaluated,
     Value,
     array_of,
     is_zero,
     spread,
     times_shared,
-    worth_holding,
 )
 from jaxgrad.precision import added
-from jaxgrad.sharding import automatic
+from jaxgrad.sharding import with_automatic_axes
 
 
 class Lowered(NamedTuple):
@@ -61,17 +60,19 @@ def lower(value: Value, shape: tuple[int, ...], dtype: Any) -> Lowered:
         value = spread(value, dtype) or value
     if isinstance(value, Shared) and matrix:
         value = times_shared(jnp.ones((), value.array.dtype), value.array)
-    if isinstance(value, Undone) and worth_holding(value.held, size) and (matrix or not value.maps):
+    if isinstance(value, Unevaluated) and worth_holding(value.held, size) and (matrix or not value.maps):
         factors = _factors(value.terms, dtype) + _behind_maps(value.maps, shape, dtype)
         direct = matrix and value.reason not in (None, FORMED)
         return Lowered(factors, "direct" if direct else "factored", value.reason if direct else None)
-    if isinstance(value, Undone) and value.has_windows:  # `settled` materializes it, several examples at a time
+    if (
+        isinstance(value, Unevaluated) and value.has_windows
+    ):  # `convolutions_materialized` materializes it, several examples at a time
         others = [term for term in value.terms if not term.windows]
         factors = tuple(arranged(term, dtype) for term in value.terms if term.windows)
         factors += _behind_maps(value.maps, shape, dtype)
-        factors += (_dense(array_of(Undone(tuple(others), shape, dtype)), shape, dtype),) if others else ()
+        factors += (_dense(array_of(Unevaluated(tuple(others), shape, dtype)), shape, dtype),) if others else ()
         return Lowered(factors, "formed" if value.reason in (None, FORMED) else "direct", value.reason)
-    reason = value.reason if isinstance(value, Plain | Undone) else None
+    reason = value.reason if isinstance(value, Plain | Unevaluated) else None
     how = "vector" if not matrix else "formed" if reason in (None, FORMED) else "direct"
     return Lowered((_dense(array_of(value), shape, dtype),), how, reason if how == "direct" else None)
 
@@ -79,24 +80,24 @@ def lower(value: Value, shape: tuple[int, ...], dtype: Any) -> Lowered:
 def factors_of(value: Value, shape: tuple[int, ...], dtype: Any) -> tuple[Factor, ...]:
     """The factors that a gradient is, be they larger than it: for what is asked of them once and not held."""
     matrix = sum(n != 1 for n in shape) > 1
-    if isinstance(value, Undone) and not is_zero(value) and (matrix or not value.maps):
+    if isinstance(value, Unevaluated) and not is_zero(value) and (matrix or not value.maps):
         return _factors(value.terms, dtype) + _behind_maps(value.maps, shape, dtype)
     return lower(value, shape, dtype).factors
 
 
-def settled(factors: tuple[Factor, ...], lowered: Lowered) -> tuple[Factor, ...]:
+def convolutions_materialized(factors: tuple[Factor, ...], lowered: Lowered) -> tuple[Factor, ...]:
     """The factors of a batch; convolutions that are smaller as arrays are materialized, a few examples at a time."""
-    if is_settled(factors, lowered):
+    if has_its_final_form(factors, lowered):
         return factors
     return (Dense.of(_total(factors), factors[0].layout.dtype),)
 
 
-@automatic(by_example=True)
+@with_automatic_axes(by_example=True)
 def _total(factors: tuple[Factor, ...]) -> Array:
     return added([written_out(f) for f in factors])
 
 
-def is_settled(factors: tuple[Factor, ...], lowered: Lowered) -> bool:
+def has_its_final_form(factors: tuple[Factor, ...], lowered: Lowered) -> bool:
     """Whether there is nothing left to materialize."""
     return lowered.how == "factored" or not any(_has_windows(f) for f in factors)
 
@@ -117,7 +118,7 @@ def _behind_maps(nodes: Sequence[Node], shape: tuple[int, ...], dtype: Any) -> t
     larger: list[Node] = []
     for node in nodes:
         inputs = inputs_of([node])
-        if len(inputs) == 1 and not isinstance(inputs[0].value, Undone) and inputs[0].value.size == 1:
+        if len(inputs) == 1 and not isinstance(inputs[0].value, Unevaluated) and inputs[0].value.size == 1:
             numbers.setdefault(id(inputs[0].value), []).append(node)
         else:
             larger.append(node)
@@ -131,7 +132,7 @@ def _behind_maps(nodes: Sequence[Node], shape: tuple[int, ...], dtype: Any) -> t
         function, inputs, shared = Map.of(larger)
         shapes = tuple((tuple(x.value.shape), jnp.dtype(x.value.dtype)) for x in inputs)
         parts = tuple(
-            _factors(x.value.terms, like[1]) if isinstance(x.value, Undone) else (_dense(x.value, *like),)
+            _factors(x.value.terms, like[1]) if isinstance(x.value, Unevaluated) else (_dense(x.value, *like),)
             for x, like in zip(inputs, shapes, strict=True)
         )
         factors.append(Mapped(parts, Same(tuple(jnp.asarray(a) for a in shared)), function, shapes, layout))

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxgrad.per_example.algebra import complexes, norms
 from jaxgrad.per_example.algebra.factors import Factor, accumulator, arrays
-from jaxgrad.per_example.algebra.mapped import map_examples_of, put_back, taken_out
+from jaxgrad.per_example.algebra.mapped import map_examples_of, with_shared, without_shared
 from jaxgrad.per_example.interpreter.measuring import Measure, Measurer, measure_of
 from jaxgrad.per_example.interpreter.values import Value
 from jaxgrad.per_example.lower import factors_of
@@ -82,7 +82,7 @@ def per_example_norms(
 def _measure(value: Value, shape: tuple[int, ...], dtype: Any) -> Measure:
     """The measure of one example's gradient with respect to a parameter of this shape and dtype."""
     measure = measure_of(value)
-    return _measure_factors(*taken_out(factors_of(value, shape, dtype))) if measure is None else measure
+    return _measure_factors(*without_shared(factors_of(value, shape, dtype))) if measure is None else measure
 
 
 def _measure_batch(factors: tuple[Factor, ...]) -> Measure:
@@ -121,11 +121,11 @@ def _over_examples(size: int, batched: Any, parts: tuple[Factor, ...], shared: l
     def with_axis(a: Array, has_axis: bool) -> Array:
         return a if has_axis else jnp.broadcast_to(a[None], (size, *a.shape))
 
-    return _measure_batch(put_back(jax.tree.map(with_axis, parts, parts_batched), shared)), _BATCHED
+    return _measure_batch(with_shared(jax.tree.map(with_axis, parts, parts_batched), shared)), _BATCHED
 
 
 def _measure_example(parts: tuple[Factor, ...], shared: list[Array]) -> Measure:
-    batch = map_examples_of(lambda a: a[None], put_back(parts, shared))
+    batch = map_examples_of(lambda a: a[None], with_shared(parts, shared))
     return jax.tree.map(lambda a: a[0], _measure_batch(batch))
 
 

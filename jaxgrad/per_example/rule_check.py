@@ -12,7 +12,7 @@ from jax import lax
 from jaxgrad import _jax
 from jaxgrad.errors import naming
 from jaxgrad.per_example.interpreter import registered
-from jaxgrad.per_example.interpreter.values import Shared, Undone, Value, array_of, forgotten, is_zero
+from jaxgrad.per_example.interpreter.values import Shared, Unevaluated, Value, array_of, is_zero, without_as_written
 from jaxgrad.per_example.interpreter.walk import evaluate
 
 
@@ -228,13 +228,13 @@ def _row(
     def by_rule(sides: Sequence[Any], operands: Sequence[Any], shared: bool) -> list[Any]:
         if product is None:
             count = len(reference.results)
-            kinds.extend(isinstance(r, Undone) for r in _walked(reference.program, list(operands)))
+            kinds.extend(isinstance(r, Unevaluated) for r in _walked(reference.program, list(operands)))
             results = evaluate(reference.program, operands, [False] * count, [True] * count)
             return [jnp.asarray(array_of(r)) for r in results]
         program = _jax.program_of(jax.make_jaxpr(primitive)(sides, operands))
         results = _walked(program, [*sides, *(Shared(v) if shared else v for v in operands)])
-        kinds.extend(isinstance(r, Undone) and not is_zero(r) for r in results)
-        return [jnp.asarray(array_of(forgotten(r))) for r in results]
+        kinds.extend(isinstance(r, Unevaluated) and not is_zero(r) for r in results)
+        return [jnp.asarray(array_of(without_as_written(r))) for r in results]
 
     expected = jax.jit(primitive)(sides, values)
     worst = RuleRow(str(reference.rule), operand, False, 0.0, 0.0)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxgrad import _jax
-from jaxgrad.errors import called
+from jaxgrad.errors import caller
 from jaxgrad.per_example.arguments import Arguments
-from jaxgrad.per_example.interpreter.linearity import not_linear
+from jaxgrad.per_example.interpreter.cotangent_check import not_linear
 from jaxgrad.per_example.transform import Transformed
-from jaxgrad.sharding import automatic
+from jaxgrad.sharding import with_automatic_axes
 
 
 def weighted_gradients(
@@ -72,7 +72,7 @@ def check_linear(transformed: Transformed, arguments: Arguments) -> None:
     culprit = not_linear(program, len(program.jaxpr.invars) - 1)
     if culprit is not None:
         raise ValueError(
-            f"{called()}: expected backward passes that are linear in the cotangent, as passes=2 scales it, got a "
+            f"{caller()}: expected backward passes that are linear in the cotangent, as passes=2 scales it, got a "
             f"custom_vjp whose backward pass has {culprit}. Take passes=1."
         )
 
@@ -95,7 +95,7 @@ def _rounded_towards_zero(c: Array, dtype: Any) -> Array:
     return jnp.where(larger, jnp.nextafter(nearest, jnp.zeros_like(nearest)), nearest)
 
 
-@automatic(by_example=True)
+@with_automatic_axes(by_example=True)
 def _first_axis_replaced(keep: Array, a: Array) -> Array:
     replacement = jax.lax.dynamic_index_in_dim(a, jnp.argmax(keep), 0)
     return jnp.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, replacement)

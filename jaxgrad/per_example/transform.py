@@ -11,17 +11,17 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.errors import called, naming
+from jaxgrad.errors import caller, naming
 from jaxgrad.per_example.algebra import complexes
-from jaxgrad.per_example.algebra.mapped import put_back, taken_out
+from jaxgrad.per_example.algebra.mapped import with_shared, without_shared
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
 from jaxgrad.per_example.frameworks import add_advice
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.interpreter.measuring import Measure, Measurer, measuring
-from jaxgrad.per_example.interpreter.undone import Reason
+from jaxgrad.per_example.interpreter.reasons import Reason
 from jaxgrad.per_example.interpreter.values import Shared, Value, array_of, is_zero
 from jaxgrad.per_example.interpreter.walk import evaluate
-from jaxgrad.per_example.lower import Lowered, lower, settled
+from jaxgrad.per_example.lower import Lowered, convolutions_materialized, lower
 
 
 def per_example_grad(
@@ -173,8 +173,8 @@ class Transformed:
         )
         value_and_aux, parts, routes, shared = over_examples(arguments.batch)
         parts = [
-            settled(factors, Lowered(factors, route.how, route.reason))
-            for factors, route in zip(put_back(parts, shared), routes, strict=True)
+            convolutions_materialized(factors, Lowered(factors, route.how, route.reason))
+            for factors, route in zip(with_shared(parts, shared), routes, strict=True)
         ]
         if self.strict:
             self._refuse_direct(arguments, routes)
@@ -209,7 +209,7 @@ class Transformed:
         def one(examples: Sequence[Any]) -> Any:
             value_and_aux, gradients = walked(examples)
             lowered = [lower(value, aval.shape, aval.dtype) for value, aval in gradients]
-            parts, shared = taken_out([f.factors for f in lowered])
+            parts, shared = without_shared([f.factors for f in lowered])
             return value_and_aux, parts, [Route(f.how, f.reason) for f in lowered], shared
 
         return one, out_tree, gradients_tree
@@ -247,7 +247,7 @@ class Transformed:
                 raise
             if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
                 raise TypeError(
-                    f"{called()}: expected a loss that returns (scalar, aux), because has_aux=True, "
+                    f"{caller()}: expected a loss that returns (scalar, aux), because has_aux=True, "
                     f"got {'one array' if hasattr(result, 'dtype') else type(result).__name__}."
                 )
             value, aux = result if self.has_aux else (result, None)
@@ -269,7 +269,7 @@ class Transformed:
             if f.how == "direct" and f.reason is not None:
                 place = f" at {f.reason.source}" if f.reason.source else ""
                 raise ValueError(
-                    f"{called()}: with strict=True expected the gradient of every matrix to be a product, got the "
+                    f"{caller()}: with strict=True expected the gradient of every matrix to be a product, got the "
                     f"direct route for {path or 'the parameter'}: {f.reason.primitive}{place}: {f.reason.why}. Write "
                     f"the use of the parameter as a matrix product, convolution or lookup (and move what depends on "
                     f"the parameters alone out of loops), or drop strict=True: the result is the same."

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgrad.errors import called
+from jaxgrad.errors import caller
 from jaxgrad.per_example.arguments import checked_batch
 
 Batch = tuple[Any, ...]
@@ -54,7 +54,7 @@ def checked_sequences(**sequences: Any) -> None:
     for name, batches in sequences.items():
         if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")):
             raise TypeError(
-                f"{called()}: expected a sequence of batches as {name}, because they are counted and reread, got "
+                f"{caller()}: expected a sequence of batches as {name}, because they are counted and reread, got "
                 f"{type(batches).__name__}. Pass a list, or jg.streams.Batches(x, y, size=...)."
             )
 

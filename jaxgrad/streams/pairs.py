@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision
-from jaxgrad.errors import called, naming
+from jaxgrad.errors import caller, naming
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.transform import per_example_grad
 from jaxgrad.progress import counted
@@ -135,7 +135,7 @@ class _Blocks:
         """
         checked_sequences(batches=batches, **({} if others is None else {"others": others}))
         if not len(batches) or (others is not None and not len(others)):
-            raise ValueError(f"{called()}: expected at least one batch on each side, got none.")
+            raise ValueError(f"{caller()}: expected at least one batch on each side, got none.")
         second = batches if others is None else others
         blocks: list[list[np.ndarray]] = []
         in_order = (batches[i] for i in range(len(batches)))

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.errors import called
+from jaxgrad.errors import caller
 
 STATE = "state.npz"
 
@@ -49,9 +49,9 @@ class Store:
         layout = {name: (a.dtype.str, a.shape[1:]) for name, a in rows.items()}
         lengths = {len(a) for a in rows.values()}
         if len(lengths) > 1:
-            raise ValueError(f"{called()}: expected rows of one length, got {sorted(lengths)}.")
+            raise ValueError(f"{caller()}: expected rows of one length, got {sorted(lengths)}.")
         if invalid := [name for name in rows if Path(name).name != name]:
-            raise ValueError(f"{called()}: expected names of rows that are valid names of files, got {invalid}.")
+            raise ValueError(f"{caller()}: expected names of rows that are valid names of files, got {invalid}.")
         if self.layout is None:
             self.layout, self.sums = layout, {name: np.zeros_like(a) for name, a in sums.items()}
             for name in layout:
@@ -60,7 +60,7 @@ class Store:
         if layout != self.layout or {name: a.shape for name, a in sums.items()} != shapes:
             got = {name: a.shape for name, a in sums.items()}
             raise ValueError(
-                f"{called()}: expected rows {self.layout} and sums {shapes} as in {self.folder}, "
+                f"{caller()}: expected rows {self.layout} and sums {shapes} as in {self.folder}, "
                 f"got rows {layout} and sums {got}. Another run's results are in that folder."
             )
         for name, a in rows.items():

@@ -4,8 +4,9 @@ place        where the entries of a product are in a larger array: an affine fun
 product      Product: two sides, whose axes have labels, and the place of their product
 windows      the windows of an image under a convolution's kernel
 layout       where the entries of a product's matrices are in the parameter
-holding      the form in which products are held, and fewer of them
-kinds        constructors, by the names that `explain` prints: Outer, Rows, Dense
+arrangement  the form in which products are held, and fewer of them
+constructors
+             products for a batch, by the names that `explain` prints: Outer, Rows, Dense
 factors      what is asked of one factor: a product, or one that the examples share
 mapped       factors followed by a linear map shared by all examples, and penalties: Mapped, Common
 maps         these maps: recorded, applied, transposed
@@ -13,11 +14,15 @@ leaf         the gradients of one parameter: a sum of factors times one number p
 
 norms        norms of one parameter's gradients, and of several parameters together
 scaled       norms of gradients that a shared map scales elementwise
-pairs        inner products of two factors, for every pair of kinds, and Gram matrices
+inner_products
+             inner products of two factors, for every pair of kinds, and Gram matrices
+weighted     weighted sums of gradients
 moments      elementwise second moment and variance
 rows         inner products and sums of an embedding's gradient, by combining equal ids
 
 sums         sums over very many examples, in blocks
+platforms    what is computed differently on a CPU and on an accelerator
+complexes    complex parameters as pairs of real ones
 scales       powers of two that keep squares in range
 chunks       loops that materialize at most a stated number of bytes at once
 """

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from jaxgrad.per_example.algebra.mapped import map_examples_of, of_examples, put_back, taken_out
+from jaxgrad.per_example.algebra.mapped import map_examples_of, of_examples, with_shared, without_shared
 from jaxgrad.sharding import devices
 
 T = TypeVar("T")
@@ -121,11 +121,13 @@ def sum_examples(function: Callable[..., T], size: int | Blocks, *trees: PyTree,
     cut = _Cut.of(trees, size, spread)
     if cut.blocks <= 1:
         return function(*trees)
-    without, shared = taken_out(trees)
+    without, shared = without_shared(trees)
     blocks = jax.tree.map(lambda a: cut.whole(a).swapaxes(0, 1) if cut.spread else cut.whole(a), without)
     first, others = jax.tree.map(lambda a: a[0], blocks), jax.tree.map(lambda a: a[1:], blocks)
-    start = function(*put_back(first, shared))
-    total, _ = lax.scan(lambda total, block: (_added(total, function(*put_back(block, shared))), None), start, others)
+    start = function(*with_shared(first, shared))
+    total, _ = lax.scan(
+        lambda total, block: (_added(total, function(*with_shared(block, shared))), None), start, others
+    )
     rest = cut.rest(trees)
     return _added(total, function(*rest)) if _count(rest) else total
 
@@ -141,22 +143,22 @@ def _map_unknown(function: Callable[..., Array], size: int, trees: PyTree) -> Ar
     """Map over blocks of `size`; the last block is padded with zeros."""
     count = _count(trees)
     blocks = 1 + (count - 1) // size
-    without, shared = taken_out(trees)
+    without, shared = without_shared(trees)
 
     def cut(a: Array) -> Array:
         filled = lax.pad(a, jnp.zeros((), a.dtype), [(0, blocks * size - count, 0), *[(0, 0, 0)] * (a.ndim - 1)])
         return filled.reshape(blocks, size, *a.shape[1:])
 
-    results = lax.map(lambda block: function(*put_back(block, shared)), jax.tree.map(cut, without))
+    results = lax.map(lambda block: function(*with_shared(block, shared)), jax.tree.map(cut, without))
     return results.reshape(blocks * size, *results.shape[2:])[:count]
 
 
 def _sum_unknown(function: Callable[..., T], trees: PyTree) -> T:
     """Sum one example at a time."""
-    without, shared = taken_out(trees)
+    without, shared = without_shared(trees)
 
     def one(example: PyTree) -> T:
-        return function(*put_back(jax.tree.map(lambda a: a[None], example), shared))
+        return function(*with_shared(jax.tree.map(lambda a: a[None], example), shared))
 
     shapes = jax.eval_shape(one, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), without))
     start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)

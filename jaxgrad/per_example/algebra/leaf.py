@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxgrad.per_example.algebra import factors, moments, norms, pairs, weighted
+from jaxgrad.per_example.algebra import factors, inner_products, moments, norms, weighted
+from jaxgrad.per_example.algebra.arrangement import with_positions
 from jaxgrad.per_example.algebra.factors import Factor
-from jaxgrad.per_example.algebra.holding import with_positions
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same, of_examples
 from jaxgrad.per_example.algebra.product import Product
@@ -94,7 +94,7 @@ class Leaf:
         both = [(f, f_) for f in parts for f_ in others if not f.layout.disjoint(f_.layout)]
         if not both:
             return jnp.zeros((self.weight.shape[0], other.weight.shape[0]), self.weight.dtype)
-        return rest[:, None] * added([pairs.gram(f, f_) for f, f_ in both]) * every_example(rest_)[None]
+        return rest[:, None] * added([inner_products.gram(f, f_) for f, f_ in both]) * every_example(rest_)[None]
 
     def second_moment(self) -> Array:
         """mean_b of the squared entries, in the accumulator's dtype."""

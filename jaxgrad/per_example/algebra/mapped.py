@@ -127,7 +127,7 @@ def of_examples(tree: Any) -> list[Any]:
     return [a for a in jax.tree.leaves(tree, is_leaf=is_same) if not is_same(a)]
 
 
-def taken_out(tree: Any) -> tuple[Any, list[Any]]:
+def without_shared(tree: Any) -> tuple[Any, list[Any]]:
     """(the tree without the arrays shared by all examples, these arrays)."""
     treedef: Any
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_same)
@@ -135,8 +135,8 @@ def taken_out(tree: Any) -> tuple[Any, list[Any]]:
     return treedef.unflatten([Same(()) if is_same(a) else a for a in leaves]), shared
 
 
-def put_back(tree: Any, shared: Sequence[Any]) -> Any:
-    """The inverse of `taken_out`."""
+def with_shared(tree: Any, shared: Sequence[Any]) -> Any:
+    """The inverse of `without_shared`."""
     treedef: Any
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_same)
     rest = iter(shared)

@@ -162,8 +162,10 @@ class Map:
             xs, shared = list(arrays[: len(inputs)]), arrays[len(inputs) :]
 
             def one(step: Any) -> Array:
-                mine = iter(step[1])
-                return self(step[0], [next(mine) if each else a for a, each in zip(shared, stacked, strict=True)])
+                step_arrays = iter(step[1])
+                return self(
+                    step[0], [next(step_arrays) if each else a for a, each in zip(shared, stacked, strict=True)]
+                )
 
             steps = (xs, [a for a, each in zip(shared, stacked, strict=True) if each])
             # lax.map keeps a branch a branch; under vmap an elementwise map is one kernel.

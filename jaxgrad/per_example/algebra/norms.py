@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxgrad.per_example.algebra import pairs, scaled
+from jaxgrad.per_example.algebra import inner_products, scaled
 from jaxgrad.per_example.algebra.chunks import chunk_size, map_examples
 from jaxgrad.per_example.algebra.factors import (
     Factor,
@@ -55,9 +55,9 @@ def squared(leaf: Factors) -> Array:
     """[B]: ‖Σ_i f_i‖² of one parameter's factors, cross terms included."""
     terms = []
     for i, f in enumerate(leaf):
-        terms.append(pairs.inner(f, f))
+        terms.append(inner_products.inner(f, f))
         others = [f_ for f_ in leaf[:i] if not f.layout.disjoint(f_.layout)]
-        terms += [2 * pairs.inner(f, f_) for f_ in others]
+        terms += [2 * inner_products.inner(f, f_) for f_ in others]
     total = added(terms)
     return total if len(leaf) == 1 else jnp.maximum(total, jnp.zeros_like(total))  # NaN stays NaN
 
@@ -213,12 +213,12 @@ def shortened(norms: Array, limit: Array) -> Array:
     return nan_unless(limit > 0, factor)
 
 
-def nan_unless(fine: Array, value: Array) -> Array:
-    """The value where `fine`, otherwise NaN. Where `fine`, no NaN is made that `jax.debug_nans` would report."""
-    return value * jnp.sqrt(jnp.where(fine, jnp.ones_like(value), -jnp.ones_like(value)))
+def nan_unless(condition: Array, value: Array) -> Array:
+    """The value where the condition holds, otherwise NaN; where it holds, `jax.debug_nans` has nothing to report."""
+    return value * jnp.sqrt(jnp.where(condition, jnp.ones_like(value), -jnp.ones_like(value)))
 
 
-def together(each: Sequence[Length]) -> Array:
+def joint_norm(each: Sequence[Length]) -> Array:
     """√Σ ‖·‖² for lengths that may be huge or tiny."""
     if len(each) == 1:
         return each[0].norm
@@ -230,4 +230,4 @@ def together(each: Sequence[Length]) -> Array:
 
 def root_sum_of_squares(each: Sequence[Array]) -> Array:
     """√Σ n² for norms that may be huge or tiny."""
-    return together([Length(jnp.ones_like(n), n) for n in each])
+    return joint_norm([Length(jnp.ones_like(n), n) for n in each])

@@ -154,7 +154,7 @@ class Product:
         return self.left.size * (1 + self.count([x for x in self.right_labels if x not in self.left_labels]))
 
     @property
-    def carried(self) -> bool:
+    def is_scaled_array(self) -> bool:
         """Whether it is a materialized array times a number."""
         return self.row is None and not self.windows and not self.right_labels
 

@@ -1,15 +1,22 @@
 """Evaluate the program that jax.grad has written, leaving its last products unevaluated.
 
-    walk         evaluates a program, equation by equation
-    control      its loops and branches
-    as_map       a loop or branch as one linear map shared by all examples
-    shards       shard_map
-    rules/       one record for each primitive, by family: which products it makes, and how it acts on one
-    through      linear operations that no rule can apply to the operands, as a linear map shared by all examples
-    moves        transposes, reshapes, slices and pads an unevaluated product
-    linear       scales, masks and sums one, or multiplies it by a matrix
-    undone       what makes an unevaluated product: a `Product` of the algebra, for one example
-    values       what a variable may stand for during the walk
+    walk             evaluates a program, equation by equation
+    control          its loops and branches
+    as_map           a loop or branch as one linear map shared by all examples
+    shards           shard_map
+    rules/           one record for each primitive, by family: which products it makes, and how it acts on one
+    registered       primitives with a rule that a user registered
+    through          linear operations that no rule can apply to the operands, as a linear map shared by all examples
+    moves            transposes, reshapes, slices and pads an unevaluated product
+    linear           scales, masks and sums one, or multiplies it by a matrix
+    products         makes unevaluated products from arrays: a `Product` of the algebra, for one example
+    values           what a variable may stand for during the walk
+    measuring        norms of gradients, taken inside the loop that computes them
+
+    cost_model       whether a product is kept factored or materialized
+    reasons          why it is not: what `explain` and `strict` say
+    dependence       which results of a program depend on which operands
+    cotangent_check  whether a backward pass is linear in its cotangent, as `clipped_grad(passes=2)` needs
 
 From the algebra, the interpreter uses only the types for a product (`product`, `place`, `windows`) and for a linear map
 (`maps`).

@@ -15,7 +15,7 @@ from jaxgrad import _jax
 from jaxgrad.per_example.interpreter import through
 from jaxgrad.per_example.interpreter.values import (
     Shared,
-    Undone,
+    Unevaluated,
     Value,
     array_of,
     is_shared,
@@ -85,9 +85,9 @@ def _of_both(kind: str, other: str) -> str:
 
 def _products(values: Sequence[Value]) -> list[bool] | None:
     """Which operands are products; None if none is, or if an operand that is not a product differs between examples."""
-    products = [isinstance(v, Undone) and not is_zero(v) for v in values]
+    products = [isinstance(v, Unevaluated) and not is_zero(v) for v in values]
     others = [v for v, product in zip(values, products, strict=True) if not product]
-    floating = all(jnp.issubdtype(v.dtype, jnp.inexact) for v in values if isinstance(v, Undone))
+    floating = all(jnp.issubdtype(v.dtype, jnp.inexact) for v in values if isinstance(v, Unevaluated))
     return products if any(products) and floating and all(is_shared(v) or is_zero(v) for v in others) else None
 
 
@@ -102,7 +102,7 @@ def _looked(
     inside = list(values)
     for k, (v, product) in enumerate(zip(program.jaxpr.invars, products, strict=True)):
         if product:
-            empty = Undone((), tuple(v.aval.shape), v.aval.dtype)
+            empty = Unevaluated((), tuple(v.aval.shape), v.aval.dtype)
             inside[k] = dataclasses.replace(empty, maps=(through.input_of(empty),))
     return evaluate(program, inside, list(used), used)
 
@@ -114,8 +114,8 @@ def _kinds_of(look: Callable[..., list[Value]], operands: Sequence[jax.ShapeDtyp
     def kind(value: Value) -> str:
         if value is None or is_zero(value):
             return "zero"
-        if isinstance(value, Undone):
-            empty = all(isinstance(x, Undone) and not x.terms for x in value.inputs)
+        if isinstance(value, Unevaluated):
+            empty = all(isinstance(x, Unevaluated) and not x.terms for x in value.inputs)
             return "map" if not value.terms and empty else "other"
         return "shared" if is_shared(value) else "other"
 
@@ -131,7 +131,7 @@ def _results(
 ) -> list[Value]:
     sides: list[Any] = []
     for v, product in zip(values, products, strict=True):
-        if isinstance(v, Undone) and not is_zero(v):
+        if isinstance(v, Unevaluated) and not is_zero(v):
             sides.append(through.node_of(v))
         elif product and not is_zero(v):  # this carry becomes a product in a later step
             array = jnp.asarray(array_of(v))

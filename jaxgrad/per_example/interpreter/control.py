@@ -15,25 +15,24 @@ from jaxgrad import _jax
 from jaxgrad.per_example.algebra.maps import Input, Map
 from jaxgrad.per_example.algebra.place import Axis
 from jaxgrad.per_example.algebra.product import Product, squeezed
-from jaxgrad.per_example.interpreter import undone
+from jaxgrad.per_example.interpreter import dependence, reasons
 from jaxgrad.per_example.interpreter.as_map import Evaluate
+from jaxgrad.per_example.interpreter.cost_model import worth_holding
 from jaxgrad.per_example.interpreter.measuring import measurer, with_measure
+from jaxgrad.per_example.interpreter.reasons import FORMED, Reason, reason_at
 from jaxgrad.per_example.interpreter.values import (
-    FORMED,
     Broadcast,
     Plain,
     Shared,
-    Undone,
+    Unevaluated,
     Value,
     added,
     array_of,
-    forgotten,
     is_shared,
     is_zero,
+    maps_materialized,
     numbers,
-    reason_at,
-    settled,
-    worth_holding,
+    without_as_written,
     zero,
 )
 
@@ -69,17 +68,17 @@ class _Loop:
         self.parts, self.program = _jax.scan_parts(eqn), _jax.body(eqn)
         self.consts, self.carry, self.length = self.parts.consts, self.parts.carry, self.parts.length
         end = self.consts + self.carry
-        self.outside = [array_of(v) if isinstance(v, Undone) else v for v in values[: self.consts]]
+        self.outside = [array_of(v) if isinstance(v, Unevaluated) else v for v in values[: self.consts]]
         self.init, self.xs = values[self.consts : end], [array_of(v) for v in values[end:]]
         self.same = [is_shared(v) for v in values[end:]]
         self.differs = _varying(values)
         self.used = [use or k < self.carry for k, use in enumerate(used)]  # the next step uses every carry
         self.kept = [want and (k >= self.carry or self._accumulates(k)) for k, want in enumerate(wanted)]
         # This is not reduced with `kept`: a result that is not emitted may be computed from one that is.
-        self.undone_inside = list(self.kept)
+        self.unevaluated_inside = list(self.kept)
         self.behind: dict[int, tuple[Map, list[Any]]] = {}
         self.fixed: dict[int, list[Any]] = {}
-        self.reasons: dict[int, undone.Reason] = {}
+        self.reasons: dict[int, Reason] = {}
         self.measurer = measurer()
         stacked = range(self.carry, len(wanted)) if self.measurer else ()
         self.measured = [k for k in stacked if wanted[k] and self.used[k]]
@@ -101,7 +100,7 @@ class _Loop:
             for k, v in enumerate(self.program.jaxpr.invars[self.consts : self.consts + self.carry])
         ]
         slices = [Shared(x) if shared else x for x, shared in zip(xs, self.same, strict=True)]
-        results = self.evaluate(self.program, [*self.outside, *full, *slices], self.undone_inside, self.used)
+        results = self.evaluate(self.program, [*self.outside, *full, *slices], self.unevaluated_inside, self.used)
         emitted: list[Any] = []
         for k, result in enumerate(results):
             if self.kept[k]:
@@ -109,9 +108,9 @@ class _Loop:
                 emitted.append(self._emitted(k, result) if self.used[k] else None)
             else:
                 emitted.append(array_of(result) if self.used[k] else None)
-        stays = [v if keep else None for v, keep in zip(emitted[: self.carry], self.kept, strict=False)]
+        kept_carries = [v if keep else None for v, keep in zip(emitted[: self.carry], self.kept, strict=False)]
         measures = [self._measure(k, results[k]) for k in self.measured]
-        return self._carried(emitted[: self.carry]), (stays, emitted[self.carry :], measures)
+        return self._carried(emitted[: self.carry]), (kept_carries, emitted[self.carry :], measures)
 
     def _measure(self, k: int, result: Value) -> Any:
         assert self.measurer is not None
@@ -121,13 +120,13 @@ class _Loop:
     def _emitted(self, k: int, result: Value) -> Any:
         """An unevaluated product as it leaves a step. If it has maps, which are applied after the loop, it leaves with
         their inputs and, for a stacked result, with those of their shared arrays that change from step to step."""
-        if not isinstance(result, Undone):
+        if not isinstance(result, Unevaluated):
             return array_of(result)
         if not result.maps:
             return result
         function, inputs, shared = Map.of(result.maps)
         inner = [x.value for x in inputs]
-        if any(isinstance(x, Undone) and x.maps for x in inner):
+        if any(isinstance(x, Unevaluated) and x.maps for x in inner):
             return array_of(result)
         self.behind[k] = function, shared
         known = self.fixed.get(k, [None] * len(shared))
@@ -170,10 +169,12 @@ class _Loop:
     def run(self, step: Any) -> list[Value]:
         """The equation's results."""
         options: dict[str, Any] = {"reverse": self.parts.reverse, "unroll": self.parts.unroll}
-        onward, (stays, ys, measures) = lax.scan(step, self._carried(self.init), self.xs, length=self.length, **options)
-        others = iter(onward)
+        final_carry, (kept_carries, ys, measures) = lax.scan(
+            step, self._carried(self.init), self.xs, length=self.length, **options
+        )
+        others = iter(final_carry)
         results: list[Value] = [
-            added(self._of_all_steps(k, stays[k]), self.init[k]) if self.kept[k] else next(others)
+            added(self._of_all_steps(k, kept_carries[k]), self.init[k]) if self.kept[k] else next(others)
             for k in range(self.carry)
         ]
         results += [self._of_all_steps(self.carry + k, y) for k, y in enumerate(ys)]
@@ -186,9 +187,9 @@ class _Loop:
         """The value of one result, from what all steps emitted for it."""
         S, stacked = self.length, k >= self.carry
         if not isinstance(value, list):
-            return _along(value, S, stacked) if isinstance(value, Undone) else value
+            return _along(value, S, stacked) if isinstance(value, Unevaluated) else value
         terms, inputs, differing = value
-        along = [_along(x, S, stacked) if isinstance(x, Undone) else x if stacked else x.sum(0) for x in inputs]
+        along = [_along(x, S, stacked) if isinstance(x, Unevaluated) else x if stacked else x.sum(0) for x in inputs]
         sources, function, fixed = list(map(Input, along)), self.behind[k][0], self.fixed[k]
         nodes = function.nodes_of_each(sources, fixed, differing) if stacked else function.nodes(sources, fixed)
         return dataclasses.replace(_along(terms, S, stacked), maps=tuple(nodes))
@@ -198,10 +199,10 @@ class _Loop:
         S = self.length
         sizes = [numbers(v) for v in self.outside if not is_shared(v)]
         sizes += [x.size // S for x, shared in zip(self.xs, self.same, strict=True) if not shared and S]
-        other = reason_at(self.eqn, "it is carried through a loop that does more than add to it")
+        other = reason_at(self.eqn, reasons.CARRIED)
 
         def one(k: int, result: Value) -> Value:
-            if not self.wanted[k] or isinstance(result, Undone | Plain):
+            if not self.wanted[k] or isinstance(result, Unevaluated | Plain):
                 return result
             small = max(sizes, default=0) >= self.eqn.outvars[k].aval.size // (S if k >= self.carry and S else 1)
             return Plain(result, self.reasons.get(k, FORMED if small else other))
@@ -215,13 +216,13 @@ def _function(program: Any, shape: Any) -> Callable[..., Any]:
     return lambda *args: jax.tree.unflatten(treedef, flat(*jax.tree.leaves(args)))
 
 
-def _reason(value: Value, eqn: _jax.Equation) -> undone.Reason:
+def _reason(value: Value, eqn: _jax.Equation) -> Reason:
     """The reason to give if this result of a loop's step is not kept factored, from the value alone."""
     if isinstance(value, Plain):
         return value.reason
-    if isinstance(value, Undone) and value.maps:
-        return reason_at(eqn, "a linear map shared by all examples is applied to it in every step of a loop")
-    return value.reason or FORMED if isinstance(value, Undone) else FORMED
+    if isinstance(value, Unevaluated) and value.maps:
+        return reason_at(eqn, reasons.MAPPED_IN_LOOP)
+    return value.reason or FORMED if isinstance(value, Unevaluated) else FORMED
 
 
 def _varying(values: Sequence[Value]) -> frozenset[str]:
@@ -239,7 +240,7 @@ def _of_every_step(step: Any, behind: dict[int, tuple[Map, list[Any]]], carry: A
         return {k: [jnp.asarray(a) for a in arrays] for k, (_, arrays) in behind.items()}
 
     program, shape = jax.make_jaxpr(shared, return_shape=True)(carry, x)
-    depending = [True] * len(program.out_avals) if program.effects else _jax.depending(program)
+    depending = [True] * len(program.out_avals) if program.effects else dependence.depending(program)
     # The arrays returned here do not depend on the operands of a step, so zeros are passed; the others are discarded.
     nothing = [jnp.zeros(a.shape, a.dtype) for a in jax.tree.leaves((carry, x))]
     values = _jax.function_of(program)(*nothing) if not all(depending) else [None] * len(depending)
@@ -251,20 +252,20 @@ def _worth_emitting(value: Value, steps: int, stacked: bool) -> bool:
     """Whether what all steps emit, products and the inputs of their maps, is smaller than the gradient."""
     if isinstance(value, list):
         direct, inputs, _ = value
-        parts = [x for x in (direct, *inputs) if isinstance(x, Undone)]
+        parts = [x for x in (direct, *inputs) if isinstance(x, Unevaluated)]
         if not all(_worth_emitting(part, steps, stacked) for part in parts):
             return False
         held = sum(part.held if steps == 1 else steps * _at_each_position(part) for part in parts)
-        return worth_holding(held + sum(x.size for x in inputs if not isinstance(x, Undone)), direct.size)
-    if not isinstance(value, Undone):
+        return worth_holding(held + sum(x.size for x in inputs if not isinstance(x, Unevaluated)), direct.size)
+    if not isinstance(value, Unevaluated):
         return False
-    if any(term.carried or (stacked and term.row is not None) for term in value.terms):
+    if any(term.is_scaled_array or (stacked and term.row is not None) for term in value.terms):
         return False
     held = value.held if steps == 1 else steps * _at_each_position(value)
     return not value.terms or worth_holding(held, value.size)
 
 
-def _at_each_position(value: Undone) -> int:
+def _at_each_position(value: Unevaluated) -> int:
     return sum(term.held_at_each_position for term in value.terms)
 
 
@@ -272,7 +273,7 @@ def _first(a: Any) -> Any:
     return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
 
 
-def _along(value: Undone, S: int, group: bool) -> Undone:
+def _along(value: Unevaluated, S: int, group: bool) -> Unevaluated:
     """Products stacked by a loop: the new first axis is a position, or else a group and an axis of the result."""
 
     def one(p: Product) -> Product:
@@ -288,7 +289,7 @@ def _along(value: Undone, S: int, group: bool) -> Undone:
         return squeezed(stacked)
 
     shape = (S, *value.shape) if group else value.shape
-    return Undone(tuple(one(term) for term in value.terms), shape, value.dtype)
+    return Unevaluated(tuple(one(term) for term in value.terms), shape, value.dtype)
 
 
 def _accumulates(jaxpr: _jax.Jaxpr, into: Any, out: Any) -> bool:
@@ -310,18 +311,18 @@ def cond(
 ) -> Sequence[Value]:
     """Evaluate a cond; each branch returns its own products, and zeros in place of the products of other branches."""
     programs, (index, *rest), differs = _jax.branches(eqn), values, _varying(values)
-    rest = [forgotten(v) for v in rest]
+    rest = [without_as_written(v) for v in rest]
 
     def branch(program: _jax.Program, wanted: Sequence[bool]) -> Any:
         def run() -> list[Value]:
             results: list[Value] = []
-            for v, value in enumerate(map(settled, evaluate(program, rest, wanted, used))):
+            for v, value in enumerate(map(maps_materialized, evaluate(program, rest, wanted, used))):
                 aval = eqn.outvars[v].aval
                 if not used[v]:
                     results.append(None)
                 elif wanted[v] and is_zero(value):
-                    results.append(Undone((), tuple(aval.shape), aval.dtype))
-                elif wanted[v] and isinstance(value, Undone):
+                    results.append(Unevaluated((), tuple(aval.shape), aval.dtype))
+                elif wanted[v] and isinstance(value, Unevaluated):
                     results.append(value)
                 else:
                     results.append(jnp.asarray(array_of(value)))
@@ -335,15 +336,15 @@ def cond(
         kept = [keep and _all_products([results[k] for results in traced]) for k, keep in enumerate(kept)]
     if not any(kept):
         arrays = _jax.bind(eqn, [array_of(value) for value in values])
-        reason = reason_at(eqn, "not every branch returns a product that is smaller than the gradient")
+        reason = reason_at(eqn, reasons.BRANCHES)
         return [Plain(a, reason) if want else a for a, want in zip(arrays, wanted, strict=True)]
 
     def padded(i: int) -> Any:
         def run() -> Any:
-            mine = branch(programs[i], kept)()
+            own_results = branch(programs[i], kept)()
             nothing = [[jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), v) for v in results] for results in traced]
             results = [
-                [mine[k] if j == i else nothing[j][k] for j in range(len(programs))] if keep else mine[k]
+                [own_results[k] if j == i else nothing[j][k] for j in range(len(programs))] if keep else own_results[k]
                 for k, keep in enumerate(kept)
             ]
             return jax.tree.map(lambda a: _jax.made_varying(a, differs), results)
@@ -352,13 +353,13 @@ def cond(
 
     results = lax.switch(array_of(index), [padded(i) for i in range(len(programs))])
     return [
-        Undone(tuple(t for v in result for t in v.terms), result[0].shape, result[0].dtype) if keep else result
+        Unevaluated(tuple(t for v in result for t in v.terms), result[0].shape, result[0].dtype) if keep else result
         for result, keep in zip(results, kept, strict=True)
     ]
 
 
 def _all_products(values: Sequence[Value]) -> bool:
     """Whether every branch returns products, and those of all branches together are smaller than the gradient."""
-    if not all(isinstance(v, Undone) and not any(t.carried for t in v.terms) for v in values):
+    if not all(isinstance(v, Unevaluated) and not any(t.is_scaled_array for t in v.terms) for v in values):
         return False
     return worth_holding(sum(v.held for v in values), values[0].size)

@@ -42,13 +42,13 @@ def aligned(p: Product, value: Array, dims: Sequence[int]) -> tuple[str, Array] 
 
 def sums(p: Product, dims: Sequence[int]) -> Product | None:
     """Sum the product over axes of the result."""
-    gone = set(labels_of([p.place[k] for k in dims]))
-    if p.row in gone:
+    summed = set(labels_of([p.place[k] for k in dims]))
+    if p.row in summed:
         return None
     changes: dict[str, Any] = {}
     for name, other in (("left", p.right_labels), ("right", p.left_labels)):
         a, labels = getattr(p, name), getattr(p, f"{name}_labels")
-        alone = [x for x in labels if x in gone and x not in other]
+        alone = [x for x in labels if x in summed and x not in other]
         if alone:
             changes[name] = a.sum([labels.index(x) for x in alone], dtype=working_dtype(a.dtype))
             changes[f"{name}_labels"] = tuple(x for x in labels if x not in alone)
@@ -61,39 +61,39 @@ def contract(
     C: Array,
     contracted: Sequence[tuple[int, int]],
     batch: Sequence[tuple[int, int]],
-    undone_first: bool,
+    product_first: bool,
     precision: object,
 ) -> Product | None:
     """dot_general of the product with an array C, applied to one side: (δ aᵀ) C = δ (Cᵀ a)ᵀ.
 
     Args:
         contracted, batch: (axis of the product, axis of C).
-        undone_first: whether the product is dot_general's first operand.
+        product_first: whether the product is dot_general's first operand.
     """
-    met = {axis: p.place[k] for k, axis in (*contracted, *batch)}
-    gone, kept = labels_of([p.place[k] for k, _ in contracted]), labels_of([p.place[k] for k, _ in batch])
-    sides = [side for side in ("left", "right") if {*gone, *kept} <= set(getattr(p, f"{side}_labels"))]
+    place_of = {axis: p.place[k] for k, axis in (*contracted, *batch)}
+    summed, kept = labels_of([p.place[k] for k, _ in contracted]), labels_of([p.place[k] for k, _ in batch])
+    sides = [side for side in ("left", "right") if {*summed, *kept} <= set(getattr(p, f"{side}_labels"))]
     sides = [side for side in sides if p.row is None or side == "right"]
-    if not sides or p.row in (*gone, *kept):
+    if not sides or p.row in (*summed, *kept):
         return None
     side = min(sides, key=lambda side: getattr(p, side).size)
     of, operand = getattr(p, f"{side}_labels"), getattr(p, side)
     other = p.right_labels if side == "left" else p.left_labels
     # C is read at the product's entries, with an axis for each label.
-    free = [axis for axis in range(C.ndim) if axis not in met]
+    free = [axis for axis in range(C.ndim) if axis not in place_of]
     new, sizes = whole([C.shape[axis] for axis in free], len(p.sizes))
     sizes = (*p.sizes, *sizes)
-    place = [met[axis] if axis in met else new[free.index(axis)] for axis in range(C.ndim)]
+    place = [place_of[axis] if axis in place_of else new[free.index(axis)] for axis in range(C.ndim)]
     C_labels = labels_of(place)
     C = read(C, C_labels, place, sizes)
-    out = (*(x for x in of if x not in gone or x in other), *labels_of(new))
+    out = (*(x for x in of if x not in summed or x in other), *labels_of(new))
     work = working_dtype(operand.dtype, C.dtype)
     dtype = operand.dtype if operand.dtype == C.dtype else work
     value = einsum(operand, of, C, C_labels, out, work, precision).astype(dtype)
     used = {k for k, _ in (*contracted, *batch)}
-    both, ours = [p.place[k] for k, _ in batch], [axis for k, axis in enumerate(p.place) if k not in used]
+    both, own_axes = [p.place[k] for k, _ in batch], [axis for k, axis in enumerate(p.place) if k not in used]
     changes: dict[str, Any] = {side: value, f"{side}_labels": out}
-    order = (*both, *ours, *new) if undone_first else (*both, *new, *ours)
+    order = (*both, *own_axes, *new) if product_first else (*both, *new, *own_axes)
     return dataclasses.replace(p, place=order, sizes=sizes, **changes)
 
 

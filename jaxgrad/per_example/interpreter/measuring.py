@@ -16,17 +16,9 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.interpreter.undone import product
-from jaxgrad.per_example.interpreter.values import (
-    FORMED,
-    Broadcast,
-    Plain,
-    Undone,
-    Value,
-    array_of,
-    is_shared,
-    nonempty,
-)
+from jaxgrad.per_example.interpreter.products import product
+from jaxgrad.per_example.interpreter.reasons import FORMED
+from jaxgrad.per_example.interpreter.values import Broadcast, Plain, Unevaluated, Value, array_of, is_shared, nonempty
 
 
 class Measure(NamedTuple):
@@ -82,14 +74,14 @@ def total_over_positions(eqn: _jax.Equation, values: Sequence[Value], jaxpr: _ja
     if not stays_factored() or eqn.primitive is not lax.reduce_sum_p:
         return None
     (value,), (result,) = values, eqn.outvars
-    if isinstance(value, Undone | Broadcast) or is_shared(value) or not _is_result(result, jaxpr):
+    if isinstance(value, Unevaluated | Broadcast) or is_shared(value) or not _is_result(result, jaxpr):
         return None
     if not jnp.issubdtype(result.aval.dtype, jnp.floating):
         return None
     a, axes = jnp.asarray(array_of(value)), [int(axis) for axis in eqn.params["axes"]]
     ones = jnp.ones([a.shape[axis] for axis in axes], a.dtype)
     term = product(a, ones, list(zip(axes, range(len(axes)), strict=True)), [])
-    return [Undone(nonempty([term]), tuple(result.aval.shape), result.aval.dtype)]
+    return [Unevaluated(nonempty([term]), tuple(result.aval.shape), result.aval.dtype)]
 
 
 def _is_result(v: Any, jaxpr: _jax.Jaxpr) -> bool:
@@ -104,14 +96,14 @@ def _is_result(v: Any, jaxpr: _jax.Jaxpr) -> bool:
 
 def measure_of(value: Value) -> Measure | None:
     """The measure attached to a value; None if there is none."""
-    return value.measure if isinstance(value, Undone | Plain) else None
+    return value.measure if isinstance(value, Unevaluated | Plain) else None
 
 
 def with_measure(value: Value, measure: Measure | None) -> Value:
     """Attach a measure to a value."""
     if measure is None:
         return value
-    if isinstance(value, Undone | Plain):
+    if isinstance(value, Unevaluated | Plain):
         return dataclasses.replace(value, measure=measure)
     return Plain(value, FORMED, measure)
 
@@ -121,7 +113,7 @@ def remeasured(eqn: _jax.Equation, values: Sequence[Value], results: Sequence[Va
     measure = measure_of(values[0]) if values else None
     if measure is None or len(results) != 1 or measure_of(results[0]) is not None or not _preserves(eqn):
         return results
-    return [with_measure(results[0], measure)] if isinstance(results[0], Undone | Plain) else results
+    return [with_measure(results[0], measure)] if isinstance(results[0], Unevaluated | Plain) else results
 
 
 def _preserves(eqn: _jax.Equation) -> bool:

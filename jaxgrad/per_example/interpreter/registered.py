@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxgrad import _jax
-from jaxgrad.errors import called
+from jaxgrad.errors import caller
 from jaxgrad.per_example.interpreter.rules import ragged
 
 
@@ -83,7 +83,7 @@ def add(rule: Rule, override: bool) -> None:
     with _LOCK:
         if not override and any(_same(rule, other) for other in _RULES):
             raise ValueError(
-                f"{called()}: expected a primitive without a rule, got {rule}, which has one. Pass override=True to "
+                f"{caller()}: expected a primitive without a rule, got {rule}, which has one. Pass override=True to "
                 f"put this rule before it, or name= to tell two kernels apart."
             )
         _RULES = (rule, *_RULES)
@@ -142,7 +142,7 @@ def _cached(rule: Rule, eqn: _jax.Equation, known: tuple[Rule, ...]) -> Referenc
 def _reference(rule: Rule, eqn: _jax.Equation) -> Reference | None:
     if rule in _INSIDE.get():
         raise ValueError(
-            f"{called()}: expected the rule for {rule} in terms of other primitives, got one that comes back to it. "
+            f"{caller()}: expected the rule for {rule} in terms of other primitives, got one that comes back to it. "
             f"Write `equals` in operations of jax.numpy and jax.lax."
         )
     results: list[int] | None = None
@@ -161,7 +161,7 @@ def _reference(rule: Rule, eqn: _jax.Equation) -> Reference | None:
         if results is None:
             return None
         if program.jaxpr.effects:
-            raise ValueError(f"{called()}: expected a rule for {rule} without effects, got {program.jaxpr.effects}.")
+            raise ValueError(f"{caller()}: expected a rule for {rule} without effects, got {program.jaxpr.effects}.")
         for inner in _jax.equations_in(program.jaxpr):
             reference_of(inner)
     finally:
@@ -175,7 +175,7 @@ def _results_of(rule: Rule, eqn: _jax.Equation, operands: Sequence[Any]) -> Sequ
         found = rule.equals(*operands, **eqn.params)
     except Exception as error:
         raise ValueError(
-            f"{called()}: the rule for {rule} raised {type(error).__name__} at operands ({shapes}): {error}. "
+            f"{caller()}: the rule for {rule} raised {type(error).__name__} at operands ({shapes}): {error}. "
             f"It is given the params as keyword arguments. Return None for operands that the rule is not meant for."
         ) from error
     if found is None:
@@ -183,7 +183,7 @@ def _results_of(rule: Rule, eqn: _jax.Equation, operands: Sequence[Any]) -> Sequ
     found = found if isinstance(found, list | tuple) else [found]
     if len(found) != len(eqn.outvars):
         raise ValueError(
-            f"{called()}: expected the rule for {rule} to return {len(eqn.outvars)} results at operands ({shapes}), "
+            f"{caller()}: expected the rule for {rule} to return {len(eqn.outvars)} results at operands ({shapes}), "
             f"as the primitive does, got {len(found)}. Put None in place of a result that it does not know."
         )
     return found
@@ -195,7 +195,7 @@ def _as_result(rule: Rule, k: int, found: Any, aval: Any) -> Any:
     kinds = [_kind(a.dtype) for a in (result, aval)]
     if tuple(result.shape) != tuple(aval.shape) or kinds[0] != kinds[1]:
         raise ValueError(
-            f"{called()}: expected {_named(aval)} as result {k} of the rule for {rule}, as the primitive returns, got "
+            f"{caller()}: expected {_named(aval)} as result {k} of the rule for {rule}, as the primitive returns, got "
             f"{_named(result)}. Return None for operands that the rule is not meant for."
         )
     return result if result.dtype == aval.dtype else lax.convert_element_type(result, aval.dtype)

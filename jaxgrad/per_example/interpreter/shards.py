@@ -15,18 +15,9 @@ from jaxgrad import _jax
 from jaxgrad.per_example.algebra.place import Axis, Labels, Place
 from jaxgrad.per_example.algebra.product import Product, squeezed
 from jaxgrad.per_example.interpreter.as_map import Evaluate
-from jaxgrad.per_example.interpreter.values import (
-    FORMED,
-    Plain,
-    Shared,
-    Undone,
-    Value,
-    array_of,
-    is_shared,
-    is_zero,
-    worth_holding,
-    zero,
-)
+from jaxgrad.per_example.interpreter.cost_model import worth_holding
+from jaxgrad.per_example.interpreter.reasons import FORMED
+from jaxgrad.per_example.interpreter.values import Plain, Shared, Unevaluated, Value, array_of, is_shared, is_zero, zero
 
 Names = tuple[str, ...]
 
@@ -157,7 +148,7 @@ def shard_map(
         found.extend(inside(*arrays))
         for k, value in enumerate(found):
             plans.append(None)
-            if wanted[k] and isinstance(value, Undone) and not value.maps:
+            if wanted[k] and isinstance(value, Unevaluated) and not value.maps:
                 terms = [leaving(term, parts.out_specs[k], eqn.outvars[k].aval.shape) for term in value.terms]
                 plan = [term for term in terms if term is not None]
                 held = sum(p.held(term, parts.mesh) for p, term in zip(plan, value.terms, strict=False))
@@ -187,7 +178,7 @@ def shard_map(
         if plan is not None:
             triples = zip(plan, value.terms, result, strict=True)
             terms = [p.outside(term, left, right) for p, term, (left, right) in triples]
-            results.append(Undone(tuple(terms), tuple(aval.shape), aval.dtype))
+            results.append(Unevaluated(tuple(terms), tuple(aval.shape), aval.dtype))
         elif wanted[k]:
             results.append(Plain(result, value.reason if isinstance(value, Plain) else FORMED))
         else:

@@ -16,12 +16,12 @@ from jaxtyping import Array
 from jaxgrad import _jax, precision
 from jaxgrad.per_example.algebra.maps import Call, Input, Map, Node, Result, call_of
 from jaxgrad.per_example.interpreter import linear
+from jaxgrad.per_example.interpreter.reasons import FORMED
 from jaxgrad.per_example.interpreter.rules import record_of
 from jaxgrad.per_example.interpreter.values import (
-    FORMED,
     Broadcast,
     Plain,
-    Undone,
+    Unevaluated,
     Value,
     added,
     array_of,
@@ -41,7 +41,7 @@ def behind(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | Non
     record = record_of(eqn)
     if record.identity:
         return list(values)
-    if not any(isinstance(value, Undone) and value.maps for value in values):
+    if not any(isinstance(value, Unevaluated) and value.maps for value in values):
         results = None if record.keeps is None else record.keeps(eqn, values)
         return through(eqn, values) if results is None else results
     if eqn.primitive in (lax.add_p, _jax.add_any_p):
@@ -50,15 +50,15 @@ def behind(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | Non
     slots = () if record.bilinear else record.linear_in(eqn)
     products = [
         dataclasses.replace(v, maps=(), as_written=None)
-        if isinstance(v, Undone)
+        if isinstance(v, Unevaluated)
         else zero(eqn.invars[k].aval.shape, eqn.invars[k].aval.dtype)
         if k in slots and is_shared(v)
         else v
         for k, v in enumerate(values)
     ]
-    maps = [dataclasses.replace(v, terms=(), as_written=None) if isinstance(v, Undone) else v for v in values]
+    maps = [dataclasses.replace(v, terms=(), as_written=None) if isinstance(v, Unevaluated) else v for v in values]
     results = through(eqn, maps)
-    if results is None or all(is_zero(value) for value in products if isinstance(value, Undone)):
+    if results is None or all(is_zero(value) for value in products if isinstance(value, Unevaluated)):
         return results
     others = behind(eqn, products)
     return None if others is None else [added(a, b) for a, b in zip(others, results, strict=True)]
@@ -69,7 +69,7 @@ def through(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
     record = record_of(eqn)
     taken: Sequence[int] = [k for k in record.linear_in(eqn) if not is_zero(values[k])]
     if record.bilinear:
-        taken = [k for k in taken if isinstance(values[k], Undone)][:1]
+        taken = [k for k in taken if isinstance(values[k], Unevaluated)][:1]
     inexact = all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in [*eqn.outvars, *(eqn.invars[k] for k in taken)])
     if not taken or not inexact or _jax.gather_fills(eqn):
         return None
@@ -79,7 +79,7 @@ def through(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
             if not (is_shared(value) or is_zero(value)):
                 return None
             sides.append(jnp.asarray(array_of(value)))
-        elif isinstance(value, Undone):
+        elif isinstance(value, Unevaluated):
             sides.append(node_of(value))
         elif is_shared(value):
             array = jnp.asarray(array_of(value))
@@ -107,24 +107,24 @@ def _is_few(value: Value, size: int) -> bool:
     return isinstance(value, Broadcast) and not is_shared(value) and 2 * jnp.size(value.source) <= size
 
 
-def _spread(value: Broadcast) -> Undone:
+def _spread(value: Broadcast) -> Unevaluated:
     source, dims, shape = jnp.asarray(value.source), value.dims, value.shape
     call = Call(lambda xs: [lax.broadcast_in_dim(xs[0], shape, dims)], ("broadcast", dims, shape), (input_of(source),))
-    return Undone((), shape, source.dtype, (Result(call, 0),))
+    return Unevaluated((), shape, source.dtype, (Result(call, 0),))
 
 
 def results_of(eqn: _jax.Equation, sides: Sequence[Any]) -> list[Value]:
     """The equation's results as maps; `sides` holds its operands as nodes or as arrays shared by all examples."""
     call = call_of(eqn, sides)
     avals = [v.aval for v in eqn.outvars]
-    return [Undone((), tuple(a.shape), a.dtype, (Result(call, k),)) for k, a in enumerate(avals)]
+    return [Unevaluated((), tuple(a.shape), a.dtype, (Result(call, k),)) for k, a in enumerate(avals)]
 
 
-def node_of(value: Undone) -> Node:
+def node_of(value: Unevaluated) -> Node:
     """The value as one node; complex inputs are split into real and imaginary parts."""
     nodes = list(value.maps)
     if value.terms:
-        nodes.append(input_of(value if not value.maps else Undone(value.terms, value.shape, value.dtype)))
+        nodes.append(input_of(value if not value.maps else Unevaluated(value.terms, value.shape, value.dtype)))
     if len(nodes) == 1:
         return nodes[0]
     return Result(Call(lambda xs: [sum(xs[1:], xs[0])], "sum", tuple(nodes)), 0)
@@ -136,7 +136,7 @@ def input_of(value: Any) -> Node:
         return Input(value)
     dtype = jnp.finfo(value.dtype).dtype
     parts: list[Any]
-    if isinstance(value, Undone):
+    if isinstance(value, Unevaluated):
         parts = [mapped(value, value.shape, dtype, f) for f in (linear.real, linear.imag)]
         assert all(part is not None for part in parts)
     else:
@@ -155,7 +155,7 @@ def _against(node: Node, scale: Array, shape: tuple[int, ...], axes: Sequence[in
     """Σ over axes of (node ⊙ scale), for a node of this shape; None if that requires materializing the node."""
     scale = scale if scale.ndim == 0 else jnp.broadcast_to(scale, shape)
     if isinstance(node, Input):
-        if not isinstance(node.value, Undone) or tuple(node.value.shape) != shape:
+        if not isinstance(node.value, Unevaluated) or tuple(node.value.shape) != shape:
             return None
         terms = node.value.terms
         if not terms or any(term.over or term.windows or term.row is not None for term in terms):
@@ -188,7 +188,7 @@ def _against_transposed(node: Node, scale: Array) -> Array | None:
     shapes = [jax.ShapeDtypeStruct(tuple(x.value.shape), x.value.dtype) for x in inputs]
     found = []
     for x, image in zip(inputs, function.transposed(shapes, shared, scale), strict=True):
-        if isinstance(x.value, Undone):
+        if isinstance(x.value, Unevaluated):
             found.append(_against(x, image, tuple(image.shape), range(image.ndim)))
         else:
             found.append((x.value * image).sum())

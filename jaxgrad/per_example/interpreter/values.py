@@ -13,11 +13,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jaxgrad import _jax
 from jaxgrad.per_example.algebra.maps import Call, Input, Map, Node, Result, inputs_of
 from jaxgrad.per_example.algebra.place import Axis
 from jaxgrad.per_example.algebra.product import Product, form, unfolded
-from jaxgrad.per_example.interpreter.undone import Reason, carried_out, product
+from jaxgrad.per_example.interpreter.cost_model import worth_holding
+from jaxgrad.per_example.interpreter.products import product, times_one
+from jaxgrad.per_example.interpreter.reasons import ADDED, Reason
 
 
 @functools.partial(
@@ -27,7 +28,7 @@ from jaxgrad.per_example.interpreter.undone import Reason, carried_out, product
     drop_fields=("maps", "as_written", "measure"),
 )
 @dataclass(frozen=True)
-class Undone:
+class Unevaluated:
     """A sum of unevaluated products; zero if there are none.
 
     Attributes:
@@ -55,7 +56,7 @@ class Undone:
     @property
     def held(self) -> int:
         """The number of entries in the operands."""
-        behind = sum(x.held if isinstance(x, Undone) else x.size for x in self.inputs)
+        behind = sum(x.held if isinstance(x, Unevaluated) else x.size for x in self.inputs)
         return sum(term.held for term in self.terms) + behind
 
     @property
@@ -67,7 +68,7 @@ class Undone:
     def has_windows(self) -> bool:
         """Whether there is a convolution among them; whether to materialize it is decided at the end."""
         return any(term.windows for term in self.terms) or any(
-            isinstance(x, Undone) and x.has_windows for x in self.inputs
+            isinstance(x, Unevaluated) and x.has_windows for x in self.inputs
         )
 
     @property
@@ -121,18 +122,15 @@ class Shared:
     array: Any
 
 
-FORMED = Reason("", "", "the product is smaller than its operands")
-"""The reason for a product that was materialized because the array is smaller; this is not the direct route."""
-
-Value = Any  # an Array, Undone, Broadcast or Plain
+Value = Any  # an Array, Unevaluated, Broadcast or Plain
 
 
 def array_of(value: Value) -> Any:
     """Materialize the value; a literal number is returned as it is."""
     match value:
-        case Undone(as_written=function) if function is not None:
+        case Unevaluated(as_written=function) if function is not None:
             return function()
-        case Undone(terms, shape, dtype, maps):
+        case Unevaluated(terms, shape, dtype, maps):
             parts = [form(term, dtype) for term in terms]
             if maps:
                 behind, inputs, shared = Map.of(maps)
@@ -147,16 +145,16 @@ def array_of(value: Value) -> Any:
     return value
 
 
-def forgotten(value: Value) -> Value:
+def without_as_written(value: Value) -> Value:
     """Drop `as_written`, also from the inputs of the maps, for use in a program that is traced by itself, such as a
     branch or a step of a loop: results evaluated there would be cached and leak into the program around it."""
-    if not isinstance(value, Undone):
+    if not isinstance(value, Unevaluated):
         return value
     value = dataclasses.replace(value, as_written=None)
     if not value.maps:
         return value
     function, inputs, shared = Map.of(value.maps)
-    nodes = function.nodes([Input(forgotten(x.value)) for x in inputs], shared)
+    nodes = function.nodes([Input(without_as_written(x.value)) for x in inputs], shared)
     return dataclasses.replace(value, maps=tuple(nodes))
 
 
@@ -172,16 +170,16 @@ def numbers(value: Value) -> int:
     return int(np.size(value.source if isinstance(value, Broadcast) else array_of(value)))
 
 
-def settled(value: Value) -> Value:
+def maps_materialized(value: Value) -> Value:
     """Convert a value to one that may leave a loop or a branch: products stay, values with maps are materialized."""
-    return array_of(value) if isinstance(value, Undone) and value.maps else value
+    return array_of(value) if isinstance(value, Unevaluated) and value.maps else value
 
 
 def is_zero(value: Value) -> bool:
     """Whether the value is known from the program to be zero everywhere."""
     if isinstance(value, Broadcast):
         return value.zero
-    return isinstance(value, Undone) and not value.terms and not value.maps
+    return isinstance(value, Unevaluated) and not value.terms and not value.maps
 
 
 def zero(shape: Sequence[int], dtype: Any) -> Broadcast:
@@ -199,21 +197,21 @@ def as_broadcast(value: Value) -> Broadcast | None:
     """The value as a Broadcast; None for an unevaluated product."""
     if isinstance(value, Broadcast):
         return value
-    if isinstance(value, Undone):
+    if isinstance(value, Unevaluated):
         return None
     array = array_of(value)
     return Broadcast(array, tuple(range(np.ndim(array))), tuple(np.shape(array)))
 
 
-def spread(value: Broadcast, dtype: Any) -> Undone | None:
+def spread(value: Broadcast, dtype: Any) -> Unevaluated | None:
     """A repeated array as a product with ones; None if that is not smaller than the array."""
-    there = value.varies or tuple(k for k, n in enumerate(value.shape) if n != 1)[:1]
-    left = value.compact.astype(dtype) * jnp.ones([value.shape[k] for k in there], dtype)
-    ones = [k for k, n in enumerate(value.shape) if n != 1 and k not in there]
+    varying = value.varies or tuple(k for k, n in enumerate(value.shape) if n != 1)[:1]
+    left = value.compact.astype(dtype) * jnp.ones([value.shape[k] for k in varying], dtype)
+    ones = [k for k, n in enumerate(value.shape) if n != 1 and k not in varying]
     term = product(left, jnp.ones([value.shape[k] for k in ones], dtype), [], [])
-    axes = dict(zip((*there, *ones), term.place, strict=True))
+    axes = dict(zip((*varying, *ones), term.place, strict=True))
     term = dataclasses.replace(term, place=tuple(axes.get(k, Axis(1)) for k in range(len(value.shape))))
-    result = Undone((term,), value.shape, jnp.dtype(dtype))
+    result = Unevaluated((term,), value.shape, jnp.dtype(dtype))
     return result if ones and worth_holding(result.held, result.size) else None
 
 
@@ -223,11 +221,11 @@ def added(value: Value, other: Value) -> Value:
         return other
     if is_zero(other):
         return value
-    first, second = (v if isinstance(v, Undone) else _as_undone(v) for v in (value, other))
-    return Undone((*first.terms, *second.terms), first.shape, first.dtype, (*first.maps, *second.maps))
+    first, second = (v if isinstance(v, Unevaluated) else _as_unevaluated(v) for v in (value, other))
+    return Unevaluated((*first.terms, *second.terms), first.shape, first.dtype, (*first.maps, *second.maps))
 
 
-def _as_undone(value: Value) -> Undone:
+def _as_unevaluated(value: Value) -> Unevaluated:
     if isinstance(value, Broadcast):
         repeated = spread(value, value.source.dtype)
         if repeated is not None:
@@ -235,22 +233,20 @@ def _as_undone(value: Value) -> Undone:
     if isinstance(value, Shared):
         return times_shared(jnp.ones((), value.array.dtype), value.array)
     array = array_of(value)
-    reason = (
-        value.reason if isinstance(value, Plain) else Reason("add_any", "", "added to something that is not a product")
-    )
-    return Undone((carried_out(array, reason),), tuple(array.shape), array.dtype)
+    reason = value.reason if isinstance(value, Plain) else Reason("add_any", "", ADDED)
+    return Unevaluated((times_one(array, reason),), tuple(array.shape), array.dtype)
 
 
-def times_shared(number: Array, array: Array) -> Undone:
+def times_shared(number: Array, array: Array) -> Unevaluated:
     """A per-example number times an array shared by all examples."""
     ones = [1] * array.ndim
     call = Call(lambda arrays: [arrays[0].reshape(ones) * arrays[1]], ("times", array.ndim), (Input(number), array))
-    return Undone((), tuple(array.shape), array.dtype, (Result(call, 0),))
+    return Unevaluated((), tuple(array.shape), array.dtype, (Result(call, 0),))
 
 
 def mapped(
-    value: Undone, shape: Sequence[int], dtype: Any, function: Callable[[Product], Any], on_windows: bool = False
-) -> Undone | None:
+    value: Unevaluated, shape: Sequence[int], dtype: Any, function: Callable[[Product], Any], on_windows: bool = False
+) -> Unevaluated | None:
     """Apply to every term a function that returns a term, several terms, or None if it cannot; then return None.
 
     Args:
@@ -262,19 +258,9 @@ def mapped(
         if result is None:
             return None
         terms += result if isinstance(result, tuple) else (result,)
-    return Undone(nonempty(terms), tuple(shape), dtype)
-
-
-def worth_holding(held: int, size: int) -> bool:
-    """The one decision, from shapes alone: a product is held if its sides hold fewer numbers than its array has."""
-    return held < size
+    return Unevaluated(nonempty(terms), tuple(shape), dtype)
 
 
 def nonempty(terms: Iterable[Product]) -> tuple[Product, ...]:
     """The terms that have entries; a block of size zero that is put into zeros is zero."""
     return tuple(term for term in terms if term.count(term.out) and 0 not in term.shape)
-
-
-def reason_at(eqn: _jax.Equation, why: str) -> Reason:
-    """A reason that names the equation."""
-    return Reason(eqn.primitive.name, _jax.source_line(eqn), why)

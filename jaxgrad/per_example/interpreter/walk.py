@@ -18,15 +18,16 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.interpreter import as_map, control, registered, shards, through, undone
+from jaxgrad.per_example.interpreter import as_map, control, dependence, reasons, registered, shards, through
+from jaxgrad.per_example.interpreter.cost_model import worth_holding
 from jaxgrad.per_example.interpreter.measuring import remeasured, stays_factored, total_over_positions
-from jaxgrad.per_example.interpreter.rules import bind, record_of, undone_product
+from jaxgrad.per_example.interpreter.reasons import FORMED, Reason, reason_at
+from jaxgrad.per_example.interpreter.rules import bind, made_product, record_of
 from jaxgrad.per_example.interpreter.values import (
-    FORMED,
     Broadcast,
     Plain,
     Shared,
-    Undone,
+    Unevaluated,
     Value,
     array_of,
     as_broadcast,
@@ -34,8 +35,6 @@ from jaxgrad.per_example.interpreter.values import (
     is_zero,
     literal,
     numbers,
-    reason_at,
-    worth_holding,
     zero,
 )
 
@@ -146,12 +145,12 @@ def evaluate(
 
     for eqn, live in zip(jaxpr.eqns, found.live, strict=True):
         if live:
-            here = [v in found.used for v in eqn.outvars]
+            results_used = [v in found.used for v in eqn.outvars]
             with _jax.context(eqn):
                 operands = [read(v) for v in eqn.invars]
                 wants = found.of(eqn)
                 total = total_over_positions(eqn, operands, jaxpr) if all(wants) else None
-                results = total or remeasured(eqn, operands, _step(eqn, operands, wants, here))
+                results = total or remeasured(eqn, operands, _step(eqn, operands, wants, results_used))
             known |= dict(zip(eqn.outvars, results, strict=True))
     return [read(v) if use else None for v, use in zip(jaxpr.outvars, used, strict=True)]
 
@@ -165,16 +164,16 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
             return evaluate(_jax.body(eqn), _behind_barrier(eqn, values), wanted, used)
         if eqn.primitive in (_jax.scan_p, _jax.cond_p):
             is_scan = eqn.primitive is _jax.scan_p
-            alone = eqn.effects or registered.is_inside(eqn)
-            whole = None if alone else (as_map.scan if is_scan else as_map.cond)(evaluate, eqn, values, used)
+            never_a_map = eqn.effects or registered.is_inside(eqn)
+            whole = None if never_a_map else (as_map.scan if is_scan else as_map.cond)(evaluate, eqn, values, used)
             if whole is not None:
-                return _kept(whole, Written(eqn, values))
+                return _with_as_written(whole, AsWritten(eqn, values))
             kept = (control.scan if is_scan else control.cond)(evaluate, eqn, values, wanted, used)
             return _marked_shared(eqn, values, kept)
         if _jax.kind(eqn) == "shard_map":
             whole = shards.shard_map(evaluate, eqn, values, wanted, used)
             if whole is not None:
-                return _kept(whole, Written(eqn, values))
+                return _with_as_written(whole, AsWritten(eqn, values))
         reference = None if shared else registered.reference_of(eqn)
         if reference is not None:
             return _by_reference(eqn, reference, values, wanted, used)
@@ -186,24 +185,24 @@ def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: lis
     if taken and record.keeps is not None and record.keeps_zero and all(is_zero(values[k]) for k in taken):
         return [zero(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
 
-    as_written = Written(eqn, values)
-    if any(isinstance(value, Undone) for value in values):
+    as_written = AsWritten(eqn, values)
+    if any(isinstance(value, Unevaluated) for value in values):
         results = through.behind(eqn, values)
         if results is not None:
-            return _kept(results, as_written)
+            return _with_as_written(results, as_written)
     if all(wanted) and not shared:
-        product = undone_product(
-            eqn, [Plain(array_of(v), _refused(eqn, v)) if isinstance(v, Undone) else v for v in values]
+        product = made_product(
+            eqn, [Plain(array_of(v), _refused(eqn, v)) if isinstance(v, Unevaluated) else v for v in values]
         )
         if product is not None:
-            return _kept([product], as_written)
+            return _with_as_written([product], as_written)
     repeated = _repeated(eqn, values)
     if repeated is not None:
         return [repeated]
     if all(wanted) and not shared:
         results = through.scaled(eqn, values)
         if results is not None:
-            return _kept(results, as_written)
+            return _with_as_written(results, as_written)
     if shared:
         return [Shared(a) for a in as_written.evaluated()]
     reason = _inherited(eqn, values, taken) if any(wanted) else FORMED
@@ -219,7 +218,7 @@ def _by_reference(
     used: Sequence[bool],
 ) -> list[Value]:
     """Find the products in an equation with a registered rule; the primitive itself computes all other results."""
-    as_written = Written(eqn, values)
+    as_written = AsWritten(eqn, values)
     found = evaluate(
         reference.program,
         values,
@@ -229,22 +228,22 @@ def _by_reference(
     results: list[Value] = []
     for k, v in enumerate(eqn.outvars):
         result = found[reference.results.index(k)] if k in reference.results else None
-        if not used[k] or isinstance(result, Undone):
+        if not used[k] or isinstance(result, Unevaluated):
             results.append(result)
         elif is_zero(result):
             results.append(zero(v.aval.shape, v.aval.dtype))
         else:
             array = as_written.evaluated()[k]
             results.append(Plain(array, _no_product(eqn, result)) if wanted[k] else array)
-    return _kept(results, as_written)
+    return _with_as_written(results, as_written)
 
 
-def _no_product(eqn: _jax.Equation, result: Value) -> undone.Reason:
+def _no_product(eqn: _jax.Equation, result: Value) -> Reason:
     if isinstance(result, Plain) and result.reason == FORMED:
         return FORMED
     if isinstance(result, Plain):
-        return reason_at(eqn, f"its registered rule makes no product: {result.reason.primitive}: {result.reason.why}")
-    return reason_at(eqn, "its registered rule has no product for this result")
+        return reasons.registered_makes_none(eqn, result.reason)
+    return reason_at(eqn, reasons.REGISTERED_HAS_NONE)
 
 
 def _marked_shared(eqn: _jax.Equation, values: Sequence[Value], results: Sequence[Value]) -> list[Value]:
@@ -252,14 +251,14 @@ def _marked_shared(eqn: _jax.Equation, values: Sequence[Value], results: Sequenc
     if eqn.effects or eqn.primitive not in (_jax.jit_p, _jax.remat_p, _jax.scan_p, _jax.cond_p):
         return list(results)
     differing = [k for k, v in enumerate(values) if not is_shared(v)]
-    depends = _jax.results_depending(eqn, differing)
+    depends = dependence.results_depending(eqn, differing)
     return [
         Shared(array_of(r)) if isinstance(r, jax.Array | Plain) and not differs else r
         for r, differs in zip(results, depends, strict=True)
     ]
 
 
-class Written:
+class AsWritten:
     """An equation's results as the program computes them, evaluated when they are first needed."""
 
     def __init__(self, eqn: _jax.Equation, values: Sequence[Value]):
@@ -271,7 +270,9 @@ class Written:
         waiting = [self]
         while waiting:
             written = waiting[-1]
-            before = [v.as_written.source for v in written.values if isinstance(v, Undone) and v.as_written is not None]
+            before = [
+                v.as_written.source for v in written.values if isinstance(v, Unevaluated) and v.as_written is not None
+            ]
             before = [other for other in before if other.results is None]
             if written.results is None and before:
                 waiting += before
@@ -286,9 +287,9 @@ class Written:
 
 @dataclass(frozen=True)
 class OneOf:
-    """One result of a `Written` equation."""
+    """One result of a `AsWritten` equation."""
 
-    source: Written
+    source: AsWritten
     index: int
 
     def __call__(self) -> Array:
@@ -296,13 +297,13 @@ class OneOf:
         return self.source.evaluated()[self.index]
 
 
-def _kept(results: Sequence[Value], as_written: Written) -> list[Value]:
-    return [_smaller(result, OneOf(as_written, k)) for k, result in enumerate(results)]
+def _with_as_written(results: Sequence[Value], as_written: AsWritten) -> list[Value]:
+    return [_materialized_if_smaller(result, OneOf(as_written, k)) for k, result in enumerate(results)]
 
 
-def _smaller(value: Value, as_written: Callable[[], Array]) -> Value:
+def _materialized_if_smaller(value: Value, as_written: Callable[[], Array]) -> Value:
     """Materialize a sum that is smaller than its operands, as the program computes it; `lower` decides convolutions."""
-    if not isinstance(value, Undone):
+    if not isinstance(value, Unevaluated):
         return value
     value = dataclasses.replace(value, as_written=as_written)
     if is_zero(value) or value.has_windows or stays_factored() or worth_holding(value.held, value.size):
@@ -310,11 +311,11 @@ def _smaller(value: Value, as_written: Callable[[], Array]) -> Value:
     return Plain(array_of(value), value.reason or FORMED)
 
 
-def _refused(eqn: _jax.Equation, value: Undone) -> undone.Reason:
-    return value.reason or reason_at(eqn, "this operation cannot be applied to the product's operands")
+def _refused(eqn: _jax.Equation, value: Unevaluated) -> Reason:
+    return value.reason or reason_at(eqn, reasons.NOT_APPLICABLE)
 
 
-def _inherited(eqn: _jax.Equation, values: Sequence[Value], taken: Sequence[int]) -> undone.Reason:
+def _inherited(eqn: _jax.Equation, values: Sequence[Value], taken: Sequence[int]) -> Reason:
     """Why a result in the tail is not a product: an operand was not one, its product was lost here, or there was none.
 
     A result that is no larger than some other array of the same example, such as an activation, needs no product.
@@ -323,17 +324,17 @@ def _inherited(eqn: _jax.Equation, values: Sequence[Value], taken: Sequence[int]
     for value in (values[k] for k in taken):
         if isinstance(value, Plain) and value.array.size >= size:
             return value.reason
-        if isinstance(value, Undone):
+        if isinstance(value, Unevaluated):
             return _refused(eqn, value)
     if eqn.primitive is lax.while_p:
-        return reason_at(eqn, "it is computed in a loop with an unknown number of steps: give the loop a fixed number")
+        return reason_at(eqn, reasons.UNKNOWN_STEPS)
     largest = max((numbers(value) for value in values if not is_shared(value)), default=0)
     foreign = _jax.is_foreign(eqn)  # it may have taken a product of its result's size
     if largest > size or (largest == size and not foreign):
         return FORMED
     if foreign:
-        return reason_at(eqn, "it is not known what this primitive computes: jaxgrad.register_rule can say it")
-    return reason_at(eqn, "its result is not a product of two smaller arrays")
+        return reason_at(eqn, reasons.UNKNOWN_PRIMITIVE)
+    return reason_at(eqn, reasons.NO_PRODUCT)
 
 
 def _repeated(eqn: _jax.Equation, values: Sequence[Value]) -> Broadcast | None:
@@ -368,7 +369,7 @@ def _behind_barrier(eqn: _jax.Equation, values: list[Value]) -> list[Value]:
     """Put a barrier before values that remat recomputes, so that the compiler does not merge the two computations."""
     if not eqn.params.get("prevent_cse", True):
         return values
-    at = [k for k, v in enumerate(values) if not (v is None or is_zero(v) or isinstance(v, Undone))]
+    at = [k for k, v in enumerate(values) if not (v is None or is_zero(v) or isinstance(v, Unevaluated))]
     arrays = lax.optimization_barrier(tuple(jnp.asarray(array_of(values[k])) for k in at))
     values = list(values)
     for k, array in zip(at, arrays, strict=True):

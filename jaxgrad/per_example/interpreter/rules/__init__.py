@@ -9,7 +9,9 @@
     devices       sums over mesh axes inside shard_map
     ragged        products of groups of rows, each with a matrix of its own
 
-To add a primitive, write its record in its family. `tests/test_through.py` and, on random programs, `test_squares.py`
+To add a primitive, write its record in its family. A contraction that is not linear in all of its operands together
+also goes into `_PRODUCTS` of `interpreter/cotangent_check.py`, and a primitive that preserves norms into `_PRESERVING`
+of `interpreter/measuring.py`. `tests/test_through.py` and, on random programs, `test_squares.py`
 check that it is right: the rule's result, materialized, must equal the equation's result for the materialized product.
 """
 
@@ -19,19 +21,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxgrad import _jax
+from jaxgrad.per_example.interpreter.cost_model import worth_holding
 from jaxgrad.per_example.interpreter.measuring import stays_factored
+from jaxgrad.per_example.interpreter.reasons import FORMED
 from jaxgrad.per_example.interpreter.rules import arithmetic, contraction, convolution, devices, indexing, ragged, shape
 from jaxgrad.per_example.interpreter.rules.record import Record
-from jaxgrad.per_example.interpreter.values import (
-    FORMED,
-    Plain,
-    Undone,
-    Value,
-    array_of,
-    is_shared,
-    nonempty,
-    worth_holding,
-)
+from jaxgrad.per_example.interpreter.values import Plain, Unevaluated, Value, array_of, is_shared, nonempty
 
 _FAMILIES = (shape, arithmetic, contraction, indexing, convolution, devices)
 RECORDS: dict[Any, Record] = {p: record for family in _FAMILIES for p, record in family.RECORDS.items()}
@@ -43,7 +38,7 @@ def record_of(eqn: _jax.Equation) -> Record:
     return RECORDS.get(_jax.kind(eqn), UNKNOWN)
 
 
-def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | Plain | None:
+def made_product(eqn: _jax.Equation, values: Sequence[Value]) -> Unevaluated | Plain | None:
     """The equation's result as a product, materialized if that is smaller; None if the equation makes no product."""
     make, out = record_of(eqn).makes, eqn.outvars[0].aval
     if make is None or out.size == 0 or not jnp.issubdtype(out.dtype, jnp.inexact):
@@ -53,7 +48,7 @@ def undone_product(eqn: _jax.Equation, values: Sequence[Value]) -> Undone | Plai
         return None
     of_examples = not any(is_shared(value) for value in values)
     if term.windows or worth_holding(term.held, out.size) or (of_examples and stays_factored()):
-        return Undone(nonempty([term]), tuple(out.shape), out.dtype)
+        return Unevaluated(nonempty([term]), tuple(out.shape), out.dtype)
     return Plain(_jax.bind(eqn, [array_of(value) for value in values])[0], FORMED)
 
 

@@ -11,17 +11,9 @@ from jax import lax
 from jaxgrad import _jax
 from jaxgrad.per_example.algebra.place import Axis
 from jaxgrad.per_example.algebra.product import Product
-from jaxgrad.per_example.interpreter import linear, undone
+from jaxgrad.per_example.interpreter import linear, products
 from jaxgrad.per_example.interpreter.rules.record import Record, axes_of, each, every, first, on_first
-from jaxgrad.per_example.interpreter.values import (
-    Broadcast,
-    Undone,
-    Value,
-    added,
-    as_broadcast,
-    is_zero,
-    zero,
-)
+from jaxgrad.per_example.interpreter.values import Broadcast, Unevaluated, Value, added, as_broadcast, is_zero, zero
 from jaxgrad.precision import working_dtype
 
 
@@ -39,7 +31,7 @@ def _add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
 
 def _sub(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     first, second = values
-    if not isinstance(second, Undone) or any(v.aval.shape != eqn.outvars[0].aval.shape for v in eqn.invars):
+    if not isinstance(second, Unevaluated) or any(v.aval.shape != eqn.outvars[0].aval.shape for v in eqn.invars):
         return None
     negative = each(eqn, second, lambda term: linear.on_smaller(term, lax.neg), on_windows=True)
     return None if negative is None else [added(first, negative)]
@@ -65,7 +57,7 @@ def _scaled(term: Product, other: Broadcast, operation: Callable[[Any, Any], Any
 
 
 def _mul(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
-    value, other = values if isinstance(values[0], Undone) else values[::-1]
+    value, other = values if isinstance(values[0], Unevaluated) else values[::-1]
     scale = as_broadcast(other)
     result = (
         None
@@ -86,7 +78,7 @@ def _outer(eqn: _jax.Equation, values: Sequence[Value]) -> Product | None:
     if any(n != 1 and k not in a.varies and k not in b.varies for k, n in enumerate(shape)):
         return None
     both = [(a.varies.index(k), b.varies.index(k)) for k in a.varies if k in b.varies]
-    term = undone.product(jnp.asarray(a.compact), jnp.asarray(b.compact), [], both)
+    term = products.product(jnp.asarray(a.compact), jnp.asarray(b.compact), [], both)
     order = [k for k in a.varies if k in b.varies]
     order += [k for k in a.varies if k not in b.varies] + [k for k in b.varies if k not in a.varies]
     axes = dict(zip(order, term.place, strict=True))
@@ -95,7 +87,7 @@ def _outer(eqn: _jax.Equation, values: Sequence[Value]) -> Product | None:
 
 def _div(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     value, scale = values[0], as_broadcast(values[1])
-    if not isinstance(value, Undone) or scale is None or value.shape != eqn.outvars[0].aval.shape:
+    if not isinstance(value, Unevaluated) or scale is None or value.shape != eqn.outvars[0].aval.shape:
         return None
     result = each(eqn, value, lambda term: _scaled(term, scale, lax.div), on_windows=not scale.varies)
     return None if result is None else [result]
@@ -110,7 +102,7 @@ def _select(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | No
     for k, case in enumerate(cases):
         if is_zero(case):
             continue
-        if not isinstance(case, Undone):
+        if not isinstance(case, Unevaluated):
             return None
         which = jnp.asarray(predicate.compact)
         keep = which == k if which.dtype != bool else which if k else jnp.logical_not(which)

@@ -12,10 +12,7 @@ from jaxgrad.per_example.algebra.place import axis_of
 from jaxgrad.per_example.algebra.product import Product, Unfolded, squeezed
 from jaxgrad.per_example.algebra.windows import Window
 from jaxgrad.per_example.interpreter.rules.record import Record
-from jaxgrad.per_example.interpreter.values import (
-    Value,
-    array_of,
-)
+from jaxgrad.per_example.interpreter.values import Value, array_of
 
 
 def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Product | None:

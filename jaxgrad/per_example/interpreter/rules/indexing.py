@@ -10,22 +10,15 @@ from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example.algebra.product import Product
-from jaxgrad.per_example.interpreter import linear, moves, undone
+from jaxgrad.per_example.interpreter import linear, moves, products
+from jaxgrad.per_example.interpreter.cost_model import worth_holding
 from jaxgrad.per_example.interpreter.rules.record import Record, first
-from jaxgrad.per_example.interpreter.values import (
-    Broadcast,
-    Undone,
-    Value,
-    array_of,
-    is_zero,
-    mapped,
-    worth_holding,
-)
+from jaxgrad.per_example.interpreter.values import Broadcast, Unevaluated, Value, array_of, is_zero, mapped
 
 
 def _keeps_update(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     operand, update, *starts = values
-    if not is_zero(operand) or not isinstance(update, Undone):
+    if not is_zero(operand) or not isinstance(update, Unevaluated):
         return None
     shape = eqn.outvars[0].aval.shape
     for k, (full, n, start) in enumerate(zip(shape, update.shape, starts, strict=True)):
@@ -54,14 +47,14 @@ def _makes_update(eqn: _jax.Equation, values: Sequence[Value]) -> Product | None
     axis = axes[0]
     ids = jnp.clip(jnp.asarray(array_of(starts[axis])), 0, shape[axis] - 1)[None]
     dims = [None if k == axis else k for k in range(len(shape))]
-    return undone.lookup(ids, jnp.asarray(array_of(update)), [axis], dims, shape[axis])
+    return products.lookup(ids, jnp.asarray(array_of(update)), [axis], dims, shape[axis])
 
 
 def _keeps_scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     """Put one block at one index: the transpose of a slice at an index that depends on the example."""
     operand, indices, update = values
     index, window = jnp.asarray(array_of(indices)), _jax.scatter_window(eqn)
-    if not is_zero(operand) or not isinstance(update, Undone) or window is None:
+    if not is_zero(operand) or not isinstance(update, Unevaluated) or window is None:
         return None
     if index.ndim > 1:
         return _put_at_each_position(eqn, index, update, window)
@@ -86,7 +79,7 @@ def _keeps_scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[
 
 
 def _put_at_each_position(
-    eqn: _jax.Equation, index: Array, update: Undone, window: Sequence[int | None]
+    eqn: _jax.Equation, index: Array, update: Unevaluated, window: Sequence[int | None]
 ) -> Sequence[Value] | None:
     """Put a product of every position at an index of its own, as when every token selects an expert: the smaller
     operand is multiplied by one-hot vectors. None unless that is smaller than the materialized products."""
@@ -140,7 +133,7 @@ def _makes_scatter_add(eqn: _jax.Equation, values: Sequence[Value]) -> Product |
         positions, dims = [shift(k) for k in positions], [shift(k) for k in dims]
     if any(k is None for j, k in enumerate(dims) if j != axis):  # the updates lack an axis of size 1
         return None
-    return undone.lookup(ids, added, positions, dims, shape[axis])
+    return products.lookup(ids, added, positions, dims, shape[axis])
 
 
 def _once_for_all_positions(updates: Value, window: Sequence[int]) -> Array:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxgrad import _jax
 from jaxgrad.per_example.algebra.product import Product
-from jaxgrad.per_example.interpreter.values import Undone, Value, mapped
+from jaxgrad.per_example.interpreter.values import Unevaluated, Value, mapped
 
 Keeps = Callable[[_jax.Equation, Sequence[Value]], Sequence[Value] | None]
 Makes = Callable[[_jax.Equation, Sequence[Value]], Product | None]
@@ -51,8 +51,8 @@ class Record(NamedTuple):
 
 
 def each(
-    eqn: _jax.Equation, value: Undone, function: Callable[[Product], Any], out: int = 0, on_windows: bool = False
-) -> Undone | None:
+    eqn: _jax.Equation, value: Unevaluated, function: Callable[[Product], Any], out: int = 0, on_windows: bool = False
+) -> Unevaluated | None:
     """Apply a function to every term of a value; the result stands for the equation's result number `out`."""
     aval = eqn.outvars[out].aval
     return mapped(value, aval.shape, aval.dtype, function, on_windows)
@@ -62,7 +62,7 @@ def on_first(function: Callable[[_jax.Equation, Product], Any], on_windows: bool
     """Lift a function on products to a rule for a primitive with one result that rearranges its first operand."""
 
     def keeps(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
-        if not isinstance(values[0], Undone):
+        if not isinstance(values[0], Unevaluated):
             return None
         result = each(eqn, values[0], lambda term: function(eqn, term), on_windows=on_windows)
         return None if result is None else [result]

@@ -10,19 +10,10 @@ from jax import lax
 
 from jaxgrad import _jax
 from jaxgrad.per_example.algebra.product import Product
-from jaxgrad.per_example.interpreter import moves, undone
+from jaxgrad.per_example.interpreter import moves, products
+from jaxgrad.per_example.interpreter.reasons import FORMED
 from jaxgrad.per_example.interpreter.rules.record import Record, axes_of, each, every, on_first
-from jaxgrad.per_example.interpreter.values import (
-    FORMED,
-    Plain,
-    Undone,
-    Value,
-    added,
-    array_of,
-    is_zero,
-    mapped,
-    zero,
-)
+from jaxgrad.per_example.interpreter.values import Plain, Unevaluated, Value, added, array_of, is_zero, mapped, zero
 
 
 def _reshape(eqn: _jax.Equation, term: Product) -> Product | None:
@@ -40,7 +31,7 @@ def _broadcast(eqn: _jax.Equation, term: Product) -> Product | None:
 
 def _keeps_pad(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | None:
     value, padding = values
-    if not isinstance(value, Undone) or not is_zero(padding):
+    if not isinstance(value, Unevaluated) or not is_zero(padding):
         return None
     result = each(eqn, value, partial(moves.pad, config=_jax.padding(eqn)))
     return None if result is None else [result]
@@ -52,7 +43,7 @@ def _makes_pad(eqn: _jax.Equation, values: Sequence[Value]) -> Product | None:
     if not is_zero(padding):
         return None
     array, reason = jnp.asarray(array_of(value)), value.reason if isinstance(value, Plain) else FORMED
-    return moves.pad(undone.carried_out(array, reason), _jax.padding(eqn)) or None
+    return moves.pad(products.times_one(array, reason), _jax.padding(eqn)) or None
 
 
 def _slice(eqn: _jax.Equation, term: Product) -> moves.Moved:
@@ -101,7 +92,7 @@ def _stack(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value] | Non
     for k, value in enumerate(values):
         if is_zero(value):
             continue
-        if not isinstance(value, Undone):
+        if not isinstance(value, Unevaluated):
             return None
         shape = [1 if d == axis else n for d, n in enumerate(out.shape)]
         edges = [(k, len(values) - 1 - k, 0) if d == axis else (0, 0, 0) for d in range(len(shape))]
@@ -123,7 +114,7 @@ def _concatenate(eqn: _jax.Equation, values: Sequence[Value]) -> Sequence[Value]
         start += n
         if is_zero(value):
             continue
-        placed = each(eqn, value, partial(moves.pad, config=edges)) if isinstance(value, Undone) else None
+        placed = each(eqn, value, partial(moves.pad, config=edges)) if isinstance(value, Unevaluated) else None
         if placed is None:
             return None
         total = added(total, placed)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxgrad.errors import called
+from jaxgrad.errors import caller
 
 
 def checked_numbers(c: Any, count: int) -> Array:
@@ -14,7 +14,7 @@ def checked_numbers(c: Any, count: int) -> Array:
     c = jnp.asarray(c)
     if c.shape != (count,) or not jnp.issubdtype(c.dtype, jnp.floating):
         raise ValueError(
-            f"{called()}: expected one floating number per example, shape {(count,)}, got {c.dtype} of shape {c.shape}."
+            f"{caller()}: expected one floating number per example, shape {(count,)}, got {c.dtype} of shape {c.shape}."
         )
     return c
 
@@ -24,7 +24,7 @@ def checked_mask(mask: Any, count: int) -> Array:
     mask = jnp.asarray(mask)
     if mask.dtype != bool or mask.shape != (count,):
         raise ValueError(
-            f"{called()}: expected a boolean mask of shape {(count,)}, got {mask.dtype} of shape {mask.shape}."
+            f"{caller()}: expected a boolean mask of shape {(count,)}, got {mask.dtype} of shape {mask.shape}."
         )
     return mask
 
@@ -39,7 +39,7 @@ def checked_index(index: Any) -> Array:
         chosen = chosen.astype(int)
     if chosen is None or chosen.ndim != 1 or not (chosen.dtype == bool or jnp.issubdtype(chosen.dtype, jnp.integer)):
         raise TypeError(
-            f"{called()}: expected a slice or a one-dimensional array of integers or booleans, got {index!r}. For one "
+            f"{caller()}: expected a slice or a one-dimensional array of integers or booleans, got {index!r}. For one "
             f"example take g[i : i + 1]; for one parameter take g.factors or g.materialize()."
         )
     return chosen
@@ -56,7 +56,7 @@ def checked_bound(bound: Any) -> None:
         wrong = True
     if wrong:
         raise ValueError(
-            f"{called()}: expected positive numbers as bounds, got {bound!r}. One number bounds all parameters "
+            f"{caller()}: expected positive numbers as bounds, got {bound!r}. One number bounds all parameters "
             f"together; to bound groups of them, pass a tree prefix of numbers."
         )
 
@@ -75,6 +75,6 @@ def checked_groups(prefix: PyTree, params_tree: Any) -> tuple[list[Any], list[li
         groups = treedef.flatten_up_to(params_tree.unflatten(range(params_tree.num_leaves)))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{called()}: expected a number or a tree prefix of the parameters, {params_tree}, got {treedef}."
+            f"{caller()}: expected a number or a tree prefix of the parameters, {params_tree}, got {treedef}."
         ) from error
     return bounds, [jax.tree.leaves(group) for group in groups]

@@ -155,7 +155,7 @@ def gram(f: Factor, f_: Factor) -> Float[Array, "B C"]:
     return _written_out_blocks(f, f_)
 
 
-def way(f: Factor, f_: Factor) -> str:
+def plan_name(f: Factor, f_: Factor) -> str:
     """The `Plan.way` by which `inner` computes; convolutions are treated as unfolded."""
     f, f_ = (jax.eval_shape(_unfolded, o) for o in (f, f_))
     return plan(f, f_).way

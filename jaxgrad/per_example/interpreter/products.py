@@ -1,24 +1,17 @@
-"""What makes an unevaluated product in one example's gradient. `moves` and `linear` say what is done to it."""
+"""Make unevaluated products, for one example, from arrays. `moves` and `linear` then rearrange and scale them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxgrad.per_example.algebra.place import Axis, axis_of, whole
 from jaxgrad.per_example.algebra.product import Product, squeezed
+from jaxgrad.per_example.interpreter.reasons import Reason
 
 
-class Reason(NamedTuple):
-    """Why a gradient is evaluated as `vmap(jax.grad)` would: the primitive, its line in the source, and the cause."""
-
-    primitive: str
-    source: str
-    why: str
-
-
-def carried_out(array: Array, reason: Reason | None) -> Product:
+def times_one(array: Array, reason: Reason | None) -> Product:
     """An array as a product with 1."""
     place, sizes = whole(array.shape)
     return Product(
@@ -37,8 +30,9 @@ def product(
     left_labels = tuple(range(left.ndim))
     shared = {r: k for k, r in (*contracted, *batch)}
     right_labels = tuple(shared.get(k, left.ndim + k) for k in range(right.ndim))
-    met = {k for k, _ in (*contracted, *batch)}
-    out = [k for k, _ in batch] + [k for k in left_labels if k not in met] + [k for k in right_labels if k not in met]
+    joint = {k for k, _ in (*contracted, *batch)}
+    free = [k for k in (*left_labels, *right_labels) if k not in joint]
+    out = [*(k for k, _ in batch), *free]
     sizes = (*left.shape, *right.shape)
     place = tuple(axis_of([k], sizes) for k in out)
     return squeezed(Product(left, right, left_labels, right_labels, place, sizes, precision=precision))

@@ -1,4 +1,4 @@
-"""Held: the base class of PerExampleGrads, a pytree of factors without the operations on them."""
+"""FactorTree: the base class of PerExampleGrads, a pytree of factors without the operations on them."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxgrad.errors import called
+from jaxgrad.errors import caller
 from jaxgrad.per_example.algebra import chunks, complexes, factors
 from jaxgrad.per_example.algebra.factors import Factor
 from jaxgrad.per_example.algebra.leaf import Leaf
 from jaxgrad.per_example.algebra.mapped import of_examples
 
 
-class Held:
+class FactorTree:
     """The base class of `PerExampleGrads`: its tree of factors, the methods of a pytree, and its attributes.
 
     Args:
@@ -147,30 +147,30 @@ class Held:
         structure: Any = jax.tree.structure(self._held, is_leaf=_is_parameter)
         treedef = jax.tree.structure(tree)
         if treedef != structure:
-            raise ValueError(f"{called()}: expected a tree like the parameters', {structure}, got {treedef}.")
+            raise ValueError(f"{caller()}: expected a tree like the parameters', {structure}, got {treedef}.")
         leaves, parts = jax.tree.flatten(complexes.parts(tree, sign=-1))
         if parts != self._treedef:
             raise ValueError(
-                f"{called()}: expected complex numbers where the parameters are, and only there, got "
+                f"{caller()}: expected complex numbers where the parameters are, and only there, got "
                 f"{jax.tree.map(jnp.result_type, tree)}."
             )
         for path, leaf, v in zip(self.paths, self._leaves, leaves, strict=True):
             if jnp.shape(v) != leaf.layout.shape:
-                raise ValueError(f"{called()}: expected shape {leaf.layout.shape} at {path}, got {jnp.shape(v)}.")
+                raise ValueError(f"{caller()}: expected shape {leaf.layout.shape} at {path}, got {jnp.shape(v)}.")
         return [jnp.asarray(v) for v in leaves]
 
-    def _same_parameters(self, other: "Held") -> None:
-        if not isinstance(other, Held):
+    def _same_parameters(self, other: "FactorTree") -> None:
+        if not isinstance(other, FactorTree):
             raise TypeError(not_gradients(other))
         if other._treedef != self._treedef:
             raise ValueError(
-                f"{called()}: expected the same tree of parameters, {self._treedef}, got {other._treedef}."
+                f"{caller()}: expected the same tree of parameters, {self._treedef}, got {other._treedef}."
             )
         for path, leaf, leaf_ in zip(self.paths, self._leaves, other._leaves, strict=True):
             expected, got = leaf.layout, leaf_.layout
             if (expected.shape, expected.dtype) != (got.shape, got.dtype):
                 raise ValueError(
-                    f"{called()}: expected {expected.dtype}{list(expected.shape)} at {path}, "
+                    f"{caller()}: expected {expected.dtype}{list(expected.shape)} at {path}, "
                     f"got {got.dtype}{list(got.shape)}."
                 )
 
@@ -178,7 +178,7 @@ class Held:
 def not_gradients(g: Any) -> str:
     """The error message for an argument that should have been PerExampleGrads."""
     return (
-        f"{called()}: expected PerExampleGrads, as jg.per_example_grad(loss)(params, *batch) returns, got "
+        f"{caller()}: expected PerExampleGrads, as jg.per_example_grad(loss)(params, *batch) returns, got "
         f"{type(g).__name__}."
     )
 

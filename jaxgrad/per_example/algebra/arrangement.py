@@ -23,7 +23,7 @@ def arranged(p: Product, dtype: Any) -> Product:
     p = dataclasses.replace(p, dtype=jnp.dtype(dtype), precision=None, reason=None, over=())
     if p.windows:
         return _numbered(p)
-    if p.carried:
+    if p.is_scaled_array:
         p = dataclasses.replace(p, left=_times(p.left, p.right), right=None)
     elif p.row is None and next((x for x in p.out if x not in p.roles[0]), None) in p.roles[3]:
         p = p.turned()

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from jaxgrad.per_example.algebra.holding import arranged
+from jaxgrad.per_example.algebra.arrangement import arranged
 from jaxgrad.per_example.algebra.place import Axis, axis_of, whole
 from jaxgrad.per_example.algebra.product import Product, squeezed
 

@@ -1,0 +1,37 @@
+"""Why a gradient is not kept factored: every reason that `explain` and `strict` give."""
+
+from typing import NamedTuple
+
+from jaxgrad import _jax
+
+
+class Reason(NamedTuple):
+    """Why a gradient is evaluated as `vmap(jax.grad)` would: the primitive, its line in the source, and the cause."""
+
+    primitive: str
+    source: str
+    why: str
+
+
+FORMED = Reason("", "", "the product is smaller than its operands")
+"""The reason for a product that was materialized because the array is smaller; this is not the direct route."""
+
+NO_PRODUCT = "its result is not a product of two smaller arrays"
+NOT_APPLICABLE = "this operation cannot be applied to the product's operands"
+UNKNOWN_PRIMITIVE = "it is not known what this primitive computes: jaxgrad.register_rule can say it"
+UNKNOWN_STEPS = "it is computed in a loop with an unknown number of steps: give the loop a fixed number"
+CARRIED = "it is carried through a loop that does more than add to it"
+MAPPED_IN_LOOP = "a linear map shared by all examples is applied to it in every step of a loop"
+BRANCHES = "not every branch returns a product that is smaller than the gradient"
+ADDED = "added to something that is not a product"
+REGISTERED_HAS_NONE = "its registered rule has no product for this result"
+
+
+def reason_at(eqn: _jax.Equation, why: str) -> Reason:
+    """A reason that names the equation."""
+    return Reason(eqn.primitive.name, _jax.source_line(eqn), why)
+
+
+def registered_makes_none(eqn: _jax.Equation, inner: Reason) -> Reason:
+    """The reason for a primitive whose registered rule makes no product, from the reason found in the rule."""
+    return reason_at(eqn, f"its registered rule makes no product: {inner.primitive}: {inner.why}")
