@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from jaxgrad import _jax
+from jaxgrad.per_example.interpreter.rules import UNKNOWN, record_of
 
 
 class State(Enum):
@@ -26,9 +27,6 @@ class NotLinearError(Exception):
     """An operation is not linear in the cotangent; the message names it."""
 
 
-_SUMS = {lax.add_p, lax.sub_p, _jax.add_any_p, lax.concatenate_p, lax.pad_p, lax.dynamic_update_slice_p}
-_SUMS |= {lax.scatter_add_p, lax.select_n_p}
-_PRODUCTS = {lax.mul_p, lax.dot_general_p, lax.conv_general_dilated_p}
 _NOT_LINEAR = {
     *(lax.abs_p, lax.sign_p, lax.max_p, lax.min_p, lax.clamp_p, lax.exp_p, lax.log_p, lax.tanh_p, lax.logistic_p),
     *(lax.sqrt_p, lax.rsqrt_p, lax.pow_p, lax.integer_pow_p, lax.square_p, lax.sin_p, lax.cos_p, lax.floor_p),
@@ -36,10 +34,9 @@ _NOT_LINEAR = {
     *(lax.eq_p, lax.ne_p, lax.lt_p, lax.le_p, lax.gt_p, lax.ge_p, lax.reduce_max_p, lax.reduce_min_p, lax.sort_p),
     *(lax.argmax_p, lax.argmin_p, lax.reduce_prod_p, lax.cumprod_p, lax.cummax_p, lax.cummin_p, lax.rem_p),
 }
-_ZERO_TO_ZERO = {
-    *(lax.broadcast_in_dim_p, lax.convert_element_type_p, lax.reshape_p, lax.transpose_p, lax.neg_p, lax.squeeze_p),
-    *(lax.reduce_sum_p, lax.slice_p, lax.rev_p, lax.real_p, lax.imag_p, lax.cumsum_p, *_jax.IDENTITIES),
-}
+
+_OTHER_OPERANDS = {lax.div_p: "a division by the cotangent", lax.select_n_p: "a choice made by the cotangent"}
+_NOT_IN_OPERANDS = "the cotangent as an operand in which the operation is not linear"
 
 
 def not_linear(program: _jax.Program, operand: int) -> str | None:
@@ -88,24 +85,22 @@ def _results(eqn: _jax.Equation, states: list[State]) -> list[State]:
         inner = [jaxpr for jaxpr in _jax.programs_in(eqn) if len(jaxpr.invars) == len(states)]
         if inner:
             return _through(inner[0], states)
-    if eqn.primitive in _SUMS:
-        operands = states[1:] if eqn.primitive is lax.select_n_p else states
-        if eqn.primitive is lax.scatter_add_p:
-            operands = [states[0], states[2]]
-        if eqn.primitive is lax.dynamic_update_slice_p:
-            operands = states[:2]
-        if eqn.primitive is lax.select_n_p and states[0] is LINEAR:
-            raise NotLinearError(f"{_at(eqn)}: a choice made by the cotangent")
-        return [_sum(eqn, operands, eqn.outvars[0])]
-    if eqn.primitive in _PRODUCTS:
+    record = record_of(eqn)
+    if record.identity:
+        return states
+    if record.bilinear:
         if states.count(LINEAR) > 1:
             raise NotLinearError(f"{_at(eqn)}: a product of the cotangent with itself")
         return [ZERO if ZERO in states else LINEAR if LINEAR in states else CONSTANT] * count
-    if eqn.primitive is lax.div_p and states[1] is LINEAR:
-        raise NotLinearError(f"{_at(eqn)}: a division by the cotangent")
+    if record is not UNKNOWN:
+        linear = record.linear_in(eqn)
+        if any(state is LINEAR for k, state in enumerate(states) if k not in linear):
+            raise NotLinearError(f"{_at(eqn)}: {_OTHER_OPERANDS.get(eqn.primitive, _NOT_IN_OPERANDS)}")
+        if all(states[k] is ZERO for k in linear) and record.keeps_zero:
+            return [ZERO] * count
+        return [_sum(eqn, [states[k] for k in linear], v) for v in eqn.outvars]
     if LINEAR not in states:
-        zero = eqn.primitive in _ZERO_TO_ZERO and all(state is ZERO for state in states)
-        return [ZERO if zero else CONSTANT] * count
+        return [CONSTANT] * count
     if eqn.primitive in _NOT_LINEAR and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.inexact):
         if eqn.primitive is lax.integer_pow_p and eqn.params["y"] == 1:
             return [LINEAR] * count

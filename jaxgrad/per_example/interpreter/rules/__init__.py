@@ -9,9 +9,7 @@
     devices       sums over mesh axes inside shard_map
     ragged        products of groups of rows, each with a matrix of its own
 
-To add a primitive, write its record in its family. A contraction that is not linear in all of its operands together
-also goes into `_PRODUCTS` of `interpreter/cotangent_check.py`, and a primitive that preserves norms into `_PRESERVING`
-of `interpreter/measuring.py`. `tests/test_through.py` and, on random programs, `test_squares.py`
+To add a primitive, write its record in its family. `tests/test_through.py` and, on random programs, `test_squares.py`
 check that it is right: the rule's result, materialized, must equal the equation's result for the materialized product.
 """
 

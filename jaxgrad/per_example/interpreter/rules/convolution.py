@@ -68,4 +68,4 @@ def _divided(a: Array, parts: dict[int, tuple[int, int, int]]) -> tuple[Array, t
     return a.reshape(shape), tuple(labels)
 
 
-RECORDS = {lax.conv_general_dilated_p: Record(makes=_convolution, operands=lambda eqn: ())}
+RECORDS = {lax.conv_general_dilated_p: Record(makes=_convolution, operands=lambda eqn: (), bilinear=True)}
