@@ -1,5 +1,6 @@
 """Test configuration: float64 is enabled, and implicit promotion of dtypes and ranks is an error."""
 
+import contextlib
 import os
 import zlib
 
@@ -53,8 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
-# Compiling takes most of the time of a small test, so LLVM's optimizations are off, except where a test is about the
-# compiled program itself: its digits at real sizes, its memory, or its time.
+# Compiling takes most of the time of a small test, so LLVM's optimizations and XLA's fusion emitters are off, except
+# where a test is about the compiled program itself: its digits at real sizes, its memory, or its time.
 AS_USED = (
     "test_accelerators",
     "test_benchmarks",
@@ -65,6 +66,22 @@ AS_USED = (
     "test_processes",
     "test_two_passes",
 )
+
+
+def _compile_options(*args, **kwargs):
+    options = _jax_compile_options(*args, **kwargs)
+    if jax.config.read("jax_disable_most_optimizations"):
+        options.env_option_overrides = [*options.env_option_overrides, ("xla_cpu_use_fusion_emitters", False)]
+    return options
+
+
+# JAX has no public switch for this, and later versions no longer have the option; without it the tests are slower.
+if jax.__version_info__ < (0, 11):
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src import compiler
+
+        _jax_compile_options = compiler.get_compile_options
+        compiler.get_compile_options = _compile_options
 
 
 @pytest.fixture(autouse=True)
