@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 from support import oracle
@@ -95,8 +95,9 @@ def test_hessian_vector_product_is_jvp_of_grad(seed, B, H, D, name, dtype):
     params, X, Y = batch(seed, max(B, 1), H, D, jnp.dtype(dtype))
     V = jax.tree.map(lambda a: a[..., ::-1] + 1, params)
     args = (params, V, X, Y, ACTIVATIONS[name])
-    if name == "elu":  # jax.grad takes its slope to be differentiable at 0
-        return
+    if name == "elu":  # its curvature jumps at 0, where jax.grad takes the other side
+        z = X.astype(jnp.float64) @ params.W.astype(jnp.float64).mT + params.b.astype(jnp.float64)[None]
+        assume(bool((jnp.abs(z) > 1e-2).all()))
     if dtype in ("float16", "bfloat16"):  # jvp of grad is not accurate enough there: compare with float64
         wide = [jax.tree.map(lambda a: a.astype(jnp.float64), a) for a in args[:4]]
         expected = autodiff.hessian_vector_product(*wide, args[4])
