@@ -110,9 +110,15 @@ def branches(eqn: Equation) -> list[Program]:
 
 
 def kernel_name(eqn: Equation) -> str | None:
-    """The name among an equation's params, such as that of a Pallas kernel; None if there is none."""
-    name = eqn.params.get("name")
-    return name if isinstance(name, str) else None
+    """The name in an equation's params, or else that of the function traced for it; None if there is neither.
+
+    A Pallas kernel has the former if it is called with `name=`; else its name is that of the kernel's function.
+    """
+    name, inner = eqn.params.get("name"), eqn.params.get("jaxpr")
+    if isinstance(name, str):
+        return name
+    function = getattr(getattr(getattr(inner, "jaxpr", inner), "debug_info", None), "func_name", None)
+    return function if isinstance(function, str) else None
 
 
 def is_batched_kernel(eqn: Equation) -> bool:

@@ -163,7 +163,11 @@ def test_a_shared_argument_may_be_the_same_object_as_the_parameters(transform):
         ((None, 1, 0), ValueError, "expected one batch size .*, got 7 in argument 1, 6 in argument 2"),
         ((1, 0), ValueError, r"each of the 3 positional .*got \(1, 0\). Write in_axes=\(None, 1, 0\)"),
         ([0] * 4, ValueError, r"each of the 3 positional .* Write in_axes=\(None, 0, 0\)"),
-        ((0, 0, None), ValueError, r"None .* argument 0, .*got 0. Write in_axes=\(None, 0, None\)"),
+        (
+            (0, 0, None),
+            ValueError,
+            r"got 0. If the parameters are argument 2, pass argnums=2; else in_axes=\(None, 0, None\)",
+        ),
         (({"W": 1, "b": None}, 0, 0), ValueError, "expected None in in_axes at the differentiated argument 0"),
         *((axes, TypeError, f"expected whole numbers or None in in_axes, got {got}") for axes, got in WRONG_AXES),
     ],

@@ -127,12 +127,53 @@ def test_a_rule_for_one_kernel_is_not_asked_for_others():
     assert set(asked) == {"weight_kernel"}
 
 
-def test_a_kernel_that_the_loss_batches_by_vmap_takes_the_direct_route():
+def test_a_kernel_that_the_loss_batches_by_vmap_takes_the_direct_route_and_explain_says_so():
     def loss(W, x):
         return jax.vmap(pallas_loss, (None, 0))(W, x.reshape(3, 1, 30)).sum()
 
     with rule_for_weight_kernel():
         assert agrees(loss, W, X)
+        assert "batched this kernel" in jg.explain(loss)(W, X).rows[0].why
+
+
+def test_a_kernel_without_a_name_has_that_of_its_function():
+    def multiplied(a, b):
+        def product_kernel(a, b, out):
+            out[...] = a[...].T @ b[...]
+
+        out = jax.ShapeDtypeStruct((a.shape[1], b.shape[1]), a.dtype)
+        return pl.pallas_call(product_kernel, out_shape=out, interpret=True)(a, b)
+
+    def loss(W, x):
+        return jnp.sin(layer(multiplied)(W, x)).sum()
+
+    why = jg.explain(loss)(W, X).rows[0].why
+    assert "the kernel 'product_kernel' computes: jaxgrad.register_rule(…, name='product_kernel')" in why
+    with jg.register_rule("pallas_call", lambda a, b, **params: a.T @ b, name="product_kernel"):
+        assert how(loss, W, X) == "factored"
+        assert agrees(loss, W, X)
+    with (
+        jg.register_rule("pallas_call", lambda a, b, **params: a.T @ b, name="product_kernle"),
+        pytest.raises(
+            ValueError, match=r"pallas_call 'product_kernel'.* There are rules for pallas_call 'product_kernle'"
+        ),
+    ):
+        jg.per_example.check_rule(multiplied, X[0], X[0])
+
+
+def test_a_rule_that_multiplies_integers_makes_no_product_and_explain_says_why():
+    product = primitive("int8_product", lambda a, b: (a.astype(jnp.int32).T @ b.astype(jnp.int32)).astype(jnp.float32))
+
+    def loss(W, x):
+        return jnp.sin(layer(lambda x, g: product.bind(jnp.round(x), jnp.round(g)))(W, x)).sum()
+
+    def integers(a, b):
+        return jnp.matmul(a.T.astype(jnp.int32), b.astype(jnp.int32)).astype(jnp.float32)
+
+    with jg.register_rule(product, integers):
+        assert "convert the operands to a floating dtype" in jg.explain(loss)(W, X).rows[0].why
+    with jg.register_rule(product, lambda a, b: jnp.round(a).T @ jnp.round(b)):
+        assert how(loss, W, X) == "factored"
 
 
 def test_a_rule_that_declines_changes_nothing():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrad import check_gradient, clipped_grad, explain, per_example_grad
+from jaxgrad import check_gradient, clipped_grad, explain, per_example_grad, per_example_jacobian
 
 B = 4
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -302,6 +302,18 @@ def test_a_state_that_the_loss_changes_and_an_axis_of_examples_are_explained():
             per_example_grad(loss)(params, normal(0, B, 8, dtype=jnp.float32))
         note = "no axis of examples" if name == "an axis" else "Let it change a copy"
         assert any(note in line and line.startswith("per_example_grad: ") for line in raised.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    "transform", [per_example_grad, explain, functools.partial(clipped_grad, max_norm=1.0), per_example_jacobian]
+)
+def test_an_error_inside_the_loss_says_that_the_loss_had_one_example(transform):
+    with pytest.raises(ValueError, match="rank should be at least 1") as raised:
+        transform(lambda W, X: jax.vmap(lambda x: x * W.sum())(X).mean())(jnp.ones((3, 2)), jnp.ones(4))
+    (note,) = [note for note in raised.value.__notes__ if "ONE example" in note]  # JAX adds others
+    assert (
+        "the loss was called with ONE example: argument 0 float64[3,2], argument 1 float64[]. It must not vmap" in note
+    )
 
 
 @pytest.mark.every(0)

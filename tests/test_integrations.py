@@ -425,6 +425,15 @@ def test_the_aggregate_of_optax_has_the_same_mean_noise_and_state(dtype):
     close(mine.update(G, mine.init(params))[0], expected, 1e-12)
 
 
+def test_a_gradient_without_an_axis_of_examples_is_refused():
+    params = {"W": jnp.ones((3, 2)), "b": jnp.ones(())}
+    aggregate = ours_of_optax.differentially_private_aggregate(1.0, 0.0, key=0)
+    with pytest.raises(ValueError, match=r"an axis of examples, got .* \(3, 2\). Pass what jg.per_example_grad"):
+        aggregate.update(params, aggregate.init(params), params)
+    with_examples = jax.tree.map(lambda a: jnp.stack([a, a, a]), params)
+    assert aggregate.update(with_examples, aggregate.init(params), params)[0]["W"].shape == (3, 2)
+
+
 def test_dpsgd_is_a_chain_with_the_aggregate_of_optax():
     params, x, y = inputs()
     fun = lambda params, x, y: loss(params, x[None], y[None])  # noqa: E731

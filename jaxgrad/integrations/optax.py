@@ -38,7 +38,7 @@ def differentially_private_aggregate(
         dtypes; anything else is passed to optax's own.
 
     Raises:
-        ValueError: a bound that is not a positive number.
+        ValueError: a bound that is not a positive number, or, by the update, gradients of the parameters' own shapes.
 
     Example:
         >>> import optax
@@ -55,6 +55,7 @@ def differentially_private_aggregate(
 
     def update(updates: Any, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         if not isinstance(updates, PerExampleGrads):
+            _refuse_plain_gradient(updates, params)
             return theirs.update(updates, state, params)
         total = _clipped_sum(updates, l2_norm_clip)
         new_key, *keys = jax.random.split(state.rng_key, len(jax.tree.leaves(total)) + 1)
@@ -68,6 +69,17 @@ def differentially_private_aggregate(
         return mean, contrib.DifferentiallyPrivateAggregateState(rng_key=new_key)
 
     return optax.GradientTransformation(theirs.init, update)
+
+
+def _refuse_plain_gradient(updates: Any, params: PyTree | None) -> None:
+    """Raise ValueError for a gradient without an axis of examples, whose first axis optax would take for one."""
+    pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=False)
+    shapes = [(jnp.shape(u), jnp.shape(p)) for u, p in pairs]
+    if any(shape and shape == of_parameter for shape, of_parameter in shapes):
+        raise ValueError(
+            f"differentially_private_aggregate: expected gradients with an axis of examples, got arrays of the "
+            f"parameters' own shapes, {shapes[0][0]}. Pass what jg.per_example_grad(loss)(params, *batch) returns."
+        )
 
 
 def _clipped_sum(g: PerExampleGrads, bound: Any) -> PyTree:

@@ -217,9 +217,17 @@ def _entries(in_axes: Any, numbers: Sequence[int], count: int) -> list[Any]:
         if jax.tree.leaves(in_axes[k]):
             raise ValueError(
                 f"{caller()}: expected None in in_axes at the differentiated argument {k}, which is shared by all "
-                f"examples, got {in_axes[k]!r}. Write in_axes={suggestion!r}."
+                f"examples, got {in_axes[k]!r}. {_advice(in_axes, numbers, suggestion)}"
             )
     return list(in_axes)
+
+
+def _advice(in_axes: Sequence[Any], numbers: Sequence[int], suggestion: tuple[Any, ...]) -> str:
+    """How to correct in_axes, or argnums if in_axes is right for another argument."""
+    shared = [k for k, axis in enumerate(in_axes) if axis is None and k not in numbers]
+    if len(numbers) == 1 and len(shared) == 1:
+        return f"If the parameters are argument {shared[0]}, pass argnums={shared[0]}; else in_axes={suggestion!r}."
+    return f"Write in_axes={suggestion!r}."
 
 
 def _broadcast(axis: Any, tree: Any) -> list[int | None]:
@@ -265,7 +273,7 @@ def _batch_size(sizes: dict[str, int]) -> int:
 
 def _array(name: str, leaf: Any, axis: Any) -> Any:
     """Return a batched leaf as an array; raise an error unless it has the example axis."""
-    hint = "For arguments shared by all examples, put None in in_axes."
+    hint = "For arguments shared by all examples, put None in in_axes; for one example, pass x[None]."
     try:
         if isinstance(leaf, np.ndarray):
             jnp.result_type(leaf)

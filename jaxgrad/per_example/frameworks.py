@@ -1,5 +1,6 @@
 """Advice for models of Flax and Equinox, added to the error if a call cannot be split or its loss cannot be traced."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,10 @@ STATE = (
     "call nnx.merge(graph, params, rest, copy=True) inside the loss. For dropout, pass one key per example and "
     "nnx.reseed the copy with it. docs/frameworks.md shows both."
 )
+ONE_EXAMPLE = (
+    "It must not vmap over the batch or take its mean; a model that needs an axis of examples gets one of size 1: "
+    "model(x[None])[0]."
+)
 AXIS = (
     "The loss sees one example, so there is no axis of examples to take statistics over: with batch statistics no "
     "example has a gradient of its own. Use the running statistics (inference mode), or a normalization within the "
@@ -30,12 +35,22 @@ def advice(tree: Any) -> str:
     return next((SPLIT[model] for model in models if model), "")
 
 
-def add_advice(error: Exception) -> None:
-    """Add advice to an error that the loss raised, if its cause is known."""
+def add_advice(error: Exception, args: Sequence[Any]) -> None:
+    """Add to an error that the loss raised what the loss was given, and advice if the cause is known."""
+    given = ", ".join(f"argument {k} {_shapes(arg)}" for k, arg in enumerate(args))
+    error.add_note(f"{caller()}: the loss was called with ONE example: {given}. {ONE_EXAMPLE}")
     if type(error).__name__ == "TraceContextError":
         error.add_note(f"{caller()}: {STATE}")
     elif isinstance(error, NameError) and "unbound axis name" in str(error):
         error.add_note(f"{caller()}: {AXIS}")
+
+
+def _shapes(arg: Any) -> str:
+    """The dtypes and shapes of the arrays in an argument; the first three, if there are more."""
+    leaves = [jax.typeof(leaf).str_short() for leaf in jax.tree.leaves(arg) if hasattr(leaf, "dtype")]
+    if len(leaves) > 3:
+        return f"with {len(leaves)} arrays"
+    return " ".join(leaves) or type(arg).__name__
 
 
 def _model(node: Any) -> str:

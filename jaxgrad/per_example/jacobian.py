@@ -196,7 +196,7 @@ def per_example_jacobian(
             try:
                 return _outputs(fun(*args, **kwargs))
             except Exception as error:
-                add_advice(error)
+                add_advice(error, args)
                 raise
 
         count = jax.eval_shape(outputs, arguments.params, arguments.example).shape[0]

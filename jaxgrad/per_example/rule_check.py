@@ -133,7 +133,10 @@ def check_rule(fun: Callable[..., Any], *operands: Any, rtol: float | None = Non
 
 
 class _Survey(NamedTuple):
-    """A program's equations with a rule that applies, the rules that decline, and the names of all primitives."""
+    """A program's equations with a rule that applies, the rules that decline, and the names of all primitives.
+
+    The name of a primitive is followed by that of the kernel, as in "pallas_call 'matmul'".
+    """
 
     checked: list[tuple[_jax.Equation, registered.Reference]]
     declined: list[str]
@@ -146,7 +149,8 @@ def _evaluated(program: _jax.Program, operands: Sequence[Any], survey: _Survey) 
     known |= dict(zip(program.jaxpr.invars, operands, strict=True))
     for eqn in program.jaxpr.eqns:
         values = [v.val if isinstance(v, _jax.Literal) else known[v] for v in eqn.invars]
-        survey.names.add(eqn.primitive.name)
+        kernel = _jax.kernel_name(eqn) if _jax.is_foreign(eqn) else None
+        survey.names.add(eqn.primitive.name if kernel is None else f"{eqn.primitive.name} {kernel!r}")
         if eqn.primitive is _jax.jit_p:
             yield from _evaluated(_jax.body(eqn), values, survey)
         elif (rule := registered.rule_of(eqn)) is not None:
@@ -171,7 +175,9 @@ def _refuse_unchecked(program: _jax.Program, survey: _Survey) -> None:
         )
     raise ValueError(
         f"check_rule: expected a function that uses a primitive with a registered rule, got the primitives "
-        f"{', '.join(sorted(survey.names)) or '(none)'}. For a rule of a backward pass, pass the gradient function."
+        f"{', '.join(sorted(survey.names)) or '(none)'}. There are rules for "
+        f"{', '.join(map(str, registered.rules())) or 'none'}. For a rule of a backward pass, pass the gradient "
+        f"function."
     )
 
 

@@ -243,7 +243,7 @@ class Transformed:
             try:
                 result = self.fun(*args, **kwargs)
             except Exception as error:
-                add_advice(error)
+                add_advice(error, args)
                 raise
             if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
                 raise TypeError(

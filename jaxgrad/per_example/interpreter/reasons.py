@@ -18,7 +18,8 @@ FORMED = Reason("", "", "the product is smaller than its operands")
 
 NO_PRODUCT = "its result is not a product of two smaller arrays"
 NOT_APPLICABLE = "this operation cannot be applied to the product's operands"
-UNKNOWN_PRIMITIVE = "it is not known what this primitive computes: jaxgrad.register_rule can say it"
+INTEGERS = "it computes integers: convert the operands to a floating dtype before they are multiplied"
+BATCHED_KERNEL = "jax.vmap inside the loss has batched this kernel, and no rule is used for a batched kernel"
 UNKNOWN_STEPS = "it is computed in a loop with an unknown number of steps: give the loop a fixed number"
 CARRIED = "it is carried through a loop that does more than add to it"
 MAPPED_IN_LOOP = "a linear map shared by all examples is applied to it in every step of a loop"
@@ -30,6 +31,15 @@ REGISTERED_HAS_NONE = "its registered rule has no product for this result"
 def reason_at(eqn: _jax.Equation, why: str) -> Reason:
     """A reason that names the equation."""
     return Reason(eqn.primitive.name, _jax.source_line(eqn), why)
+
+
+def unknown_primitive(eqn: _jax.Equation) -> Reason:
+    """The reason for a primitive that jaxgrad does not know; it says how a rule for it is registered."""
+    if _jax.is_batched_kernel(eqn):
+        return reason_at(eqn, BATCHED_KERNEL)
+    name = _jax.kernel_name(eqn)
+    this, how = ("this primitive", "") if name is None else (f"the kernel {name!r}", f"(…, name={name!r})")
+    return reason_at(eqn, f"it is not known what {this} computes: jaxgrad.register_rule{how} can say it")
 
 
 def registered_makes_none(eqn: _jax.Equation, inner: Reason) -> Reason:

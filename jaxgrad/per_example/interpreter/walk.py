@@ -333,7 +333,9 @@ def _inherited(eqn: _jax.Equation, values: Sequence[Value], taken: Sequence[int]
     if largest > size or (largest == size and not foreign):
         return FORMED
     if foreign:
-        return reason_at(eqn, reasons.UNKNOWN_PRIMITIVE)
+        return reasons.unknown_primitive(eqn)
+    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+        return reason_at(eqn, reasons.INTEGERS)
     return reason_at(eqn, reasons.NO_PRODUCT)
 
 
