@@ -81,9 +81,9 @@ THEME = Theme(
     "exercise",
     "The exercise: closed form and jax.grad",
     """
-Each row has the sizes (B, D, H) and a function of `jg.network.closed_form`. It is compared with the use of `jax.grad`
-in the column `baseline`. `ratio` is the closed form's time divided by the baseline's, and `closed form, memory` is the
-same ratio for memory. All arrays are float32.""",
+Each row shows the sizes (B, D, H) and a function of `jg.network.closed_form`, which is compared with the use of
+`jax.grad` in the column `baseline`. `ratio` is the time of the closed form divided by that of the baseline;
+`closed form, memory` is the same ratio for memory. All arrays are float32.""",
     (
         report.label("baseline"),
         report.milliseconds("closed form"),

@@ -132,12 +132,13 @@ program; its goal is 1.25.""",
     note="""
 What limits the ratios:
 
-- *Norms + clipped sum* takes two matrix products, Z = W Xᵀ and (c ⊙ δ)ᵀ X. Between them it computes δ from Z, the
-  norms of δ and x, and a scaled copy of the smaller of δ and x. A plain gradient needs neither the norms nor the copy.
-  The copy takes B·min(D, H) numbers of memory beyond a plain gradient's. The norms also hold the squares of δ or of x.
+- *Norms + clipped sum* takes two matrix products, Z = W Xᵀ and (c ⊙ δ)ᵀ X. Between these products it computes δ from
+  Z, the norms of δ and x, and a scaled copy of the smaller of δ and x. A plain gradient needs neither the norms nor the
+  copy. The copy takes B·min(D, H) numbers of memory more than a plain gradient. The norms also hold the squares of δ or
+  of x.
 - *Second moment* is the product of δ ⊙ δ and x ⊙ x. These squares are operands of a matrix product, so they must be
   materialized: B·(D + H) numbers.
-- *Gram matrix* takes two products with B × B results. If B is larger than D and H, they take more time and memory than
+- *Gram matrix* takes two products with B × B results. If B is larger than D and H, these take more time and memory than
   everything else.
 """,
 )

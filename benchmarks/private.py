@@ -71,8 +71,8 @@ float32. Memory is the temporary memory of the compiled program.""",
     workloads,
     note="""
 A clipped step does more than norms and a clipped sum: an example that is masked, or whose gradient is not finite, adds
-exactly zero. Since 0 · NaN is NaN, it sets such examples to zero in both arrays of every factor, and writes these
-arrays once more even if there are no such examples. With many positions and few examples, materialized gradients
-(`optax`) take little more time but much more memory.
+exactly zero. Since 0 · NaN is NaN, a clipped step sets such examples to zero in both arrays of every factor, and
+writes these arrays once more even if there are no such examples. With many positions and few examples, materialized
+gradients (`optax`) take little more time but much more memory.
 """,
 )

@@ -69,10 +69,10 @@ THEME = Theme(
     """
 `plain` is `jit(value_and_grad(mean loss))`; the columns *time*, *memory* and *compile time* are multiples of it.
 `jaxgrad` computes the mean loss, the norms and the clipped sum of the per-example gradients from factors. `norms`
-computes the norms but no sum, and `sum` a sum with weights that are known in advance but no norms. `vmap(grad)`
-computes the same as `jaxgrad` from the gradients that `vmap(jax.grad)` materializes. `by hand` starts from factors
-that were derived by hand. All arrays are float32. Memory is the temporary memory of the compiled program. Compile time
-includes tracing.""",
+computes only the norms; `sum` computes only a sum with weights that are known in advance. `vmap(grad)` computes the
+same as `jaxgrad` from the gradients that `vmap(jax.grad)` materializes. `by hand` starts from factors that were derived
+by hand. All arrays are float32. Memory is the temporary memory of the compiled program. Compile time includes
+tracing.""",
     (
         report.milliseconds("plain"),
         report.ratio("jaxgrad"),
@@ -92,13 +92,13 @@ What limits the ratios:
 
 - `sum` computes the matrix products of a plain gradient and scales one array of every factor. `jaxgrad` also computes
   the norms, so it is above 1.00 wherever `sum` is.
-- In the MLP, the norms read both arrays of every factor twice: once for the power of two that scales them, and once
-  for the squares. The products that make the weights' gradients depend on the norms, so they cannot overlap with the
-  elementwise operations of the backward pass, as they do in a plain gradient.
+- In the MLP, the norms read both arrays of every factor twice: once for the power of two that scales the array, and
+  once for the squares. The products that make the weights' gradients depend on the norms, so these products cannot
+  overlap with the elementwise operations of the backward pass, as they do in a plain gradient.
 - With T positions, the norm of a D × D weight's gradient takes 2·T²·D multiplications. A plain gradient takes 3·T·D²,
   so the norm adds 2T/3D: 17 % at T = 128 and D = 512, or at T = 64 and D = 256. `sum` is cheaper than a plain
   gradient, which transposes its operands, and this may make up for the norms.
-- In the embedding, a plain gradient does little but write 49 MiB of zeros.
+- In the embedding, a plain gradient mostly writes 49 MiB of zeros.
 - The conv net compiles slowly because three loops over blocks of unfolded images are compiled with it. These loops
   bound its memory.
 

@@ -3,13 +3,13 @@
 The transforms take the loss, or the model, of a single example:
 
     per_example_grad        factored per-example gradients; per_example_value_and_grad adds the values
-    per_example_norms       the norms alone, with no more memory than a plain gradient
+    per_example_norms       the losses and the norms, in no more memory than a plain gradient
     per_example_jacobian    the gradients of all outputs of a model, with the activations held once
     clipped_grad            the sum of clipped gradients, with a bound on how far one example can move it
     explain                 what per_example_grad does with each parameter, and why
     check_gradient          compare any hand-written gradient with `jax.grad`: a report, leaf by leaf
     assert_agree            the same comparison as an assertion
-    register_rule           teach per_example_grad a primitive of your own, such as a Pallas kernel
+    register_rule           teach per_example_grad your own primitive, such as a Pallas kernel
 
 Most of them return a PerExampleGrads or a PerExampleJacobian; clipped_grad returns a ClipInfo with the sum.
 

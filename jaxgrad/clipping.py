@@ -27,7 +27,7 @@ from jaxgrad.sharding import kept
 __all__ = ["ClipInfo", "ClippedGrad", "Weighting", "automatic", "clipped_grad"]
 
 Weighting = Callable[[Array, Array], Array]
-"""A function (norms [B], bound) → a factor for every gradient."""
+"""A function (norms [B], bound) → the factors [B] that multiply the gradients."""
 
 # A gradient that is a sum of terms of magnitude S is treated as if its norm were √(‖g‖² + GUARD·S²), because rounding
 # errors grow with S. Together with EPSILON, which determines ε, this gives the guarantee of `clipped_grad`. The keys
@@ -36,7 +36,7 @@ GUARD = {jnp.dtype(jnp.float32): 2.0**-20, jnp.dtype(jnp.float64): 2.0**-40}
 EPSILON = {jnp.dtype(jnp.float32): 2.0**-12, jnp.dtype(jnp.float64): 2.0**-31}
 
 
-# Two passes: the relative difference that is allowed between the two computations of one gradient.
+# The relative difference that is allowed, with two passes, between the two computations of one gradient.
 RECOMPUTED = {
     jnp.dtype(jnp.float64): 2.0**-29,
     jnp.dtype(jnp.float32): 2.0**-10,
@@ -47,15 +47,15 @@ RECOMPUTED = {
 
 @named_tuple
 class ClipInfo(NamedTuple):
-    """Losses, gradient norms and counts, which are returned with a clipped sum. They are not private.
+    """What `clipped_grad` returns besides the sum: losses, gradient norms and counts. They are not private.
 
     Attributes:
-        values: [B], the loss of every example; 0 where masked.
-        norms: [B], the norm of every gradient before clipping, over all groups together; 0 where masked, NaN or
-            infinite where the gradient is.
+        values: [B], the loss of every example; 0 for masked examples.
+        norms: [B], the norm of every gradient before clipping, over all groups together; 0 for masked examples, and NaN
+            or infinite if the gradient is.
         clipped_fraction: fraction of the unmasked examples whose norm exceeds a bound or is not finite.
         nonfinite: number of unmasked examples whose gradient is NaN or infinite.
-        aux: with has_aux, the auxiliary output of the loss for every example; 0 where masked.
+        aux: with has_aux, the auxiliary output of the loss for every example; 0 for masked examples.
 
     Example:
         >>> _, info = clipped_grad(lambda w, x: w @ x, 1.0)(jnp.ones(3), jnp.diag(jnp.array([0.5, 2.0, jnp.inf])))
@@ -77,7 +77,7 @@ def _normalize(norms: Array, max_norm: Array) -> Array:
 
 
 def automatic(gamma: float = 0.01) -> Weighting:
-    """max_norm/(‖g‖ + gamma): automatic clipping (Bu et al. 2023), which has no bound to tune.
+    """The weighting of automatic clipping, max_norm/(‖g‖ + gamma) (Bu et al. 2023), which has no bound to tune.
 
     Example:
         >>> automatic(gamma=1.0)(jnp.array([0.0, 1.0, 3.0]), jnp.array(1.0)).tolist()
@@ -108,66 +108,73 @@ def clipped_grad(
 ) -> "ClippedGrad":
     """Transform a loss into the sum of its clipped per-example gradients, for about the cost of one plain gradient.
 
-    Guarantee: adding or removing any one example, whatever it contains, moves the sum by at most `.sensitivity(B)` =
-    max_norm·(1 + ε) in the Euclidean norm over all parameters; replacing one example by another moves it by at most
-    twice that. With several bounds, max_norm is their root sum of squares. An example that is masked, or whose gradient
-    is NaN or infinite, adds exactly zero. Masked examples change nothing in the result, and neither shapes nor the
-    sequence of operations depend on the data.
+    Guarantee: let `gradient` be the function that `clipped_grad` returns, and B the largest batch size in use. Adding
+    or removing any one example, whatever it contains, moves the sum by at most `gradient.sensitivity(B)`, which is
+    max_norm times 1 + ε, in the Euclidean norm over all parameters. Replacing one example moves the sum by at most
+    twice that. If there are several bounds, max_norm stands for their root sum of squares. An example that is masked,
+    or whose gradient is NaN or infinite, adds exactly zero. Masked examples do not affect the result. Neither shapes
+    nor the sequence of operations depend on the data.
 
-    ε covers rounding: it is (1 + √B)·2⁻¹² if the sum is in float32 (for parameters in float32, bfloat16 or float16; the
-    sum is not rounded to the parameters' dtype), and (1 + √B)·2⁻³¹ if it is in float64. Derivation, with two numbers
-    for float32 and float64: a gradient is a sum of products that may cancel, and if the products have magnitude S, the
-    sum is uncertain by a few u·S, u = 2⁻²⁴, 2⁻⁵³. The gradient's norm is therefore taken to be √(‖g‖² + κS²) with
-    κ = 2⁻²⁰, 2⁻⁴⁰; S is that of `PerExampleGrads.magnitudes`, and 0 if nothing cancels. Then no example contributes
-    numbers larger than max_norm/√κ, whose rounding error is at most a few u/√κ·max_norm = 2⁻¹⁴, 2⁻³³ max_norm. The
-    errors of B examples add up to √B times that in the model of Higham and Mary 2019, in which errors have mean zero;
-    this is assumed and not proved. If a gradient is followed by a linear map that all examples share and that is not
-    elementwise (`Mapped`), S includes the map's norm, which is estimated with a margin and not bounded. Where operands
-    of products are rounded, ρ√(‖g‖² + S²) is added to the norm as well, which bounds the effect of that rounding: ρ is
-    3·2⁻⁸ for factors in bfloat16, and for float32 it is 2⁻⁹ on GPUs and 2⁻⁶ on TPUs, unless
-    `jax.default_matmul_precision("highest")` is set (`PerExampleGrads.rounding`).
+    ε covers rounding. It is (1 + √B)·2⁻¹² if the sum is in float32, which is so for parameters in float32, bfloat16 or
+    float16 because the sum is not rounded to the parameters' dtype. It is (1 + √B)·2⁻³¹ if the sum is in float64.
+
+    In this derivation of ε, the first of two numbers is for float32 and the second for float64. A gradient is a sum of
+    products that may cancel. Let S be the magnitude of the products (`PerExampleGrads.magnitudes`; 0 if nothing
+    cancels). The sum then has a rounding error of a few u·S, where u is 2⁻²⁴ or 2⁻⁵³. The gradient's norm is therefore
+    taken to be √(‖g‖² + κS²), where κ is 2⁻²⁰ or 2⁻⁴⁰, so no example contributes numbers larger than max_norm/√κ. The
+    rounding error of these numbers is at most a few u/√κ·max_norm, where u/√κ is 2⁻¹⁴ or 2⁻³³. In the model of Higham
+    and Mary (2019), rounding errors have mean zero, and the errors of B examples add up to √B times the error of one
+    example. This model is assumed, not proved.
+
+    Two additions to the norm: if a gradient is passed through a linear map that all examples share and that is not
+    elementwise (`Mapped`), S includes the norm of the map, which is estimated with a margin, not bounded. If products
+    are computed from rounded operands, ρ√(‖g‖² + S²) is added to the norm, which bounds the effect of this rounding. ρ
+    is 3·2⁻⁸ for factors in bfloat16. For factors in float32, ρ is 2⁻⁹ on GPUs and 2⁻⁶ on TPUs, unless
+    `jax.default_matmul_precision("highest")` is set, and 0 on CPUs (`PerExampleGrads.rounding`).
 
     Not guaranteed: the bound does not cover parameters or shared arguments that were computed from the batch, as in
     batch normalization. Privacy also needs noise, batches drawn at random, an accountant (see jax-privacy and
     dp-accounting), random numbers that nobody can predict, and a defense against attacks on floating-point noise
-    (Mironov 2012); this function provides none of them. The running time may depend on the data if that of the
-    hardware's arithmetic does. The contents of `ClipInfo` are not private.
+    (Mironov 2012). This function provides none of them. The running time may depend on the data if the hardware's
+    arithmetic takes a time that depends on its operands. The contents of `ClipInfo` are not private.
 
     Args:
         fun: the loss: a pure function of one example that returns a real scalar, or (scalar, aux) with has_aux.
-        max_norm: a positive number that bounds the norm over all parameters; or a tree prefix of the parameters with a
-            number for every leaf or group of leaves, each of which is clipped separately. inf clips nothing.
+        max_norm: a positive number that bounds the norm over all parameters; or a tree prefix of the parameters that
+            holds a number for every leaf or group of leaves. Each group is then clipped separately. inf clips nothing.
         argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
         microbatch_size: number of examples to process at once, in a loop, to bound the memory; None for all. The result
             is the same, up to rounding.
         weighting: "clip", min(1, max_norm/‖g‖), which leaves gradients up to the bound unchanged (Abadi et al. 2016);
             "normalize", max_norm/‖g‖, which rescales every nonzero gradient to the bound; `clipping.automatic(gamma)`;
-            or another function (norms [B], bound) → a factor for every gradient. Whatever it returns, no gradient
-            becomes longer than its bound.
-        passes: 1 holds the factors of all gradients and sums them. 2 takes the norms first and drops the factors, then
-            computes the ordinary gradient of Σ_b c_b · loss_b: this needs the memory of a plain gradient, even for a
-            `lax.scan` over layers with `jax.checkpoint`, and up to twice its time. Prefer 1 if the factors fit in
-            memory. With 2, each bound takes a backward pass of its own, and effects in `fun` happen in both passes.
+            or your own function (norms [B], bound) → the factors [B] that multiply the gradients. Whatever factors it
+            returns, no gradient becomes longer than its bound.
+        passes: 1 holds the factors of all gradients and sums them; prefer it if the factors fit in memory. 2 computes
+            the norms first and drops the factors, then computes the ordinary gradient of Σ_b c_b · loss_b. Two passes
+            need the memory of a plain gradient, even for a `lax.scan` over layers with `jax.checkpoint`, and about
+            twice its time (1.8 to 2.3 times in `docs/cost.md`). Each bound takes its own backward pass, and effects in
+            `fun` happen in both passes.
 
     Two passes: the second pass computes the gradients again, with the rounding of a plain gradient. ε therefore also
     covers how far the two computations of one gradient may differ, relative to its norm: 2⁻¹⁰ in float32, 2⁻²⁹ in
-    float64, 2⁻⁷ in float16 and 2⁻⁴ in bfloat16. These numbers are assumed and not proved. In float16 and bfloat16, and
-    where the operands of float32 products are rounded (see ρ), √κ is 2⁻⁴ and not 2⁻¹⁰. In float16 and bfloat16, ε also
-    covers rounding the sum to the parameters' dtype, which changes it by at most 2·B·u. Keep the parameters of a
-    private model in float32. Where operands are rounded, pass the dtype that they are rounded to, float16 for
-    TensorFloat-32 or bfloat16, to `sensitivity`.
+    float64, 2⁻⁷ in float16 and 2⁻⁴ in bfloat16. These numbers are assumed, not proved. In float16 and bfloat16, and
+    where the operands of float32 products are rounded (see ρ), √κ is 2⁻⁴ instead of 2⁻¹⁰. In float16 and bfloat16, ε
+    also covers rounding the sum to the parameters' dtype, which changes the sum by at most 2·B·u. Keep the parameters
+    of a private model in float32. If the hardware rounds the operands of products, pass the dtype to which it rounds
+    them to `sensitivity`: float16 for TensorFloat-32, or bfloat16.
 
     Returns:
-        A function of fun's arguments, the batched ones with an example axis, and of `mask`, booleans [B] that are False
-        for padding. It returns (sum, `ClipInfo`). The sum is a tree with the parameters' shapes, in float32 or wider;
-        with two passes it has the parameters' dtypes, like an ordinary gradient. A loss that has its own keyword
-        argument `mask` must be wrapped before padding can be masked.
+        A function that takes fun's arguments, with an example axis on the batched ones, and optionally `mask`, booleans
+        [B] that are False for padding. It returns (sum, `ClipInfo`). The sum is a tree with the parameters' shapes, in
+        float32 or wider; with two passes it has the parameters' dtypes, like an ordinary gradient. If the loss has its
+        own keyword argument `mask`, wrap the loss before you mask padding.
 
     Raises:
-        ValueError: with two passes, a `custom_vjp` whose backward pass is not linear in the cotangent.
-        TypeError, ValueError: as `per_example_grad`; bounds that are not positive numbers or not a tree prefix of the
-            parameters; a mask that is not [B] booleans, or a mask for a loss that has a keyword argument of this name;
-            a microbatch size below 1; a weighting that returns neither one number nor one for each example.
+        ValueError: passes=2 is used for a loss with a `custom_vjp` whose backward pass is not linear in the cotangent.
+        TypeError, ValueError: the errors of `per_example_grad`; or the bounds are not positive numbers or not a tree
+            prefix of the parameters, the mask is not [B] booleans, a mask is passed although the loss has its own
+            keyword argument `mask`, the microbatch size is below 1, passes is not 1 or 2, or the weighting returns
+            neither one number nor one number for each example.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2
@@ -204,7 +211,7 @@ def _takes_a_mask(fun: Callable[..., Any]) -> bool:
 
 
 class ClippedGrad:
-    """The function that `clipped_grad` returns: call it with the loss's arguments and a mask.
+    """The function that `clipped_grad` returns: call it with the loss's arguments and, for padding, a mask.
 
     Example:
         >>> gradient = clipped_grad(lambda params, x: params["a"] * x + params["b"], {"a": 3.0, "b": 4.0})
@@ -270,14 +277,14 @@ class ClippedGrad:
 
         Args:
             batch_size: B, the largest batch size in use.
-            dtype: dtype of the sum; with two passes, the narrowest dtype that the loss computes in or the hardware
-                rounds operands of products to.
+            dtype: dtype of the sum; with two passes, the narrowest dtype in which the loss computes or to which the
+                hardware rounds the operands of products.
 
         Returns:
             A Python float; an array if a bound is traced.
 
         Raises:
-            ValueError: a negative batch size.
+            ValueError: the batch size is negative.
         """
         if operator.index(batch_size) < 0:
             raise ValueError(f"ClippedGrad.sensitivity: expected a batch size of at least 0, got {batch_size}.")

@@ -35,9 +35,9 @@ def contracted(spec: str, a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Ar
 
 
 def product_rounding() -> Array:
-    """Return the relative error to which a matrix product rounds a float32 operand, on the platform that compiles it.
+    """Return the relative error of rounding a float32 operand in a matrix product on the platform of the program.
 
-    By default a GPU rounds to TensorFloat-32 and a TPU to bfloat16; `jax.default_matmul_precision` changes that.
+    By default, GPUs round operands to TensorFloat-32 and TPUs to bfloat16; `jax.default_matmul_precision` changes this.
     """
     setting: Any = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  # its stub lacks it
     if setting in ("highest", "float32"):
@@ -54,7 +54,7 @@ def product_rounding() -> Array:
 
 
 def added(terms: Sequence[Array]) -> Array:
-    """Return the sum of arrays in float64 if one of them is double, otherwise in float32."""
+    """Return the sum of the arrays, in float64 if one of them is double, otherwise in float32."""
     dtype = working_dtype(*(term.dtype for term in terms))
     total = terms[0].astype(dtype)
     for term in terms[1:]:
@@ -63,7 +63,7 @@ def added(terms: Sequence[Array]) -> Array:
 
 
 def index_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    """Return an integer dtype that holds every index into an axis, whichever of these dtypes the index has."""
+    """Return an integer dtype for indices into an axis; it holds every index that has one of these dtypes."""
     return jnp.dtype(jnp.int64 if any(jnp.dtype(dtype).itemsize > 4 for dtype in dtypes) else jnp.int32)
 
 

@@ -143,11 +143,11 @@ compile the programs ahead of time, and the numbers come from the compiled progr
 `jit(value_and_grad(mean loss))`. `one pass` is the mean loss, the norms and the clipped sum from
 `per_example_value_and_grad`. `two passes` is `clipped_grad(passes=2)`.
 
-The columns *moved*, *memory*, *time* and *compile time* are multiples of plain's. *Moved* counts the bytes that the
-kernels read and write; `benchmarks/compiled/program.py` says how kernels and bytes are counted. *Memory* counts
-temporary arrays and results. *Time* is modeled and not measured: each kernel takes the longer of the times for its
-bytes and for the operations of its products, at the device's rates. *In float32* is the share of the products'
-operations that have operands of float32, for models in bfloat16.""",
+The columns *moved*, *memory*, *time* and *compile time* are multiples of those of `plain`. *Moved* counts the bytes
+that the kernels read and write; `benchmarks/compiled/program.py` says how kernels and bytes are counted. *Memory*
+counts temporary arrays and results. *Time* is modeled, not measured: each kernel takes the time for its bytes or the
+time for the operations of its products, whichever is longer, at the rates of the device. *In float32* is, for models in
+bfloat16, the share of the products' operations whose operands are in float32.""",
     (
         cost(UNIT, "bytes moved", 2.0**-30, "plain, GiB moved"),
         cost_ratio(ONE, "bytes moved", "one pass, moved"),

@@ -208,7 +208,7 @@ THEME = Theme(
     "Other libraries",
     f"""
 Each section is a model and a quantity, and each row a method that computes it. The methods in JAX are timed in one
-process. Each method in torch is timed in a process of its own, with the same weights, batch and number of threads,
+process. Each method in torch is timed in its own process, with the same weights, batch and number of threads,
 interleaved with torch's own gradient of the mean loss.
 
 The column *relative to plain* is the time divided by that of a plain gradient in the same framework; *relative to

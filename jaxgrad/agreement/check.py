@@ -31,33 +31,34 @@ def check_gradient(
     batched: bool | None = None,
     batch_size: int | None = None,
 ) -> AgreementReport:
-    """Compare a gradient you derived by hand with `jax.grad`, for every example of a batch.
+    """Compare a gradient that you derived by hand with `jax.grad`, for every example of a batch.
 
     Formula: let c be the candidate's gradient and r the reference vmap(jax.grad(loss)). Leaf l agrees on example i if
     ‖c_il - r_il‖ ≤ rtol·‖r_il‖ + floor, where floor = 32·eps·max_i ‖r_il‖ + √size·tiny and norms are over the entries
-    of a leaf. The first term of the floor is the precision of the reference itself: eps is that of its dtype, float32
-    or float64. The second term allows for underflow: tiny is the smallest normal number of the leaf's dtype, or the
-    smallest subnormal of float16. Cost: both gradients are materialized, B × parameters numbers at once, or batch_size
-    × parameters.
+    of a leaf. The first term of the floor is the precision of the reference: eps is that of the reference's dtype,
+    float32 or float64. The second term allows for underflow: tiny is the smallest normal number of the leaf's dtype, or
+    the smallest subnormal number of float16. Cost: c and r are both materialized, with B × parameters numbers each, or
+    batch_size × parameters numbers at a time.
 
-    `jax.grad` follows every `custom_vjp` and `custom_jvp` in the loss and repeats its errors. With `numerical`, the
+    `jax.grad` uses every `custom_vjp` and `custom_jvp` in the loss, including wrong ones. With `numerical`, the
     gradient must therefore also agree with central differences D of the loss in float64, along two random directions v
-    in each leaf: |⟨c_il, v⟩ - D| ≤ 4 times the tolerance above + the error of D. That error is estimated from two step
-    sizes and from the slopes on both sides of the point, so that a kink at the point is not reported. Central
-    differences ignore `stop_gradient` and straight-through estimators, so a loss that uses these is reported as
-    different even if its gradient is what its author means.
+    in each leaf: |⟨c_il, v⟩ - D| ≤ 4 times the tolerance above + the error of D. The error of D is estimated from two
+    step sizes and from the slopes on both sides of the point, so that a kink at the point is not reported. Central
+    differences ignore `stop_gradient` and straight-through estimators. A loss that uses these is reported as different
+    even if its gradient is what its author means.
 
     Args:
-        candidate: candidate(params, *example) → tree of gradients, or candidate(params, *batch) → the same with a
-            leading example axis (a tree of arrays, or an object whose `materialize()` returns one); in JAX or NumPy.
+        candidate: the gradient under test, in JAX or NumPy: candidate(params, *example) → the gradient of one example;
+            or candidate(params, *batch) → the gradients of all examples, with a leading example axis. A gradient is a
+            tree of arrays, or an object whose `materialize()` returns such a tree.
         loss: loss(params, *example) → scalar, a pure JAX function of ONE example.
         params: tree of floating-point arrays.
         *batch: arrays or trees of arrays, with an example axis where `in_axes` says so.
         argnums, in_axes: as in `per_example_grad`, for the arguments (params, *batch) of both functions.
-        numerical: whether to compare with central differences as well. They take 8 evaluations of the loss for each
+        numerical: whether to compare with central differences as well, which takes 8 evaluations of the loss for each
             leaf.
         reference_dtype: jnp.float64 computes the reference in float64 from the same numbers; None computes it in the
-            dtypes of the arguments, with float16 and bfloat16 widened to float32. (A loss that draws random numbers
+            dtypes of the arguments, with float16 and bfloat16 widened to float32. (If the loss draws random numbers, it
             must name their dtype, because JAX draws different numbers in float64.)
         rtol: relative tolerance for every leaf; None takes it from the leaf's dtype: float64 1e-9, float32 1e-4,
             float16 1e-2, bfloat16 5e-2 (`agreement.RTOL`).
@@ -71,9 +72,10 @@ def check_gradient(
         infinite.
 
     Raises:
-        ValueError: batch arguments with different numbers of examples; a candidate that raises in both forms; another
-            reference_dtype, a negative or infinite rtol, a batch_size below 1.
-        TypeError: parameters that are not floating-point.
+        ValueError: batch arguments have different numbers of examples; the candidate raises an error both with one
+            example and with a batch; reference_dtype is neither None nor float64; rtol is negative or infinite; or
+            batch_size is below 1.
+        TypeError: a parameter is not floating-point.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2
@@ -166,10 +168,10 @@ def _parts(arguments: Arguments, batch_size: int | None) -> Iterator[list[Any]]:
 def _computed(
     function: Callable[..., Any], arguments: Arguments, part: list[Any], double: bool, params: list[Any] | None = None
 ) -> Any:
-    """Call the function on these examples, in float64 or in float32 at least, and return NumPy arrays.
+    """Call the function on these examples, in float64, or else in float32 or wider, and return NumPy arrays.
 
     Args:
-        params: the leaves of the parameters; None takes those of the call.
+        params: the leaves of the parameters; None takes the leaves from `arguments`.
     """
     with jax.enable_x64(True) if double else nullcontext():
         trees = arguments.params if params is None else params, part, arguments.shared

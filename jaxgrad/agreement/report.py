@@ -16,7 +16,7 @@ class AgreementReport:
     Attributes:
         leaves: one row per leaf, in the order of the parameter tree.
         examples: number of examples that were compared.
-        reference: the name of what the candidate was compared with, such as "jax.grad in float64".
+        reference: what the candidate was compared with, for example "jax.grad in float64".
 
     Example:
         >>> report = jg.check_gradient(lambda w, x: x, lambda w, x: w @ x, jnp.ones(3), jnp.eye(3))

@@ -3,9 +3,10 @@
 The modules and their public names:
 
     Functions of a batch of gradients
-        influence     self_influence: of each example on its own loss; influence: of training on test examples
-        scores        cosine_similarity: of all pairs of gradients; noise_scale: how much of a mean gradient is noise,
-                      and the batch size at which noise and signal are equal
+        influence     self_influence: influence of each example on its own loss
+                      influence: influence of training examples on test losses
+        scores        cosine_similarity: cosines between all pairs of gradients
+                      noise_scale: how much of a mean gradient is noise, and at which batch size noise equals signal
         projection    random_projection: a few numbers per example that preserve inner products
     Functions of a loss or a model
         checkpoints   grand: mean norms over several checkpoints; tracin: sums of inner products over them

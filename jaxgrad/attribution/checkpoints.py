@@ -17,18 +17,18 @@ from jaxgrad.per_example.transform import per_example_grad
 def grand(
     loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0
 ) -> Callable[..., Float[Array, " B"]]:
-    """GraNd: the norm of each example's gradient, averaged over several parameters (initializations, checkpoints).
+    """GraNd: the norm of each example's gradient, averaged over several initializations or checkpoints.
 
     Args:
         loss: loss of one example, as in `per_example_grad`.
         argnums, in_axes: as in `per_example_grad`.
 
     Returns:
-        A function of (checkpoints, *batch) that returns [B]; checkpoints is an iterable of parameters.
+        A function of (checkpoints, *batch) that returns [B]; checkpoints is an iterable of trees of parameters.
 
     Raises:
-        TypeError: a single tree of parameters instead of several; otherwise as in `per_example_grad`.
-        ValueError: no checkpoints; otherwise as in `per_example_grad`.
+        TypeError: checkpoints is a single tree of parameters; otherwise as in `per_example_grad`.
+        ValueError: there are no checkpoints; otherwise as in `per_example_grad`.
 
     Example:
         >>> grand(lambda w, x: jnp.sin(w @ x))([jnp.zeros(2), jnp.ones(2)], jnp.eye(2)).round(3).tolist()
@@ -81,14 +81,14 @@ def tracin(
         argnums, in_axes: as in `per_example_grad`.
 
     Returns:
-        A function of (checkpoints, rates, train, test) that returns [C, B]; > 0 means that training on the example
-        lowered the test loss. Its arguments are the parameters w_k, as many learning rates η_k, and two batches, each a
-        tuple of the loss's other arguments.
+        A function of (checkpoints, rates, train, test) that returns [C, B]. A score > 0 means that training on the
+        example lowered the test loss. checkpoints are the parameters w_k, rates are as many learning rates η_k, and
+        train and test are batches: each is a tuple of the loss's arguments other than the parameters.
 
     Raises:
-        TypeError: a single tree of parameters instead of several; a batch that is not a tuple; otherwise as in
+        TypeError: checkpoints is a single tree of parameters; a batch is not a tuple; otherwise as in
             `per_example_grad`.
-        ValueError: no checkpoints, or a different number of rates; otherwise as in `per_example_grad`.
+        ValueError: there are no checkpoints, or not as many rates as checkpoints; otherwise as in `per_example_grad`.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2

@@ -1,4 +1,4 @@
-"""Influence: how much training on one example changes the loss of another, by the inverse of a curvature matrix."""
+"""Influence: how much training on one example changes the loss on another, by the inverse of a curvature matrix."""
 
 from typing import Any
 
@@ -14,21 +14,22 @@ from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 @naming("self_influence")
 @in_full_precision
 def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Float[Array, " B"]:
-    """How much each example's gradient helps its own loss; high for an example that is unlike all others.
+    """How much training on each example lowers the loss on this example; high for examples that are unlike all others.
 
-    Formula: ‖g_b‖², as in TracIn at one checkpoint; with a damping μ, g_bᵀ(GᵀG/B + μI)⁻¹g_b, computed from the Gram
-    matrix. The latter is B times the leverage of the example, and lies between 0 and B for `PerExampleGrads`. Examples
-    with wrong labels tend to be high in both. Accuracy: as in `natural_gradient`.
+    Formula: without a damping, ‖g_b‖², as in TracIn at one checkpoint; with a damping μ, g_bᵀ(GᵀG/B + μI)⁻¹g_b, which
+    is computed from the Gram matrix. The latter is B times the leverage of the example, and lies between 0 and B for
+    `PerExampleGrads`. Examples with wrong labels tend to have high scores of both kinds. Accuracy: as in
+    `natural_gradient`.
 
     Args:
-        g: gradients of B examples; or the result of `gauss_newton`, for the Gauss-Newton matrix instead of GᵀG/B.
+        g: gradients of B examples; or the result of `gauss_newton`, to take the Gauss-Newton matrix in place of GᵀG/B.
         damping: μ ≥ 0; None for ‖g_b‖² (`PerExampleGrads` only).
 
     Returns:
-        [B], in float32 at least.
+        [B], in float32 or wider.
 
     Raises:
-        ValueError: a damping that is not a number ≥ 0; no damping for a Gauss-Newton matrix.
+        ValueError: the damping is not a number ≥ 0, or it is None for a Gauss-Newton matrix.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[1.0, 0], [1.0, 0], [0, 3.0]]))
@@ -56,11 +57,11 @@ def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Flo
 def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, damping: Any) -> Float[Array, "C B"]:
     """How much each test loss rises, to first order, if a training example is left out: > 0 helpful, < 0 harmful.
 
-    Formula: test_cᵀ (GᵀG/n + μI)⁻¹ g_b / B, where GᵀG/n is the training gradients' empirical Fisher matrix, or the
-    Gauss-Newton matrix. It is computed without approximation, in a form that does not cancel: (test Gᵀ)(GGᵀ + μn I)⁻¹.
-    Accuracy: the error of each number is of the order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), with κ as in
-    `natural_gradient`. It comes from rounding the inner products and is relatively large where g_b is far shorter than
-    the test gradient.
+    Formula: test_cᵀ (GᵀG/n + μI)⁻¹ g_b / B, where GᵀG/n is the empirical Fisher matrix of the training gradients, or
+    the Gauss-Newton matrix. The scores are computed without approximation, in a form in which nothing cancels: (test
+    Gᵀ)(GGᵀ + μn I)⁻¹. Accuracy: the error of each score is of the order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), with κ as
+    in `natural_gradient`. The error comes from rounding the inner products; it is relatively large if g_b is far
+    shorter than the test gradient.
 
     Args:
         train: gradients of B training examples, or the result of `gauss_newton` for them.
@@ -68,16 +69,16 @@ def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, dampi
         damping: μ ≥ 0.
 
     Returns:
-        [C, B], in float32 at least.
+        [C, B], in float32 or wider.
 
     Raises:
-        ValueError: a damping that is not a number ≥ 0; gradients with respect to other parameters.
+        ValueError: the damping is not a number ≥ 0, or the test gradients are with respect to different parameters.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2
         >>> gradients = lambda x, y: jg.per_example_grad(loss)(jnp.ones(2), jnp.array(x), jnp.array(y))
         >>> train, test = gradients([[1.0, 0], [1.0, 0], [0, 1.0]], [2.0, 0.0, 3.0]), gradients([[1.0, 0]], [3.0])
-        >>> influence(train, test, 0.0).round(3).tolist()                # like the test, against it, apart from it
+        >>> influence(train, test, 0.0).round(3).tolist()        # like the test example, against it, unrelated to it
         [[1.0, -1.0, 0.0]]
 
     Source: Koh and Liang 2017.

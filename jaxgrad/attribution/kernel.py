@@ -27,18 +27,19 @@ def ntk(
     Args:
         fun: fun(params, x) → the outputs of one example: a real scalar, or an array of O numbers.
         argnums, in_axes: as in `per_example_grad`, for the arguments (params, x) and (params, x2).
-        block_size: number of examples of x, and of x2, whose gradients are held at once, to bound the memory; the
-            gradients on x2 are then computed once for every block of x. None holds all.
+        block_size: number of examples of x, and of x2, whose gradients are held at once, to bound the memory. The
+            gradients on x2 are then computed once for every block of x. None holds all gradients.
 
     Returns:
-        A function of (params, x, x2=None) that returns [B, C] for a scalar fun, otherwise J_b J_cᵀ [B, C, O, O′], where
-        O′ is the number of outputs on x2; `transpose(0, 2, 1, 3).reshape(B * O, C * O′)` makes it a matrix. x and x2
-        are trees of arrays with an example axis; None stands for x. Jit the function.
+        A function of (params, x, x2=None). If fun returns a scalar, it returns the kernel [B, C]. Otherwise it returns
+        J_b J_cᵀ [B, C, O, O′], where O′ is the number of outputs on x2; `transpose(0, 2, 1, 3).reshape(B * O, C * O′)`
+        turns this array into a matrix. x and x2 are trees of arrays with an example axis; x2=None stands for x. Jit the
+        function.
 
     Raises:
-        TypeError: as in `per_example_grad`; a function that does not return one array.
-        ValueError: as in `per_example_grad`; a block size below 1; a scalar output on x and an array on x2, or the
-            reverse.
+        TypeError: fun does not return one array; otherwise as in `per_example_grad`.
+        ValueError: the block size is below 1; fun returns a scalar on one of x and x2 and an array on the other;
+            otherwise as in `per_example_grad`.
 
     Example:
         >>> kernel = jax.jit(ntk(lambda w, x: jnp.tanh(w @ x)))

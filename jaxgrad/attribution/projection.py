@@ -19,8 +19,8 @@ def random_projection(g: PerExampleGrads, key: Array, size: int) -> Float[Array,
     """G P/√size [B, size] with random signs P [parameters, size]: the expected inner products of rows are those of G.
 
     The same key and size give the same P, however the gradients are held, so that rows of different batches can be
-    compared. The relative standard error of ‖g_b‖², estimated from a row, is at most √(2/size). P is drawn a few
-    columns at a time and never held as a whole; G is not materialized. Cost: `size` products with a direction, about as
+    compared. If ‖g_b‖² is estimated from a row, its relative standard error is at most √(2/size). P is drawn a few
+    columns at a time and never held as a whole; G is not materialized. Cost: `size` products G v, which cost about as
     much as size/B Gram matrices.
 
     Args:
@@ -29,10 +29,10 @@ def random_projection(g: PerExampleGrads, key: Array, size: int) -> Float[Array,
         size: how many numbers to return for each example.
 
     Returns:
-        [B, size], in float32 at least.
+        [B, size], in float32 or wider.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: the size is below 1.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(64), jnp.eye(64)[:4])

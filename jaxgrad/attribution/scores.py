@@ -15,7 +15,7 @@ from jaxgrad.precision import added
 
 @naming("cosine_similarity")
 def cosine_similarity(g: PerExampleGrads, other: PerExampleGrads | None = None) -> Float[Array, "B C"]:
-    """The cosines of the angles between all pairs of gradients, of g with `other` or with itself.
+    """The cosines of the angles between all pairs of gradients, one from g and one from `other` or, without it, from g.
 
     Args:
         g: gradients of B examples.
@@ -25,7 +25,7 @@ def cosine_similarity(g: PerExampleGrads, other: PerExampleGrads | None = None) 
         [B, C], in [-1, 1]; 0 for a zero gradient.
 
     Raises:
-        ValueError: gradients with respect to other parameters.
+        ValueError: g and `other` are gradients with respect to different parameters.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[2.0, 0], [0, 0], [3.0, 3.0]]))
@@ -48,12 +48,12 @@ def _near_unit_norm(g: PerExampleGrads) -> tuple[PerExampleGrads, Array]:
 
 @named_tuple
 class NoiseScale(NamedTuple):
-    """The noise scale of a batch of gradients. For several batches, average noise and signal before dividing them.
+    """The noise scale of a batch of gradients. For several batches, average noise and signal before you divide them.
 
     Attributes:
         noise: tr Σ, the variance of one example's gradient, over all parameters together.
         signal: ‖mean gradient‖² over all data; an unbiased estimate, which may be negative.
-        scale: noise / signal in examples, the batch size at which noise and signal are equal; inf where signal ≤ 0.
+        scale: noise / signal: the batch size, in examples, at which noise and signal are equal; inf if signal ≤ 0.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[3.0, 1], [3.0, -1]]))
@@ -75,8 +75,8 @@ def noise_scale(g: PerExampleGrads) -> NoiseScale:
     the noise may be 0 but is never negative.
 
     Args:
-        g: gradients of B ≥ 2 examples, drawn at random from many more; fewer than 2 give NaN. If they are the whole
-            data set, the signal is too low by noise/B.
+        g: gradients of B ≥ 2 examples that were drawn at random from many more; fewer than 2 give NaN. If the examples
+            are the whole data set, the signal is too low by noise/B.
 
     Returns:
         `NoiseScale` of scalars.

@@ -1,4 +1,4 @@
-"""Products and solves with GᵀG/n, without approximation for any number of parameters; a solve costs a Gram matrix."""
+"""Products and solves with GᵀG/n, without approximation for any number of parameters; a solve takes a Gram matrix."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ def fisher_vector_product(g: PerExampleGrads | GaussNewton, v: PyTree) -> PyTree
         A tree with the parameters' shapes and dtypes.
 
     Raises:
-        ValueError: a direction whose tree or shapes are not the parameters'.
+        ValueError: the direction does not have the tree and the shapes of the parameters.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(3), jnp.eye(3))
@@ -49,12 +49,12 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
     the Gram matrix, an n × n solve and the sum.
 
     Accuracy: the relative error is of the order of n·eps·κ, where κ is the condition number of GGᵀ + μn I with its rows
-    and columns scaled to a unit diagonal. If κ is too large for the dtype, as for dependent examples with μ → 0 in
-    float32, eigenvectors of GGᵀ with eigenvalues below n·eps times the largest are left out. With μ = 0 the result is
-    then the shortest least-squares solution of Gd = r at that numerical rank. Gradients are scaled by a power of two
-    first, so that no square of a norm overflows or underflows.
+    and columns scaled to a unit diagonal. κ may be too large for the dtype, for example if gradients are linearly
+    dependent and μ is near 0. The eigenvectors of GGᵀ with eigenvalues below n·eps times the largest are then left out;
+    if μ = 0, the result is the shortest least-squares solution of Gd = r at that numerical rank. Gradients are first
+    scaled by a power of two, so that no square of a norm overflows or underflows.
 
-    Edge cases: a gradient of zero counts in n and changes nothing else. The result is zero if all gradients are zero,
+    Edge cases: a gradient of zero counts in n and has no other effect. The result is zero if all gradients are zero,
     and NaN if n = 0 or a gradient is not finite.
 
     Args:
@@ -62,10 +62,10 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
         damping: μ ≥ 0.
 
     Returns:
-        A tree with the parameters' shapes and dtypes, to be subtracted from the parameters.
+        A tree with the parameters' shapes and dtypes. Subtract it from the parameters to take a step.
 
     Raises:
-        ValueError: a damping that is not a number ≥ 0.
+        ValueError: the damping is not a number ≥ 0.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(3), jnp.eye(3))
@@ -89,9 +89,9 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
 def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> PyTree:
     """(GᵀG/n + μI)⁻¹ v without approximation, for any direction v and μ > 0.
 
-    Formula: (v - Gᵀ(GGᵀ + μn I)⁻¹Gv)/μ (Woodbury), followed by one step of iterative refinement, because the difference
-    cancels if μ is far below λ, the largest eigenvalue of GᵀG/n. The relative error is of the order of eps·λ/μ. For
-    v = ḡ use `natural_gradient`, in which nothing cancels.
+    Formula: (v - Gᵀ(GGᵀ + μn I)⁻¹Gv)/μ (Woodbury), and one step of iterative refinement, because the two terms of the
+    difference cancel if μ is far below λ, the largest eigenvalue of GᵀG/n. The relative error is of the order of
+    eps·λ/μ. For v = ḡ use `natural_gradient`, in which nothing cancels.
 
     Args:
         g: n gradients, or the result of `gauss_newton`.
@@ -102,7 +102,8 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> P
         A tree with the parameters' shapes and dtypes.
 
     Raises:
-        ValueError: a damping that is not a number > 0; a direction whose tree or shapes are not the parameters'.
+        ValueError: the damping is not a number > 0, or the direction does not have the tree and the shapes of the
+            parameters.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(3), jnp.eye(3)[:1])
@@ -154,8 +155,8 @@ class NaturalGradientState(NamedTuple):
 def scale_by_natural_gradient(damping: float | Callable[[Array], Any]) -> Any:
     """`natural_gradient` as an optax transformation, whose updates are `PerExampleGrads` or `GaussNewton`.
 
-    Put it first in a chain: `update(g, state, params)` takes the per-example gradients where other transformations take
-    their mean, and returns a tree like the parameters.
+    Put this transformation first in a chain: its `update(g, state, params)` takes the per-example gradients, where
+    other transformations take the mean gradient, and returns a tree like the parameters.
 
     Args:
         damping: μ ≥ 0, or a schedule: update count → μ.
@@ -165,7 +166,7 @@ def scale_by_natural_gradient(damping: float | Callable[[Array], Any]) -> Any:
 
     Raises:
         ImportError: optax is not installed.
-        TypeError: an update with anything other than PerExampleGrads or GaussNewton.
+        TypeError: `update` is called with anything other than PerExampleGrads or GaussNewton.
 
     Example:
         >>> import optax

@@ -98,7 +98,7 @@ def _softmax_root(logits: Array, label: Any) -> tuple[Array, Array]:
     _checked_logits(logits, label)
     logp = jax.nn.log_softmax(logits)
     p, root, diagonal = jnp.exp(logp), jnp.exp(logp / 2), jnp.eye(logits.size, dtype=bool)
-    # This selects and does not multiply by 0 and 1, because jaxlib 0.10.2 may drop a factor shared by all examples.
+    # This selects instead of multiplying by 0 and 1, because jaxlib 0.10.2 may drop a factor shared by all examples.
     sum_of_others = jnp.where(diagonal, jnp.zeros_like(p)[None, :], p[None, :]).sum(1)
     S = jnp.where(diagonal, (root * sum_of_others)[:, None], -p[:, None] * root[None, :])
     return S, _at_label(logits, label, -jnp.exp(-logp / 2))
@@ -194,7 +194,7 @@ class GaussNewton(NamedTuple):
 
 
 def rows_and_residuals(g: PerExampleGrads | GaussNewton) -> tuple[Matrix, Float[Array, "B R"]]:
-    """(G, r [B, R] in float32 at least), where the mean gradient is Gᵀr/n; for PerExampleGrads r = 1 and R = 1."""
+    """(G, r [B, R] in float32 or wider), where the mean gradient is Gᵀr/n; for PerExampleGrads r = 1 and R = 1."""
     rows: Matrix
     if isinstance(g, GaussNewton):
         residuals = g.residuals
@@ -212,7 +212,7 @@ def gauss_newton(
     argnums: int | Sequence[int] = 0,
     in_axes: Any = 0,
 ) -> Callable[..., GaussNewton]:
-    """The rows G of the Gauss-Newton matrix GᵀG/n; `natural_gradient`, `influence` and others accept it as gradients.
+    """The rows G of the Gauss-Newton matrix GᵀG/n; `natural_gradient`, `influence` and others take them as gradients.
 
     Formula: row (b, k) is √R · S_b[:, k]ᵀJ_b, the gradient of one number, held as factors. So GᵀG/n = mean_b
     J_bᵀH_bJ_b, and Gᵀr/n is the gradient of the mean loss. Cost: one forward pass and R backward passes; R is 1 for a
@@ -224,10 +224,10 @@ def gauss_newton(
 
     Args:
         model: model(params, *inputs) → outputs of one example, an array of any shape.
-        loss: `squared`, `softmax`, `logistic` or another `OutputLoss`; or a convex function (outputs, target) → scalar,
-            whose H is decomposed into eigenvectors. The result is NaN where the function is not convex; a negative
-            eigenvalue counts as 0 if it is within the rounding error of H, which is taken to be relative to H or to the
-            curvature at outputs near 0, whichever is larger.
+        loss: `squared`, `softmax`, `logistic` or your own `OutputLoss`; or a convex function (outputs, target) →
+            scalar, whose H is decomposed into eigenvectors. The result is NaN where the function is not convex. A
+            negative eigenvalue counts as 0 if it is within the rounding error of H; this error is taken to be relative
+            to H or to the curvature at outputs near 0, whichever is larger.
         argnums, in_axes: as in `per_example_grad`, for the arguments (params, *inputs, target).
 
     Returns:

@@ -38,16 +38,16 @@ class KroneckerFactors:
 
 
 def kfac_factors(g: PerExampleGrads) -> PyTree:
-    """The Kronecker factors of every parameter whose gradient is held as one product, computed from its two sides.
+    """The Kronecker factors of every parameter whose gradient is held as one product, from the product's two sides.
 
     Formula: for Σ_t left ⊗ right, (Σ_bt left leftᵀ/B, Σ_bt right rightᵀ/(BT)). Positions t (in a sequence or a
-    convolution) count as examples, as in KFC and KFAC-expand. Cost: one matrix product per side replaces the product of
-    the gradient; for square matrices, this makes 4/3 of the operations of a plain gradient.
+    convolution) count as examples, as in KFC and KFAC-expand. Cost: one matrix product per side replaces the matrix
+    product of the gradient; for square matrices, this takes 4/3 of the operations of a plain gradient.
 
     If the gradients are those of the loss on the data, the factors approximate the empirical Fisher matrix; if the
-    labels are drawn from the model, they approximate the Fisher matrix. A constant that scales a product may be on
-    either side; the Kronecker product is the same. Put a number that differs between examples into the loss, not into
-    `scale` or `clip`.
+    labels are drawn from the model, the factors approximate the Fisher matrix. A constant that scales a product may be
+    on either side, because the Kronecker product is the same. Put a number that differs between examples into the loss,
+    not into `scale` or `clip`.
 
     Args:
         g: gradients of B examples.

@@ -39,7 +39,7 @@ def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[
     Rows and columns are scaled to a unit diagonal, so that differences between the norms in G do not matter. A Cholesky
     decomposition is used if its pivots are well above n·eps. Otherwise K is numerically singular: eigenvectors with
     eigenvalues up to n·eps times the largest are left out, as in a pseudo-inverse, because the solve would magnify
-    their rounding errors. Derivatives are those of the solution and take another solve of the same kind.
+    their rounding errors. Derivatives are those of the solution, and each takes one more solve of the same kind.
 
     On a CPU, JAX decomposes matrices with OpenBLAS, whose threads may stall beside those of XLA: a 256 × 256 matrix
     then takes 165 ms instead of 0.3 ms. To prevent that, set `OPENBLAS_NUM_THREADS=1` in the environment before NumPy
@@ -54,7 +54,7 @@ def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[
         An array of b's shape; NaN where K or b is not finite.
 
     Raises:
-        ValueError: shapes that do not match.
+        ValueError: the shapes of K and b do not match.
 
     Example:
         >>> damped_solve(jnp.array([[1.0, 1.0], [1.0, 1.0]]), jnp.ones(2), 0.0).round(4).tolist()

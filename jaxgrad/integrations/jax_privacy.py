@@ -30,7 +30,7 @@ from jaxgrad.sharding import kept
 __all__ = ["BoundedSensitivityCallable", "clipped_grad", "installed"]
 
 AuxiliaryOutput = theirs.AuxiliaryOutput
-"""jax-privacy's own: a named tuple (values, grad_norms, aux), with None for what was not asked for."""
+"""jax-privacy's own class: a named tuple (values, grad_norms, aux), with None for results that were not requested."""
 
 _REPLACE_SPECIAL = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
 
@@ -53,19 +53,19 @@ class BoundedSensitivityCallable(theirs.BoundedSensitivityCallable):  # type: ig
         batch_size: int | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> Any:
-        """Return how far one example can move the sum: `l2_norm_bound`, or twice that where one is replaced.
+        """Return how far one example can move the sum: `l2_norm_bound`, or twice that if one example is replaced.
 
         Args:
-            neighboring_relation: jax-privacy's: add or remove an example, replace it, or replace it by nothing.
-            batch_size: the largest batch size in use, to include rounding as `jg.clipped_grad` does; None for exact
-                arithmetic, which is what jax-privacy returns.
-            dtype: dtype of the returned gradient, for the rounding.
+            neighboring_relation: as in jax-privacy: add or remove an example, replace it, or replace it by nothing.
+            batch_size: the largest batch size in use, to include rounding as `jg.clipped_grad` does; None returns
+                jax-privacy's bound, which is for exact arithmetic.
+            dtype: dtype of the returned gradient, which determines the rounding.
 
         Returns:
             A Python float; an array if the bound is traced.
 
         Raises:
-            ValueError: another neighboring relation, or a negative batch size.
+            ValueError: the neighboring relation is unknown, or the batch size is negative.
         """
         exact = super().sensitivity(neighboring_relation)
         if batch_size is None:
@@ -102,56 +102,56 @@ def clipped_grad(
 ) -> BoundedSensitivityCallable:
     """Transform a loss into the sum of its clipped per-example gradients, with the signature of jax-privacy's function.
 
-    The results are jax-privacy's, up to rounding, for about the cost of one plain gradient: gradients are held as
-    factors. Four things differ. The microbatch size need not divide the batch. Sums are accumulated in float32 at
-    least, and the norms are returned so. An example whose gradient is NaN or infinite adds exactly zero, all of it, as
-    in jax-privacy after 2.0; version 2.0 sets only the entries to zero that are not finite. And a gradient whose
-    products cancel to less than their rounding errors is clipped a little more, so that rounding cannot break the bound
-    (see `jg.clipped_grad`, and `sensitivity(batch_size=…)` for the bound with rounding).
+    The results are jax-privacy's, up to rounding, for about the cost of one plain gradient, because gradients are held
+    as factors. Four things differ. The microbatch size need not divide the batch. Sums are accumulated in float32 or
+    wider, and norms are returned in that dtype. An example whose gradient is NaN or infinite adds exactly zero as a
+    whole, as in jax-privacy after 2.0; version 2.0 replaces only the entries that are not finite by zero. And if the
+    products in a gradient cancel to less than their rounding errors, the gradient is clipped a little more, so that
+    rounding cannot break the bound (see `jg.clipped_grad`; `sensitivity(batch_size=…)` is the bound with rounding).
 
     Args:
-        fun: the loss, of a batch of one example (keep_batch_dim) or of one example or group. It returns a real scalar,
-            or (scalar, aux) with has_aux.
+        fun: the loss of a batch of one example or, if keep_batch_dim is False, of one example or group. It returns a
+            real scalar, or (scalar, aux) with has_aux.
         argnums: as in `jax.grad`.
         has_aux: whether fun returns (scalar, aux).
-        l2_clip_norm: a number ≥ 0 that bounds the norm over all parameters; or a tree prefix of the gradient with a
-            number for every leaf or group of leaves, each of which is clipped separately. 0 makes every gradient zero,
-            inf changes none. Numbers may be traced; a traced negative one acts as 0.
+        l2_clip_norm: a number ≥ 0 that bounds the norm over all parameters; or a tree prefix of the gradient that holds
+            a number for every leaf or group of leaves. Each group is then clipped separately. 0 makes every gradient
+            zero; inf changes none. Numbers may be traced; a traced negative number counts as 0.
         rescale_to_unit_norm: whether to divide each clipped gradient by its bound, so that no norm exceeds 1. With a
             bound of 0, every nonzero gradient gets norm 1; with inf, all become zero.
         normalize_by: what to divide the sum by, a number > 0.
-        batch_argnums: the positional arguments that have an example axis, axis 0. Arrays in keyword arguments have one
-            too.
+        batch_argnums: the positional arguments that have an example axis, axis 0. Arrays in keyword arguments also have
+            it.
         keep_batch_dim: whether fun is given each example with an axis of size 1 in front. If so, that axis is removed
             from the auxiliary results.
         return_values: whether to return the losses [B].
-        return_grad_norms: whether to return the norms [B] of the gradients before clipping and before the transform; a
-            tree like l2_clip_norm if that is one.
-        pre_clipping_transform: a function of one example's gradient that returns what is clipped and added up, a tree
-            that may have another structure. Where it is linear and the same for all examples, gradients stay factored;
-            an elementwise product with an array costs one more matrix product. Where it is not linear, gradients are
-            materialized, a microbatch at a time.
+        return_grad_norms: whether to return the norms [B] of the gradients before clipping and before the transform. If
+            l2_clip_norm is a tree, they are a tree of the same structure.
+        pre_clipping_transform: a function of one example's gradient that returns what is clipped and added up: a tree,
+            which may have a different structure. If the function is linear and the same for all examples, gradients
+            stay factored; an elementwise product with an array costs one more matrix product. If it is not linear,
+            gradients are materialized, a microbatch at a time.
         microbatch_size: number of examples to process at once, in a loop, to bound the memory; None for all.
             Microbatches at the end that hold padding only are skipped.
-        nan_safe: whether a gradient that is NaN or infinite adds zero. If False, its entries that are not finite make
-            those of the sum NaN.
+        nan_safe: whether a gradient that is NaN or infinite adds zero. If False, the entries of the sum are NaN where
+            an entry of such a gradient is not finite.
         dtype: dtype of the returned gradient; None for the gradient's own.
         prng_argnum: the positional argument that is a random key, or a tree of them; it is split, one for each example.
         spmd_axis_name: as in `jax.vmap`.
-        grid_scale: only None. Rounding every gradient to a grid of integers needs each of its entries, so factors do
-            not help: use jax-privacy's own function for that.
+        grid_scale: must be None. Rounding gradients to a grid of integers needs every entry of every gradient, so
+            factors do not help: use jax-privacy's own function for this.
 
     Returns:
-        A `BoundedSensitivityCallable`: a function of fun's arguments and of `is_padding_example`, booleans [B] that are
-        True where an example is padding and adds zero. It returns the sum, or (sum, `AuxiliaryOutput`) if has_aux,
-        return_values or return_grad_norms is set. Values, norms and aux of padding are computed too, except in
-        microbatches that are skipped, where they are 0.
+        A `BoundedSensitivityCallable`: a function that takes fun's arguments and `is_padding_example`, booleans [B]
+        that are True for examples that are padding and add zero. It returns the sum, or (sum, `AuxiliaryOutput`) if
+        has_aux, return_values or return_grad_norms is set. Values, norms and aux are also computed for padding, except
+        in skipped microbatches, where they are 0.
 
     Raises:
-        ValueError: a bound that is negative or not a number, or that is not a tree prefix of the gradient; normalize_by
-            ≤ 0; batch_argnums that are empty, negative, or also in argnums; batch sizes that differ; a microbatch size
-            below 1; padding that is not [B] booleans; a grid scale.
-        TypeError: a loss that is not a real scalar, or parameters that are not floating.
+        ValueError: a bound is negative or not a number, or the bounds are not a tree prefix of the gradient;
+            normalize_by is ≤ 0; batch_argnums are empty, negative, or also in argnums; batch sizes differ; the
+            microbatch size is below 1; is_padding_example is not [B] booleans; or grid_scale is not None.
+        TypeError: the loss is not a real scalar, or a parameter is not floating.
 
     Example:
         >>> loss = lambda w, x: 0.5 * jnp.mean((x - w) ** 2)         # of a batch
@@ -192,8 +192,8 @@ def clipped_grad(
 def installed() -> Iterator[None]:
     """Let jax-privacy's own plans, trainer and Keras API use this `clipped_grad`, while the context is open.
 
-    They look `clipped_grad` up when a step is traced, in jax-privacy's modules; here these hold this function. What was
-    compiled in the context keeps it.
+    They look `clipped_grad` up in jax-privacy's modules when a step is traced. While the context is open, these modules
+    hold this function. Steps that are compiled in the context keep it.
 
     Example:
         >>> with installed():

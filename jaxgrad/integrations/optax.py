@@ -23,10 +23,11 @@ def differentially_private_aggregate(
 ) -> optax.GradientTransformation:
     """Clip, average and add noise as `optax.contrib.differentially_private_aggregate` does, without materializing.
 
-    It takes what `jg.per_example_grad(loss)(params, *batch)` returns where optax's takes gradients with an example
-    axis, and is the first of a chain, as optax's is. The state and the noise are optax's: the same key gives the same
-    numbers. The mean is the same up to rounding, with two differences: a gradient that is NaN or infinite adds zero,
-    and one whose products cancel to less than their rounding errors is clipped a little more, see `jg.clipped_grad`.
+    It takes the result of `jg.per_example_grad(loss)(params, *batch)`, where optax's function takes gradients with an
+    example axis. Put it first in a chain, as optax's. The state and the noise are optax's: the same key gives the same
+    numbers. The mean is the same up to rounding, with two differences: a gradient that is NaN or infinite adds zero;
+    and a gradient whose products cancel to less than their rounding errors is clipped a little more (see
+    `jg.clipped_grad`).
 
     Args:
         l2_norm_clip: a positive number: the largest norm of one example's gradient. It may be traced.
@@ -35,10 +36,10 @@ def differentially_private_aggregate(
 
     Returns:
         An `optax.GradientTransformation`. Its update turns `PerExampleGrads` into a tree of the parameters' shapes and
-        dtypes; anything else is passed to optax's own.
+        dtypes; it passes anything else to optax's own function.
 
     Raises:
-        ValueError: a bound that is not a positive number, or, by the update, gradients of the parameters' own shapes.
+        ValueError: the bound is not a positive number; or, in an update, the gradients have the parameters' own shapes.
 
     Example:
         >>> import optax

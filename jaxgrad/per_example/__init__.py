@@ -8,7 +8,7 @@ These modules hold the public functions and classes:
     explain       how each parameter's gradient is held, and why
     gradients     PerExampleGrads: the algebra over a tree of parameters
     custom_primitives
-                  register_rule: teach the interpreter a primitive of your own
+                  register_rule: teach the interpreter your own primitive
     rule_check    check_rule: test a registered rule
 
 These modules support them:

@@ -17,7 +17,7 @@ _WALKED = (
 
 
 class RegisteredRule:
-    """A rule that `register_rule` has registered; used as a context manager, it is removed at the end of the block.
+    """A rule that `register_rule` has registered. As a context manager it removes itself at the end of the block.
 
     Example:
         >>> with register_rule("my_kernel", lambda x, dy, **params: x.T @ dy) as rule:
@@ -29,7 +29,7 @@ class RegisteredRule:
         self._rule = rule
 
     def remove(self) -> None:
-        """Remove the rule; functions that were traced under `jax.jit` with it keep it."""
+        """Remove the rule. Functions that `jax.jit` traced while the rule was registered keep it."""
         registered.remove(self._rule)
 
     def __enter__(self) -> "RegisteredRule":
@@ -49,40 +49,41 @@ def register_rule(
     name: str | None = None,
     override: bool = False,
 ) -> RegisteredRule:
-    """Teach `per_example_grad` what a primitive of yours computes, so that gradients through it stay factored.
+    """Teach `per_example_grad` what your primitive computes, so that gradients through the primitive stay factored.
 
     A parameter takes the direct route if its gradient ends in a primitive that jaxgrad does not know, such as a Pallas
-    kernel or a primitive that you made. `equals` computes the same as the primitive in operations of `jax.numpy` and
-    `jax.lax`. jaxgrad traces it to find out which matrix product the primitive is, or how it rearranges or scales a
-    product; every other number still comes from the primitive. The primitive that needs a rule is the one that
-    `explain` names: the one in the backward pass that returns the weight's gradient.
+    kernel or a primitive that you defined. The primitive that needs a rule is the one that `explain` names: the
+    primitive in the backward pass that returns the weight's gradient. `equals` computes the same as this primitive with
+    `jax.numpy` and `jax.lax`. jaxgrad traces `equals` to find out which matrix product the primitive computes, or how
+    the primitive rearranges or scales a product. Gradients that stay factored are computed from the operands of that
+    product; every other number still comes from the primitive.
 
-    Rules are global, for all threads, and may be registered and removed at any time. Functions that `jax.jit` has
-    traced before are not affected: register rules first.
+    Rules are global, for all threads, and may be registered and removed at any time. They do not affect functions that
+    `jax.jit` has already traced, so register rules first.
 
     Guarantees:
-        A gradient that stays factored is computed from what `equals` computes, so a wrong `equals` gives wrong numbers;
-        `check_rule` and `check_gradient` detect that. A rule that declines changes nothing.
+        A wrong `equals` gives wrong gradients; `check_rule` and `check_gradient` detect a wrong rule. A rule that
+        declines changes nothing.
 
     Args:
         primitive: the primitive, or its name if JAX does not export it, such as "pallas_call".
-        equals: a function of the primitive's operands, and of its params as keyword arguments, that returns the same
-            result up to rounding. For a primitive with several results it returns a list of them, with None for each
-            result that it does not compute. To decline, it returns None; it must decide that from shapes, dtypes and
-            params. A result in another floating dtype is converted.
-        name: for a primitive that stands for many functions, the name of the function that has this rule: that in
-            `pallas_call(…, name=)`, or the kernel function's own. The rule does not apply to a kernel that `jax.vmap`
-            has batched inside the loss; such a kernel takes the direct route.
-        override: whether this rule comes before one that exists, which then applies if this one declines.
+        equals: a function that takes the primitive's operands, and its params as keyword arguments, and returns the
+            primitive's result up to rounding. If the primitive has several results, `equals` returns a list of them,
+            with None for each result that it does not compute. To decline a call, it returns None, which it must decide
+            from shapes, dtypes and params. A result with a different floating dtype is cast to the primitive's.
+        name: for a primitive that stands for many functions, the name of the function that has this rule: the name in
+            `pallas_call(…, name=)`, or else the name of the kernel function. The rule does not apply to a kernel that
+            `jax.vmap` has batched inside the loss; such a kernel takes the direct route.
+        override: whether this rule may come before an existing rule, which is then used if this rule declines.
 
     Returns:
-        The registered rule, to be removed with `.remove()` or used in a `with` statement.
+        The registered rule. Call `.remove()` to remove it, or use it in a `with` statement.
 
     Raises:
         TypeError: the primitive is neither a primitive nor a string, or `equals` is not a function.
-        ValueError: there is a rule for this primitive and name, perhaps one of jaxgrad's own, and override is not set;
-            or jaxgrad reads the inner programs of the primitive, as for jit and scan. `per_example_grad` raises it if
-            `equals` raises, or returns other shapes than the primitive.
+        ValueError: there is already a rule for this primitive and name, perhaps jaxgrad's own, and override is not set;
+            or the primitive is one whose inner programs jaxgrad reads, such as jit and scan. `per_example_grad` raises
+            ValueError if `equals` raises an error or returns shapes that are not those of the primitive's results.
 
     Example:
         >>> from jax.experimental import pallas as pl

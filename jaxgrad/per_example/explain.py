@@ -29,10 +29,11 @@ class ExplanationRow:
         norm: how the norm is computed, one entry for each pair of factors.
         nbytes: bytes that the factors of all examples hold.
         materialized_nbytes: bytes of the materialized gradients of all examples.
-        why: the reason why the gradient is materialized: "vector" if the parameter has at most one axis, so that its
-            gradient is no larger than an activation; "smaller" if the gradient is no larger than the arrays it is
-            computed from; on the direct route, what `primitive` does that keeps the gradient from being a product.
-        primitive: the primitive that caused the direct route; empty on other routes.
+        why: why the gradient is materialized; empty if it is not. "vector" means that the parameter has at most one
+            axis, so that its gradient is no larger than an activation; "smaller" means that the gradient is no larger
+            than the arrays that it is computed from. On the direct route, why says what `primitive` does that keeps the
+            gradient from being a product.
+        primitive: the primitive that causes the direct route; empty on other routes.
         source: the file and line where the loss uses the primitive; empty if JAX does not know them.
 
     Example:
@@ -56,7 +57,7 @@ class ExplanationRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One row for each parameter; it prints as a table.
+    """How the gradient of each parameter is held: one row per parameter, printed as a table.
 
     Attributes:
         rows: the rows, in the order of the parameters' tree.
@@ -74,21 +75,25 @@ class Explanation:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for all parameters."""
+        """The number of bytes that the factors of all parameters hold."""
         return sum(row.nbytes for row in self.rows)
 
     @property
     def materialized_nbytes(self) -> int:
-        """Bytes of all gradients, materialized."""
+        """The number of bytes that the materialized gradients of all parameters would take."""
         return sum(row.materialized_nbytes for row in self.rows)
 
     @property
     def direct(self) -> tuple[ExplanationRow, ...]:
-        """The parameters that take the direct route."""
+        """The rows of the parameters that take the direct route."""
         return tuple(row for row in self.rows if row.primitive)
 
     def __getitem__(self, path: str) -> ExplanationRow:
-        """The row of the parameter at `path`."""
+        """The row of the parameter at `path`.
+
+        Raises:
+            KeyError: no parameter has this path.
+        """
         for row in self.rows:
             if row.path == path:
                 return row
@@ -115,26 +120,29 @@ def explain(
 
     The report prints as a table. Its column `how` is "factored", "materialized" or "unused". The column `why` says why
     a gradient is materialized: "vector" if the parameter has at most one axis, so that its gradient is no larger than
-    an activation; "smaller" if the gradient is no larger than the arrays it is computed from; "direct" if it takes the
-    direct route, where it is computed as `vmap(jax.grad)` would, for the reason given below the table.
+    an activation; "smaller" if the gradient is no larger than the arrays that it is computed from; "direct" if the
+    parameter takes the direct route, on which its gradient is computed as `vmap(jax.grad)` would compute it. A line
+    below the table gives the reason for each direct route.
 
-    The column `held as` names the kinds of factors and the shapes of their arrays, for B examples, T positions and G
-    groups, without axes of size 1. Outer(left [B, G, T, F], right [B, G, T, K]) stands for Σ_t left ⊗ right; Rows(ids
-    [B, T], values [B, T, K]) for rows of a table, with values [B, K] for a mean of rows; Windows(cotangents, image) for
-    a convolution; Mapped(arrays of other factors, shared arrays) for a weight that is transformed before it is used;
-    Common(number, array) for a penalty; Dense for the gradient itself.
+    The column `held as` names the kinds of factors and the shapes of their arrays, without axes of size 1. The letters
+    stand for B examples, T positions, G groups, F fan-out and K fan-in. Outer(left [B, G, T, F], right [B, G, T, K])
+    stands for Σ_t left ⊗ right. Rows(ids [B, T], values [B, T, K]) stands for rows of a table; the values of a mean of
+    rows are [B, K]. Windows(cotangents, image) stands for a convolution. Mapped(arrays of other factors, shared arrays)
+    stands for a weight that is transformed before it is used. Common(number, array) stands for a penalty, and Dense for
+    the gradient itself.
 
-    The column `norm` says what the norm is computed from, for each pair of factors: "sides", ‖left‖·‖right‖;
-    "positions", inner products of T × T positions; "matrix", the product, materialized a few examples at a time;
-    "direction", the inner product with an array shared by all examples; "map", the result of the linear map of a
-    Mapped; "entries", the gradient's entries; "apart", nothing, because the two factors occupy different entries of the
-    parameter.
+    The column `norm` says how the inner product of each pair of factors, which the norm needs, is computed. "sides" is
+    ‖left‖·‖right‖; "positions", inner products of T × T positions; "matrix", the product, materialized a few examples
+    at a time; "direction", the inner product with an array shared by all examples; "map", the result of the linear map
+    of a Mapped; "entries", the gradient's entries; "apart", nothing, because the two factors occupy different entries
+    of the parameter.
 
     Args:
         fun, argnums, in_axes, has_aux: as in `per_example_grad`.
 
     Returns:
-        A function of the same arguments (arrays, or `jax.ShapeDtypeStruct`s) that returns an `Explanation`.
+        A function that takes the arguments of `per_example_grad(fun)`, as arrays or as `jax.ShapeDtypeStruct`s, and
+        returns an `Explanation`.
 
     Raises:
         TypeError, ValueError: as in `per_example_grad`.

@@ -23,8 +23,8 @@ class FactorTree:
         chunk_bytes: as in `PerExampleGrads`.
 
     Raises:
-        TypeError: a leaf that is not a tuple of factors, or no leaves.
-        ValueError: factors of different batch sizes, or of different parameters at one leaf.
+        TypeError: a leaf is not a tuple of factors, or there are no leaves.
+        ValueError: the factors have different batch sizes, or those of one leaf belong to different parameters.
     """
 
     def __init__(self, tree: PyTree, chunk_bytes: int = chunks.CHUNK_BYTES):
@@ -100,18 +100,18 @@ class FactorTree:
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """The number of examples, B."""
         return self._leaves[0].weight.shape[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in the factors; an array that two factors share is counted twice."""
+        """The number of bytes that the factors hold; an array that two factors share is counted twice."""
         held = [a for leaf in self._leaves for f in leaf.factors for a in factors.arrays(f)]
         return sum(a.size * a.dtype.itemsize for a in held)
 
     @property
     def materialized_nbytes(self) -> int:
-        """Bytes of the arrays that `materialize` would return."""
+        """The number of bytes of the arrays that `materialize` would return."""
         return sum(self.batch_size * leaf.layout.size * leaf.layout.dtype.itemsize for leaf in self._leaves)
 
     def __len__(self) -> int:
@@ -129,13 +129,13 @@ class FactorTree:
         return "\n".join([f"PerExampleGrads({held})", *lines])
 
     def with_chunk_bytes(self, chunk_bytes: int) -> Self:
-        """Return the same gradients with another limit on what their methods materialize at once.
+        """Return the same gradients with a new limit on what their methods materialize at once.
 
-        If the cheapest way to compute norms, moments or a Gram matrix materializes gradients, it materializes those of
-        as many examples at a time as fit into `chunk_bytes`, but always at least one.
+        If the cheapest way to compute norms, moments or a Gram matrix materializes gradients, as many examples are
+        materialized at a time as fit in `chunk_bytes`, and at least one.
 
         Raises:
-            ValueError: a number below 1.
+            ValueError: the number is below 1.
         """
         if operator.index(chunk_bytes) < 1:
             raise ValueError(f"PerExampleGrads.with_chunk_bytes: expected a number of bytes ≥ 1, got {chunk_bytes}.")

@@ -38,12 +38,12 @@ def _in_chunks(method: Callable[P, R]) -> Callable[P, R]:
 class PerExampleGrads(FactorTree):
     """The gradients of B examples with respect to a tree of parameters; each parameter's gradient is a sum of factors.
 
-    It stands for the matrix G [B, parameters] that `jax.vmap(jax.grad(loss))` would return, split over the tree. Every
-    method is an operation on that matrix, and only `materialize` returns the matrix itself.
+    The object stands for the matrix G [B, parameters] whose columns are split over the tree, as in the result of
+    `jax.vmap(jax.grad(loss))`. Every method is an operation on G, and only `materialize` returns G itself.
 
-    Its arrays are the factors of products, not gradients; the example axis comes first in all that examples do not
-    share. It is a pytree of these arrays and passes through `jit`, `vmap`, `grad`, `lax.scan`, `device_put` with
-    shardings and `jax.export`. But `jax.tree.map` and optax's transformations apply a function to every array
+    The object is a pytree whose arrays are the factors of products, not gradients. The example axis comes first in all
+    arrays that the examples do not share. The pytree passes through `jit`, `vmap`, `grad`, `lax.scan`, `device_put`
+    with shardings and `jax.export`. But `jax.tree.map` and optax's transformations apply a function to every array
     separately, which gives wrong numbers. Use these instead:
 
         optax.scale, jax.tree.map(lambda g: c * g, …)       `c * g`, with one number, or one for every example
@@ -52,17 +52,17 @@ class PerExampleGrads(FactorTree):
         optax's dpsgd, which needs an example axis          `g.materialize()`
         an optimizer's update                               `optimizer.update(g.mean(), state, params)`
 
-    Accuracy: sums are accumulated in float32 at least (float64 if a factor or a parameter is float64). A result that is
-    a gradient is rounded once, to the parameter's dtype; squares of gradients, and [B] and [B, B] results, keep the
-    dtype in which they were accumulated.
+    Accuracy: sums are accumulated in float32 or wider (in float64 if a factor or a parameter is float64). A result with
+    the parameters' shapes is rounded once, to the parameter's dtype, unless it consists of squares (`second_moment`,
+    `variance`). Such results, and [B] and [B, C] results, keep the dtype in which they were accumulated.
 
     A complex parameter has the gradient that `jax.grad` defines, ∂/∂Re - i ∂/∂Im, held as the gradients with respect to
     its two real parts. Norms and moments use |·|², and inner products are the real part of Σ conj(g) v.
 
     Args:
         tree: the parameters' tree with each leaf replaced by a tuple of factors (`Product`, `Mapped`, `Common`).
-        chunk_bytes: the most bytes that a method materializes at once, if the cheapest way to compute its result
-            materializes gradients; see `with_chunk_bytes`.
+        chunk_bytes: the most bytes that a method materializes at once, for methods whose cheapest way to compute the
+            result materializes gradients; see `with_chunk_bytes`.
 
     Example:
         >>> delta, x = jnp.ones((4, 3)), jnp.ones((4, 2))         # four examples of a [3, 2] matrix
@@ -78,7 +78,7 @@ class PerExampleGrads(FactorTree):
     @_in_chunks
     @with_automatic_axes(by_example=True)
     def squared_norms(self) -> Float[Array, " B"]:
-        """‖g_b‖² [B], in float32 at least. It overflows or underflows where the square does; `norms` does not."""
+        """‖g_b‖² [B], in float32 or wider; the squares may overflow or underflow where `norms` does not."""
         return added([leaf.squared_norm() for leaf in self._leaves])
 
     @_in_chunks
@@ -91,22 +91,23 @@ class PerExampleGrads(FactorTree):
     @_in_chunks
     @with_automatic_axes(by_example=True)
     def norms(self) -> Float[Array, " B"]:
-        """‖g_b‖ [B], over all parameters together, in float32 at least.
+        """‖g_b‖ [B], over all parameters together, in float32 or wider.
 
         Formula: √Σ_leaves ‖·‖²; the norm of an Outer with T = 1 is ‖left_b‖·‖right_b‖. The column *norm* of `explain`
-        shows what each parameter's norm is computed from. Every example and position is scaled by powers of two first,
-        so that nothing overflows or underflows unless the norm itself does; only if the products at all positions are
-        below the smallest normal number may the norm be 0. The norms are differentiable; the derivative at a zero
-        gradient is 0.
+        shows how each parameter's norm is computed. Every example and position is first scaled by powers of two, so
+        that nothing overflows or underflows unless the norm itself does. The norm of a nonzero gradient is 0 only if
+        the products at all positions are below the smallest normal number. The norms are differentiable; the derivative
+        at a zero gradient is 0.
         """
         return norms.joint_norm([leaf.length() for leaf in self._leaves])
 
     @with_automatic_axes(by_example=True)
     def magnitudes(self) -> Float[Array, " B"] | None:
-        """Magnitude of the terms that may cancel, per example [B]; None if no gradient is a sum.
+        """The magnitude [B] of the terms that may cancel in each example's gradient; None if no gradient is a sum.
 
-        It is at least √Σ_leaves (Σ_t ‖left_t‖ ‖right_t‖)², over the leaves that are a sum of products. The error of a
-        sum of rounded products is about eps times this magnitude, however small the gradient is.
+        The magnitude is an upper bound on √Σ_leaves (Σ_t ‖left_t‖ ‖right_t‖)², over the leaves whose gradient is a sum
+        of products. The error of a sum of rounded products is about eps times the magnitude, however small the gradient
+        is.
         """
         magnitudes = [size for leaf in self._leaves if (size := leaf.magnitude()) is not None]
         return norms.root_sum_of_squares(magnitudes) if magnitudes else None
@@ -114,11 +115,11 @@ class PerExampleGrads(FactorTree):
     def rounding(self) -> Array:
         """The relative error ρ, a scalar, that rounding the operands of products causes in norms and weighted sums.
 
-        The norm, and the example's contribution to a weighted sum, are off by at most ρ√(‖g_b‖² + S_b²), where S_b is
-        the magnitude (`magnitudes`). For bfloat16 factors ρ is 3·2⁻⁸: a weighted sum rounds c_b times one side, and
-        the compiler may use an unrounded value of either side in one place and its rounded value in another. For
-        float32 factors ρ is 0 on a CPU; accelerators round the operands unless `jax.default_matmul_precision` says
-        otherwise, and then ρ is 2⁻⁹ on a GPU and 2⁻⁶ on a TPU.
+        The error of the norm, and of the example's contribution to a weighted sum, is at most ρ√(‖g_b‖² + S_b²), where
+        S_b is the magnitude (`magnitudes`). For bfloat16 factors ρ is 3·2⁻⁸: a weighted sum rounds c_b times one side,
+        and the compiler may use the unrounded value of a side in one place and its rounded value elsewhere. For float32
+        factors ρ is 0 on a CPU. By default, ρ is 2⁻⁹ on a GPU and 2⁻⁶ on a TPU, which round the operands;
+        `jax.default_matmul_precision` changes this.
         """
         return functools.reduce(jnp.maximum, [leaf.rounding() for leaf in self._leaves])
 
@@ -127,14 +128,14 @@ class PerExampleGrads(FactorTree):
     @naming("PerExampleGrads.dot")
     @with_automatic_axes(by_example=True)
     def dot(self, tree: PyTree) -> Float[Array, " B"]:
-        """G v [B]: the inner product of every example's gradient with a direction v, in float32 at least.
+        """G v [B]: the inner product of every example's gradient with a direction v, in float32 or wider.
 
         Args:
-            tree: a direction with the parameters' structure and shapes, complex where they are. It follows the
-                convention of gradients: for a change dp of the parameters, pass conj(dp).
+            tree: the direction v, with the parameters' structure and shapes, and complex where the parameters are. A
+                complex v follows the convention of gradients: for a change dp of the parameters, pass conj(dp).
 
         Raises:
-            ValueError: a direction whose structure or shapes are not the parameters'.
+            ValueError: the direction does not have the structure and the shapes of the parameters.
         """
         leaves = self._direction(tree)
         return added([leaf.dot(v) for leaf, v in zip(self._leaves, leaves, strict=True)])
@@ -148,7 +149,7 @@ class PerExampleGrads(FactorTree):
             dtype: dtype of the result, as in `sum`.
 
         Raises:
-            ValueError: a `c` that is not a floating array [B].
+            ValueError: `c` is not a floating array [B].
         """
         c = checked_numbers(c, self.batch_size)
         return self._summed(Leaf.sum, dtype, c)
@@ -157,8 +158,8 @@ class PerExampleGrads(FactorTree):
         """Σ_b g_b, a tree with the parameters' shapes.
 
         Args:
-            dtype: dtype of the result, as in `jnp.sum`: None for each parameter's own. The sum is accumulated in
-                float32 at least and rounded once. For a complex parameter this is the dtype of its two real parts.
+            dtype: dtype of the result, as in `jnp.sum`; None for the dtype of each parameter. For a complex parameter,
+                dtype is that of its two real parts. The sum is accumulated in float32 or wider and rounded once.
         """
         return self._summed(Leaf.sum, dtype)
 
@@ -191,12 +192,12 @@ class PerExampleGrads(FactorTree):
     @_in_chunks
     @with_automatic_axes(by_example=False)
     def gram(self, other: "PerExampleGrads | None" = None) -> Float[Array, "B C"]:
-        """G G′ᵀ [B, C]: the inner products of all pairs of examples, of this batch with `other` or with itself.
+        """G G′ᵀ [B, C]: the inner products of all pairs of examples, where G′ is `other` or, without it, G.
 
-        Cost for an Outer with T = 1: two matrix products, B·C·(F + K) operations; never B × parameters.
+        Cost for an Outer with T = 1: two matrix products with B·C·(F + K) operations, instead of B·C·F·K.
 
         Raises:
-            ValueError: the parameters of `other` have another tree, or other shapes or dtypes.
+            ValueError: the parameters of `other` have a different tree, or different shapes or dtypes.
         """
         if other is not None:
             self._same_parameters(other)
@@ -206,7 +207,7 @@ class PerExampleGrads(FactorTree):
 
     @property
     def T(self) -> "Transposed":
-        """Gᵀ, for products: `g.T @ c` is `g.weighted_sum(c)`, and `g @ h.T` is `g.gram(h)`."""
+        """Gᵀ, as an operand of `@`: `g.T @ c` is `g.weighted_sum(c)`, and `g @ h.T` is `g.gram(h)`."""
         return Transposed(self)
 
     def __matmul__(self, other: Any) -> Array:
@@ -216,11 +217,10 @@ class PerExampleGrads(FactorTree):
     @_in_chunks
     @with_automatic_axes(by_example=False)
     def second_moment(self) -> PyTree:
-        """mean_b g_b ⊙ g_b, a tree with the parameters' shapes, in float32 at least: half precision cannot hold the
-        squares.
+        """mean_b g_b ⊙ g_b, a tree with the parameters' shapes, in float32 or wider: float16 cannot hold squares.
 
-        Formula: for an Outer with T = 1, (left²)ᵀ(right²)/B, one matrix product; otherwise examples are materialized, a
-        few at a time.
+        Formula: for an Outer with T = 1, (left²)ᵀ(right²)/B, which is one matrix product. In all other cases gradients
+        are materialized, a few examples at a time.
         """
         by_leaf = self._map_leaves(lambda leaf: leaf.second_moment())
         return complexes.joined(by_leaf, operator.add)
@@ -228,11 +228,11 @@ class PerExampleGrads(FactorTree):
     @_in_chunks
     @with_automatic_axes(by_example=False)
     def variance(self) -> PyTree:
-        """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree with the parameters' shapes, in float32 at least.
+        """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree with the parameters' shapes, in float32 or wider.
 
-        Formula: the mean is subtracted before anything is squared, because second_moment - mean² cancels. For an Outer
-        with T = 1 the two sides are centered (`moments.variance`); otherwise examples are materialized, a few at a
-        time.
+        Formula: the mean is subtracted before anything is squared, because the terms of second_moment - mean² cancel.
+        For an Outer with T = 1 the two sides are centered (`moments.variance`). In all other cases gradients are
+        materialized, a few examples at a time.
         """
         return complexes.joined(self._map_leaves(lambda leaf: leaf.variance()), operator.add)
 
@@ -262,7 +262,7 @@ class PerExampleGrads(FactorTree):
         """g_b + h_b, the gradients of a sum of two losses, with the factors of both. The batch sizes must be equal.
 
         Raises:
-            ValueError: `other` has another number of examples or other parameters.
+            ValueError: `other` has a different number of examples or different parameters.
         """
         if not isinstance(other, PerExampleGrads):
             return NotImplemented
@@ -276,30 +276,30 @@ class PerExampleGrads(FactorTree):
         return self._with([Leaf.of(leaf.weighted() + leaf_.weighted()) for leaf, leaf_ in pairs])
 
     def __sub__(self, other: "PerExampleGrads") -> "PerExampleGrads":
-        """g_b - h_b, with the same requirements as `+`."""
+        """g_b - h_b, with the requirements of `+`."""
         return self + -other if isinstance(other, PerExampleGrads) else NotImplemented
 
     @naming("PerExampleGrads.scale")
     def scale(self, c: Float[Array, " B"]) -> "PerExampleGrads":
-        """c_b g_b for c [B], in float32 at least: it keeps digits that rounding to the parameter's dtype would drop.
+        """c_b g_b for c [B]; c is kept in float32 or wider, not rounded to the parameters' dtype.
 
         Raises:
-            ValueError: a `c` that is not a floating array [B].
+            ValueError: `c` is not a floating array [B].
         """
         c = checked_numbers(c, self.batch_size)
         return self._with([Leaf(leaf.factors, leaf.weight * c.astype(leaf.weight.dtype)) for leaf in self._leaves])
 
     @naming("PerExampleGrads.clip")
     def clip(self, max_norm: PyTree) -> "PerExampleGrads":
-        """g_b · max_norm / max(max_norm, ‖g_b‖): a gradient that is zero or exactly on the bound is unchanged.
+        """g_b · max_norm / max(max_norm, ‖g_b‖): gradients with a norm of at most max_norm are unchanged.
 
         Args:
             max_norm: one number bounds the norm over all parameters; a tree prefix of the parameters, with a number for
                 every leaf or group of leaves, bounds the norm of each group separately. The numbers must be > 0; inf
-                clips nothing, and a traced number that turns out to be ≤ 0 gives NaN.
+                clips nothing. A traced number that turns out to be ≤ 0 gives NaN.
 
         Raises:
-            ValueError: a bound that is not positive, or a tree that is not a prefix of the parameters.
+            ValueError: a bound is not positive, or the tree is not a prefix of the parameters.
         """
         bounds, groups = self.groups(max_norm)
         leaves: list[Leaf] = []
@@ -317,7 +317,7 @@ class PerExampleGrads(FactorTree):
             mask: [B], boolean.
 
         Raises:
-            ValueError: a mask that is not a boolean array [B].
+            ValueError: the mask is not a boolean array [B].
         """
         mask = checked_mask(mask, self.batch_size)
         return self._with([leaf.where(mask) for leaf in self._leaves])
@@ -325,10 +325,10 @@ class PerExampleGrads(FactorTree):
     @naming("PerExampleGrads[...]")
     @with_automatic_axes(by_example=False)
     def __getitem__(self, index: Any) -> "PerExampleGrads":
-        """The examples that a slice, or an integer or boolean array, selects; replicated on an explicit mesh.
+        """Select examples by a slice, or by an integer or boolean array. The result is replicated on an explicit mesh.
 
         Raises:
-            TypeError: an index of another kind.
+            TypeError: any other kind of index.
         """
         _ = self._leaves  # raises if there is more than one example axis
         if isinstance(index, slice):
@@ -342,7 +342,7 @@ class PerExampleGrads(FactorTree):
         """Join several batches into one. Their parameters and kinds of factors must be the same; T may differ.
 
         Raises:
-            ValueError: no parts, or parts that differ in their parameters or in the kinds of their factors.
+            ValueError: there are no parts, or the parts differ in their parameters or in the kinds of their factors.
         """
         if not parts:
             raise ValueError("PerExampleGrads.concatenate: expected at least one batch, got none.")
@@ -357,7 +357,7 @@ class PerExampleGrads(FactorTree):
 
     @with_automatic_axes(by_example=True)
     def materialize(self) -> PyTree:
-        """Materialize G: the tree of [B, *shape] that `jax.vmap(jax.grad(loss))` returns, B × parameters numbers."""
+        """Materialize G: the tree of arrays [B, *shape] that `jax.vmap(jax.grad(loss))` returns."""
         return complexes.joined(self._map_leaves(Leaf.materialize), complexes.gradient)
 
     @naming("PerExampleGrads.groups", unless_inside=True)
@@ -368,7 +368,7 @@ class PerExampleGrads(FactorTree):
             prefix: one number for all parameters, or a tree prefix with a number for every leaf or group of leaves.
 
         Raises:
-            ValueError: a number that is not positive, or a tree that is not a prefix of the parameters.
+            ValueError: a number is not positive, or the tree is not a prefix of the parameters.
         """
         leaves = self._leaves
         numbers, groups = checked_groups(prefix, self._treedef)
@@ -377,7 +377,7 @@ class PerExampleGrads(FactorTree):
 
 
 class Transposed:
-    """Gᵀ [parameters, B]: what `PerExampleGrads.T` returns, to be multiplied from either side.
+    """Gᵀ [parameters, B], which `PerExampleGrads.T` returns; multiply it from either side.
 
     Example:
         >>> g = jg.per_example_grad(lambda w, x: w @ x)(jnp.zeros(2), jnp.array([[1.0, 2.0], [3.0, 4.0]]))

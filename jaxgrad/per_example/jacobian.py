@@ -29,8 +29,8 @@ class PerExampleJacobian:
     """The Jacobians J_b [O, parameters] of B examples, held as factors; `per_example_jacobian` returns it.
 
     An activation is the same for all outputs and is held once; a cotangent is held for every output. The class is a
-    pytree of such arrays: the example axis comes first, unless all examples share the array; the output axis, unless
-    all outputs share it, is the second.
+    pytree of these arrays. The example axis comes first, in all arrays that the examples do not share; the output axis
+    comes second, in all arrays that the outputs do not share.
 
     Example:
         >>> model = lambda params, x: params["V"] @ jnp.tanh(params["W"] @ x)
@@ -54,12 +54,12 @@ class PerExampleJacobian:
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """The number of examples, B."""
         return self._held.batch_size
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in the factors."""
+        """The number of bytes that the factors hold."""
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self._held))
 
     def __repr__(self) -> str:
@@ -72,7 +72,7 @@ class PerExampleJacobian:
         return jax.vmap(function, (axes,), out_axes, axis_size=self.outputs)(held)
 
     def norms(self) -> Float[Array, "B O"]:
-        """The norm of every output's gradient, [B, O], computed as in `PerExampleGrads.norms`."""
+        """The norm [B, O] of the gradient of every output, computed as in `PerExampleGrads.norms`."""
         return self._vmap_outputs(lambda g: g.norms())
 
     def dot(self, tree: PyTree) -> Float[Array, "B O"]:
@@ -82,15 +82,16 @@ class PerExampleJacobian:
     def gram(self, other: "PerExampleJacobian | PerExampleGrads | None" = None) -> Float[Array, "B C O *P"]:
         """J_b J′_cᵀ [B, C, O, O′] for every pair of examples, where J′ is `other` or, without it, this Jacobian.
 
-        Cost, for a weight that enters through one matrix product: B·C·K operations for the inner products of
-        activations, once for every pair of examples, and B·C·O·O′·F for those of cotangents, for every pair of outputs.
+        Cost, for a weight that enters through one matrix product: the inner products of activations take B·C·K
+        operations, for every pair of examples; those of cotangents take B·C·O·O′·F operations, for every pair of
+        examples and outputs.
 
         Args:
-            other: a Jacobian with respect to the same parameters, whose number of outputs may differ; or gradients
-                with respect to them, for J_b g_c [B, C, O].
+            other: a Jacobian with respect to the same parameters, whose number of outputs may be different; or
+                gradients with respect to the same parameters, for J_b g_c [B, C, O].
 
         Raises:
-            ValueError: the parameters of `other` have another tree, or other shapes or dtypes.
+            ValueError: the parameters of `other` have a different tree, or different shapes or dtypes.
         """
         if isinstance(other, PerExampleGrads):
             return self._vmap_outputs(lambda g: g.gram(other), 2)
@@ -105,11 +106,11 @@ class PerExampleJacobian:
     def weighted_sum(self, c: Float[Array, "B O"], dtype: jax.typing.DTypeLike | None = None) -> PyTree:
         """Σ_bk c_bk J_b[k], a tree with the parameters' shapes.
 
-        The outputs are summed in a loop, so that arrays they share are not copied.
+        The sum over outputs runs in a loop, so that the arrays that the outputs share are not copied.
 
         Args:
             c: [B, O], a number for each row J_b[k].
-            dtype: dtype of the result, as in `PerExampleGrads.sum`; the sum over outputs is in float32 at least.
+            dtype: dtype of the result, as in `PerExampleGrads.sum`; the sum over outputs is in float32 or wider.
         """
         shapes = jax.eval_shape(lambda h: h._vmap_outputs(lambda g: g.sum(), 0), self)
         wide = jnp.result_type(jax.eval_shape(self.norms))
@@ -140,7 +141,7 @@ class PerExampleJacobian:
         return PerExampleJacobian(self._held * c, self._axes, self.outputs)
 
     def rows(self) -> PerExampleGrads:
-        """The rows as B·O gradients, those of the first example first; arrays shared by outputs are copied for each."""
+        """The rows as B·O gradients, those of the first example first; arrays that outputs share are copied."""
         O = self.outputs  # noqa: E741
 
         def flatten(a: Array, axis: int) -> Array:
@@ -159,8 +160,7 @@ def per_example_jacobian(
 ) -> Callable[..., PerExampleJacobian]:
     """Compute the gradients of all outputs of a model, for every example, as factors.
 
-    The forward pass runs once. Arrays that do not depend on which output is differentiated, such as activations, are
-    held once for all outputs.
+    The forward pass runs once. Arrays that are the same for all outputs, such as activations, are held once.
 
     Args:
         fun: fun(params, x) → the outputs of one example: an array or a tree of arrays, of a real floating dtype. The
@@ -168,10 +168,12 @@ def per_example_jacobian(
         argnums, in_axes, spmd_axis_name: as in `per_example_grad`.
 
     Returns:
-        A function of fun's arguments, with an example axis where `in_axes` says so, that returns `PerExampleJacobian`.
+        A function that takes fun's arguments, with an example axis on the batched ones, and returns
+        `PerExampleJacobian`.
 
     Raises:
-        TypeError, ValueError: as in `per_example_grad`; the outputs are not real floating arrays (TypeError).
+        TypeError: the outputs are not arrays of a real floating dtype; otherwise as in `per_example_grad`.
+        ValueError: as in `per_example_grad`.
 
     Example:
         >>> J = per_example_jacobian(lambda W, x: jnp.tanh(W @ x))(jnp.ones((5, 3)), jnp.ones((4, 3)))

@@ -34,13 +34,13 @@ def per_example_norms(
     """Transform a loss into the norms of its per-example gradients, in no more memory than a plain gradient needs.
 
     `per_example_grad(fun)(...).norms()` holds the factors of all parameters at once, including those of every layer of
-    a `lax.scan`. This function takes a layer's norm inside the loop that computes its gradient and drops the factors
-    there, so that `jax.checkpoint` in the loop still saves memory. The norms are the same. Call it under `jax.jit`,
-    which leaves out what is not used.
+    a `lax.scan`. This function computes the norms of a layer inside the loop that computes the layer's gradient, and
+    drops the factors there, so that `jax.checkpoint` in the loop still saves memory. The norms are the same up to
+    rounding. Call the returned function under `jax.jit`, which leaves out what is not used.
 
-    The factors of three kinds of parameters are held until the loop has ended: of a parameter that every step uses (a
-    recurrent weight), because the norm has cross terms between steps; of a parameter whose gradient goes through
-    anything but a reshape, transpose or cast after the loop; and of a parameter that is used inside `cond` or
+    The factors of three kinds of parameters are held until the loop has ended: parameters that every step uses, such as
+    recurrent weights, because their norms have cross terms between steps; parameters whose gradient goes through
+    anything but reshapes, transposes and casts after the loop; and parameters that are used inside `cond` or
     `shard_map`.
 
     Args:
@@ -48,9 +48,10 @@ def per_example_norms(
         leaf_norms: whether to return the norm of each parameter's gradient instead of the norm over all parameters.
 
     Returns:
-        A function of fun's arguments, the batched ones with an example axis, that returns (values [B], norms [B]) or,
-        with has_aux, ((values, aux), norms). With `leaf_norms` the norms are a tree like the parameters with leaves
-        [B]. Norms are accumulated in float32 at least; squares do not overflow unless the norm itself does.
+        A function that takes fun's arguments, with an example axis on the batched ones, and returns (values [B], norms
+        [B]), where the values are the losses, or, with has_aux, ((values, aux), norms). With `leaf_norms`, the norms
+        are a tree like the parameters, with leaves [B]. Norms are accumulated in float32 or wider; no square overflows
+        unless the norm itself does.
 
     Raises:
         TypeError, ValueError: as in `per_example_grad`.

@@ -1,4 +1,4 @@
-"""A loop over microbatches, which adds up sums and stacks the results of every example."""
+"""A loop over microbatches that adds up their sums and joins the results of all examples."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,16 +21,16 @@ Step = Callable[[Arguments, Array], tuple[list[Array], Any]]
 def in_microbatches(
     step: Step, arguments: Arguments, mask: Array, size: int, skip_the_end: bool = False
 ) -> tuple[list[Array], Any]:
-    """Apply a step to one microbatch after another; return the sums, and the trees of all examples.
+    """Apply a step to one microbatch after another; return the sums, and the results of all examples.
 
-    With n microbatches, each takes every n-th example, so that it is sharded as the batch is.
+    If there are n microbatches, each consists of every n-th example, so that it is sharded as the batch is.
 
     Args:
         step: the computation on one microbatch.
-        arguments, mask: those of the whole batch.
+        arguments, mask: the arguments and the mask of the whole batch.
         size: the number of examples in a microbatch. It need not divide the batch.
-        skip_the_end: whether to skip the microbatches after the last one with an unmasked example; the results of their
-            examples are then 0.
+        skip_the_end: whether to skip all microbatches after the last one that has an unmasked example; the results of
+            the examples in skipped microbatches are 0.
     """
     B = arguments.batch_size
     count = -(-B // size)

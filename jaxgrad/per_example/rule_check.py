@@ -17,7 +17,7 @@ from jaxgrad.per_example.interpreter.walk import evaluate
 
 
 class RuleRow(NamedTuple):
-    """One comparison by `check_rule` of a rule with its primitive.
+    """The result of one comparison of a rule with its primitive by `check_rule`.
 
     Attributes:
         rule: the primitive, and the name for which the rule is registered.
@@ -41,7 +41,7 @@ class RuleRow(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether the deviation is accepted; NaN is not."""
+        """Whether the deviation is at most the allowed one; False if it is NaN."""
         return self.deviation <= self.allowed
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class RuleReport:
     """The comparisons of `check_rule`; they print as a table.
 
     Attributes:
-        rows: one row for each equation, and for each operand of it that was replaced by a product.
+        rows: for each equation, one row for arrays, and one for each operand that was replaced by a product.
 
     Example:
         >>> with jg.register_rule("square", lambda x: x * x):
@@ -82,18 +82,18 @@ def check_rule(fun: Callable[..., Any], *operands: Any, rtol: float | None = Non
     """Check the registered rules of all primitives that a function uses, on random operands.
 
     For each equation of the function whose primitive has a rule, the rule and the primitive must give the same result:
-    on the given operands, on random operands, and if one operand is a random product u ⊗ v. In the last case, applying
-    the rule to the unevaluated product and materializing the result must equal applying the primitive to the
-    materialized product.
+    on the given operands, on random operands, and on random operands of which one is a product u ⊗ v. In the last case,
+    applying the rule to the unevaluated product and then materializing the result must give the same as applying the
+    primitive to the materialized product.
 
     Args:
-        fun: a function that uses the primitives, such as the one that calls your kernel. For a kernel in the backward
-            pass of a `jax.custom_vjp`, pass the gradient, `jax.grad(loss)`.
-        operands: its arguments, trees of arrays. Random numbers replace arrays of floating dtypes; integers and
-            booleans stay as they are. A product stays factored only if its operands are smaller than its result, so
-            pass matrices of at least 8 × 8.
-        rtol: the largest deviation that is accepted, relative to the largest entry of the result; None for ε^(3/4) of
-            the result's dtype, about 6e-6 in float32.
+        fun: a function that uses the primitives, such as the function that calls your kernel. For a kernel in the
+            backward pass of a `jax.custom_vjp`, pass the gradient, `jax.grad(loss)`.
+        operands: the arguments of fun, trees of arrays. Random numbers replace arrays of floating dtypes; integers and
+            booleans stay as they are. A product stays factored only if its operands hold fewer numbers than its result,
+            so pass matrices of at least 8 × 8.
+        rtol: the largest deviation that is accepted, relative to the largest entry of the result; None for eps^(3/4),
+            where eps is that of the result's dtype: about 6e-6 in float32.
         seed: the seed of the random numbers.
 
     Returns:
@@ -101,8 +101,9 @@ def check_rule(fun: Callable[..., Any], *operands: Any, rtol: float | None = Non
 
     Raises:
         AssertionError: a rule disagrees with its primitive; the message names the rule, the operand and the deviation.
-        ValueError: nothing was checked: the function uses no primitive that has a rule, uses it only inside a loop or
-            a branch, or the rule declines. Or a rule raises, or returns another shape than the primitive.
+        ValueError: nothing was checked, because the function uses no primitive that has a rule, uses it only inside a
+            loop or a branch, or because the rule declines; or a rule raises an error or returns a shape that is not
+            that of the primitive's result.
 
     Example:
         >>> with jg.register_rule("sin", lambda x, **params: x - x**3 / 6):               # a wrong rule

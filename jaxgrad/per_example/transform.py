@@ -38,31 +38,32 @@ def per_example_grad(
     JAX differentiates `fun`, so custom rules, remat, stop_gradient and control flow behave as under `jax.grad`. The
     only difference is that the last matrix product of each gradient is left unevaluated. A parameter whose gradient is
     not a product takes the direct route: its gradient is computed as `jax.vmap(jax.grad(fun))` would compute it.
-    `explain` names each such parameter. First run `check_gradient(per_example_grad(fun), fun, params, *batch)` on your
-    own model: it compares the result with `jax.grad`. Jit the code that calls this, as with `jax.grad`; the costs that
-    are stated here are those under `jax.jit`.
+    `explain` names each such parameter. On your own model, first run
+    `check_gradient(per_example_grad(fun), fun, params, *batch)`, which compares the result with `jax.grad`. Jit the
+    code that calls the returned function, as with `jax.grad`; all stated costs are those of jitted code.
 
     Args:
         fun: a pure function of one example that returns a real scalar, or (scalar, aux) with has_aux.
         argnums: the argument or arguments to differentiate with respect to, as in `jax.grad`; all examples share them.
-        in_axes: as in `jax.vmap(jax.grad(fun), in_axes)`: a number, for all arguments except the differentiated ones;
-            or a sequence with one entry for each positional argument: None for differentiated and shared arguments,
-            a number, or a tree prefix of both. In keyword arguments, every leaf that is an array is batched along
-            axis 0; scalars and leaves that are not arrays are shared.
+        in_axes: as in `jax.vmap(jax.grad(fun), in_axes)`: the example axis of all arguments except the differentiated
+            ones; or a sequence with one entry for each positional argument. An entry is None for differentiated and
+            shared arguments, the number of the example axis for batched arguments, or a tree prefix of such entries. In
+            keyword arguments, every leaf that is an array is batched along axis 0; scalars and leaves that are not
+            arrays are shared.
         has_aux: whether fun returns (scalar, aux).
         spmd_axis_name: as in `jax.vmap`: the mesh axis or axes over which the examples are sharded, so that
             `jax.lax.with_sharding_constraint` inside fun leaves them sharded there.
         strict: whether to raise an error if a parameter takes the direct route.
 
     Returns:
-        A function of fun's arguments, the batched ones with an example axis, that returns `PerExampleGrads` over the
-        tree of the differentiated argument (a tuple of trees if there are several); with has_aux, it returns
+        A function that takes fun's arguments, with an example axis on the batched ones, and returns `PerExampleGrads`
+        over the tree of the differentiated argument (a tuple of trees if there are several). With has_aux, it returns
         (PerExampleGrads, aux of every example).
 
     Raises:
         TypeError: the loss is not a real scalar, or a parameter does not have a floating dtype.
         ValueError: no argument is batched, batch sizes differ, argnums or in_axes do not fit the arguments, or strict
-            is set and a parameter's gradient takes the direct route.
+            is set and a parameter takes the direct route.
 
     Example:
         >>> loss = lambda params, x, y: (jnp.tanh(params["W"] @ x).sum() - y) ** 2
@@ -90,14 +91,14 @@ def per_example_value_and_grad(
     spmd_axis_name: Any = None,
     strict: bool = False,
 ) -> Callable[..., Any]:
-    """Like `per_example_grad`, but also return the losses: the result is (values [B], PerExampleGrads).
+    """Compute the losses as well as the gradients of `per_example_grad`: (values [B], PerExampleGrads).
 
     Args:
         fun, argnums, in_axes, has_aux, spmd_axis_name, strict: as in `per_example_grad`.
 
     Returns:
-        A function that returns (values, PerExampleGrads) or, with has_aux, ((values, aux), PerExampleGrads), like
-        `jax.value_and_grad`.
+        A function of the same arguments as in `per_example_grad` that returns (values, PerExampleGrads) or, with
+        has_aux, ((values, aux), PerExampleGrads), like `jax.value_and_grad`.
 
     Raises:
         TypeError, ValueError: as in `per_example_grad`.
@@ -133,7 +134,7 @@ class Route:
 
 
 class Transformed:
-    """A loss and the options it is called with; `gradient_map`, if given, is applied to each example's gradient."""
+    """A loss with its options; `gradient_map`, if given, is applied to each example's gradient."""
 
     def __init__(
         self,

@@ -1,15 +1,16 @@
 """Data sets that do not fit in memory: results over all batches, and over all pairs of examples.
 
 `gram`, `influence`, `run` and `top_k` take a loss or a function of one batch, and return a function of the parameters
-and a sequence of batches, such as `Batches`. The factors of at most two batches are held at a time. These functions
-loop in Python and jit each step themselves.
+and of a sequence of batches, such as `Batches`. They hold the factors of at most two batches at a time. They loop over
+batches in Python and jit each step themselves, so do not jit them.
 
 The modules and their public names:
 
-    batches      Batches: arrays, memory-mapped ones too, as a sequence of batches
-    run          run: apply a function to every batch; write rows for every example, and sums, to disk; resumable
+    batches      Batches: arrays, memory-mapped or not, as a sequence of batches
+    run          run: apply a function to every batch, and write its rows and sums to disk; a stopped run can continue
     functions    norms, second_moments, inner_products: functions for `run`
-    pairs        gram: inner products of all pairs of gradients; influence: of every training example on every test loss
+    pairs        gram: inner products of all pairs of gradients
+                 influence: influence of every training example on every test loss
     largest      top_k: the largest scores, with the scores of one batch in memory at a time
 """
 

@@ -14,14 +14,14 @@ Batch = tuple[Any, ...]
 
 
 class Batches(Sequence[tuple[Any, ...]]):
-    """Arrays with a leading example axis, memory-mapped or not, as a sequence of batches; the last may be smaller.
+    """A sequence of batches, cut from arrays with a leading example axis; the last batch may be smaller.
 
     Args:
-        arrays: each [N, …].
+        arrays: arrays [N, …], memory-mapped or not.
         size: examples per batch.
 
     Raises:
-        ValueError: no arrays, arrays of different lengths, or a size below 1.
+        ValueError: there are no arrays, the arrays have different lengths, or the size is below 1.
 
     Example:
         >>> batches = Batches(np.zeros((10, 3)), np.zeros(10), size=4)
@@ -42,7 +42,7 @@ class Batches(Sequence[tuple[Any, ...]]):
         return -(-self.length // self.size)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return one batch: the k-th part of every array, as NumPy arrays."""
+        """Return one batch: the part of every array with this index, as NumPy arrays."""
         k = operator.index(index)
         if not 0 <= k < len(self):
             raise IndexError(f"streams.Batches: expected an index from 0 to {len(self) - 1}, got {k}.")

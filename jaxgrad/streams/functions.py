@@ -13,17 +13,17 @@ from jaxgrad.streams.run import Part
 
 
 def norms(loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0) -> Callable[..., Part]:
-    """Return a function for `run` that gives the rows "values", the losses, and "norms", the norms of their gradients.
+    """Return a function for `run` that computes the losses, as "values", and the norms of their gradients, as "norms".
 
     Args:
         loss: loss of one example, as in `per_example_grad`.
         argnums, in_axes: as in `per_example_grad`.
 
     Returns:
-        A function of (params, *batch); rows are [b].
+        A function of (params, *batch) that returns a `Part`. For a batch of b examples, both of its rows are [b].
 
     Raises:
-        TypeError, ValueError: as in `per_example_grad`, when it is called.
+        TypeError, ValueError: as in `per_example_grad`, when the returned function is called.
 
     Example:
         >>> each = norms(lambda w, x: jnp.sin(w @ x))
@@ -51,7 +51,7 @@ def second_moments(
         loss, argnums, in_axes: as in `norms`.
 
     Returns:
-        A function of (params, *batch).
+        A function of (params, *batch) that returns a `Part` without rows.
 
     Example:
         >>> each = second_moments(lambda p, x: jnp.sin(p["w"] @ x))
@@ -73,14 +73,14 @@ def second_moments(
 def inner_products(
     loss: Callable[..., Any], fixed: PerExampleGrads, *, argnums: int | Sequence[int] = 0, in_axes: Any = 0
 ) -> Callable[..., Part]:
-    """Return a function for `run` that gives the rows "products": each gradient's inner products with fixed gradients.
+    """Return a function for `run` that computes inner products of gradients with fixed gradients, as "products".
 
     Args:
         loss, argnums, in_axes: as in `norms`.
         fixed: gradients of M examples with respect to the same parameters.
 
     Returns:
-        A function of (params, *batch); rows are [b, M].
+        A function of (params, *batch) that returns a `Part`. For a batch of b examples, its rows are [b, M].
 
     Example:
         >>> loss, w = lambda w, x: jnp.sin(w @ x), jnp.ones(3)

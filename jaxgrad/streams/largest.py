@@ -36,21 +36,22 @@ class TopK(NamedTuple):
 def top_k(scores: Callable[..., Float[Array, "C b"]], k: int, *, progress: bool = False) -> Callable[..., TopK]:
     """The k training examples with the largest scores for each test example.
 
-    The scores of one batch are in memory at a time.
+    Only the scores of one batch are in memory at a time.
 
     Args:
-        scores: scores(params, *batch) → [C, b] for a batch of b examples; negate them for the smallest. To pass it more
-            arrays, make it a `jax.tree_util.Partial`.
-        k: number of examples to return; fewer are returned if there are fewer examples.
+        scores: scores(params, *batch) → [C, b] for a batch of b examples. To find the smallest scores, return the
+            negative scores. To pass more arrays to the function, make it a `jax.tree_util.Partial`.
+        k: number of examples to return for each test example; if there are fewer examples, all are returned.
         progress: True shows a progress bar (needs rich).
 
     Returns:
-        A function of (params, batches) that returns `TopK`; each batch is a tuple of the other arguments of `scores`.
-        Among equal scores the earlier example comes first. NaN counts as the largest score, so that it is not missed.
+        A function of (params, batches) that returns `TopK`. Each batch is a tuple of the arguments of `scores` other
+        than the parameters. If scores are equal, the earlier example comes first. NaN counts as the largest score, so
+        that it is not missed.
 
     Raises:
-        TypeError: a batch that is not a tuple.
-        ValueError: k below 1, or no batches.
+        TypeError: a batch is not a tuple.
+        ValueError: k is below 1, or there are no batches.
 
     Example:
         >>> gradients = jg.per_example_grad(lambda w, x: jnp.sin(w @ x))

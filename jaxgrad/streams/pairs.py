@@ -20,10 +20,11 @@ from jaxgrad.streams.batches import Batch, checked, checked_sequences
 def gram(
     loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0, progress: bool = False
 ) -> Callable[..., Float[np.ndarray, "N M"]]:
-    """The Gram matrix GGᵀ of N examples, or GG′ᵀ of N examples and M others, computed from batches.
+    """The Gram matrix GGᵀ of N examples, or GG′ᵀ of N examples and M other examples, computed from batches.
 
-    Memory: the result, briefly twice, and the factors of two batches. Cost: every gradient of `others` is computed once
-    for each batch in `batches`; without `others`, the cost is half of that.
+    Memory: up to twice the result (its blocks, and the array into which they are joined), and the factors of two
+    batches. Cost: each gradient of `others` is computed once for each batch in `batches`. Without `others`, the cost is
+    half that of `others=batches`.
 
     Args:
         loss: loss of one example, as in `per_example_grad`.
@@ -31,14 +32,15 @@ def gram(
         progress: True shows a progress bar (needs rich).
 
     Returns:
-        A function of (params, batches, others=None) that returns [N, M], a NumPy array in float32 at least. `batches`
-        and `others` are sequences of tuples, which hold the loss's other arguments. All batches but the last should
-        have the same size, because every size is compiled separately. `others` defaults to `batches`.
+        A function of (params, batches, others=None) that returns [N, M], a NumPy array in float32 or wider. `batches`
+        and `others` are sequences of batches; a batch is a tuple of the loss's arguments other than the parameters. All
+        batches but the last should have the same size, because every size is compiled separately. `others` defaults to
+        `batches`.
 
     Raises:
         TypeError: batches that cannot be counted and read again, such as a generator; a batch that is not a tuple;
             otherwise as in `per_example_grad`.
-        ValueError: no batches; otherwise as in `per_example_grad`.
+        ValueError: there are no batches; otherwise as in `per_example_grad`.
 
     Example:
         >>> batches = jg.streams.Batches(np.eye(3, dtype=np.float32), size=2)
@@ -65,20 +67,20 @@ def influence(
     """`attribution.influence` of B training examples on C test examples, computed from batches.
 
     The inverse is not approximated, for any number of parameters. Memory: a few arrays of B × B and B × C numbers, and
-    the factors of two batches. Cost: that of the norms and of two Gram matrices, of the training examples with
-    themselves and with the test examples.
+    the factors of two batches. Cost: the norms of the training gradients, two Gram matrices (training with training
+    examples, and training with test examples), and a B × B solve.
 
     Args:
         loss, argnums, in_axes, progress: as in `gram`.
         damping: μ ≥ 0.
 
     Returns:
-        A function of (params, train, test) that returns [C, B], a NumPy array; > 0 means helpful. `train` and `test`
-        are sequences of batches, as in `gram`.
+        A function of (params, train, test) that returns [C, B], a NumPy array; a score > 0 means that the training
+        example is helpful. `train` and `test` are sequences of batches, as in `gram`.
 
     Raises:
         TypeError: as in `gram`.
-        ValueError: a damping that is not a number ≥ 0; otherwise as in `gram`.
+        ValueError: the damping is not a number ≥ 0; otherwise as in `gram`.
 
     Example:
         >>> loss = lambda w, x, y: (w @ x - y) ** 2

@@ -19,11 +19,11 @@ from jaxgrad.streams.store import Store
 
 @named_tuple
 class Part(NamedTuple):
-    """The results for one batch, which a function for `run` returns.
+    """The results for one batch, as a function for `run` returns them.
 
     Attributes:
-        rows: name → [b, …], stored for every example.
-        sums: name → array, added up over all batches in float64.
+        rows: name → array [b, …] with one row for each of the batch's b examples; all rows are stored.
+        sums: name → array; the arrays of all batches are added up in float64.
 
     Example:
         >>> import tempfile
@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 
 class Results(NamedTuple):
-    """The results for all batches, which are also on disk.
+    """The results for all batches. They are also on disk.
 
     Attributes:
         rows: name → memory-mapped array [examples, …], in the order of the batches.
@@ -64,28 +64,29 @@ def run(
 ) -> Callable[..., Results]:
     """Apply a function to all batches, and write the rows and sums that it returns to disk as they are computed.
 
-    A run may be stopped at any moment, even by SIGKILL. Called again with the same arguments, it continues after the
-    last committed batch and ends with the same files, to the byte, as an uninterrupted run. A commit first writes the
-    rows and flushes them to disk, then replaces the state, which counts them, in one step; the next start truncates
-    rows that the state does not count.
+    A run may be stopped at any moment, even by SIGKILL. Call it again with the same arguments to continue after the
+    last committed batch; the files are then the same, to the byte, as those of an uninterrupted run. A commit first
+    writes the rows and flushes them to disk, and then replaces the state, which counts the rows, in one step. The next
+    start truncates rows that the state does not count.
 
     Args:
-        function: function(params, *batch) → `Part`, such as `norms(loss)`. To pass it more arrays, make it a
-            `jax.tree_util.Partial`: they are then arguments of the compiled program, not constants in it.
-        every: number of batches per commit; raise it if the sums are large, because every commit writes them.
+        function: function(params, *batch) → `Part`, such as `norms(loss)`. To pass more arrays to it, make it a
+            `jax.tree_util.Partial`: the arrays are then arguments of the compiled program, not constants in it.
+        every: number of batches per commit. Every commit writes the sums, so raise this number if they are large.
         progress: True shows a progress bar (needs rich).
         jit: False calls the function without `jax.jit`, for functions that are not written in JAX.
 
     Returns:
         A function of (params, batches, folder) that returns `Results`, whose rows are memory-mapped. `params` is a tree
-        of arrays and is passed to the function. `batches` is a sequence or another iterable of tuples, always from the
-        first batch on. If a run continues, it does not read the completed batches of a sequence; it reads and skips
-        those of another iterable. `folder` is created if it does not exist; only one run may use it at a time.
+        of arrays, which is passed to the function. `batches` is a sequence or any other iterable of tuples, and always
+        starts with the first batch. A run that continues does not read the completed batches of a sequence; it reads
+        and skips those of any other iterable. `folder` is created if it does not exist. Only one run may use a folder
+        at a time.
 
     Raises:
-        TypeError: a batch that is not a tuple.
-        ValueError: rows or sums whose names, shapes or dtypes differ from those in the folder; rows of different
-            lengths; `every` below 1.
+        TypeError: a batch is not a tuple.
+        ValueError: rows or sums do not have the names, shapes and dtypes of those in the folder; rows have different
+            lengths; or `every` is below 1.
 
     Example:
         >>> import tempfile

@@ -41,8 +41,8 @@ class Store:
         """Add the rows and sums of one batch; `commit` writes them.
 
         Raises:
-            ValueError: rows of different lengths; names that are not valid names of files; other names, shapes or
-                dtypes than in the batches before.
+            ValueError: rows have different lengths; a name is not a valid name of a file; or the names, shapes or
+                dtypes are not those of the earlier batches.
         """
         rows = {name: _as_stored(a) for name, a in batch_rows.items()}
         sums = {name: np.asarray(a, np.float64) for name, a in batch_sums.items()}

@@ -68,7 +68,7 @@ def _wide(a: Array, dtype: jnp.dtype) -> Array:
 
 
 def scale(f: Factor, c: Any) -> Factor:
-    """c_b times example b, in float32 at least. Of two arrays, the smaller one is multiplied."""
+    """c_b times example b, in float32 or wider. Of two arrays, the smaller one is multiplied."""
     acc = accumulator(f)
     return times(wide(f, acc), c.astype(acc))
 

@@ -252,7 +252,7 @@ def unfolded(p: Product) -> Product:
 
 
 def form(p: Product, dtype: jax.typing.DTypeLike) -> Array:
-    """Materialize the product of one example in `dtype`, accumulated in float32 at least."""
+    """Materialize the product of one example in `dtype`, accumulated in float32 or wider."""
     work, p = working_dtype(dtype), unfolded(spread(p))
     if p.row is None:
         right = jnp.ones((), p.left.dtype) if p.right is None else p.right

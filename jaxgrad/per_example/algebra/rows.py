@@ -130,7 +130,7 @@ def _places(ids: Integer[Array, "B T"]) -> Integer[Array, "B T"]:
 
 
 def _summed(f: Lookup, place: Integer[Array, "B T"], count: int) -> Float[Array, "B {count} K"]:
-    """Sum the values at each place, in float32 at least."""
+    """Sum the values at each place, in float32 or wider."""
     acc = working_dtype(f.values.dtype)
     if f.repeated:
         times = jax.vmap(lambda place, inside: jnp.zeros(count, acc).at[place].add(inside))(

@@ -33,7 +33,7 @@ def weighted_rows(c: Float[Array, " N"], v: Float[Array, "N D"]) -> Float[Array,
 
 
 def products(left: Float[Array, "N F"], right: Float[Array, "N K"]) -> Float[Array, "F K"]:
-    """Σ_n left_n ⊗ right_n, in float32 at least."""
+    """Σ_n left_n ⊗ right_n, in float32 or wider."""
     F, K = left.shape[1], right.shape[1]
     if _in_one(left) or (F * K > SMALL and min(F, K) > 1 and left.shape[0] <= MANY_PRODUCTS):
         return _products_in_one(left, right)
