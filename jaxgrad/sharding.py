@@ -107,7 +107,7 @@ def spread_over(a: Array) -> list[Any]:
 
 
 def _spec(a: Array) -> list[Any]:
-    """As `spread_over`, for an array that is known to have a sharding."""
+    """Do as `spread_over`, for an array that is known to have a sharding."""
     return [*jax.typeof(a).sharding.spec, *[None] * a.ndim][: a.ndim]
 
 

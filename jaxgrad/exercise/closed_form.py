@@ -71,8 +71,8 @@ def grad(params: Params, x: Float[Array, " D"], y: Float[Array, ""], activation:
         Params of the shapes and dtypes of `params`.
 
     Raises:
-        ValueError: shapes that do not match.
-        TypeError: dtypes that are not floating. Both errors are raised before tracing.
+        ValueError: the shapes do not match.
+        TypeError: a dtype is not floating. Both errors are raised before tracing.
 
     Example:
         >>> params = Params(jnp.ones((1, 2)), jnp.zeros(1), jnp.ones(1))

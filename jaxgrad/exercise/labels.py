@@ -14,8 +14,8 @@ def signs(
 ) -> Float[Array, "*shape"]:
     """Convert labels of two classes to -1 and +1.
 
-    Labels -1 and +1 are unchanged; 0 and False become -1, 1 and True become +1. Of any other two classes, strings
-    included, the one that sorts first becomes -1. If a batch may contain only one class, name both with `classes`.
+    Labels -1 and +1 are unchanged; 0 and False become -1, and 1 and True become +1. Of any other two classes, strings
+    included, the class that sorts first becomes -1. If a batch may contain only one class, name both with `classes`.
 
     Args:
         labels: an array or sequence of any shape, on the host (not traced, because its values determine the encoding).
@@ -26,8 +26,8 @@ def signs(
         An array of -1 and +1 with the shape of `labels`.
 
     Raises:
-        ValueError: not exactly two classes, labels of mixed kinds (numbers and strings, say), a NaN or NaT, or a label
-            that is not among `classes`; the message names the values found.
+        ValueError: there are not exactly two classes, the labels are of mixed kinds (numbers and strings, say), or a
+            label is NaN, NaT or not among `classes`. The message names the values found.
         TypeError: `labels` is traced (JAX's own message), or `dtype` is not floating.
 
     Example:

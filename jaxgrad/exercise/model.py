@@ -24,11 +24,11 @@ def margin(params: Params, x: Float[Array, " D"], activation: Activation = logis
         activation: σ.
 
     Returns:
-        A scalar in the dtype that JAX promotes params and x to.
+        A scalar in the dtype to which JAX promotes params and x.
 
     Raises:
-        ValueError: shapes that do not match.
-        TypeError: dtypes that are not floating. Both errors are raised before tracing.
+        ValueError: the shapes do not match.
+        TypeError: a dtype is not floating. Both errors are raised before tracing.
 
     Example:
         >>> params = Params(jnp.ones((2, 3)), jnp.zeros(2), jnp.ones(2))
@@ -51,7 +51,7 @@ def loss(
         activation: σ.
 
     Returns:
-        A scalar in the dtype that JAX promotes params, x and y to.
+        A scalar in the dtype to which JAX promotes params, x and y.
 
     Raises:
         ValueError, TypeError: as in `margin`.

@@ -45,7 +45,7 @@ def init_params(
         Params(W [H, D], b [H], w [H]).
 
     Raises:
-        ValueError: a negative size.
+        ValueError: a size is negative.
         TypeError: `dtype` is not floating.
 
     Example:

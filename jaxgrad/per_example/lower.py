@@ -78,7 +78,7 @@ def lower(value: Value, shape: tuple[int, ...], dtype: Any) -> Lowered:
 
 
 def factors_of(value: Value, shape: tuple[int, ...], dtype: Any) -> tuple[Factor, ...]:
-    """The factors that a gradient is, be they larger than it: for what is asked of them once and not held."""
+    """The factors of a gradient, even if they are larger than the gradient: for results that need them only once."""
     matrix = sum(n != 1 for n in shape) > 1
     if isinstance(value, Unevaluated) and not is_zero(value) and (matrix or not value.maps):
         return _factors(value.terms, dtype) + _behind_maps(value.maps, shape, dtype)

@@ -8,7 +8,7 @@ arrangement  the form in which products are held, and fewer of them
 constructors
              products for a batch, by the names that `explain` prints: Outer, Rows, Dense
 factors      what is asked of one factor: a product, or one that the examples share
-mapped       factors followed by a linear map shared by all examples, and penalties: Mapped, Common
+mapped       factors passed through a linear map shared by all examples, and penalties: Mapped, Common
 maps         these maps: recorded, applied, transposed
 leaf         the gradients of one parameter: a sum of factors times one number per example
 

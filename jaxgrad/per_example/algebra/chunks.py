@@ -70,12 +70,12 @@ class Blocks(NamedTuple):
 
     @staticmethod
     def of(bytes_each: int, count: int, in_cache: int) -> "Blocks":
-        """As many as take `in_cache` bytes on a processor, and `CHUNK_BYTES` on accelerators; at least one."""
+        """As many as fit in `in_cache` bytes on a processor and in `CHUNK_BYTES` on accelerators; at least one."""
         return Blocks(chunk_size(bytes_each, count, in_cache), chunk_size(bytes_each, count))
 
     @staticmethod
     def fewest(blocks: "Sequence[Blocks]") -> "Blocks":
-        """The smallest of these on each."""
+        """The smallest number on processors, and the smallest on accelerators."""
         return Blocks(*map(min, zip(*blocks, strict=True)))
 
 

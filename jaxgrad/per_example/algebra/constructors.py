@@ -17,7 +17,7 @@ class Outer:
 
     @staticmethod
     def of_matrix(left: Array, right: Array, dtype: jax.typing.DTypeLike) -> Product:
-        """From left [B, F] and right [B, K]: one product per example, for an [F, K] parameter of `dtype`.
+        """Make one product per example from left [B, F] and right [B, K], for an [F, K] parameter of `dtype`.
 
         Example:
             >>> f = Outer.of_matrix(jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.float32)
@@ -28,10 +28,10 @@ class Outer:
 
     @staticmethod
     def of(pattern: str, left: Array, right: Array, dtype: jax.typing.DTypeLike) -> Product:
-        """From the axes of left, right and the parameter, as in an einsum of one example.
+        """Make products from a pattern of the axes of left, right and the parameter, as in an einsum of one example.
 
         Args:
-            pattern: such as "tf,tk->fk": a letter for each axis; what is in parentheses is one axis of the parameter.
+            pattern: such as "tf,tk->fk": a letter for each axis; letters in parentheses are one axis of the parameter.
             left, right: the sides of a batch: the example axis, then the axes that the pattern names.
             dtype: the parameter's dtype.
 
@@ -60,7 +60,7 @@ class Rows:
     def of_table(
         ids: Array, values: Array, rows: int, dtype: jax.typing.DTypeLike, transposed: bool = False
     ) -> Product:
-        """For a [rows, K] parameter of `dtype`, or a [K, rows] one.
+        """Make the gradient of a [rows, K] parameter of `dtype`, or of a [K, rows] parameter if `transposed`.
 
         Args:
             ids: [B, T], integer; an id outside 0 ≤ id < rows (a padding id) contributes nothing.
@@ -86,7 +86,7 @@ class Dense:
 
     @staticmethod
     def of(value: Array, dtype: jax.typing.DTypeLike) -> Product:
-        """From value [B, *shape], for a parameter of that shape and of `dtype`.
+        """Make materialized gradients from value [B, *shape], for a parameter of this shape and of `dtype`.
 
         Example:
             >>> Dense.of(jnp.ones((4, 3)), jnp.float32).kind

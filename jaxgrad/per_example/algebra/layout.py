@@ -80,7 +80,7 @@ class Layout:
         return self.where == other.where
 
     def turned(self) -> "Layout":
-        """With F and K exchanged."""
+        """The layout with F and K exchanged."""
         G, F, K = self.order
         return dataclasses.replace(self, order=(G, K, F))
 

@@ -1,8 +1,8 @@
 """Linear maps shared by all examples, recorded while a jaxpr is interpreted and applied when their result is needed.
 
 If a weight is normalized, masked or otherwise computed from the parameters before it is used, its gradient is a product
-followed by such a map. `Node`s record the map: a graph of calls, from values that differ between examples (`Input`) and
-arrays shared by all examples. `Map` is the same graph without its arrays, to be stored with factors.
+passed through such a map. `Node`s record the map: a graph of calls, from values that differ between examples (`Input`)
+and arrays shared by all examples. `Map` is the same graph without its arrays, to be stored with factors.
 """
 
 import functools

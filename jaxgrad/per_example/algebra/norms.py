@@ -31,7 +31,7 @@ from jaxgrad.precision import added, working_dtype
 Factors = tuple[Factor, ...]
 
 MAPPED_BYTES = 16 * 2**20
-"""How many bytes are materialized at once for gradients that are followed by a linear map."""
+"""How many bytes are materialized at once for gradients that are passed through a linear map."""
 
 
 class Length(NamedTuple):

@@ -195,7 +195,7 @@ class Product:
         return self.sizes[self.row]
 
     def turned(self) -> "Product":
-        """With the sides exchanged."""
+        """The product with its sides exchanged."""
         return dataclasses.replace(
             self, left=self.right, right=self.left, left_labels=self.right_labels, right_labels=self.left_labels
         )

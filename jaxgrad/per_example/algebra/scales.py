@@ -53,7 +53,7 @@ def _squares_in_two_passes(a: Array, first: int, dtype: jnp.dtype) -> tuple[Arra
 
 LARGE = {jnp.dtype(jnp.float32): (2.0**52, 2.0**-76), jnp.dtype(jnp.float64): (2.0**486, 2.0**-538)}
 SMALL = {jnp.dtype(jnp.float32): (2.0**-63, 2.0**75), jnp.dtype(jnp.float64): (2.0**-511, 2.0**537)}
-"""From where on an entry is large or small, and what it is multiplied with before it is squared."""
+"""The magnitude from which on an entry counts as large or small, and its multiplier before it is squared."""
 
 
 def _squares_in_one_pass(a: Array, first: int, dtype: jnp.dtype) -> tuple[Array, Array]:
