@@ -240,7 +240,7 @@ def test_trees_of_parameters_and_of_batches():
 
 
 def test_factored_gradients_are_materialized_before_the_comparison():
-    class FactorTree:
+    class Held:
         def __init__(self, gradients):
             self.gradients = gradients
 
@@ -248,7 +248,7 @@ def test_factored_gradients_are_materialized_before_the_comparison():
             return self.gradients
 
     w, X = jnp.ones(3), jnp.eye(3)
-    candidate = lambda w, X: FactorTree(2 * (X @ w)[:, None] * X)  # noqa: E731
+    candidate = lambda w, X: Held(2 * (X @ w)[:, None] * X)  # noqa: E731
     assert jg.check_gradient(candidate, lambda w, x: (w @ x) ** 2, w, X).agrees
 
 
