@@ -121,16 +121,16 @@ def clipped_grad(
     In this derivation of ε, the first of two numbers is for float32 and the second for float64. A gradient is a sum of
     products that may cancel. Let S be the magnitude of the products (`PerExampleGrads.magnitudes`; 0 if nothing
     cancels). The sum then has a rounding error of a few u·S, where u is 2⁻²⁴ or 2⁻⁵³. The gradient's norm is therefore
-    taken to be √(‖g‖² + κS²), where κ is 2⁻²⁰ or 2⁻⁴⁰, so no example contributes numbers larger than max_norm/√κ. The
-    rounding error of these numbers is at most a few u/√κ·max_norm, where u/√κ is 2⁻¹⁴ or 2⁻³³. In the model of Higham
-    and Mary (2019), rounding errors have mean zero, and the errors of B examples add up to √B times the error of one
-    example. This model is assumed, not proved.
+    taken to be √(‖g‖² + κS²), where κ is 2⁻²⁰ or 2⁻⁴⁰, so the magnitude of an example's scaled products, before
+    they cancel, is at most max_norm/√κ. The rounding error of their sum is at most a few u/√κ·max_norm, where u/√κ is
+    2⁻¹⁴ or 2⁻³³. In the model of Higham and Mary (2019), rounding errors have mean zero, and the errors of B examples
+    add up to √B times the error of one example. This model is assumed, not proved.
 
-    Two additions to the norm: if a gradient is passed through a linear map that all examples share and that is not
-    elementwise (`Mapped`), S includes the norm of the map, which is estimated with a margin, not bounded. If products
-    are computed from rounded operands, ρ√(‖g‖² + S²) is added to the norm, which bounds the effect of this rounding. ρ
-    is 3·2⁻⁸ for factors in bfloat16. For factors in float32, ρ is 2⁻⁹ on GPUs and 2⁻⁶ on TPUs, unless
-    `jax.default_matmul_precision("highest")` is set, and 0 on CPUs (`PerExampleGrads.rounding`).
+    Two refinements: if a gradient is passed through a linear map that all examples share and that is not elementwise
+    (`Mapped`), the magnitude of its products in S is multiplied by the norm of the map, which is estimated with a
+    margin, not bounded. If products are computed from rounded operands, ρ√(‖g‖² + S²) is added to the norm, which
+    bounds the effect of this rounding. ρ is 3·2⁻⁸ for factors in bfloat16. For factors in float32, ρ is 2⁻⁹ on GPUs and
+    2⁻⁶ on TPUs, unless `jax.default_matmul_precision("highest")` is set, and 0 on CPUs (`PerExampleGrads.rounding`).
 
     Not guaranteed: the bound does not cover parameters or shared arguments that were computed from the batch, as in
     batch normalization. Privacy also needs noise, batches drawn at random, an accountant (see jax-privacy and
@@ -159,9 +159,9 @@ def clipped_grad(
     covers how far the two computations of one gradient may differ, relative to its norm: 2⁻¹⁰ in float32, 2⁻²⁹ in
     float64, 2⁻⁷ in float16 and 2⁻⁴ in bfloat16. These numbers are assumed, not proved. In float16 and bfloat16, and
     where the operands of float32 products are rounded (see ρ), √κ is 2⁻⁴ instead of 2⁻¹⁰. In float16 and bfloat16, ε
-    also covers rounding the sum to the parameters' dtype, which changes the sum by at most 2·B·u. Keep the parameters
-    of a private model in float32. If the hardware rounds the operands of products, pass the dtype to which it rounds
-    them to `sensitivity`: float16 for TensorFloat-32, or bfloat16.
+    also covers rounding the sum to the parameters' dtype, by the term 2·B·u, where u is here 2⁻¹¹ in float16 and 2⁻⁸ in
+    bfloat16. Keep the parameters of a private model in float32. If the hardware rounds the operands of products, pass
+    `sensitivity` the dtype that it rounds them to: float16 for TensorFloat-32, or bfloat16.
 
     Returns:
         A function that takes fun's arguments, with an example axis on the batched ones, and optionally `mask`, booleans

@@ -36,14 +36,14 @@ def check_gradient(
     Formula: let c be the candidate's gradient and r the reference vmap(jax.grad(loss)). Leaf l agrees on example i if
     ‖c_il - r_il‖ ≤ rtol·‖r_il‖ + floor, where floor = 32·eps·max_i ‖r_il‖ + √size·tiny and norms are over the entries
     of a leaf. The first term of the floor is the precision of the reference: eps is that of the reference's dtype,
-    float32 or float64. The second term allows for underflow: tiny is the smallest normal number of the leaf's dtype, or
-    the smallest subnormal number of float16. Cost: c and r are both materialized, with B × parameters numbers each, or
-    batch_size × parameters numbers at a time.
+    float32 or float64. The second term allows for underflow: tiny is the smallest normal number of the leaf's dtype,
+    except for float16, where it is the smallest subnormal number. Cost: c and r are both materialized, with B ×
+    parameters numbers each, or batch_size × parameters numbers at a time.
 
     `jax.grad` uses every `custom_vjp` and `custom_jvp` in the loss, including wrong ones. With `numerical`, the
     gradient must therefore also agree with central differences D of the loss in float64, along two random directions v
-    in each leaf: |⟨c_il, v⟩ - D| ≤ 4 times the tolerance above + the error of D. The error of D is estimated from two
-    step sizes and from the slopes on both sides of the point, so that a kink at the point is not reported. Central
+    in each leaf: |⟨c_il, v⟩ - D| ≤ 4·(rtol·‖r_il‖ + floor) + the error of D. The error of D is estimated from two step
+    sizes and from the slopes on both sides of the point, so that a kink at the point is not reported. Central
     differences ignore `stop_gradient` and straight-through estimators. A loss that uses these is reported as different
     even if its gradient is what its author means.
 

@@ -116,10 +116,10 @@ class PerExampleGrads(FactorTree):
         """The relative error ρ, a scalar, that rounding the operands of products causes in norms and weighted sums.
 
         The error of the norm, and of the example's contribution to a weighted sum, is at most ρ√(‖g_b‖² + S_b²), where
-        S_b is the magnitude (`magnitudes`). For bfloat16 factors ρ is 3·2⁻⁸: a weighted sum rounds c_b times one side,
-        and the compiler may use the unrounded value of a side in one place and its rounded value elsewhere. For float32
-        factors ρ is 0 on a CPU. By default, ρ is 2⁻⁹ on a GPU and 2⁻⁶ on a TPU, which round the operands;
-        `jax.default_matmul_precision` changes this.
+        S_b is the magnitude (`magnitudes`). For bfloat16 factors ρ is 3·2⁻⁸: a weighted sum Σ_b c_b g_b rounds the
+        product of c_b and one side, and the compiler may use the unrounded value of a side in one place and its rounded
+        value elsewhere. For float32 factors ρ is 0 on a CPU. By default, ρ is 2⁻⁹ on a GPU and 2⁻⁶ on a TPU, which
+        round the operands; `jax.default_matmul_precision` changes this.
         """
         return functools.reduce(jnp.maximum, [leaf.rounding() for leaf in self._leaves])
 

@@ -49,9 +49,9 @@ def per_example_norms(
 
     Returns:
         A function that takes fun's arguments, with an example axis on the batched ones, and returns (values [B], norms
-        [B]), where the values are the losses, or, with has_aux, ((values, aux), norms). With `leaf_norms`, the norms
-        are a tree like the parameters, with leaves [B]. Norms are accumulated in float32 or wider; no square overflows
-        unless the norm itself does.
+        [B]) or, with has_aux, ((values, aux), norms). The values are the losses. With `leaf_norms`, the norms are a
+        tree like the parameters, with leaves [B]. Norms are accumulated in float32 or wider; no square overflows unless
+        the norm itself does.
 
     Raises:
         TypeError, ValueError: as in `per_example_grad`.
