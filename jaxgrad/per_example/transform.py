@@ -46,10 +46,10 @@ def per_example_grad(
         fun: a pure function of one example that returns a real scalar, or (scalar, aux) with has_aux.
         argnums: the argument or arguments to differentiate with respect to, as in `jax.grad`; all examples share them.
         in_axes: one number, the example axis of all positional arguments except the differentiated ones; or, as in
-            `jax.vmap(jax.grad(fun), in_axes)`, a sequence with one entry for each positional argument. An entry is None for differentiated and
-            shared arguments, the number of the example axis for batched arguments, or a tree prefix of such entries. In
-            keyword arguments, every leaf that is an array is batched along axis 0; scalars and leaves that are not
-            arrays are shared.
+            `jax.vmap(jax.grad(fun), in_axes)`, a sequence with one entry for each positional argument. An entry is None
+            for differentiated and shared arguments, the number of the example axis for batched arguments, or a tree
+            prefix of such entries. In keyword arguments, every leaf that is an array is batched along axis 0; scalars
+            and leaves that are not arrays are shared.
         has_aux: whether fun returns (scalar, aux).
         spmd_axis_name: as in `jax.vmap`: the mesh axis or axes over which the examples are sharded, so that
             `jax.lax.with_sharding_constraint` inside fun leaves them sharded there.
