@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from conftest import FUZZ
 from jaxgrad.per_example import Dense, Outer, PerExampleGrads, Rows
-from jaxgrad.per_example.algebra import chunks, pairs, sums
+from jaxgrad.per_example.algebra import chunks, inner_products, sums
 from jaxgrad.per_example.algebra.rows import Lookup
 
 # The parameter always has this many rows and columns; a factor may see it transposed or in groups.
@@ -114,9 +114,9 @@ def test_inner_and_gram_of_every_pair_of_kinds(kind, kind_, seed, B, C, T, S, sh
     expected = np.einsum("bij,cij->bc", dense_of(f), dense_of(f_))
     size = np.abs(dense_of(f)).sum() * np.abs(dense_of(f_)).sum()
     with chunks.at_most(chunk_bytes):
-        close(pairs.gram(f, f_), expected, size)
+        close(inner_products.gram(f, f_), expected, size)
         if B == C:
-            close(pairs.inner(f, f_), np.diag(expected), size)
+            close(inner_products.inner(f, f_), np.diag(expected), size)
 
 
 @pytest.mark.slow
@@ -169,11 +169,11 @@ def test_both_ways_of_an_inner_product_are_exact(seed, B, G, T, chunk_bytes):
     A, C = (dense_of(o).reshape(B, -1) for o in (f, f_))
     size = np.abs(A).sum() * np.abs(C).sum()
     with chunks.at_most(chunk_bytes):
-        for pair in (pairs._outer_outer, pairs.inner):
+        for pair in (inner_products._outer_outer, inner_products.inner):
             close(pair(f, f_), (A * C).sum(1), size)
-        close(pairs._through_matrix(f, f_), A @ C.T, size)
-        close(pairs._by_blocks(pairs._outer_outer, f, f_, 100), A @ C.T, size)
-        close(pairs._written_out_blocks(f, f_), A @ C.T, size)
+        close(inner_products._through_matrix(f, f_), A @ C.T, size)
+        close(inner_products._by_blocks(inner_products._outer_outer, f, f_, 100), A @ C.T, size)
+        close(inner_products._written_out_blocks(f, f_), A @ C.T, size)
 
 
 @pytest.mark.every(3)
@@ -185,7 +185,7 @@ def test_the_matrix_is_sliced_along_its_longest_side(matrix, chunk_bytes):
     f, f_ = (Outer.of("gtf,gtk->gfk", *pair, jnp.float64) for pair in sides)
     A, C = (dense_of(o).reshape(len(o.left), -1) for o in (f, f_))
     with chunks.at_most(chunk_bytes):
-        close(pairs.gram(f, f_), A @ C.T, np.abs(A).sum() * np.abs(C).sum())
+        close(inner_products.gram(f, f_), A @ C.T, np.abs(A).sum() * np.abs(C).sum())
 
 
 def test_a_layout_is_a_bijection():
@@ -439,9 +439,9 @@ def test_rows_with_many_positions_are_matched_by_id(rows, repeated):
     A, A_ = (dense_of(o).reshape(len(o.left), -1) for o in (f, f_))
     for chunk_bytes in CHUNKS:
         with chunks.at_most(chunk_bytes):
-            close(pairs.inner(f, f), (A**2).sum(1), np.abs(A).sum() ** 2)
-            close(pairs.inner(f, jax.tree.map(lambda a: a[:3], f_)), (A * A_[:3]).sum(1), np.abs(A).sum() ** 2)
-            close(jax.jit(lambda f, f_: pairs.gram(f, f_))(f, f_), A @ A_.T, np.abs(A).sum() ** 2)
+            close(inner_products.inner(f, f), (A**2).sum(1), np.abs(A).sum() ** 2)
+            close(inner_products.inner(f, jax.tree.map(lambda a: a[:3], f_)), (A * A_[:3]).sum(1), np.abs(A).sum() ** 2)
+            close(jax.jit(lambda f, f_: inner_products.gram(f, f_))(f, f_), A @ A_.T, np.abs(A).sum() ** 2)
     close(jax.vmap(lambda f: PerExampleGrads((f,)).norms())(jax.tree.map(lambda a: a[None], f))[0] ** 2, (A**2).sum(1))
     second_moment = PerExampleGrads((f,)).second_moment()
     close(second_moment, (A**2).mean(0).reshape(rows, 3))

@@ -217,14 +217,27 @@ def _outer_outer(f: Product, f_: Product) -> Array:
         lefts, rights = (a.reshape(B * G, a.shape[3]) for a in (lefts, rights))
         return (row_sums(lefts) * row_sums(rights)).reshape(B, G).sum(1)
 
-    def positions(f: Product, f_: Product) -> Array:
-        (left, right), (left_, right_) = f.sides(), f_.sides()
-        lefts = contracted("bgtf,bgsf->bgts", left, left_, acc)
-        rights = contracted("bgtk,bgsk->bgts", right, right_, acc)
-        return row_sums(lefts * rights)
+    bytes_of_position = 2 * f.layout.matrix[0] * f_.positions * acc.itemsize
+    tile = chunk_size(bytes_of_position, f.positions)  # T × S products may be too many even for one example
+    size = chunk_size(f.positions * bytes_of_position, _count(f))
+    return map_examples(lambda f, f_: _by_tiles(f.sides(), f_.sides(), tile, acc), size, f, f_)
 
-    size = chunk_size(2 * f.layout.matrix[0] * f.positions * f_.positions * acc.itemsize, _count(f))
-    return map_examples(positions, size, f, f_)
+
+def _by_tiles(sides: tuple[Array, Array], sides_: tuple[Array, Array], tile: int, acc: jnp.dtype) -> Array:
+    """Σ_g Σ_ts (left_gt · left′_gs)(right_gt · right′_gs), `tile` positions t at a time."""
+
+    def of_tile(start: Array | int, tile: int) -> Array:
+        rows = [lax.dynamic_slice_in_dim(a, start, tile, 2) for a in sides]
+        lefts = contracted("bgtf,bgsf->bgts", rows[0], sides_[0], acc)
+        return row_sums(lefts * contracted("bgtk,bgsk->bgts", rows[1], sides_[1], acc))
+
+    T = sides[0].shape[2]
+    if tile >= T:
+        return of_tile(0, T)
+    total, _ = lax.scan(
+        lambda total, k: (total + of_tile(k * tile, tile), None), of_tile(0, tile), jnp.arange(1, T // tile)
+    )
+    return total + of_tile(T // tile * tile, T % tile) if T % tile else total
 
 
 def _sorted_rows(f: Product, f_: Product) -> Array:
