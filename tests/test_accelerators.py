@@ -116,6 +116,7 @@ def exact_of(loss, params, batch):
     return norms, G
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("name", ["mlp", "sequence", "conv"])
 def test_norms_sums_and_grams_as_compiled_for_accelerators(name, platform):
@@ -171,6 +172,7 @@ def is_matrix(eqn):
     return min(eqn.invars[0].aval.ndim, eqn.invars[1].aval.ndim) > 1 and 1 not in eqn.invars[0].aval.shape
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["mlp", "sequence", "conv"])
 def test_bfloat16_norms_have_float32_accuracy_and_a_weighted_sum_is_rounded_once(name):
     loss, params, batch = problem(name, jnp.bfloat16)
@@ -224,6 +226,7 @@ CASES = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("T", [1, 2, 8])
 @pytest.mark.parametrize("case", CASES)
 def test_a_contribution_is_within_the_bound_although_operands_are_rounded(case, T):

@@ -78,6 +78,7 @@ def test_a_pallas_kernel_takes_the_direct_route_until_it_has_a_rule():
     assert how(pallas_loss, W, X) == "materialized"
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("where", ["jit", "checkpoint", "scan", "cond", "a weight of the weight"])
 def test_a_rule_reaches_into_programs_and_maps(where):
     layers = normal(2, 3, 20, 20) / 4

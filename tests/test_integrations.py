@@ -87,6 +87,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_clipped_grad_returns_what_jax_privacy_returns(options, dtype):
@@ -163,6 +164,7 @@ def test_padding_adds_zero_and_what_it_returns_is_computed():
     close(both(loss, params, x, y, padding=padding, **options)[0][0], kept[0])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("padding", [[], [3, 7], [3, 7, 2, 6], [0, 4], [*range(8)]])
 def test_microbatches_at_the_end_that_are_padding_are_skipped(padding):
     where = jnp.isin(jnp.arange(8), jnp.asarray(padding, int))  # two at once: examples 3 and 7 are the last
@@ -243,6 +245,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("size", [None, 1])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_a_transform_before_clipping_gives_jax_privacys_sum_and_norms(transform, size):
