@@ -6,7 +6,9 @@ The modules and their public names:
         influence     self_influence: of each example on its own loss; influence: of training on test examples
         scores        cosine_similarity: of all pairs of gradients; noise_scale: how much of a mean gradient is noise,
                       and the batch size at which noise and signal are equal
-        projection    random_projection: a few numbers per example that preserve inner products
+        projection    project: a few numbers per example that preserve inner products, by two small matrices for each
+                      weight; random_projection: by one large matrix, with fewer numbers and far more operations
+        sides         random_sides: the two matrices; normalized: divided by an optimizer's second moments
     Functions of a loss or a model
         checkpoints   grand: mean norms over several checkpoints; tracin: sums of inner products over them
         kernel        ntk: the empirical neural tangent kernel, in blocks for large batches
@@ -18,17 +20,23 @@ training examples, and C the number of test examples.
 from jaxgrad.attribution.checkpoints import grand, tracin
 from jaxgrad.attribution.influence import influence, self_influence
 from jaxgrad.attribution.kernel import ntk
-from jaxgrad.attribution.projection import random_projection
+from jaxgrad.attribution.projection import project, random_projection
 from jaxgrad.attribution.scores import NoiseScale, cosine_similarity, noise_scale
+from jaxgrad.attribution.sides import normalized, random_sides
+from jaxgrad.per_example.algebra.sides import Sides
 
 __all__ = [
     "NoiseScale",
+    "Sides",
     "cosine_similarity",
     "grand",
     "influence",
     "noise_scale",
+    "normalized",
     "ntk",
+    "project",
     "random_projection",
+    "random_sides",
     "self_influence",
     "tracin",
 ]
