@@ -273,3 +273,108 @@ def test_the_number_of_operations_for_a_long_sequence():
     sides = random_sides(jnp.ones((F, K)), KEY, k)
     cost = jax.jit(attribution.project).lower(g, sides).compile().cost_analysis()
     assert cost["flops"] < 1.3 * 2 * B * T * (k * (F + K) + k * k)
+
+
+# --- Inside the loop that computes a gradient ------------------------------------------------------------------------
+
+
+def found_twice(loss, sides, params, *batch, **options):
+    """(the projections inside the loops, the projections of the factors)."""
+
+    @quick_jit
+    def run(sides, params, *batch):
+        _, numbers = attribution.per_example_projection(loss, sides, **options)(params, *batch)
+        return numbers, attribution.project(jg.per_example_grad(loss, **options)(params, *batch), sides)
+
+    return run(sides, params, *batch)
+
+
+@pytest.mark.every(140)
+@pytest.mark.usefixtures("jax_defaults")
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_the_zoo_is_projected_inside_its_loops(entry):
+    stacked = jax.tree.map(lambda a: int(np.ndim(a) > 2), entry.params)
+    sides = random_sides(entry.params, KEY, 2, stacked=stacked)
+    inside, after = found_twice(entry.loss, sides, entry.params, *entry.batch, in_axes=axes_of(entry))
+    np.testing.assert_allclose(inside, after, rtol=0, atol=max(entry.rtol, 1e-10) * np.abs(after).max(initial=0))
+
+
+PLACES = {  # how layers [L, D, H] are stored: (stored from layers, layers from stored, its stacked axes)
+    "transposed": (lambda a: a.transpose(2, 0, 1), lambda a: a.transpose(1, 2, 0), 0),
+    "merged": (lambda a: a.reshape(24, 9), lambda a: a.reshape(4, 6, 9), 0),
+    "divided": (lambda a: a.reshape(2, 2, 6, 3, 3), lambda a: a.reshape(4, 6, 9), 2),
+    "divided and transposed": (
+        lambda a: a.reshape(2, 2, 6, 9).transpose(1, 0, 3, 2),
+        lambda a: a.transpose(1, 0, 3, 2).reshape(4, 6, 9),
+        2,
+    ),
+    "backwards": (lambda a: a[:, ::-1, ::-1], lambda a: jax.lax.rev(a, (1, 2)), 1),
+    "the last layer first": (lambda a: a[::-1], lambda a: jax.lax.rev(a, (0,)), 1),
+    "with an axis of one": (lambda a: a[:, None], lambda a: a.reshape(4, 6, 9), 1),
+    "in one": (lambda a: a.reshape(-1), lambda a: a.reshape(4, 6, 9), 0),
+    "cast": (lambda a: a.astype(jnp.float32), lambda a: a.astype(jnp.float64), 1),
+}
+
+
+@pytest.mark.every(4)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", PLACES)
+def test_stacked_layers_in_any_place_of_a_parameter(name, weighted):
+    stored, layers_of, stacked = PLACES[name]
+    params, x = scanned()
+    params["layers"]["up"] = stored(params["layers"]["up"])
+
+    def loss(p, x):
+        return layers({"E": p["E"], "layers": p["layers"] | {"up": layers_of(p["layers"]["up"])}}, x)
+
+    sides = random_sides(params, KEY, 2, stacked={"E": 0, "layers": {"bias": 1, "down": 1, "up": stacked}})
+    if weighted:
+        sides = normalized(sides, jax.tree.map(lambda a: 1.5 + jnp.sin(a), params))
+    inside, after = found_twice(loss, sides, params, x)
+    tolerance = 1e-6 if name == "cast" else 1e-10
+    np.testing.assert_allclose(inside, after, rtol=0, atol=tolerance * np.abs(after).max())
+
+
+def test_has_aux_argnums_and_keywords():
+    params, x = scanned()
+    loss = lambda x, p, *, scale: (scale * layers(p, x), x.sum())  # noqa: E731
+    sides = random_sides((params,), KEY, 2, stacked=(STACKED,))
+    options = {"argnums": (1,), "has_aux": True, "in_axes": (0, None)}
+    (values, aux), numbers = attribution.per_example_projection(loss, sides, **options)(x, params, scale=jnp.ones(5))
+    g, _ = jg.per_example_grad(loss, **options)(x, params, scale=jnp.ones(5))
+    assert (values.shape, aux.shape) == ((5,), (5,))
+    np.testing.assert_allclose(numbers, project(g, sides), rtol=1e-9, atol=1e-12)
+
+
+def held(function, *arguments):
+    found = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    return found.temp_size_in_bytes + found.output_size_in_bytes
+
+
+def recurrent(params, x):
+    """A recurrent network whose weights every step uses."""
+    step = jax.checkpoint(lambda h, a: (jnp.tanh(params["W"] @ h + params["V"] @ a), None))
+    return jax.lax.scan(step, jnp.zeros(len(params["W"]), x.dtype), x)[0].sum()
+
+
+@pytest.mark.as_used
+@pytest.mark.parametrize("name", ["layers", "recurrent"])
+def test_a_loop_holds_no_factors(name):
+    shapes, loss, T, stacked = {
+        "layers": (jax.eval_shape(lambda: scanned(8, 128, 256)[0]), layers, 64, STACKED),
+        "recurrent": ({"W": jnp.ones((64, 64)), "V": jnp.ones((64, 7))}, recurrent, 256, 0),
+    }[name]
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), shapes)
+    X = jax.ShapeDtypeStruct((8, T, 7), jnp.float32)
+    plain = held(jax.grad(lambda p, X: jax.vmap(loss, (None, 0))(p, X).mean()), params, X)
+
+    def numbers(params, X):
+        return attribution.per_example_projection(loss, random_sides(params, KEY, 8, stacked=stacked))(params, X)
+
+    def factors(params, X):
+        return attribution.project(jg.per_example_grad(loss)(params, X), random_sides(params, KEY, 8, stacked=stacked))
+
+    inside = held(numbers, params, X)
+    print(name, plain, inside, held(factors, params, X))
+    assert inside <= 1.2 * plain
+    assert inside < held(factors, params, X)

@@ -11,6 +11,7 @@ The modules and their public names:
         sides         random_sides: the two matrices; normalized: divided by an optimizer's second moments
     Functions of a loss or a model
         checkpoints   grand: mean norms over several checkpoints; tracin: sums of inner products over them
+        projection    per_example_projection: the numbers of `project`, in about a plain gradient's memory
         kernel        ntk: the empirical neural tangent kernel, in blocks for large batches
 
 `jaxgrad.streams` has Gram matrices and influence for data sets whose gradients do not fit in memory. B is the number of
@@ -20,7 +21,7 @@ training examples, and C the number of test examples.
 from jaxgrad.attribution.checkpoints import grand, tracin
 from jaxgrad.attribution.influence import influence, self_influence
 from jaxgrad.attribution.kernel import ntk
-from jaxgrad.attribution.projection import project, random_projection
+from jaxgrad.attribution.projection import per_example_projection, project, random_projection
 from jaxgrad.attribution.scores import NoiseScale, cosine_similarity, noise_scale
 from jaxgrad.attribution.sides import normalized, random_sides
 from jaxgrad.per_example.algebra.sides import Sides
@@ -34,6 +35,7 @@ __all__ = [
     "noise_scale",
     "normalized",
     "ntk",
+    "per_example_projection",
     "project",
     "random_projection",
     "random_sides",

@@ -3,7 +3,7 @@
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,8 @@ from jaxgrad.per_example.algebra.leaf import Leaf
 from jaxgrad.per_example.algebra.projected import projected
 from jaxgrad.per_example.algebra.sides import Sides, is_sides
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
+from jaxgrad.per_example.projecting import PROJECTOR, Placed
+from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import joined
 from jaxgrad.sharding import automatic
 
@@ -71,6 +73,70 @@ def project(g: PerExampleGrads, sides: PyTree) -> Float[Array, "B S"]:
 
     with chunks.at_most(g.chunk_bytes):
         return numbers(nodes, checked)
+
+
+def per_example_projection(
+    fun: Callable[..., Any],
+    sides: PyTree,
+    argnums: int | Sequence[int] = 0,
+    *,
+    in_axes: Any = 0,
+    has_aux: bool = False,
+    spmd_axis_name: Any = None,
+) -> Callable[..., Any]:
+    """Transform a loss into the projections of its per-example gradients, in about a plain gradient's memory.
+
+    The numbers are those of `project(per_example_grad(fun)(...), sides)`, which holds the factors of all parameters at
+    once, including those of every layer of a `lax.scan`. This function projects a layer's gradient inside the loop that
+    computes it and drops the factors there: what is stacked are the layers' k × k numbers. A weight that every step of
+    a loop uses (a recurrent weight, a shared layer) is projected step by step too. Only a gradient that a `cond` or a
+    `shard_map` computes, or that is more than reshaped, transposed or cast after the loop, is held until it has ended.
+
+    Args:
+        fun, argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
+        sides: the parameters' tree with a `Sides` at every leaf, such as `random_sides` returns. Under `jax.jit` it is
+            a constant in the program, unless you call `per_example_projection` in the function that is compiled and
+            pass the sides to that.
+
+    Returns:
+        A function of fun's arguments, the batched ones with an example axis, that returns (values [B], numbers [B, S])
+        or, with has_aux, ((values, aux), numbers). The numbers are in the order of `project`. Call it under `jax.jit`,
+        which leaves out what is not used.
+
+    Raises:
+        TypeError, ValueError: as in `per_example_grad`; sides of another tree, or that do not fit a parameter.
+
+    Example:
+        >>> def loss(layers, x):                                                   # 12 layers, one after the other
+        ...     step = jax.checkpoint(lambda h, W: (jnp.tanh(h @ W), None))
+        ...     return jax.lax.scan(step, x, layers)[0].sum()
+        >>> layers, x = 0.1 * jnp.ones((12, 8, 8)), jnp.ones((4, 16, 8))
+        >>> sides = jg.attribution.random_sides(layers, jax.random.key(0), 2, stacked=1)
+        >>> values, numbers = per_example_projection(loss, sides)(layers, x)
+        >>> values.shape, numbers.shape
+        ((4,), (4, 48))
+    """
+    transformed = Transformed("per_example_projection", fun, argnums, in_axes, has_aux, spmd_axis_name=spmd_axis_name)
+
+    @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
+    @naming("per_example_projection")
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        arguments = transformed.arguments(args, kwargs)
+        params = jax.tree.unflatten(arguments.params_tree, arguments.params)
+        nodes: Any
+        nodes, treedef = jax.tree.flatten(params, is_leaf=complexes.is_complex)
+        shapes = [jnp.shape(node.real if complexes.is_complex(node) else node) for node in nodes]
+        targets = [
+            Placed.of_parameter(s, len(shape))
+            for node, s, shape in zip(nodes, checked_sides(sides, treedef, shapes), shapes, strict=True)
+            for _ in jax.tree.leaves(node)
+        ]
+        values, aux, measures = transformed.measured(arguments, PROJECTOR, targets)
+        by_leaf = jax.tree.unflatten(arguments.params_tree, measures)
+        numbers = flattened(jax.tree.leaves(complexes.joined(by_leaf, complex_parts)))
+        return ((values, aux), numbers) if has_aux else (values, numbers)
+
+    return measured
 
 
 def checked_sides(sides: PyTree, params_tree: Any, shapes: Sequence[tuple[int, ...]]) -> list[Sides]:
