@@ -8,16 +8,18 @@ The modules and their public names:
 
     batches      Batches: arrays, memory-mapped ones too, as a sequence of batches
     run          run: apply a function to every batch; write rows for every example, and sums, to disk; resumable
-    functions    norms, second_moments, inner_products: functions for `run`
+                 load: open what it wrote, with its checksums
+    functions    norms, second_moments, inner_products, projections: functions for `run`
     pairs        gram: inner products of all pairs of gradients; influence: of every training example on every test loss
-    largest      top_k: the largest scores, with the scores of one batch in memory at a time
+    largest      top_k: the largest scores, with the scores of one batch in memory at a time; search: the stored rows
+                 with the largest inner products with queries; scores: all these inner products
 """
 
 from jaxgrad.streams.batches import Batches
-from jaxgrad.streams.functions import inner_products, norms, second_moments
-from jaxgrad.streams.largest import TopK, top_k
+from jaxgrad.streams.functions import inner_products, norms, projections, second_moments
+from jaxgrad.streams.largest import TopK, scores, search, top_k
 from jaxgrad.streams.pairs import gram, influence
-from jaxgrad.streams.run import Part, Results, run
+from jaxgrad.streams.run import Part, Results, load, run
 
 __all__ = [
     "Batches",
@@ -27,8 +29,12 @@ __all__ = [
     "gram",
     "influence",
     "inner_products",
+    "load",
     "norms",
+    "projections",
     "run",
+    "scores",
+    "search",
     "second_moments",
     "top_k",
 ]
