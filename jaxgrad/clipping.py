@@ -16,7 +16,7 @@ from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares, shortened
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.masks_and_bounds import checked_bound, checked_groups, checked_mask
-from jaxgrad.per_example.measure import MEASURER
+from jaxgrad.per_example.measure import measured_magnitudes
 from jaxgrad.per_example.microbatches import in_microbatches
 from jaxgrad.per_example.second_pass import check_linear, weighted_gradients
 from jaxgrad.per_example.serialized import named_tuple
@@ -340,7 +340,7 @@ class ClippedGrad:
     def _sum_in_two_passes(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
         """As `_clipped_sum`: take the norms first, then the gradient of the weighted sum of losses."""
         check_linear(self._transformed, arguments)
-        values, aux, measures = self._transformed.measured(arguments, MEASURER)
+        values, aux, measures = measured_magnitudes(self._transformed, arguments)
         bounds, groups = checked_groups(self._max_norm, arguments.params_tree)
         parts = [[measures[i] for i in group] for group in groups]
         norms = [root_sum_of_squares([m.norm for m in part]) for part in parts]

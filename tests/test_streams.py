@@ -1,5 +1,6 @@
 """Runs over many batches: the files on disk are those of one pass, even after an interruption at any moment."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -121,16 +122,146 @@ def finished(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_and_ends_with_the_files_of_an_unbroken_one(tmp_path):
+def test_a_run_killed_ten_times_ends_with_the_files_of_an_unbroken_one(tmp_path):
     assert finished(tmp_path / "unbroken")
-    for wait in (0.15, 0.4, 0.3):
+    for wait in np.random.default_rng().uniform(0, 0.25, 10):
         with start(tmp_path / "broken") as process:
             assert process.stdout.readline() == "ready\n"
             time.sleep(wait)
             process.send_signal(signal.SIGKILL)
             assert process.wait(60) == -signal.SIGKILL
+        if (tmp_path / "broken" / "manifest.json").exists():
+            streams.load(tmp_path / "broken", check=True)
     assert finished(tmp_path / "broken")
     assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
+
+
+# --- Damaged files ---------------------------------------------------------------------------------------------------
+
+
+def written(folder, rows=(5, 3), dtype=np.float32, size=2):
+    """A folder with rows and sums, in several commits."""
+    X = np.random.default_rng(1).normal(size=rows).astype(dtype)
+    part = lambda _, x: streams.Part({"x": x}, {"sum": x.astype(np.float64).sum(0)})  # noqa: E731
+    streams.run(part, jit=False)(None, streams.Batches(X, size=size), folder)
+    return X
+
+
+def test_what_was_written_is_loaded(tmp_path):
+    X = written(tmp_path)
+    found = streams.load(tmp_path, check=True, progress=True)
+    np.testing.assert_array_equal(found.rows["x"], X)
+    np.testing.assert_allclose(found.sums["sum"], X.astype(np.float64).sum(0))
+    assert (found.batches, found.examples) == (3, 5)
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "x.rows", "sums-3.npz"}
+
+
+@pytest.mark.every(8)
+@pytest.mark.parametrize("bit", range(8))
+def test_every_changed_byte_of_the_manifest_and_the_sums_is_found(tmp_path, bit):
+    written(tmp_path)
+    for name in ("manifest.json", "sums-3.npz"):
+        path = tmp_path / name
+        data = path.read_bytes()
+        changed = [data[:k] + bytes([data[k] ^ 1 << bit]) + data[k + 1 :] for k in range(len(data))]
+        for content in (*changed, *(data[:k] for k in range(0, len(data), 50)), data + b"\n"):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=r"streams.load: expected (a manifest|the sums)"):
+                streams.load(tmp_path)
+        path.write_bytes(data)
+        streams.load(tmp_path)
+
+
+def test_every_truncation_and_every_changed_byte_of_the_rows_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams.store, "BLOCK_BYTES", 24)  # two rows
+    written(tmp_path)
+    assert len(json.loads((tmp_path / "manifest.json").read_text())["contents"]["rows"]["x"]["checksums"]) == 3
+    path = tmp_path / "x.rows"
+    data = path.read_bytes()
+    for k in range(len(data)):
+        path.write_bytes(data[:k])
+        with pytest.raises(ValueError, match=r"expected 60 bytes of committed rows in .*x\.rows, got"):
+            streams.load(tmp_path)
+        with pytest.raises(ValueError, match=r"streams.run: expected 60 bytes"):
+            written(tmp_path)
+        path.write_bytes(data[:k] + bytes([data[k] ^ 4]) + data[k + 1 :])
+        with pytest.raises(ValueError, match=rf"expected rows {2 * (k // 24)} to .* with the checksum"):
+            streams.load(tmp_path, check=True)
+    path.unlink()
+    with pytest.raises(ValueError, match="got 0"):
+        streams.load(tmp_path)
+    path.write_bytes(data + b"rows of a commit that did not finish")
+    np.testing.assert_array_equal(streams.load(tmp_path, check=True).rows["x"], written(tmp_path))
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_the_files_do_not_depend_on_the_batches(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(streams.store, "BLOCK_BYTES", 30)
+    written(tmp_path / "one", size=5)
+    written(tmp_path / "other", size=size)
+    rows = [
+        json.loads((tmp_path / name / "manifest.json").read_text())["contents"]["rows"] for name in ("one", "other")
+    ]
+    assert rows[0] == rows[1]
+    streams.load(tmp_path / "other", check=True)
+
+
+def test_files_of_something_else(tmp_path):
+    with pytest.raises(ValueError, match=r"streams.load: expected a folder that streams.run wrote"):
+        streams.load(tmp_path)
+    for content in (b"{}", b"[1]", b"", b"\xff\x00", b'{"contents": {"rows": 1}}'):
+        (tmp_path / "manifest.json").write_bytes(content)
+        for call in (streams.load, written):
+            with pytest.raises(ValueError, match=r"expected a manifest of the format 'jaxgrad rows 1'"):
+                call(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_rows_are_read_by_numpy_alone(tmp_path, dtype):
+    X = written(tmp_path, (7, 3), jnp.dtype(dtype))
+    assert streams.load(tmp_path).rows["x"].dtype == dtype
+    if dtype == "bfloat16":
+        raw = np.memmap(tmp_path / "x.rows", "<u2", shape=(7, 3))
+        np.testing.assert_array_equal((raw.astype("<u4") << 16).view("<f4"), np.float32(X))
+    else:
+        np.testing.assert_array_equal(np.memmap(tmp_path / "x.rows", dtype, shape=(7, 3)), X)
+
+
+# --- An index of projections -----------------------------------------------------------------------------------------
+
+
+def index(folder, dtype):
+    """(sides, the results of a run over X, Y)."""
+    sides = jg.attribution.random_sides(PARAMS, jax.random.key(1), 3)
+    each = streams.projections(network.loss, sides, dtype=dtype)
+    return sides, streams.run(each)(PARAMS, streams.Batches(X, Y, size=8), folder)
+
+
+@pytest.mark.every(2)
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_searching_an_index_of_projections(tmp_path, dtype):
+    sides, results = index(tmp_path, dtype)
+    values, g = whole()
+    expected = np.asarray(jg.attribution.project(g, sides))
+    rows = results.rows["projections"]
+    assert (rows.dtype, rows.shape) == (dtype, expected.shape)
+    np.testing.assert_allclose(results.rows["values"], values, rtol=1e-12)
+    tolerance = {"float64": 1e-12, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
+    np.testing.assert_allclose(np.float64(rows), expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+    queries = expected[:3] if dtype == "float64" else np.float32(expected[:3])
+    dense = queries @ np.asarray(rows).astype(queries.dtype).T
+    np.testing.assert_allclose(streams.scores(size=7)(queries, rows), dense, rtol=1e-4, atol=1e-5)
+    found = streams.search(4, size=7, progress=True)(queries, rows)
+    np.testing.assert_array_equal(found.indices, np.argsort(-dense, 1, stable=True)[:, :4])
+
+
+def test_blocks_of_a_memory_mapped_file_are_copies(tmp_path):
+    np.save(tmp_path / "X.npy", X)
+    stored = np.load(tmp_path / "X.npy", mmap_mode="r")
+    for a in (stored, stored[1:], stored[:, ::2], stored.T, stored[:, 0]):
+        for k, (block,) in enumerate(streams.Batches(a, size=7)):
+            np.testing.assert_array_equal(block, np.asarray(a)[7 * k : 7 * k + 7])
 
 
 def test_half_precision_and_a_progress_bar(tmp_path, capsys):
@@ -138,7 +269,8 @@ def test_half_precision_and_a_progress_bar(tmp_path, capsys):
     results = streams.run(lambda _, v: streams.Part({"v": v}, {}), progress=True)(
         None, [(values[:5],), (values[5:],)], tmp_path
     )
-    np.testing.assert_array_equal(results.rows["v"], np.float32(values))
+    assert results.rows["v"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.float32(results.rows["v"]), np.float32(values))
     assert "100%" in capsys.readouterr().out
 
 
@@ -158,6 +290,10 @@ def test_errors_name_the_call(tmp_path):
         streams.Batches(X, Y[:3], size=2)
     with pytest.raises(IndexError, match=r"streams\.Batches"):
         batches[2]
+    with pytest.raises(ValueError, match="expected k of at least 1, got 0"):
+        streams.search(0)
+    with pytest.raises(ValueError, match=r"streams\.scores: expected at least one row"):
+        streams.scores()(np.ones((1, 2)), np.ones((0, 2)))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

@@ -7,9 +7,12 @@ The modules and their public names:
                       influence: influence of training examples on test losses
         scores        cosine_similarity: cosines between all pairs of gradients
                       noise_scale: how much of a mean gradient is noise, and at which batch size noise equals signal
-        projection    random_projection: a few numbers per example that preserve inner products
+        projection    project: a few numbers per example that preserve inner products, by two small matrices per weight
+                      random_projection: the same by one large matrix, with fewer numbers and far more operations
+        sides         random_sides: the two matrices; normalized: the matrices divided by an optimizer's second moments
     Functions of a loss or a model
         checkpoints   grand: mean norms over several checkpoints; tracin: sums of inner products over them
+        projection    per_example_projection: the numbers of `project`, in about a plain gradient's memory
         kernel        ntk: the empirical neural tangent kernel, in blocks for large batches
 
 `jaxgrad.streams` has Gram matrices and influence for data sets whose gradients do not fit in memory. B is the number of
@@ -19,17 +22,24 @@ training examples, and C the number of test examples.
 from jaxgrad.attribution.checkpoints import grand, tracin
 from jaxgrad.attribution.influence import influence, self_influence
 from jaxgrad.attribution.kernel import ntk
-from jaxgrad.attribution.projection import random_projection
+from jaxgrad.attribution.projection import per_example_projection, project, random_projection
 from jaxgrad.attribution.scores import NoiseScale, cosine_similarity, noise_scale
+from jaxgrad.attribution.sides import normalized, random_sides
+from jaxgrad.per_example.algebra.sides import Sides
 
 __all__ = [
     "NoiseScale",
+    "Sides",
     "cosine_similarity",
     "grand",
     "influence",
     "noise_scale",
+    "normalized",
     "ntk",
+    "per_example_projection",
+    "project",
     "random_projection",
+    "random_sides",
     "self_influence",
     "tracin",
 ]

@@ -2,17 +2,17 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
 from jaxgrad.per_example.algebra import complexes, norms
 from jaxgrad.per_example.algebra.factors import Factor, accumulator, arrays
-from jaxgrad.per_example.algebra.mapped import map_examples_of, with_shared, without_shared
-from jaxgrad.per_example.interpreter.measuring import Measure, Measurer, measure_of
+from jaxgrad.per_example.algebra.one_example import for_one_example
+from jaxgrad.per_example.arguments import Arguments
+from jaxgrad.per_example.interpreter.measuring import Measurer, measure_of
 from jaxgrad.per_example.interpreter.values import Value
 from jaxgrad.per_example.lower import factors_of
 from jaxgrad.per_example.transform import Transformed
@@ -69,7 +69,7 @@ def per_example_norms(
     @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
     def measured(*args: Any, **kwargs: Any) -> Any:
         arguments = transformed.arguments(args, kwargs)
-        values, aux, measures = transformed.measured(arguments, MEASURER)
+        values, aux, measures = measured_magnitudes(transformed, arguments)
         by_leaf = jax.tree.unflatten(arguments.params_tree, [m.norm for m in measures])
         if leaf_norms:
             result = complexes.joined(by_leaf, lambda *parts: norms.root_sum_of_squares(parts))
@@ -80,20 +80,37 @@ def per_example_norms(
     return measured
 
 
-def _measure(value: Value, shape: tuple[int, ...], dtype: Any) -> Measure:
+def measured_magnitudes(transformed: Transformed, arguments: Arguments) -> tuple[Any, Any, list["Magnitude"]]:
+    """(values, aux, the `Magnitude` of each parameter's gradient)."""
+    return transformed.measured(arguments, MEASURER, [()] * len(arguments.params))
+
+
+class Magnitude(NamedTuple):
+    """What is measured of one example's gradient of one parameter.
+
+    Attributes:
+        norm: its norm.
+        magnitude: the magnitude of the terms that may cancel in it, 0 if there is one term.
+    """
+
+    norm: Array
+    magnitude: Array
+
+
+def _measure(value: Value, shape: tuple[int, ...], dtype: Any, _: Any) -> Magnitude:
     """The measure of one example's gradient with respect to a parameter of this shape and dtype."""
-    measure = measure_of(value)
-    return _measure_factors(*without_shared(factors_of(value, shape, dtype))) if measure is None else measure
+    measure: Magnitude | None = measure_of(value)
+    return _measure_one(factors_of(value, shape, dtype)) if measure is None else measure
 
 
-def _measure_batch(factors: tuple[Factor, ...]) -> Measure:
+def _measure_batch(factors: tuple[Factor, ...], _: Any) -> Magnitude:
     """The measure of every example, [B] in each field."""
     norm, magnitude = norms.length(factors).norm, norms.magnitude(factors)
     dtype = accumulator(*factors)
     if magnitude is None:
-        return Measure(norm.astype(dtype), jnp.zeros_like(norm, dtype))
+        return Magnitude(norm.astype(dtype), jnp.zeros_like(norm, dtype))
     half = any(jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize < 4 for f in factors for a in arrays(f))
-    return Measure(norm.astype(dtype), magnitude.astype(dtype) * _precision_factor(half, dtype).astype(dtype))
+    return Magnitude(norm.astype(dtype), magnitude.astype(dtype) * _precision_factor(half, dtype).astype(dtype))
 
 
 def _precision_factor(half: bool, dtype: jnp.dtype) -> Array:
@@ -103,36 +120,12 @@ def _precision_factor(half: bool, dtype: jnp.dtype) -> Array:
     return jnp.where(product_rounding() > 0, LOW_PRECISION, 1.0)
 
 
-_BATCHED: Any = Measure(True, True)  # type: ignore[arg-type]  # both fields have the example axis after a vmap
+_measure_one = for_one_example(_measure_batch)
 
 
-@custom_vmap
-def _measure_factors(parts: tuple[Factor, ...], shared: list[Array]) -> Measure:
-    """Measure one example; under a vmap over examples, measure the whole batch at once, in bounded memory."""
-    return _measure_example(parts, shared)
-
-
-@_measure_factors.def_vmap
-def _over_examples(size: int, batched: Any, parts: tuple[Factor, ...], shared: list[Array]) -> tuple[Measure, Any]:
-    parts_batched, shared_batched = batched
-    if any(shared_batched):  # a vmap over something other than examples
-        axes = jax.tree.map(lambda has_axis: 0 if has_axis else None, batched)
-        return jax.vmap(_measure_example, axes)(parts, shared), _BATCHED
-
-    def with_axis(a: Array, has_axis: bool) -> Array:
-        return a if has_axis else jnp.broadcast_to(a[None], (size, *a.shape))
-
-    return _measure_batch(with_shared(jax.tree.map(with_axis, parts, parts_batched), shared)), _BATCHED
-
-
-def _measure_example(parts: tuple[Factor, ...], shared: list[Array]) -> Measure:
-    batch = map_examples_of(lambda a: a[None], with_shared(parts, shared))
-    return jax.tree.map(lambda a: a[0], _measure_batch(batch))
-
-
-def _combine_steps(measure: Measure) -> Measure:
+def _combine_steps(measure: Magnitude, _: Any) -> Magnitude:
     """The measure of a stacked parameter, from those of the steps of a loop along axis 0."""
-    return Measure(*(norms.root_sum_of_squares(list(a)) for a in measure))
+    return Magnitude(*(norms.root_sum_of_squares(list(a)) for a in measure))
 
 
 MEASURER = Measurer(_measure, _combine_steps)

@@ -17,7 +17,7 @@ from jaxgrad.per_example.algebra.mapped import with_shared, without_shared
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
 from jaxgrad.per_example.frameworks import add_advice
 from jaxgrad.per_example.gradients import PerExampleGrads
-from jaxgrad.per_example.interpreter.measuring import Measure, Measurer, measuring
+from jaxgrad.per_example.interpreter.measuring import Measure, Measurer, Target, measuring
 from jaxgrad.per_example.interpreter.reasons import Reason
 from jaxgrad.per_example.interpreter.values import Shared, Value, array_of, is_zero
 from jaxgrad.per_example.interpreter.walk import evaluate
@@ -182,15 +182,20 @@ class Transformed:
         values, aux = jax.tree.unflatten(out_tree, value_and_aux)
         return values, aux, PerExampleGrads(jax.tree.unflatten(gradients_tree, parts)), routes
 
-    def measured(self, arguments: Arguments, measurer: Measurer) -> tuple[Any, Any, list[Measure]]:
-        """(values, aux, the measure of each parameter's gradient)."""
+    def measured(
+        self, arguments: Arguments, measurer: Measurer, targets: Sequence[Target]
+    ) -> tuple[Any, Any, list[Measure]]:
+        """(values, aux, the measure of each parameter's gradient, of which the targets say what is measured)."""
         with naming(self.call):
             walked, out_tree, _ = self._walk(arguments)
 
             def one(examples: Sequence[Any]) -> Any:
                 with measuring(measurer):
-                    value_and_aux, gradients = walked(examples)
-                    return value_and_aux, [measurer.one(value, aval.shape, aval.dtype) for value, aval in gradients]
+                    value_and_aux, gradients = walked(examples, targets)
+                    pairs = zip(gradients, targets, strict=True)
+                    return value_and_aux, [
+                        measurer.one(value, aval.shape, aval.dtype, target) for (value, aval), target in pairs
+                    ]
 
             over_examples = jax.vmap(
                 one, (arguments.axes,), axis_size=arguments.batch_size, spmd_axis_name=self.spmd_axis_name
@@ -215,19 +220,23 @@ class Transformed:
 
         return one, out_tree, gradients_tree
 
-    def _walk(self, arguments: Arguments) -> tuple[Callable[[Sequence[Any]], Any], Any, Any]:
+    def _walk(self, arguments: Arguments) -> tuple[Callable[..., Any], Any, Any]:
         """(walked, the structure of (value, aux), the structure of the gradient).
 
-        walked(the leaves of one example) → (leaves of value and aux, (gradient, its aval) for each of its leaves).
+        walked(the leaves of one example, targets of the gradient's leaves or ()) → (leaves of value and aux, (gradient,
+        its aval) for each of its leaves).
         """
         program, out_tree, gradients_tree = self._program(arguments)
         outvars = program.jaxpr.outvars
         first = len(outvars) - gradients_tree.num_leaves
         is_gradient = [k >= first for k in range(len(outvars))]
 
-        def walked(examples: Sequence[Any]) -> tuple[list[Array], list[tuple[Value, Any]]]:
+        def walked(
+            examples: Sequence[Any], targets: Sequence[Target] = ()
+        ) -> tuple[list[Array], list[tuple[Value, Any]]]:
             leaves = [*map(Shared, arguments.params), *examples]
-            results = evaluate(program, leaves, is_gradient, [True] * len(outvars))
+            of_results = [*[None] * first, *targets] if targets else ()
+            results = evaluate(program, leaves, is_gradient, [True] * len(outvars), of_results)
             value_and_aux = [_as_returned(value, v.aval) for value, v in zip(results[:first], outvars, strict=False)]
             return value_and_aux, list(zip(results[first:], (v.aval for v in outvars[first:]), strict=True))
 

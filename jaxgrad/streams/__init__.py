@@ -8,17 +8,20 @@ The modules and their public names:
 
     batches      Batches: arrays, memory-mapped or not, as a sequence of batches
     run          run: apply a function to every batch, and write its rows and sums to disk; a stopped run can continue
-    functions    norms, second_moments, inner_products: functions for `run`
+                 load: open what a run has written, and check its checksums
+    functions    norms, second_moments, inner_products, projections: functions for `run`
     pairs        gram: inner products of all pairs of gradients
                  influence: influence of every training example on every test loss
     largest      top_k: the largest scores, with the scores of one batch in memory at a time
+                 search: the stored rows that have the largest inner products with queries
+                 scores: all inner products of stored rows with queries
 """
 
 from jaxgrad.streams.batches import Batches
-from jaxgrad.streams.functions import inner_products, norms, second_moments
-from jaxgrad.streams.largest import TopK, top_k
+from jaxgrad.streams.functions import inner_products, norms, projections, second_moments
+from jaxgrad.streams.largest import TopK, scores, search, top_k
 from jaxgrad.streams.pairs import gram, influence
-from jaxgrad.streams.run import Part, Results, run
+from jaxgrad.streams.run import Part, Results, load, run
 
 __all__ = [
     "Batches",
@@ -28,8 +31,12 @@ __all__ = [
     "gram",
     "influence",
     "inner_products",
+    "load",
     "norms",
+    "projections",
     "run",
+    "scores",
+    "search",
     "second_moments",
     "top_k",
 ]

@@ -1,5 +1,6 @@
 """Data as a sequence of batches."""
 
+import mmap
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -46,7 +47,17 @@ class Batches(Sequence[tuple[Any, ...]]):
         k = operator.index(index)
         if not 0 <= k < len(self):
             raise IndexError(f"streams.Batches: expected an index from 0 to {len(self) - 1}, got {k}.")
-        return tuple(np.asarray(a[k * self.size : (k + 1) * self.size]) for a in self.arrays)
+        return tuple(_read(a, k * self.size, (k + 1) * self.size) for a in self.arrays)
+
+
+def _read(a: Any, start: int, stop: int) -> np.ndarray:
+    """A copy of some rows of an array. Those of a memory-mapped file are mapped by themselves, so that the memory of
+    the rows that were read before can be given back."""
+    if not isinstance(a, np.memmap) or not isinstance(a.base, mmap.mmap) or not a.flags.c_contiguous or a.ndim == 0:
+        return np.asarray(a[start:stop])
+    stop = min(stop, len(a))
+    offset = a.offset + start * (a.nbytes // len(a))
+    return np.array(np.memmap(a.filename, a.dtype, "r", offset, (stop - start, *a.shape[1:])))
 
 
 def checked_sequences(**sequences: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from jaxgrad.attribution.projection import per_example_projection
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.measure import per_example_norms
 from jaxgrad.per_example.transform import per_example_grad
@@ -68,6 +69,43 @@ def second_moments(
         return Part({}, {path[0].key + jax.tree_util.keystr(path[1:]): leaf for path, leaf in leaves})
 
     return part
+
+
+def projections(
+    loss: Callable[..., Any],
+    sides: PyTree,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    argnums: int | Sequence[int] = 0,
+    in_axes: Any = 0,
+) -> Callable[..., Part]:
+    """Return a function for `run` that gives the rows "values", the losses, and "projections", of their gradients.
+
+    The rows are an index of the examples: `search` finds those whose gradients are most like those of queries.
+
+    Args:
+        loss, argnums, in_axes: as in `norms`.
+        sides: as in `jg.attribution.per_example_projection`.
+        dtype: of the projections: None for the one they are computed in. float16 holds numbers up to 65,504; bfloat16
+            those of float32, to two or three digits.
+
+    Returns:
+        A function of (params, *batch); rows are [b] and [b, S].
+
+    Example:
+        >>> loss, W = lambda W, x: jnp.tanh(W @ x).sum(), jnp.ones((30, 20))
+        >>> sides = jg.attribution.random_sides(W, jax.random.key(0), 4)
+        >>> each = projections(loss, sides, dtype=jnp.bfloat16)
+        >>> each(W, jnp.ones((5, 20))).rows["projections"].shape
+        (5, 16)
+    """
+
+    def part(sides: PyTree, params: PyTree, *batch: Any) -> Part:
+        projected = per_example_projection(loss, sides, argnums, in_axes=in_axes)
+        values, numbers = projected(params, *batch)
+        return Part({"values": values, "projections": numbers.astype(dtype or numbers.dtype)}, {})
+
+    return jax.tree_util.Partial(part, sides)
 
 
 def inner_products(

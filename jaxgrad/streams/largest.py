@@ -1,17 +1,19 @@
-"""top_k: the largest scores over all batches."""
+"""The largest scores over all batches, and inner products with stored rows: the largest of them, or all."""
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.errors import naming
 from jaxgrad.per_example.serialized import named_tuple
+from jaxgrad.precision import contracted, working_dtype
 from jaxgrad.progress import counted
-from jaxgrad.streams.batches import Batch, as_partial, checked, jitted_call
+from jaxgrad.streams.batches import Batch, Batches, as_partial, checked, jitted_call
 
 
 @named_tuple
@@ -79,6 +81,77 @@ def top_k(scores: Callable[..., Float[Array, "C b"]], k: int, *, progress: bool 
         return best
 
     return largest
+
+
+def search(
+    k: int, *, size: int = 8192, progress: bool = False
+) -> Callable[[Float[Any, "C S"], Float[Any, "N S"]], TopK]:
+    """The k rows with the largest inner products with each query.
+
+    The rows are read once, a block at a time, in any floating dtype; products are accumulated in float32 at least. A
+    memory-mapped file of any length takes no more memory than two blocks.
+
+    Args:
+        k, progress: as in `top_k`.
+        size: number of rows in a block.
+
+    Returns:
+        A function of (queries [C, S], rows [N, S]) that returns `TopK`, whose indices are those of rows.
+
+    Raises:
+        ValueError: k or size below 1, or no rows.
+
+    Example:
+        >>> rows = np.float16([[1, 0], [0, 3], [2, 0]])           # or jg.streams.load(folder).rows["projections"]
+        >>> search(2)(jnp.eye(2), rows).indices.tolist()
+        [[2, 0], [1, 0]]
+    """
+    with naming("streams.search"):
+        largest = top_k(_inner_products, k, progress=progress)
+        Batches(np.zeros(0), size=size)
+
+    @naming("streams.search")
+    def found(queries: Float[Any, "C S"], rows: Float[Any, "N S"]) -> TopK:
+        return largest(jnp.asarray(queries), Batches(rows, size=size))
+
+    return found
+
+
+def scores(
+    *, size: int = 8192, progress: bool = False
+) -> Callable[[Float[Any, "C S"], Float[Any, "N S"]], Float[np.ndarray, "C N"]]:
+    """All inner products of queries with rows, which are read as in `search`.
+
+    Args:
+        size, progress: as in `search`.
+
+    Returns:
+        A function of (queries [C, S], rows [N, S]) that returns [C, N], a NumPy array in float32 at least.
+
+    Raises:
+        ValueError: a size below 1, or no rows.
+
+    Example:
+        >>> scores()(jnp.eye(2), np.float16([[1, 0], [0, 3], [2, 0]])).tolist()
+        [[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]
+    """
+    Batches(np.zeros(0), size=size)
+    partial = as_partial(_inner_products)
+
+    @naming("streams.scores")
+    def products(queries: Float[Any, "C S"], rows: Float[Any, "N S"]) -> np.ndarray:
+        batches, queries = Batches(rows, size=size), jnp.asarray(queries)
+        if not len(batches):
+            raise ValueError("streams.scores: expected at least one row, got none.")
+        blocks = (batches[i] for i in range(len(batches)))
+        each = counted(blocks, len(batches), progress=progress)
+        return np.concatenate([np.asarray(jitted_call(partial, queries, block)) for (block,) in each], 1)
+
+    return products
+
+
+def _inner_products(queries: Array, rows: Array) -> Array:
+    return contracted("cs,bs->cb", queries, rows, working_dtype(queries.dtype, rows.dtype))
 
 
 def _concatenated(a: TopK, b: TopK) -> TopK:

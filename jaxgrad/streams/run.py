@@ -14,7 +14,7 @@ from jaxgrad.errors import naming
 from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.progress import counted
 from jaxgrad.streams.batches import as_partial, checked, jitted_call
-from jaxgrad.streams.store import Store
+from jaxgrad.streams.store import Store, check_blocks, mapped, opened
 
 
 @named_tuple
@@ -65,9 +65,14 @@ def run(
     """Apply a function to all batches, and write the rows and sums that it returns to disk as they are computed.
 
     A run may be stopped at any moment, even by SIGKILL. Call it again with the same arguments to continue after the
-    last committed batch; the files are then the same, to the byte, as those of an uninterrupted run. A commit first
-    writes the rows and flushes them to disk, and then replaces the state, which counts the rows, in one step. The next
-    start truncates rows that the state does not count.
+    last committed batch; the files are then the same, to the byte, as those of an uninterrupted run. Call it with more
+    batches to append their rows. A commit first writes the rows and flushes them to disk, and then replaces the
+    manifest, which counts the rows, in one step. The next start drops rows that the manifest does not count.
+
+    The rows of one name are one file, `folder/NAME.rows`, that NumPy alone can read: `np.memmap(file, dtype, "r",
+    shape=(examples, *shape))` with the numbers in `folder/manifest.json`. Rows keep their dtype; NumPy reads those of
+    bfloat16 as the upper halves of float32: `(np.memmap(file, "<u2").astype("<u4") << 16).view("<f4")`. `load` opens
+    them and finds damaged files.
 
     Args:
         function: function(params, *batch) → `Part`, such as `norms(loss)`. To pass more arrays to it, make it a
@@ -85,8 +90,8 @@ def run(
 
     Raises:
         TypeError: a batch is not a tuple.
-        ValueError: rows or sums do not have the names, shapes and dtypes of those in the folder; rows have different
-            lengths; or `every` is below 1.
+        ValueError: rows or sums do not have the names, shapes and dtypes of those in the folder; files in the folder
+            are damaged; rows have different lengths; or `every` is below 1.
 
     Example:
         >>> import tempfile
@@ -113,9 +118,41 @@ def run(
                 uncommitted = 0
         if uncommitted:
             store.commit()
-        return Results(store.rows(), store.sums, store.batches, store.examples)
+        return Results(mapped(store.folder, store.committed), store.sums, store.batches, store.examples)
 
     return run_batches
+
+
+@naming("streams.load")
+def load(folder: str | os.PathLike[str], *, check: bool = False, progress: bool = False) -> Results:
+    """Open what `run` wrote, without changing it: the rows memory-mapped, the sums, and the counts.
+
+    The checksums of the manifest and of the sums and the lengths of all files are compared on every call, so that a
+    file that was cut off, changed or written by something else is an error and not wrong numbers.
+
+    Args:
+        folder: as in `run`. The run may still be going on: what it has committed is returned.
+        check: True also reads all rows and compares the checksum of every block.
+        progress: True shows a progress bar for that (needs rich).
+
+    Returns:
+        `Results`.
+
+    Raises:
+        ValueError: a folder that `run` did not write, or whose files are damaged.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> same = lambda params, x: Part({"x": x}, {})
+        >>> _ = run(same)(None, jg.streams.Batches(np.eye(3), size=2), folder)
+        >>> load(folder, check=True).rows["x"].tolist()
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    manifest, sums = opened(Path(folder))
+    if check:
+        check_blocks(Path(folder), manifest, progress)
+    return Results(mapped(Path(folder), manifest), sums, manifest.batches, manifest.examples)
 
 
 def _from(batches: Iterable[tuple[Any, ...]], start: int) -> Iterator[tuple[Any, ...]]:

@@ -24,7 +24,7 @@ from jaxgrad.per_example.interpreter.values import (
     zero,
 )
 
-Evaluate = Callable[[_jax.Program, Sequence[Value], Sequence[bool], Sequence[bool]], list[Value]]
+Evaluate = Callable[..., list[Value]]  # `walk.evaluate`
 
 
 def scan(evaluate: Evaluate, eqn: _jax.Equation, values: Sequence[Value], used: Sequence[bool]) -> list[Value] | None:

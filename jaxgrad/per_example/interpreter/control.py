@@ -18,7 +18,8 @@ from jaxgrad.per_example.algebra.product import Product, squeezed
 from jaxgrad.per_example.interpreter import dependence, reasons
 from jaxgrad.per_example.interpreter.as_map import Evaluate
 from jaxgrad.per_example.interpreter.cost_model import worth_holding
-from jaxgrad.per_example.interpreter.measuring import measurer, with_measure
+from jaxgrad.per_example.interpreter.dependence import accumulates
+from jaxgrad.per_example.interpreter.measuring import Target, measurer, with_measure
 from jaxgrad.per_example.interpreter.reasons import FORMED, Reason, reason_at
 from jaxgrad.per_example.interpreter.values import (
     Broadcast,
@@ -38,13 +39,18 @@ from jaxgrad.per_example.interpreter.values import (
 
 
 def scan(
-    evaluate: Evaluate, eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]
+    evaluate: Evaluate,
+    eqn: _jax.Equation,
+    values: list[Value],
+    wanted: list[bool],
+    used: list[bool],
+    targets: list[Target],
 ) -> Sequence[Value]:
     """Evaluate a scan, keeping its products factored unless those emitted by all steps would exceed the gradient.
 
     A carry that is only added to is an accumulated gradient: its products are emitted at every step, and T grows by the
     scan's axis. A stacked result (weights scanned over) gains a group axis."""
-    loop = _Loop(evaluate, eqn, values, wanted, used)
+    loop = _Loop(evaluate, eqn, values, wanted, used, targets)
     step = loop.step_that_keeps_products()
     results = _jax.bind(eqn, [array_of(value) for value in values]) if step is None else loop.run(step)
     return loop.explained(results)
@@ -57,12 +63,19 @@ class _Loop:
         kept: for each result, whether it is kept factored, so that a step emits its products.
         behind: for a result, the maps in what a step emits, with their shared arrays.
         fixed: for a result, these shared arrays, computed once; None for one that changes from step to step.
-        measured: the stacked results that are measured in every step.
+        measured: the results that are measured in every step, with their targets: stacked ones, and carries that are
+            only added to if the measure of a sum is the sum of the measures.
         reasons: for a result, why what a step emits is not a product, if it is not.
     """
 
     def __init__(
-        self, evaluate: Evaluate, eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]
+        self,
+        evaluate: Evaluate,
+        eqn: _jax.Equation,
+        values: list[Value],
+        wanted: list[bool],
+        used: list[bool],
+        targets: list[Target],
     ):
         self.evaluate, self.eqn, self.wanted = evaluate, eqn, wanted
         self.parts, self.program = _jax.scan_parts(eqn), _jax.body(eqn)
@@ -80,27 +93,50 @@ class _Loop:
         self.fixed: dict[int, list[Any]] = {}
         self.reasons: dict[int, Reason] = {}
         self.measurer = measurer()
-        stacked = range(self.carry, len(wanted)) if self.measurer else ()
-        self.measured = [k for k in stacked if wanted[k] and self.used[k]]
+        adds_up = self.measurer is not None and self.measurer.adds_up
+        self.measured = {
+            k: target
+            for k, target in enumerate(targets)
+            if target is not None and wanted[k] and used[k] and (k >= self.carry or (adds_up and self.kept[k]))
+        }
+        self.of_steps: dict[int, tuple[Any, Callable[[Any], Target]]] = {
+            k: self._of_steps(k, target) for k, target in self.measured.items()
+        }
 
     def _accumulates(self, k: int) -> bool:
         jaxpr = self.program.jaxpr
-        return _accumulates(jaxpr, jaxpr.invars[self.consts + k], jaxpr.outvars[k])
+        return accumulates(jaxpr, jaxpr.invars[self.consts + k], jaxpr.outvars[k])
+
+    def _of_steps(self, k: int, target: Target) -> tuple[Any, Callable[[Any], Target]]:
+        """(arrays to scan over, a function that turns their slice into the target of one step)."""
+        assert self.measurer is not None
+        return self.measurer.of_a_step(target) if k >= self.carry else ((), lambda _: target)
 
     def _carried(self, values: Sequence[Value]) -> list[Any]:
         """The arrays passed to the next step: the carries that are not kept factored."""
         arrays = [jnp.asarray(array_of(v)) for v, keep in zip(values, self.kept, strict=False) if not keep]
         return [_jax.made_varying(a, self.differs) for a in arrays]
 
-    def step(self, carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], tuple[list[Any], list[Any], list[Any]]]:
-        """(the carry, (what the step emits for kept carries, for stacked results, and the measures of these))."""
-        others = iter(carry)
+    def start(self) -> tuple[list[Any], dict[int, Any]]:
+        """The first carry: the arrays, and the measures of results that add up."""
+        adding = {k: target for k, target in self.measured.items() if k < self.carry}
+        measures = {k: self._measure(k, self.init[k], target) for k, target in adding.items()}
+        return self._carried(self.init), jax.tree.map(lambda a: _jax.made_varying(a, self.differs), measures)
+
+    def step(self, carry: tuple[list[Any], dict[int, Any]], xs: tuple[list[Any], dict[int, Any]]) -> Any:
+        """((the arrays carried, measures), (what it emits for kept carries, for stacked results, their measures))."""
+        arrays, totals = carry
+        others = iter(arrays)
+        before = [None if keep else next(others) for keep in self.kept[: self.carry]]
         full = [
-            zero(v.aval.shape, v.aval.dtype) if self.kept[k] else next(others)
+            zero(v.aval.shape, v.aval.dtype) if self.kept[k] or k in self.measured else before[k]
             for k, v in enumerate(self.program.jaxpr.invars[self.consts : self.consts + self.carry])
         ]
-        slices = [Shared(x) if shared else x for x, shared in zip(xs, self.same, strict=True)]
-        results = self.evaluate(self.program, [*self.outside, *full, *slices], self.unevaluated_inside, self.used)
+        slices = [Shared(x) if shared else x for x, shared in zip(xs[0], self.same, strict=True)]
+        targets = [self.of_steps[k][1](xs[1][k]) if k in self.measured else None for k in range(len(self.wanted))]
+        results = self.evaluate(
+            self.program, [*self.outside, *full, *slices], self.unevaluated_inside, self.used, targets
+        )
         emitted: list[Any] = []
         for k, result in enumerate(results):
             if self.kept[k]:
@@ -108,14 +144,24 @@ class _Loop:
                 emitted.append(self._emitted(k, result) if self.used[k] else None)
             else:
                 emitted.append(array_of(result) if self.used[k] else None)
+                if k in self.measured and k < self.carry:
+                    emitted[k] = before[k] + emitted[k]
         kept_carries = [v if keep else None for v, keep in zip(emitted[: self.carry], self.kept, strict=False)]
-        measures = [self._measure(k, results[k]) for k in self.measured]
-        return self._carried(emitted[: self.carry]), (kept_carries, emitted[self.carry :], measures)
+        measures = {k: self._measure(k, results[k], targets[k]) for k in self.measured}
+        for k in totals:
+            added_now = jax.tree.map(lambda a, b: a + b.astype(a.dtype), totals[k], measures.pop(k))
+            totals = totals | {k: jax.tree.map(lambda a: _jax.made_varying(a, self.differs), added_now)}
+        return (self._carried(emitted[: self.carry]), totals), (kept_carries, emitted[self.carry :], measures)
 
-    def _measure(self, k: int, result: Value) -> Any:
+    def _measure(self, k: int, result: Value, target: Target) -> Any:
         assert self.measurer is not None
         aval = self.program.jaxpr.outvars[k].aval
-        return self.measurer.one(result, tuple(aval.shape), aval.dtype)
+        return self.measurer.one(result, tuple(aval.shape), aval.dtype, target)
+
+    @property
+    def scanned(self) -> tuple[list[Any], dict[int, Any]]:
+        """What a step gets a slice of: xs, and what the targets of its results are made from."""
+        return self.xs, {k: arrays for k, (arrays, _) in self.of_steps.items()}
 
     def _emitted(self, k: int, result: Value) -> Any:
         """An unevaluated product as it leaves a step. If it has maps, which are applied after the loop, it leaves with
@@ -143,7 +189,7 @@ class _Loop:
             before = self.kept
             self.behind.clear()
             self.fixed.clear()
-            operands = self._carried(self.init), jax.tree.map(_first, self.xs)
+            operands = self.start(), jax.tree.map(_first, self.scanned)
             program, shape = jax.make_jaxpr(self.step, return_shape=True)(*operands)
             self.kept = self._worth_keeping([*shape[1][0], *shape[1][1]])
             if self.kept != before:
@@ -169,8 +215,9 @@ class _Loop:
     def run(self, step: Any) -> list[Value]:
         """The equation's results."""
         options: dict[str, Any] = {"reverse": self.parts.reverse, "unroll": self.parts.unroll}
-        final_carry, (kept_carries, ys, measures) = lax.scan(
-            step, self._carried(self.init), self.xs, length=self.length, **options
+        start = self.start()
+        (final_carry, totals), (kept_carries, ys, measures) = lax.scan(
+            step, start, self.scanned, length=self.length, **options
         )
         others = iter(final_carry)
         results: list[Value] = [
@@ -178,9 +225,10 @@ class _Loop:
             for k in range(self.carry)
         ]
         results += [self._of_all_steps(self.carry + k, y) for k, y in enumerate(ys)]
-        for k, measure in zip(self.measured, measures, strict=True):
-            assert self.measurer is not None
-            results[k] = with_measure(results[k], self.measurer.of_all_steps(measure))
+        if self.measurer is not None:
+            totals |= {k: self.measurer.of_all_steps(each, self.measured[k]) for k, each in measures.items()}
+        for k, measure in totals.items():
+            results[k] = with_measure(results[k], measure)
         return results
 
     def _of_all_steps(self, k: int, value: Any) -> Value:
@@ -290,20 +338,6 @@ def _along(value: Unevaluated, S: int, group: bool) -> Unevaluated:
 
     shape = (S, *value.shape) if group else value.shape
     return Unevaluated(tuple(one(term) for term in value.terms), shape, value.dtype)
-
-
-def _accumulates(jaxpr: _jax.Jaxpr, into: Any, out: Any) -> bool:
-    """Whether a carry is only added to: `into` leads to `out` through a chain of add_any and has no other use."""
-    v = into
-    while v is not out:
-        uses = [eqn for eqn in jaxpr.eqns if any(w is v for w in eqn.invars)]
-        if len(uses) != 1 or uses[0].primitive is not _jax.add_any_p or any(w is v for w in jaxpr.outvars):
-            return False
-        if uses[0].invars[0] is uses[0].invars[1]:
-            return False
-        v = uses[0].outvars[0]
-    used_again = any(any(w is v for w in eqn.invars) for eqn in jaxpr.eqns)
-    return not used_again and sum(w is v for w in jaxpr.outvars) == 1
 
 
 def cond(

@@ -44,3 +44,17 @@ def results_depending(eqn: _jax.Equation, operands: Sequence[int]) -> list[bool]
         carried = [parts.consts + k in dependent for k in range(parts.carry)]
         return carried + results[parts.carry :]
     return [True] * len(eqn.outvars)
+
+
+def accumulates(jaxpr: _jax.Jaxpr, into: Any, out: Any) -> bool:
+    """Whether a carry is only added to: `into` leads to `out` through a chain of add_any and has no other use."""
+    v = into
+    while v is not out:
+        uses = [eqn for eqn in jaxpr.eqns if any(w is v for w in eqn.invars)]
+        if len(uses) != 1 or uses[0].primitive is not _jax.add_any_p or any(w is v for w in jaxpr.outvars):
+            return False
+        if uses[0].invars[0] is uses[0].invars[1]:
+            return False
+        v = uses[0].outvars[0]
+    used_again = any(any(w is v for w in eqn.invars) for eqn in jaxpr.eqns)
+    return not used_again and sum(w is v for w in jaxpr.outvars) == 1

@@ -1,11 +1,15 @@
 """Measuring gradients inside the loop that computes them, so that the factors of a layer need not leave the loop.
 
-Inside `measuring`, a scan measures each gradient that it stacks, step by step. The measure stays attached to the
-stacked value through reshapes, transposes and casts; any other operation drops it, and the gradient is then measured at
-the end.
+A measure is what is asked of a gradient: its norm, or its projection. Inside `measuring`, a scan measures each gradient
+that it stacks, step by step. The measure stays attached to the stacked value through reshapes, transposes and casts;
+any other operation drops it, and the gradient is then measured at the end.
+
+A target says what is to be measured of a variable: it belongs to a parameter and is pulled back, by `targets_of`, to
+the variables that become the parameter's gradient through such operations alone.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,36 +17,37 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example.interpreter.products import product
 from jaxgrad.per_example.interpreter.reasons import FORMED
 from jaxgrad.per_example.interpreter.values import Broadcast, Plain, Unevaluated, Value, array_of, is_shared, nonempty
 
+Measure = Any
+"""A tree of arrays that describes one example's gradient; inside a scan, with an axis of steps."""
 
-class Measure(NamedTuple):
-    """Numbers that describe one example's gradient of one parameter; inside a scan, with an axis of steps.
-
-    Attributes:
-        norm: its norm.
-        magnitude: the magnitude of the terms that may cancel in it, 0 if there is one term.
-    """
-
-    norm: Array
-    magnitude: Array
+Target = Any
+"""What is measured of a variable; None if it does not become a gradient by operations that preserve a measure."""
 
 
 class Measurer(NamedTuple):
     """The functions that measure.
 
     Attributes:
-        one: (value, shape, dtype) → the `Measure` of one example's gradient.
-        of_all_steps: a `Measure` with an axis of steps → the `Measure` of the stacked gradient.
+        one: (value, shape, dtype, target) → the measure of one example's gradient.
+        of_all_steps: (measures with an axis of steps, target) → the measure of the stacked gradient.
+        before: (equation, target of its result) → target of its operand.
+        of_a_step: target of a stacked value → (arrays to scan over, a function that turns their slice into the target
+            of one step).
+        adds_up: whether the measure of a sum is the sum of the measures. A loop that only adds to a gradient then
+            measures what each step adds.
     """
 
-    one: Callable[[Value, tuple[int, ...], Any], Measure]
-    of_all_steps: Callable[[Measure], Measure]
+    one: Callable[[Value, tuple[int, ...], Any, Target], Measure]
+    of_all_steps: Callable[[Measure, Target], Measure]
+    before: Callable[[_jax.Equation, Target], Target] = lambda eqn, target: target
+    of_a_step: Callable[[Target], tuple[Any, Callable[[Any], Target]]] = lambda target: ((), lambda _: target)
+    adds_up: bool = False
 
 
 _MEASURER: ContextVar[Measurer | None] = ContextVar("measurer", default=None)
@@ -67,6 +72,35 @@ def measurer() -> Measurer | None:
 def stays_factored() -> bool:
     """Whether gradients stay factored even if the factors are larger: only factors show which terms cancel."""
     return _MEASURER.get() is not None
+
+
+def targets_of(jaxpr: _jax.Jaxpr, of_results: Sequence[Target]) -> dict[Any, Target]:
+    """The targets of a program's variables, from those of its results."""
+    measurer = _MEASURER.get()
+    found: dict[Any, Target] = {}
+    if measurer is None or all(target is None for target in of_results):
+        return found
+    uses = Counter(v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, _jax.Literal))
+    uses.update(v for v in jaxpr.outvars if not isinstance(v, _jax.Literal))
+
+    def pull_back(v: Any, target: Target) -> None:
+        if target is not None and not isinstance(v, _jax.Literal) and uses[v] == 1:
+            found[v] = target
+
+    for v, target in zip(jaxpr.outvars, of_results, strict=True):
+        pull_back(v, target)
+    for eqn in reversed(jaxpr.eqns):
+        targets = [found.get(v) for v in eqn.outvars]
+        if all(target is None for target in targets):
+            continue
+        if eqn.primitive in (_jax.jit_p, _jax.remat_p):
+            inner = _jax.body(eqn).jaxpr
+            inside = targets_of(inner, targets)
+            for v, w in zip(eqn.invars, inner.invars, strict=True):
+                pull_back(v, inside.get(w))
+        elif len(targets) == 1 and _preserves(eqn):
+            pull_back(eqn.invars[0], measurer.before(eqn, targets[0]))
+    return found
 
 
 def total_over_positions(eqn: _jax.Equation, values: Sequence[Value], jaxpr: _jax.Jaxpr) -> list[Value] | None:

@@ -20,7 +20,13 @@ from jaxtyping import Array
 from jaxgrad import _jax
 from jaxgrad.per_example.interpreter import as_map, control, dependence, reasons, registered, shards, through
 from jaxgrad.per_example.interpreter.cost_model import worth_holding
-from jaxgrad.per_example.interpreter.measuring import remeasured, stays_factored, total_over_positions
+from jaxgrad.per_example.interpreter.measuring import (
+    Target,
+    remeasured,
+    stays_factored,
+    targets_of,
+    total_over_positions,
+)
 from jaxgrad.per_example.interpreter.reasons import FORMED, Reason, reason_at
 from jaxgrad.per_example.interpreter.rules import bind, made_product, record_of
 from jaxgrad.per_example.interpreter.values import (
@@ -122,7 +128,11 @@ def _taken(reference: registered.Reference, wanted: Sequence[bool], used: Sequen
 
 
 def evaluate(
-    program: _jax.Program, values: Sequence[Value], wanted: Sequence[bool], used: Sequence[bool]
+    program: _jax.Program,
+    values: Sequence[Value],
+    wanted: Sequence[bool],
+    used: Sequence[bool],
+    targets: Sequence[Target] = (),
 ) -> list[Value]:
     """Evaluate the program; the results in `wanted` may be unevaluated products.
 
@@ -130,12 +140,14 @@ def evaluate(
         program: the program for one example.
         values: the values of its operands.
         wanted, used: as in `tail`.
+        targets: what loops are to measure of each result (`measuring`); () for nothing.
 
     Returns:
         The program's results; None for those that are not used.
     """
     jaxpr = program.jaxpr
     found = tail(jaxpr, wanted, used)
+    measured = targets_of(jaxpr, targets or [None] * len(jaxpr.outvars))
     known: dict[Any, Value] = dict(zip(jaxpr.constvars, map(Shared, program.consts), strict=True))
     known |= dict(zip(jaxpr.invars, values, strict=True))
 
@@ -150,25 +162,31 @@ def evaluate(
                 operands = [read(v) for v in eqn.invars]
                 wants = found.of(eqn)
                 total = total_over_positions(eqn, operands, jaxpr) if all(wants) else None
-                results = total or remeasured(eqn, operands, _step(eqn, operands, wants, results_used))
+                of_results = [measured.get(v) for v in eqn.outvars]
+                results = total or remeasured(eqn, operands, _step(eqn, operands, wants, results_used, of_results))
             known |= dict(zip(eqn.outvars, results, strict=True))
     return [read(v) if use else None for v, use in zip(jaxpr.outvars, used, strict=True)]
 
 
-def _step(eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool]) -> Sequence[Value]:
+def _step(
+    eqn: _jax.Equation, values: list[Value], wanted: list[bool], used: list[bool], targets: list[Target]
+) -> Sequence[Value]:
     shared = not eqn.effects and all(is_shared(value) for value in values)
     if any(wanted) and not (shared and eqn.primitive in (_jax.scan_p, _jax.cond_p)):
         if eqn.primitive is _jax.jit_p:
-            return evaluate(_jax.body(eqn), values, wanted, used)
+            return evaluate(_jax.body(eqn), values, wanted, used, targets)
         if eqn.primitive is _jax.remat_p:
-            return evaluate(_jax.body(eqn), _behind_barrier(eqn, values), wanted, used)
+            return evaluate(_jax.body(eqn), _behind_barrier(eqn, values), wanted, used, targets)
         if eqn.primitive in (_jax.scan_p, _jax.cond_p):
             is_scan = eqn.primitive is _jax.scan_p
             never_a_map = eqn.effects or registered.is_inside(eqn)
             whole = None if never_a_map else (as_map.scan if is_scan else as_map.cond)(evaluate, eqn, values, used)
             if whole is not None:
                 return _with_as_written(whole, AsWritten(eqn, values))
-            kept = (control.scan if is_scan else control.cond)(evaluate, eqn, values, wanted, used)
+            if is_scan:
+                kept = control.scan(evaluate, eqn, values, wanted, used, targets)
+            else:
+                kept = control.cond(evaluate, eqn, values, wanted, used)
             return _marked_shared(eqn, values, kept)
         if _jax.kind(eqn) == "shard_map":
             whole = shards.shard_map(evaluate, eqn, values, wanted, used)
