@@ -222,6 +222,44 @@ def test_grand_and_tracin_are_sums_over_checkpoints():
         attribution.tracin(network.loss)(checkpoints, rates[:2], (X, Y), (X, Y))
 
 
+@pytest.mark.parametrize("damping", [0.3, curvature.relative(0.05)])
+def test_trak_is_the_kernel_regression_of_the_outputs_averaged_over_checkpoints(damping):
+    params, X, Y = exercise()
+    output = lambda p, x, y: y * network.margin(p, x)  # noqa: E731
+    checkpoints = [jax.tree.map(lambda a, k=k: a * (1 + k / 4), params) for k in range(3)]
+    solved_, learned = [], []
+    for p in checkpoints:
+        f, G = jax.vmap(output, (None, 0, 0))(p, X, Y), matrix(jax.vmap(jax.grad(output), (None, 0, 0))(p, X, Y))
+        mu = damping if isinstance(damping, float) else damping.ratio * (G**2).sum(1).mean()
+        solved_.append(G[:2] @ G.T @ np.linalg.inv(G @ G.T + mu * len(G) * np.eye(len(G))))
+        learned.append(1 / (1 + np.exp(np.asarray(f))))
+    found = attribution.trak(output, damping)(iter(checkpoints), (X, Y), (X[:2], Y[:2]))
+    assert_close(found, np.mean(solved_, 0) * np.mean(learned, 0))
+    squared = attribution.trak(output, damping, loss=lambda f: (f - 2) ** 2 / 2)(
+        checkpoints[:1], (X, Y), (X[:2], Y[:2])
+    )
+    f = jax.vmap(output, (None, 0, 0))(params, X, Y)
+    assert_close(squared, solved_[0] * (2 - np.asarray(f)))
+    with pytest.raises(ValueError, match="trak: expected at least one checkpoint"):
+        attribution.trak(output, damping)([], (X, Y), (X, Y))
+    with pytest.raises(ValueError, match="trak: expected a damping ≥ 0, got -1"):
+        attribution.trak(output, -1.0)
+    assert attribution.trak(output, damping)([params], (X[:0], Y[:0]), (X, Y)).shape == (6, 0)
+
+
+def test_log_odds_are_those_of_the_softmax_without_cancellation():
+    logits = jnp.array([3.0, -1.0, 60.0, 0.5])
+    p = np.asarray(jax.nn.softmax(logits))
+    for label in range(4):
+        found = attribution.log_odds(logits, label)
+        others = np.delete(p, label).sum()
+        assert found == pytest.approx(np.log(p[label] / others), rel=1e-12)
+    assert np.isnan(attribution.log_odds(logits, 4))
+    assert np.isnan(attribution.log_odds(logits, -1))
+    slope = jax.grad(attribution.log_odds)(logits, 0)
+    assert_close(slope, jnp.where(jnp.arange(4) == 0, 1.0, -p / np.delete(p, 0).sum()))
+
+
 # --- The neural tangent kernel ---------------------------------------------------------------------------------------
 
 
@@ -287,11 +325,14 @@ def test_gram_and_influence_in_blocks_match_those_of_the_whole_batch(entry):
     (g, G), (test, T) = gradients(entry.name), gradients(entry.name, True)
     train, others = Batches(*entry.batch, size=2), Batches(*reordered(entry), size=2)
     mu = 0.1 * np.linalg.norm(G, 2) ** 2 / len(G)
+    ratio = 0.1 * np.linalg.norm(G, 2) ** 2 / (G**2).sum()
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         assert_close(streams.gram(entry.loss)(entry.params, train), G @ G.T)
         assert_close(streams.gram(entry.loss)(entry.params, train, others), G @ T.T)
         found = streams.influence(entry.loss, mu)(entry.params, train, others)
+        relative = streams.influence(entry.loss, curvature.relative(ratio))(entry.params, train, others)
     assert_close(found, attribution.influence(g, test, mu))
+    assert_close(relative, found)
 
 
 @pytest.mark.every(3)

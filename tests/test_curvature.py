@@ -206,6 +206,63 @@ def test_the_derivative_at_zero_damping_is_that_at_a_tiny_one():
     assert_close(at_zero, near, 1e-5)
 
 
+# --- Relative dampings -----------------------------------------------------------------------------------------------
+
+
+def test_a_relative_damping_is_that_multiple_of_the_mean_squared_norm_everywhere():
+    g, G = gradients("mlp")
+    v, test = random_like(g.sum()), g[:2]
+    mean = (G**2).sum(1).mean()
+    loss_rows = gauss_newton(MODELS["mlp"].model, curvature.softmax)(
+        MODELS["mlp"].params, MODELS["mlp"].x, np.array([0, 3, 1, 1, 2])
+    )
+    rows_mean = (matrix(loss_rows.rows.materialize()) ** 2).sum(1).mean()
+    functions = {
+        "step": lambda g, mu: natural_gradient(g, mu),
+        "solve": lambda g, mu: fisher_solve(g, v, mu),
+        "own": lambda g, mu: attribution.self_influence(g, mu),
+        "influence": lambda g, mu: attribution.influence(g, test, mu),
+    }
+    for name, function in functions.items():
+        for ratio in (1e-3, 0.1, 20.0):
+            found, expected = (quick_jit(function)(g, mu) for mu in (curvature.relative(ratio), ratio * mean))
+            assert_close(flat(found), flat(expected), 1e-8)
+        if name == "step":
+            found, expected = (function(loss_rows, mu) for mu in (curvature.relative(0.1), 0.1 * rows_mean))
+            assert_close(flat(found), flat(expected))
+    K, b = jnp.asarray(G @ G.T), jnp.asarray(np.random.default_rng(0).normal(size=len(G)))
+    assert_close(
+        damped_solve(K, b, curvature.relative(0.1)), np.linalg.solve(K + 0.1 * np.trace(K) * np.eye(len(K)), b)
+    )
+    optimizer = curvature.scale_by_natural_gradient(curvature.relative(0.1))
+    update, _ = optimizer.update(g, optimizer.init(v))
+    assert_close(flat(update), flat(natural_gradient(g, 0.1 * mean)))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("ratio", [0.0, 1e-2, 1e3])
+def test_with_a_relative_damping_the_scale_of_the_gradients_does_not_matter(size, ratio):
+    G = np.random.default_rng(0).normal(size=(5, 8))
+    step = natural_gradient(gradients_with_rows(G * np.float64(size), jnp.float32), curvature.relative(ratio))
+    expected = step_by_svd(G, ratio * (G**2).sum(1).mean())
+    assert_close(np.asarray(step, np.float64) * size, expected, 8 * np.linalg.cond(G @ G.T) * 2.0**-24)
+
+
+def test_the_derivative_with_respect_to_a_ratio_is_that_of_the_formula():
+    G = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)))
+
+    def ours(G, ratio):
+        return natural_gradient(gradients_with_rows(G), curvature.relative(ratio))
+
+    def plain(G, ratio):
+        mu = ratio * (G**2).sum(1).mean()
+        return jnp.linalg.solve(G.T @ G / 4 + mu * jnp.eye(6), G.mean(0))
+
+    for argnum in (0, 1):
+        found, expected = (jax.jacobian(f, argnum)(G, 0.1) for f in (ours, plain))
+        assert_close(found, expected, 1e-8)
+
+
 # --- Gauss-Newton ----------------------------------------------------------------------------------------------------
 
 
@@ -524,7 +581,7 @@ def test_a_call_that_is_not_jitted_is_compiled_once(function, caplog):
     assert compiled(jax.jit(lambda x: x + 1), 1.0)  # a compilation is detected
 
 
-@pytest.mark.parametrize("mu", [-1.0, np.nan, np.ones(2), None, "much"])
+@pytest.mark.parametrize("mu", [-1.0, np.nan, np.ones(2), None, "much", curvature.relative(-1.0), (1.0,)])
 def test_an_invalid_damping_is_refused(mu):
     g = gradients_with_rows(np.eye(3))
     with pytest.raises(ValueError, match="natural_gradient: expected a damping ≥ 0, got"):

@@ -8,14 +8,15 @@ The modules and their public names:
                       and the batch size at which noise and signal are equal
         projection    random_projection: a few numbers per example that preserve inner products
     Functions of a loss or a model
-        checkpoints   grand: mean norms over several checkpoints; tracin: sums of inner products over them
+        checkpoints   grand: mean norms over several checkpoints; tracin: sums of inner products over them; trak: the
+                      same with the inverse kernel; log_odds: the output that trak explains of a classifier
         kernel        ntk: the empirical neural tangent kernel, in blocks for large batches
 
 `jaxgrad.streams` has Gram matrices and influence for data sets whose gradients do not fit in memory. B is the number of
 training examples, and C the number of test examples.
 """
 
-from jaxgrad.attribution.checkpoints import grand, tracin
+from jaxgrad.attribution.checkpoints import grand, log_odds, tracin, trak
 from jaxgrad.attribution.influence import influence, self_influence
 from jaxgrad.attribution.kernel import ntk
 from jaxgrad.attribution.projection import random_projection
@@ -26,9 +27,11 @@ __all__ = [
     "cosine_similarity",
     "grand",
     "influence",
+    "log_odds",
     "noise_scale",
     "ntk",
     "random_projection",
     "self_influence",
     "tracin",
+    "trak",
 ]

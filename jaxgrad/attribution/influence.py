@@ -5,8 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxgrad.curvature.damping import checked_damping
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
-from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision, scaled_system
+from jaxgrad.curvature.solve import damped_solve, in_full_precision, scaled_system
 from jaxgrad.errors import naming
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 
@@ -22,7 +23,7 @@ def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Flo
 
     Args:
         g: gradients of B examples; or the result of `gauss_newton`, for the Gauss-Newton matrix instead of GᵀG/B.
-        damping: μ ≥ 0; None for ‖g_b‖² (`PerExampleGrads` only).
+        damping: μ ≥ 0, or `jg.curvature.relative(ratio)`; None for ‖g_b‖² (`PerExampleGrads` only).
 
     Returns:
         [B], in float32 at least.
@@ -65,7 +66,7 @@ def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, dampi
     Args:
         train: gradients of B training examples, or the result of `gauss_newton` for them.
         test: gradients of C test examples with respect to the same parameters.
-        damping: μ ≥ 0.
+        damping: μ ≥ 0, or `jg.curvature.relative(ratio)`.
 
     Returns:
         [C, B], in float32 at least.

@@ -6,6 +6,7 @@ is `G.second_moment()`.
 
 The modules:
 
+    damping        relative: a damping as a multiple of the mean squared norm of the gradients
     fisher         products and solves with GᵀG/n; natural_gradient, and scale_by_natural_gradient for optax
     gauss_newton   the rows G for a model and a loss of its outputs; products without G, for many outputs
     kronecker      the Kronecker factors of the Fisher matrix for every weight matrix
@@ -13,6 +14,7 @@ The modules:
     solve          the solve with a Gram matrix
 """
 
+from jaxgrad.curvature.damping import Relative, relative
 from jaxgrad.curvature.fisher import (
     NaturalGradientState,
     fisher_solve,
@@ -37,6 +39,7 @@ __all__ = [
     "KroneckerFactors",
     "NaturalGradientState",
     "OutputLoss",
+    "Relative",
     "damped_solve",
     "fisher_solve",
     "fisher_vector_product",
@@ -45,6 +48,7 @@ __all__ = [
     "kfac_factors",
     "logistic",
     "natural_gradient",
+    "relative",
     "scale_by_natural_gradient",
     "softmax",
     "squared",

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jaxgrad.curvature.damping import Relative, absolute_damping, checked_damping
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
 from jaxgrad.curvature.rows import widened_rows
-from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision, scaled_system
+from jaxgrad.curvature.solve import damped_solve, in_full_precision, scaled_system
 from jaxgrad.errors import naming
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.serialized import named_tuple
@@ -59,7 +60,7 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
 
     Args:
         g: n gradients, for the empirical Fisher matrix; or the result of `gauss_newton`, for the Gauss-Newton matrix.
-        damping: μ ≥ 0.
+        damping: μ ≥ 0, or `relative(ratio)`.
 
     Returns:
         A tree with the parameters' shapes and dtypes, to be subtracted from the parameters.
@@ -96,7 +97,7 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> P
     Args:
         g: n gradients, or the result of `gauss_newton`.
         v: a direction with the parameters' structure and shapes.
-        damping: μ > 0.
+        damping: μ > 0, or `relative(ratio)`.
 
     Returns:
         A tree with the parameters' shapes and dtypes.
@@ -113,7 +114,8 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> P
     matrix, _ = rows_and_residuals(g)
     n, shapes = matrix.batch_size, jax.eval_shape(matrix.sum)
     if not n:
-        return jax.tree.map(lambda a, p: (a / damping).astype(p.dtype), v, shapes)
+        mu = absolute_damping(damping, jnp.nan)
+        return jax.tree.map(lambda a, p: (a / mu).astype(p.dtype), v, shapes)
     scaled, ridge, unit = scaled_system(matrix, damping)
     K, mu = scaled.gram(), ridge / n
 
@@ -151,14 +153,14 @@ class NaturalGradientState(NamedTuple):
     count: Array  # type: ignore[assignment]  # the name that optax uses; tuple.count is not used
 
 
-def scale_by_natural_gradient(damping: float | Callable[[Array], Any]) -> Any:
+def scale_by_natural_gradient(damping: float | Relative | Callable[[Array], Any]) -> Any:
     """`natural_gradient` as an optax transformation, whose updates are `PerExampleGrads` or `GaussNewton`.
 
     Put it first in a chain: `update(g, state, params)` takes the per-example gradients where other transformations take
     their mean, and returns a tree like the parameters.
 
     Args:
-        damping: μ ≥ 0, or a schedule: update count → μ.
+        damping: μ ≥ 0, or `relative(ratio)`, or a schedule: update count → either.
 
     Returns:
         An `optax.GradientTransformation`.
