@@ -27,6 +27,7 @@ THEMES = {  # the name of a theme: its module, which defines THEME
     "private": "benchmarks.private",
     "deep": "benchmarks.deep",
     "curvature": "benchmarks.curvature",
+    "attribution": "benchmarks.attribution",
     "peers": "benchmarks.peers.theme",
     "growth": "benchmarks.growth",
     "third_party": "benchmarks.third_party.theme",

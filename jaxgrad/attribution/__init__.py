@@ -11,12 +11,21 @@ The modules and their public names:
         checkpoints   grand: mean norms over several checkpoints; tracin: sums of inner products over them; trak: the
                       same with the inverse kernel; log_odds: the output that trak explains of a classifier
         kernel        ntk: the empirical neural tangent kernel, in blocks for large batches
+    Functions of scores
+        evaluation    linear_datamodeling_score: do scores predict retraining on subsets, which random_subsets and
+                      leave_one_out_subsets draw; mislabeled_auc: do they find wrong labels
 
 `jaxgrad.streams` has Gram matrices and influence for data sets whose gradients do not fit in memory. B is the number of
 training examples, and C the number of test examples.
 """
 
 from jaxgrad.attribution.checkpoints import grand, log_odds, tracin, trak
+from jaxgrad.attribution.evaluation import (
+    leave_one_out_subsets,
+    linear_datamodeling_score,
+    mislabeled_auc,
+    random_subsets,
+)
 from jaxgrad.attribution.influence import influence, self_influence
 from jaxgrad.attribution.kernel import ntk
 from jaxgrad.attribution.projection import random_projection
@@ -27,10 +36,14 @@ __all__ = [
     "cosine_similarity",
     "grand",
     "influence",
+    "leave_one_out_subsets",
+    "linear_datamodeling_score",
     "log_odds",
+    "mislabeled_auc",
     "noise_scale",
     "ntk",
     "random_projection",
+    "random_subsets",
     "self_influence",
     "tracin",
     "trak",
