@@ -28,6 +28,12 @@ def methods() -> dict[str, tuple[Callable[..., Any], str]]:
         rows = curvature.gauss_newton(model, curvature.softmax)(checkpoints[0], *train)
         return attribution.influence(rows, gradients(checkpoints[0], *test), 3 * DECAY)
 
+    def hessian(checkpoints: Any, train: Any, test: Any) -> jax.Array:
+        product = curvature.hessian_vector_product(loss)
+        train_g, test_g = (gradients(checkpoints[0], *data) for data in (train, test))
+        through = lambda v: product(checkpoints[0], v, *train)  # noqa: E731
+        return attribution.influence_by_cg(through, train_g, test_g, 3 * DECAY).scores
+
     def tracin(checkpoints: Any, train: Any, test: Any) -> jax.Array:
         return attribution.tracin(loss)(checkpoints, [1.0] * len(checkpoints), train, test)
 
@@ -38,6 +44,7 @@ def methods() -> dict[str, tuple[Callable[..., Any], str]]:
         "TRAK, exact kernel, models of five halves": (attribution.trak(output, RATIO), "halves"),
         "influence, empirical Fisher matrix": (fisher, "last"),
         "influence, Gauss-Newton matrix": (gauss_newton, "last"),
+        "influence, Hessian, by conjugate gradients": (hessian, "last"),
     }
 
 
@@ -79,7 +86,7 @@ perfect method is 1 but for the effects that are not a sum over the examples.
 
 The time is that of all 600 × 100 scores from the parameters, without compiling; the memory is the temporary memory of
 the compiled program. Dampings are 0.1 % of the mean squared norm, `relative(0.001)`, and for the Gauss-Newton matrix
-three times the weight decay.""",
+and the Hessian three times the weight decay.""",
     (report.label("LDS"), report.milliseconds(SCORES, "time, ms"), report.mebibytes(SCORES, "memory, MiB")),
     workloads,
     measure,

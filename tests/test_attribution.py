@@ -92,6 +92,49 @@ def test_influence_through_gauss_newton_matches_its_dense_definition(name):
         attribution.self_influence(train)
 
 
+def test_influence_by_conjugate_gradients_is_that_of_the_dense_hessian_and_gauss_newton_matrix():
+    model, y = MODELS["mlp"], np.array([0, 3, 1, 1, 2])
+    loss = lambda p, x, y: curvature.softmax.value(model.model(p, x), y)  # noqa: E731
+    g = quick_jit(jg.per_example_grad(loss))(model.params, model.x, y)
+    G = matrix(g.materialize())
+    vector, unravel = jax.flatten_util.ravel_pytree(model.params)
+    mean = lambda v: jax.vmap(loss, (None, 0, 0))(unravel(v), model.x, y).mean()  # noqa: E731
+    hessian = np.asarray(quick_jit(jax.hessian(mean))(vector))
+    rows = matrix(curvature.gauss_newton(model.model, curvature.softmax)(model.params, model.x, y).rows.materialize())
+    products = {
+        "hessian": (curvature.hessian_vector_product(loss), hessian),
+        "gauss_newton": (
+            curvature.gauss_newton_vector_product(model.model, curvature.softmax),
+            rows.T @ rows / len(rows),
+        ),
+    }
+    mu = 0.1 + max(0.0, -np.linalg.eigvalsh(hessian)[0])
+    for product, H in products.values():
+
+        @quick_jit
+        def run(g, damping, product=product):
+            through = lambda v: product(model.params, v, model.x, y)  # noqa: E731
+            return attribution.influence_by_cg(through, g, g[1:4], damping, tolerance=1e-12, max_steps=300)
+
+        for damping in (mu, curvature.relative(mu / (G**2).sum(1).mean())):
+            found = run(g, damping)
+            assert_close(found.scores, G[1:4] @ np.linalg.inv(H + mu * np.eye(len(H))) @ G.T / 5, 1e-8)
+            assert np.all(np.asarray(found.residuals) < 1e-11)
+
+
+def test_a_solve_by_conjugate_gradients_that_fails_says_so():
+    g = gradients_with_rows(np.random.default_rng(0).normal(size=(4, 6)))
+    few = attribution.influence_by_cg(lambda v: v * jnp.arange(1.0, 7.0), g, g, 0.0, max_steps=2)
+    assert np.all(np.asarray(few.residuals) > 1e-4)
+    zero = attribution.influence_by_cg(lambda v: v, g, gradients_with_rows(np.zeros((1, 6))), 0.0)
+    assert_close(zero.scores, np.zeros((1, 4)))
+    assert_close(zero.residuals, [0.0])
+    for size in (1e-25, 1e25):
+        huge = gradients_with_rows(np.full((1, 6), size), jnp.float32)
+        found = attribution.influence_by_cg(lambda v: 2 * v, huge * (1 / size), huge, 0.0)
+        assert_close(found.scores, [[3 * size]], 1e-5)
+
+
 def test_influence_is_accurate_for_gradients_of_very_different_norms():
     """Small eigenvalues that belong to well-fitted examples, with small gradients, are still accurate.
 
@@ -245,6 +288,13 @@ def test_trak_is_the_kernel_regression_of_the_outputs_averaged_over_checkpoints(
     with pytest.raises(ValueError, match="trak: expected a damping ≥ 0, got -1"):
         attribution.trak(output, -1.0)
     assert attribution.trak(output, damping)([params], (X[:0], Y[:0]), (X, Y)).shape == (6, 0)
+
+
+def test_trak_of_more_examples_than_parameters_is_the_same_regression():
+    rng = np.random.default_rng(0)
+    X, T, w = rng.normal(size=(30, 4)), rng.normal(size=(3, 4)), jnp.zeros(4)
+    found = attribution.trak(lambda w, x: w @ x, 0.1)([w], (X,), (T,))
+    assert_close(found, T @ np.linalg.inv(X.T @ X + 3 * np.eye(4)) @ X.T / 2)
 
 
 def test_log_odds_are_those_of_the_softmax_without_cancellation():

@@ -27,7 +27,7 @@ from support.quick import quick_jit
 
 import jaxgrad as jg
 from jaxgrad import attribution, curvature, network
-from jaxgrad.curvature import damped_solve, fisher_solve, fisher_vector_product, gauss_newton, natural_gradient
+from jaxgrad.curvature import damped_solve, fisher_solve, fisher_vector_product, gauss_newton, natural_gradient, primal
 from jaxgrad.curvature.gauss_newton import from_function
 from jaxgrad.per_example.algebra.factors import unfolded
 
@@ -213,23 +213,15 @@ def test_a_relative_damping_is_that_multiple_of_the_mean_squared_norm_everywhere
     g, G = gradients("mlp")
     v, test = random_like(g.sum()), g[:2]
     mean = (G**2).sum(1).mean()
-    loss_rows = gauss_newton(MODELS["mlp"].model, curvature.softmax)(
-        MODELS["mlp"].params, MODELS["mlp"].x, np.array([0, 3, 1, 1, 2])
-    )
-    rows_mean = (matrix(loss_rows.rows.materialize()) ** 2).sum(1).mean()
-    functions = {
-        "step": lambda g, mu: natural_gradient(g, mu),
-        "solve": lambda g, mu: fisher_solve(g, v, mu),
-        "own": lambda g, mu: attribution.self_influence(g, mu),
-        "influence": lambda g, mu: attribution.influence(g, test, mu),
-    }
-    for name, function in functions.items():
-        for ratio in (1e-3, 0.1, 20.0):
-            found, expected = (quick_jit(function)(g, mu) for mu in (curvature.relative(ratio), ratio * mean))
-            assert_close(flat(found), flat(expected), 1e-8)
-        if name == "step":
-            found, expected = (function(loss_rows, mu) for mu in (curvature.relative(0.1), 0.1 * rows_mean))
-            assert_close(flat(found), flat(expected))
+
+    @quick_jit
+    def everything(damping):
+        several = natural_gradient(g, damping), fisher_solve(g, v, damping)
+        return several, attribution.self_influence(g, damping), attribution.influence(g, test, damping)
+
+    for ratio in (1e-3, 0.1, 20.0):
+        found, expected = everything(curvature.relative(ratio)), everything(ratio * mean)
+        jax.tree.map(lambda a, b: assert_close(a, b, 1e-8), found, expected)
     K, b = jnp.asarray(G @ G.T), jnp.asarray(np.random.default_rng(0).normal(size=len(G)))
     assert_close(
         damped_solve(K, b, curvature.relative(0.1)), np.linalg.solve(K + 0.1 * np.trace(K) * np.eye(len(K)), b)
@@ -261,6 +253,70 @@ def test_the_derivative_with_respect_to_a_ratio_is_that_of_the_formula():
     for argnum in (0, 1):
         found, expected = (jax.jacobian(f, argnum)(G, 0.1) for f in (ours, plain))
         assert_close(found, expected, 1e-8)
+
+
+# --- More rows than parameters ---------------------------------------------------------------------------------------
+
+
+def tall(kind):
+    """(gradients or Gauss-Newton rows, the rows [n, P], the gradients [B, P]) with far more rows than parameters."""
+    rng = np.random.default_rng(0)
+    params = {"W": rng.normal(size=(3, 2)), "b": rng.normal(size=3)}
+    model = lambda p, x: jnp.tanh(p["W"] @ x + p["b"])  # noqa: E731
+    x, y = rng.normal(size=(40, 2)), rng.integers(0, 3, 40)
+    loss = lambda p, x, y: curvature.softmax.value(model(p, x), y)  # noqa: E731
+    if kind == "gradients":
+        g = quick_jit(jg.per_example_grad(loss))(params, x, y)
+        return g, matrix(g.materialize()), matrix(g.materialize())
+    found = quick_jit(gauss_newton(model, curvature.softmax))(params, x, y)
+    G = matrix(found.rows.materialize())
+    return found, G, np.einsum("brp,br->bp", G.reshape(40, 3, -1), found.residuals) / 3
+
+
+@pytest.mark.parametrize("kind", ["gradients", "gauss_newton"])
+@pytest.mark.parametrize("chunk_bytes", [None, 2000])
+def test_solves_with_more_rows_than_parameters_match_the_dense_ones(kind, chunk_bytes, monkeypatch):
+    g, G, each = tall(kind)
+    P, v = G.shape[1], {"W": jnp.arange(6.0).reshape(3, 2), "b": jnp.ones(3)}
+    if chunk_bytes:
+        monkeypatch.setattr("jaxgrad.curvature.primal.chunk_size", lambda one, count: max(1, chunk_bytes // one))
+        primal.second_moments.clear_cache()
+    assert primal.is_tall(g if kind == "gradients" else g.rows)
+    test = jg.per_example_grad(lambda p, x: (p["W"] @ x + p["b"]).sum())(v, jnp.ones((4, 2)) * jnp.arange(4.0)[:, None])
+    T = matrix(test.materialize())
+    inverse = np.linalg.inv(G.T @ G / len(G) + 0.01 * (G**2).sum(1).mean() * np.eye(P))
+
+    @quick_jit
+    def everything(g, damping):
+        several = natural_gradient(g, damping), fisher_solve(g, v, damping)
+        return *several, attribution.self_influence(g, damping), attribution.influence(g, test, damping)
+
+    step, solution, own, influence = everything(g, curvature.relative(0.01))
+    assert_close(flat(step), inverse @ each.mean(0))
+    assert_close(flat(solution), inverse @ flat(v))
+    assert_close(own, np.einsum("bp,pq,bq->b", each, inverse, each))
+    assert_close(influence, T @ inverse @ each.T / len(each))
+    primal.second_moments.clear_cache()
+
+
+def test_many_examples_of_few_parameters_have_a_step_of_the_right_rank():
+    G = np.random.default_rng(0).normal(size=(50, 3)) @ np.random.default_rng(1).normal(size=(3, 6))
+    assert_close(STEP(gradients_with_rows(G), 0.0), step_by_svd(G, 0.0, 3), 1e-8)
+    assert_close(STEP(gradients_with_rows(G * 1e30, jnp.float32), 0.0) * 1e30, step_by_svd(G, 0.0, 3), 1e-3)
+
+
+def test_a_tall_matrix_on_an_explicit_mesh_gives_the_same():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    G = np.random.default_rng(0).normal(size=(40, 6))
+    g = gradients_with_rows(G)
+    with jax.sharding.set_mesh(mesh):
+        x = jax.device_put(jnp.asarray(G), jax.NamedSharding(mesh, jax.P("data")))
+        sharded = jax.jit(jg.per_example_grad(lambda w, x: w @ x))(jnp.zeros(6), x)
+        found = natural_gradient(sharded, 0.1), attribution.self_influence(sharded, 0.1)
+        found += (attribution.influence(sharded, sharded, 0.1),)
+    expected = natural_gradient(g, 0.1), attribution.self_influence(g, 0.1), attribution.influence(g, g, 0.1)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
 
 
 # --- Gauss-Newton ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad.curvature.damping import checked_damping
+from jaxgrad.curvature.primal import gradients_times, is_tall, matrix_of, second_moments
 from jaxgrad.curvature.solve import damped_solve, in_full_precision, scaled_system
 from jaxgrad.errors import called, naming
 from jaxgrad.per_example.arguments import checked_batch
@@ -201,7 +202,11 @@ def trak(
         if not g.batch_size:
             return jnp.stack([test_g.gram(g)] * 2)
         scaled, ridge, unit = scaled_system(g, damping)
-        weights = damped_solve(scaled.gram(), scaled.gram(test_g), ridge).T / unit
+        if is_tall(g):
+            solved = damped_solve(second_moments(scaled), matrix_of(test_g).T.astype(ridge.dtype), ridge)
+            weights = gradients_times(scaled, jnp.ones((g.batch_size, 1), ridge.dtype), solved).T / unit
+        else:
+            weights = damped_solve(scaled.gram(), scaled.gram(test_g), ridge).T / unit
         still_to_learn = -jax.vmap(jax.grad(loss))(outputs).astype(weights.dtype)
         return jnp.stack([weights, jnp.broadcast_to(still_to_learn[None], weights.shape)])
 

@@ -7,6 +7,14 @@ from jaxtyping import Array, Float
 
 from jaxgrad.curvature.damping import checked_damping
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
+from jaxgrad.curvature.primal import (
+    gradients_in_norm,
+    gradients_times,
+    inverse_of,
+    is_tall,
+    matrix_of,
+    second_moments,
+)
 from jaxgrad.curvature.solve import damped_solve, in_full_precision, scaled_system
 from jaxgrad.errors import naming
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
@@ -46,6 +54,8 @@ def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Flo
     if not B:
         return residuals.sum(1)
     scaled, ridge, _ = scaled_system(rows, damping)
+    if is_tall(rows):
+        return B / R * gradients_in_norm(scaled, residuals, inverse_of(scaled, ridge))
     right = scaled.gram(scaled.scale(residuals.ravel()))
     inner = damped_solve(scaled.gram(), right, ridge)  # indexed by (row, column); the column is weighted by r
     own_blocks = jnp.diagonal(inner.reshape(B, R, B, R), axis1=0, axis2=2)  # [R, R, B]
@@ -58,8 +68,8 @@ def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, dampi
     """How much each test loss rises, to first order, if a training example is left out: > 0 helpful, < 0 harmful.
 
     Formula: test_cᵀ (GᵀG/n + μI)⁻¹ g_b / B, where GᵀG/n is the training gradients' empirical Fisher matrix, or the
-    Gauss-Newton matrix. It is computed without approximation, in a form that does not cancel: (test Gᵀ)(GGᵀ + μn I)⁻¹.
-    Accuracy: the error of each number is of the order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), with κ as in
+    Gauss-Newton matrix. It is computed without approximation, in a form that does not cancel: (test Gᵀ)(GGᵀ + μn I)⁻¹;
+    or, where there are more rows than parameters, by a solve with GᵀG. Accuracy: the error of each number is of the order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), with κ as in
     `natural_gradient`. It comes from rounding the inner products and is relatively large where g_b is far shorter than
     the test gradient.
 
@@ -89,5 +99,8 @@ def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, dampi
     if not rows.batch_size:
         return rows.gram(test).T
     scaled, ridge, unit = scaled_system(rows, damping)
+    if is_tall(rows):
+        solved = damped_solve(second_moments(scaled), matrix_of(test).T.astype(ridge.dtype), ridge)
+        return gradients_times(scaled, residuals, solved).T / unit
     weights = damped_solve(scaled.gram(), scaled.gram(test), ridge).T / unit
     return jnp.einsum("cbr,br->cb", weights.reshape(-1, *residuals.shape), residuals)

@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 
 from jaxgrad.curvature.damping import Relative, absolute_damping, checked_damping
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
+from jaxgrad.curvature.primal import is_tall, second_moments, tree_of, vector_of
 from jaxgrad.curvature.rows import widened_rows
 from jaxgrad.curvature.solve import damped_solve, in_full_precision, scaled_system
 from jaxgrad.errors import naming
@@ -47,7 +48,8 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
     """(GᵀG/n + μI)⁻¹ ḡ without approximation, for any number of parameters; ḡ is the mean gradient.
 
     Formula: Gᵀ(GGᵀ + μn I)⁻¹ r, a weighted sum of the gradients, where ḡ = Gᵀr/n; r = 1 for `PerExampleGrads`. Cost:
-    the Gram matrix, an n × n solve and the sum.
+    the Gram matrix, an n × n solve and the sum. With more gradients than parameters, GᵀG is computed
+    instead, from a few materialized gradients at a time.
 
     Accuracy: the relative error is of the order of n·eps·κ, where κ is the condition number of GGᵀ + μn I with its rows
     and columns scaled to a unit diagonal. If κ is too large for the dtype, as for dependent examples with μ → 0 in
@@ -80,8 +82,13 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
     if not rows.batch_size:
         return rows.mean()
     scaled, ridge, unit = scaled_system(rows, damping)
-    weights = damped_solve(scaled.gram(), residuals.ravel(), ridge)
-    total = scaled.weighted_sum(weights, ridge.dtype)
+    if is_tall(rows):
+        gradient = scaled.weighted_sum(residuals.ravel(), ridge.dtype)
+        step = damped_solve(second_moments(scaled), vector_of(gradient, ridge.dtype), ridge)
+        total = tree_of(step, gradient)
+    else:
+        weights = damped_solve(scaled.gram(), residuals.ravel(), ridge)
+        total = scaled.weighted_sum(weights, ridge.dtype)
     return jax.tree.map(lambda a, p: (a / unit.astype(a.dtype)).astype(p.dtype), total, jax.eval_shape(rows.sum))
 
 
@@ -91,8 +98,8 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> P
     """(GᵀG/n + μI)⁻¹ v without approximation, for any direction v and μ > 0.
 
     Formula: (v - Gᵀ(GGᵀ + μn I)⁻¹Gv)/μ (Woodbury), followed by one step of iterative refinement, because the difference
-    cancels if μ is far below λ, the largest eigenvalue of GᵀG/n. The relative error is of the order of eps·λ/μ. For
-    v = ḡ use `natural_gradient`, in which nothing cancels.
+    cancels if μ is far below λ, the largest eigenvalue of GᵀG/n. With more gradients than parameters, a solve with GᵀG.
+    The relative error is of the order of eps·λ/μ. For v = ḡ use `natural_gradient`, in which nothing cancels.
 
     Args:
         g: n gradients, or the result of `gauss_newton`.
@@ -117,6 +124,9 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> P
         mu = absolute_damping(damping, jnp.nan)
         return jax.tree.map(lambda a, p: (a / mu).astype(p.dtype), v, shapes)
     scaled, ridge, unit = scaled_system(matrix, damping)
+    if is_tall(matrix):
+        found = damped_solve(second_moments(scaled), n * vector_of(v, ridge.dtype), ridge) / unit / unit
+        return jax.tree.map(lambda a, p: a.astype(p.dtype), tree_of(found, shapes), shapes)
     K, mu = scaled.gram(), ridge / n
 
     def combine_rows(c: Array) -> PyTree:
