@@ -92,6 +92,49 @@ def test_influence_through_gauss_newton_matches_its_dense_definition(name):
         attribution.self_influence(train)
 
 
+def test_influence_by_conjugate_gradients_is_that_of_the_dense_hessian_and_gauss_newton_matrix():
+    model, y = MODELS["mlp"], np.array([0, 3, 1, 1, 2])
+    loss = lambda p, x, y: curvature.softmax.value(model.model(p, x), y)  # noqa: E731
+    g = quick_jit(jg.per_example_grad(loss))(model.params, model.x, y)
+    G = matrix(g.materialize())
+    vector, unravel = jax.flatten_util.ravel_pytree(model.params)
+    mean = lambda v: jax.vmap(loss, (None, 0, 0))(unravel(v), model.x, y).mean()  # noqa: E731
+    hessian = np.asarray(quick_jit(jax.hessian(mean))(vector))
+    rows = matrix(curvature.gauss_newton(model.model, curvature.softmax)(model.params, model.x, y).rows.materialize())
+    products = {
+        "hessian": (curvature.hessian_vector_product(loss), hessian),
+        "gauss_newton": (
+            curvature.gauss_newton_vector_product(model.model, curvature.softmax),
+            rows.T @ rows / len(rows),
+        ),
+    }
+    mu = 0.1 + max(0.0, -np.linalg.eigvalsh(hessian)[0])
+    for product, H in products.values():
+
+        @quick_jit
+        def run(g, damping, product=product):
+            through = lambda v: product(model.params, v, model.x, y)  # noqa: E731
+            return attribution.influence_by_cg(through, g, g[1:4], damping, tolerance=1e-12, max_steps=300)
+
+        for damping in (mu, curvature.relative(mu / (G**2).sum(1).mean())):
+            found = run(g, damping)
+            assert_close(found.scores, G[1:4] @ np.linalg.inv(H + mu * np.eye(len(H))) @ G.T / 5, 1e-8)
+            assert np.all(np.asarray(found.residuals) < 1e-11)
+
+
+def test_a_solve_by_conjugate_gradients_that_fails_says_so():
+    g = gradients_with_rows(np.random.default_rng(0).normal(size=(4, 6)))
+    few = attribution.influence_by_cg(lambda v: v * jnp.arange(1.0, 7.0), g, g, 0.0, max_steps=2)
+    assert np.all(np.asarray(few.residuals) > 1e-4)
+    zero = attribution.influence_by_cg(lambda v: v, g, gradients_with_rows(np.zeros((1, 6))), 0.0)
+    assert_close(zero.scores, np.zeros((1, 4)))
+    assert_close(zero.residuals, [0.0])
+    for size in (1e-25, 1e25):
+        huge = gradients_with_rows(np.full((1, 6), size), jnp.float32)
+        found = attribution.influence_by_cg(lambda v: 2 * v, huge * (1 / size), huge, 0.0)
+        assert_close(found.scores, [[3 * size]], 1e-5)
+
+
 def test_influence_is_accurate_for_gradients_of_very_different_norms():
     """Small eigenvalues that belong to well-fitted examples, with small gradients, are still accurate.
 
@@ -222,6 +265,51 @@ def test_grand_and_tracin_are_sums_over_checkpoints():
         attribution.tracin(network.loss)(checkpoints, rates[:2], (X, Y), (X, Y))
 
 
+@pytest.mark.parametrize("damping", [0.3, curvature.relative(0.05)])
+def test_trak_is_the_kernel_regression_of_the_outputs_averaged_over_checkpoints(damping):
+    params, X, Y = exercise()
+    output = lambda p, x, y: y * network.margin(p, x)  # noqa: E731
+    checkpoints = [jax.tree.map(lambda a, k=k: a * (1 + k / 4), params) for k in range(3)]
+    solved_, learned = [], []
+    for p in checkpoints:
+        f, G = jax.vmap(output, (None, 0, 0))(p, X, Y), matrix(jax.vmap(jax.grad(output), (None, 0, 0))(p, X, Y))
+        mu = damping if isinstance(damping, float) else damping.ratio * (G**2).sum(1).mean()
+        solved_.append(G[:2] @ G.T @ np.linalg.inv(G @ G.T + mu * len(G) * np.eye(len(G))))
+        learned.append(1 / (1 + np.exp(np.asarray(f))))
+    found = attribution.trak(output, damping)(iter(checkpoints), (X, Y), (X[:2], Y[:2]))
+    assert_close(found, np.mean(solved_, 0) * np.mean(learned, 0))
+    squared = attribution.trak(output, damping, loss=lambda f: (f - 2) ** 2 / 2)(
+        checkpoints[:1], (X, Y), (X[:2], Y[:2])
+    )
+    f = jax.vmap(output, (None, 0, 0))(params, X, Y)
+    assert_close(squared, solved_[0] * (2 - np.asarray(f)))
+    with pytest.raises(ValueError, match="trak: expected at least one checkpoint"):
+        attribution.trak(output, damping)([], (X, Y), (X, Y))
+    with pytest.raises(ValueError, match="trak: expected a damping ≥ 0, got -1"):
+        attribution.trak(output, -1.0)
+    assert attribution.trak(output, damping)([params], (X[:0], Y[:0]), (X, Y)).shape == (6, 0)
+
+
+def test_trak_of_more_examples_than_parameters_is_the_same_regression():
+    rng = np.random.default_rng(0)
+    X, T, w = rng.normal(size=(30, 4)), rng.normal(size=(3, 4)), jnp.zeros(4)
+    found = attribution.trak(lambda w, x: w @ x, 0.1)([w], (X,), (T,))
+    assert_close(found, T @ np.linalg.inv(X.T @ X + 3 * np.eye(4)) @ X.T / 2)
+
+
+def test_log_odds_are_those_of_the_softmax_without_cancellation():
+    logits = jnp.array([3.0, -1.0, 60.0, 0.5])
+    p = np.asarray(jax.nn.softmax(logits))
+    for label in range(4):
+        found = attribution.log_odds(logits, label)
+        others = np.delete(p, label).sum()
+        assert found == pytest.approx(np.log(p[label] / others), rel=1e-12)
+    assert np.isnan(attribution.log_odds(logits, 4))
+    assert np.isnan(attribution.log_odds(logits, -1))
+    slope = jax.grad(attribution.log_odds)(logits, 0)
+    assert_close(slope, jnp.where(jnp.arange(4) == 0, 1.0, -p / np.delete(p, 0).sum()))
+
+
 # --- The neural tangent kernel ---------------------------------------------------------------------------------------
 
 
@@ -287,11 +375,14 @@ def test_gram_and_influence_in_blocks_match_those_of_the_whole_batch(entry):
     (g, G), (test, T) = gradients(entry.name), gradients(entry.name, True)
     train, others = Batches(*entry.batch, size=2), Batches(*reordered(entry), size=2)
     mu = 0.1 * np.linalg.norm(G, 2) ** 2 / len(G)
+    ratio = 0.1 * np.linalg.norm(G, 2) ** 2 / (G**2).sum()
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         assert_close(streams.gram(entry.loss)(entry.params, train), G @ G.T)
         assert_close(streams.gram(entry.loss)(entry.params, train, others), G @ T.T)
         found = streams.influence(entry.loss, mu)(entry.params, train, others)
+        relative = streams.influence(entry.loss, curvature.relative(ratio))(entry.params, train, others)
     assert_close(found, attribution.influence(g, test, mu))
+    assert_close(relative, found)
 
 
 @pytest.mark.every(3)

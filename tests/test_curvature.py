@@ -27,7 +27,7 @@ from support.quick import quick_jit
 
 import jaxgrad as jg
 from jaxgrad import attribution, curvature, network
-from jaxgrad.curvature import damped_solve, fisher_solve, fisher_vector_product, gauss_newton, natural_gradient
+from jaxgrad.curvature import damped_solve, fisher_solve, fisher_vector_product, gauss_newton, natural_gradient, primal
 from jaxgrad.curvature.gauss_newton import from_function
 from jaxgrad.per_example.algebra.factors import unfolded
 
@@ -204,6 +204,119 @@ def test_the_derivative_at_zero_damping_is_that_at_a_tiny_one():
     g = gradients_with_rows(np.random.default_rng(0).normal(size=(4, 6)))
     at_zero, near = (jax.jacobian(lambda mu: natural_gradient(g, mu))(mu) for mu in (0.0, 1e-7))
     assert_close(at_zero, near, 1e-5)
+
+
+# --- Relative dampings -----------------------------------------------------------------------------------------------
+
+
+def test_a_relative_damping_is_that_multiple_of_the_mean_squared_norm_everywhere():
+    g, G = gradients("mlp")
+    v, test = random_like(g.sum()), g[:2]
+    mean = (G**2).sum(1).mean()
+
+    @quick_jit
+    def everything(damping):
+        several = natural_gradient(g, damping), fisher_solve(g, v, damping)
+        return several, attribution.self_influence(g, damping), attribution.influence(g, test, damping)
+
+    for ratio in (1e-3, 0.1, 20.0):
+        found, expected = everything(curvature.relative(ratio)), everything(ratio * mean)
+        jax.tree.map(lambda a, b: assert_close(a, b, 1e-8), found, expected)
+    K, b = jnp.asarray(G @ G.T), jnp.asarray(np.random.default_rng(0).normal(size=len(G)))
+    assert_close(
+        damped_solve(K, b, curvature.relative(0.1)), np.linalg.solve(K + 0.1 * np.trace(K) * np.eye(len(K)), b)
+    )
+    optimizer = curvature.scale_by_natural_gradient(curvature.relative(0.1))
+    update, _ = optimizer.update(g, optimizer.init(v))
+    assert_close(flat(update), flat(natural_gradient(g, 0.1 * mean)))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("ratio", [0.0, 1e-2, 1e3])
+def test_with_a_relative_damping_the_scale_of_the_gradients_does_not_matter(size, ratio):
+    G = np.random.default_rng(0).normal(size=(5, 8))
+    step = natural_gradient(gradients_with_rows(G * np.float64(size), jnp.float32), curvature.relative(ratio))
+    expected = step_by_svd(G, ratio * (G**2).sum(1).mean())
+    assert_close(np.asarray(step, np.float64) * size, expected, 8 * np.linalg.cond(G @ G.T) * 2.0**-24)
+
+
+def test_the_derivative_with_respect_to_a_ratio_is_that_of_the_formula():
+    G = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)))
+
+    def ours(G, ratio):
+        return natural_gradient(gradients_with_rows(G), curvature.relative(ratio))
+
+    def plain(G, ratio):
+        mu = ratio * (G**2).sum(1).mean()
+        return jnp.linalg.solve(G.T @ G / 4 + mu * jnp.eye(6), G.mean(0))
+
+    for argnum in (0, 1):
+        found, expected = (jax.jacobian(f, argnum)(G, 0.1) for f in (ours, plain))
+        assert_close(found, expected, 1e-8)
+
+
+# --- More rows than parameters ---------------------------------------------------------------------------------------
+
+
+def tall(kind):
+    """(gradients or Gauss-Newton rows, the rows [n, P], the gradients [B, P]) with far more rows than parameters."""
+    rng = np.random.default_rng(0)
+    params = {"W": rng.normal(size=(3, 2)), "b": rng.normal(size=3)}
+    model = lambda p, x: jnp.tanh(p["W"] @ x + p["b"])  # noqa: E731
+    x, y = rng.normal(size=(40, 2)), rng.integers(0, 3, 40)
+    loss = lambda p, x, y: curvature.softmax.value(model(p, x), y)  # noqa: E731
+    if kind == "gradients":
+        g = quick_jit(jg.per_example_grad(loss))(params, x, y)
+        return g, matrix(g.materialize()), matrix(g.materialize())
+    found = quick_jit(gauss_newton(model, curvature.softmax))(params, x, y)
+    G = matrix(found.rows.materialize())
+    return found, G, np.einsum("brp,br->bp", G.reshape(40, 3, -1), found.residuals) / 3
+
+
+@pytest.mark.parametrize("kind", ["gradients", "gauss_newton"])
+@pytest.mark.parametrize("chunk_bytes", [None, 2000])
+def test_solves_with_more_rows_than_parameters_match_the_dense_ones(kind, chunk_bytes, monkeypatch):
+    g, G, each = tall(kind)
+    P, v = G.shape[1], {"W": jnp.arange(6.0).reshape(3, 2), "b": jnp.ones(3)}
+    if chunk_bytes:
+        monkeypatch.setattr("jaxgrad.curvature.primal.chunk_size", lambda one, count: max(1, chunk_bytes // one))
+        primal.second_moments.clear_cache()
+    assert primal.is_tall(g if kind == "gradients" else g.rows)
+    test = jg.per_example_grad(lambda p, x: (p["W"] @ x + p["b"]).sum())(v, jnp.ones((4, 2)) * jnp.arange(4.0)[:, None])
+    T = matrix(test.materialize())
+    inverse = np.linalg.inv(G.T @ G / len(G) + 0.01 * (G**2).sum(1).mean() * np.eye(P))
+
+    @quick_jit
+    def everything(g, damping):
+        several = natural_gradient(g, damping), fisher_solve(g, v, damping)
+        return *several, attribution.self_influence(g, damping), attribution.influence(g, test, damping)
+
+    step, solution, own, influence = everything(g, curvature.relative(0.01))
+    assert_close(flat(step), inverse @ each.mean(0))
+    assert_close(flat(solution), inverse @ flat(v))
+    assert_close(own, np.einsum("bp,pq,bq->b", each, inverse, each))
+    assert_close(influence, T @ inverse @ each.T / len(each))
+    primal.second_moments.clear_cache()
+
+
+def test_many_examples_of_few_parameters_have_a_step_of_the_right_rank():
+    G = np.random.default_rng(0).normal(size=(50, 3)) @ np.random.default_rng(1).normal(size=(3, 6))
+    assert_close(STEP(gradients_with_rows(G), 0.0), step_by_svd(G, 0.0, 3), 1e-8)
+    assert_close(STEP(gradients_with_rows(G * 1e30, jnp.float32), 0.0) * 1e30, step_by_svd(G, 0.0, 3), 1e-3)
+
+
+def test_a_tall_matrix_on_an_explicit_mesh_gives_the_same():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    G = np.random.default_rng(0).normal(size=(40, 6))
+    g = gradients_with_rows(G)
+    with jax.sharding.set_mesh(mesh):
+        x = jax.device_put(jnp.asarray(G), jax.NamedSharding(mesh, jax.P("data")))
+        sharded = jax.jit(jg.per_example_grad(lambda w, x: w @ x))(jnp.zeros(6), x)
+        found = natural_gradient(sharded, 0.1), attribution.self_influence(sharded, 0.1)
+        found += (attribution.influence(sharded, sharded, 0.1),)
+    expected = natural_gradient(g, 0.1), attribution.self_influence(g, 0.1), attribution.influence(g, g, 0.1)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
 
 
 # --- Gauss-Newton ----------------------------------------------------------------------------------------------------
@@ -524,7 +637,7 @@ def test_a_call_that_is_not_jitted_is_compiled_once(function, caplog):
     assert compiled(jax.jit(lambda x: x + 1), 1.0)  # a compilation is detected
 
 
-@pytest.mark.parametrize("mu", [-1.0, np.nan, np.ones(2), None, "much"])
+@pytest.mark.parametrize("mu", [-1.0, np.nan, np.ones(2), None, "much", curvature.relative(-1.0), (1.0,)])
 def test_an_invalid_damping_is_refused(mu):
     g = gradients_with_rows(np.eye(3))
     with pytest.raises(ValueError, match="natural_gradient: expected a damping ≥ 0, got"):

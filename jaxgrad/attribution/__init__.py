@@ -5,6 +5,8 @@ The modules and their public names:
     Functions of a batch of gradients
         influence     self_influence: influence of each example on its own loss
                       influence: influence of training examples on test losses
+        conjugate_gradients
+                      influence_by_cg: influence through any curvature matrix, from products with the matrix
         scores        cosine_similarity: cosines between all pairs of gradients
                       noise_scale: how much of a mean gradient is noise, and at which batch size noise equals signal
         projection    project: a few numbers per example that preserve inner products, by two small matrices per weight
@@ -12,14 +14,25 @@ The modules and their public names:
         sides         random_sides: the two matrices; normalized: the matrices divided by an optimizer's second moments
     Functions of a loss or a model
         checkpoints   grand: mean norms over several checkpoints; tracin: sums of inner products over them
+                      trak: as tracin, with the inverse of the kernel; log_odds: what trak explains of a classifier
         projection    per_example_projection: the numbers of `project`, in about a plain gradient's memory
         kernel        ntk: the empirical neural tangent kernel, in blocks for large batches
+    Functions of scores
+        evaluation    linear_datamodeling_score: do scores predict retraining on subsets, which random_subsets and
+                      leave_one_out_subsets draw; mislabeled_auc: do they find wrong labels
 
 `jaxgrad.streams` has Gram matrices and influence for data sets whose gradients do not fit in memory. B is the number of
 training examples, and C the number of test examples.
 """
 
-from jaxgrad.attribution.checkpoints import grand, tracin
+from jaxgrad.attribution.checkpoints import grand, log_odds, tracin, trak
+from jaxgrad.attribution.conjugate_gradients import InfluenceByCG, influence_by_cg
+from jaxgrad.attribution.evaluation import (
+    leave_one_out_subsets,
+    linear_datamodeling_score,
+    mislabeled_auc,
+    random_subsets,
+)
 from jaxgrad.attribution.influence import influence, self_influence
 from jaxgrad.attribution.kernel import ntk
 from jaxgrad.attribution.projection import per_example_projection, project, random_projection
@@ -28,11 +41,17 @@ from jaxgrad.attribution.sides import normalized, random_sides
 from jaxgrad.per_example.algebra.sides import Sides
 
 __all__ = [
+    "InfluenceByCG",
     "NoiseScale",
     "Sides",
     "cosine_similarity",
     "grand",
     "influence",
+    "influence_by_cg",
+    "leave_one_out_subsets",
+    "linear_datamodeling_score",
+    "log_odds",
+    "mislabeled_auc",
     "noise_scale",
     "normalized",
     "ntk",
@@ -40,6 +59,8 @@ __all__ = [
     "project",
     "random_projection",
     "random_sides",
+    "random_subsets",
     "self_influence",
     "tracin",
+    "trak",
 ]

@@ -5,8 +5,17 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxgrad.curvature.damping import checked_damping
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
-from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision, scaled_system
+from jaxgrad.curvature.primal import (
+    gradients_in_norm,
+    gradients_times,
+    inverse_of,
+    is_tall,
+    matrix_of,
+    second_moments,
+)
+from jaxgrad.curvature.solve import damped_solve, in_full_precision, scaled_system
 from jaxgrad.errors import naming
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 
@@ -23,7 +32,7 @@ def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Flo
 
     Args:
         g: gradients of B examples; or the result of `gauss_newton`, to take the Gauss-Newton matrix in place of GᵀG/B.
-        damping: μ ≥ 0; None for ‖g_b‖² (`PerExampleGrads` only).
+        damping: μ ≥ 0, or `jg.curvature.relative(ratio)`; None for ‖g_b‖² (`PerExampleGrads` only).
 
     Returns:
         [B], in float32 or wider.
@@ -46,6 +55,8 @@ def self_influence(g: PerExampleGrads | GaussNewton, damping: Any = None) -> Flo
     if not B:
         return residuals.sum(1)
     scaled, ridge, _ = scaled_system(rows, damping)
+    if is_tall(rows):
+        return B / R * gradients_in_norm(scaled, residuals, inverse_of(scaled, ridge))
     right = scaled.gram(scaled.scale(residuals.ravel()))
     inner = damped_solve(scaled.gram(), right, ridge)  # indexed by (row, column); the column is weighted by r
     own_blocks = jnp.diagonal(inner.reshape(B, R, B, R), axis1=0, axis2=2)  # [R, R, B]
@@ -59,14 +70,15 @@ def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, dampi
 
     Formula: test_cᵀ (GᵀG/n + μI)⁻¹ g_b / B, where GᵀG/n is the empirical Fisher matrix of the training gradients (n =
     B), or the Gauss-Newton matrix (n is then the number of rows of G, see `gauss_newton`). The scores are computed
-    without approximation, in a form in which nothing cancels: (test Gᵀ)(GGᵀ + μn I)⁻¹. Accuracy: the error of each
-    score is of the order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), with κ as in `natural_gradient`. The error comes from
-    rounding the inner products; it is relatively large if g_b is far shorter than the test gradient.
+    without approximation, in a form in which nothing cancels: (test Gᵀ)(GGᵀ + μn I)⁻¹; if there are more rows than
+    parameters, by a solve with GᵀG. Accuracy: the error of each score is of the order of n·eps·κ·‖test_c‖/√(‖g_b‖² +
+    μn), with κ as in `natural_gradient`. The error comes from rounding the inner products; it is relatively large if
+    g_b is far shorter than the test gradient.
 
     Args:
         train: gradients of B training examples, or the result of `gauss_newton` for them.
         test: gradients of C test examples with respect to the same parameters.
-        damping: μ ≥ 0.
+        damping: μ ≥ 0, or `jg.curvature.relative(ratio)`.
 
     Returns:
         [C, B], in float32 or wider.
@@ -89,5 +101,8 @@ def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, dampi
     if not rows.batch_size:
         return rows.gram(test).T
     scaled, ridge, unit = scaled_system(rows, damping)
+    if is_tall(rows):
+        solved = damped_solve(second_moments(scaled), matrix_of(test).T.astype(ridge.dtype), ridge)
+        return gradients_times(scaled, residuals, solved).T / unit
     weights = damped_solve(scaled.gram(), scaled.gram(test), ridge).T / unit
     return jnp.einsum("cbr,br->cb", weights.reshape(-1, *residuals.shape), residuals)

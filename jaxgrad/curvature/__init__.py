@@ -6,13 +6,17 @@ is `G.second_moment()`.
 
 The modules:
 
+    damping        relative: a damping as a multiple of the mean squared norm of the gradients
     fisher         products and solves with GᵀG/n; natural_gradient, and scale_by_natural_gradient for optax
     gauss_newton   the rows G for a model and a loss of its outputs; products without G, for many outputs
+    hessian        products with the Hessian of a mean loss
     kronecker      the Kronecker factors of the Fisher matrix for every weight matrix
+    primal         the same solves with GᵀG, chosen where G has more rows than columns
     rows           the rows of a Jacobian as one matrix
     solve          the solve with a Gram matrix
 """
 
+from jaxgrad.curvature.damping import Relative, relative
 from jaxgrad.curvature.fisher import (
     NaturalGradientState,
     fisher_solve,
@@ -29,6 +33,7 @@ from jaxgrad.curvature.gauss_newton import (
     softmax,
     squared,
 )
+from jaxgrad.curvature.hessian import hessian_vector_product
 from jaxgrad.curvature.kronecker import KroneckerFactors, kfac_factors
 from jaxgrad.curvature.solve import damped_solve
 
@@ -37,14 +42,17 @@ __all__ = [
     "KroneckerFactors",
     "NaturalGradientState",
     "OutputLoss",
+    "Relative",
     "damped_solve",
     "fisher_solve",
     "fisher_vector_product",
     "gauss_newton",
     "gauss_newton_vector_product",
+    "hessian_vector_product",
     "kfac_factors",
     "logistic",
     "natural_gradient",
+    "relative",
     "scale_by_natural_gradient",
     "softmax",
     "squared",

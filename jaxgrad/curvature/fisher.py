@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jaxgrad.curvature.damping import Relative, absolute_damping, checked_damping
 from jaxgrad.curvature.gauss_newton import GaussNewton, rows_and_residuals
+from jaxgrad.curvature.primal import is_tall, second_moments, tree_of, vector_of
 from jaxgrad.curvature.rows import widened_rows
-from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision, scaled_system
+from jaxgrad.curvature.solve import damped_solve, in_full_precision, scaled_system
 from jaxgrad.errors import naming
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.serialized import named_tuple
@@ -46,7 +48,8 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
     """(GᵀG/n + μI)⁻¹ ḡ without approximation, for any number of parameters; ḡ is the mean gradient.
 
     Formula: Gᵀ(GGᵀ + μn I)⁻¹ r, a weighted sum of the gradients, where ḡ = Gᵀr/n; r = 1 for `PerExampleGrads`. Cost:
-    the Gram matrix, an n × n solve and the sum.
+    the Gram matrix, an n × n solve and the sum. With more gradients than parameters, GᵀG is computed instead, from a
+    few materialized gradients at a time.
 
     Accuracy: the relative error is of the order of n·eps·κ, where κ is the condition number of GGᵀ + μn I with its rows
     and columns scaled to a unit diagonal. κ may be too large for the dtype, for example if gradients are linearly
@@ -59,7 +62,7 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
 
     Args:
         g: n gradients, for the empirical Fisher matrix; or the result of `gauss_newton`, for the Gauss-Newton matrix.
-        damping: μ ≥ 0.
+        damping: μ ≥ 0, or `relative(ratio)`.
 
     Returns:
         A tree with the parameters' shapes and dtypes. Subtract it from the parameters to take a step.
@@ -79,8 +82,13 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
     if not rows.batch_size:
         return rows.mean()
     scaled, ridge, unit = scaled_system(rows, damping)
-    weights = damped_solve(scaled.gram(), residuals.ravel(), ridge)
-    total = scaled.weighted_sum(weights, ridge.dtype)
+    if is_tall(rows):
+        gradient = scaled.weighted_sum(residuals.ravel(), ridge.dtype)
+        step = damped_solve(second_moments(scaled), vector_of(gradient, ridge.dtype), ridge)
+        total = tree_of(step, gradient)
+    else:
+        weights = damped_solve(scaled.gram(), residuals.ravel(), ridge)
+        total = scaled.weighted_sum(weights, ridge.dtype)
     return jax.tree.map(lambda a, p: (a / unit.astype(a.dtype)).astype(p.dtype), total, jax.eval_shape(rows.sum))
 
 
@@ -91,12 +99,13 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> P
 
     Formula: (v - Gᵀ(GGᵀ + μn I)⁻¹Gv)/μ (Woodbury), and one step of iterative refinement, because the two terms of the
     difference cancel if μ is far below λ, the largest eigenvalue of GᵀG/n. The relative error is of the order of
-    eps·λ/μ. For v = ḡ use `natural_gradient`, in which nothing cancels.
+    eps·λ/μ. If there are more gradients than parameters, a solve with GᵀG replaces this. For v = ḡ use
+    `natural_gradient`, in which nothing cancels.
 
     Args:
         g: n gradients, or the result of `gauss_newton`.
         v: a direction with the parameters' structure and shapes.
-        damping: μ > 0.
+        damping: μ > 0, or `relative(ratio)`.
 
     Returns:
         A tree with the parameters' shapes and dtypes.
@@ -114,8 +123,12 @@ def fisher_solve(g: PerExampleGrads | GaussNewton, v: PyTree, damping: Any) -> P
     matrix, _ = rows_and_residuals(g)
     n, shapes = matrix.batch_size, jax.eval_shape(matrix.sum)
     if not n:
-        return jax.tree.map(lambda a, p: (a / damping).astype(p.dtype), v, shapes)
+        mu = absolute_damping(damping, jnp.nan)
+        return jax.tree.map(lambda a, p: (a / mu).astype(p.dtype), v, shapes)
     scaled, ridge, unit = scaled_system(matrix, damping)
+    if is_tall(matrix):
+        found = damped_solve(second_moments(scaled), n * vector_of(v, ridge.dtype), ridge) / unit / unit
+        return jax.tree.map(lambda a, p: a.astype(p.dtype), tree_of(found, shapes), shapes)
     K, mu = scaled.gram(), ridge / n
 
     def combine_rows(c: Array) -> PyTree:
@@ -152,14 +165,14 @@ class NaturalGradientState(NamedTuple):
     count: Array  # type: ignore[assignment]  # the name that optax uses; tuple.count is not used
 
 
-def scale_by_natural_gradient(damping: float | Callable[[Array], Any]) -> Any:
+def scale_by_natural_gradient(damping: float | Relative | Callable[[Array], Any]) -> Any:
     """`natural_gradient` as an optax transformation, whose updates are `PerExampleGrads` or `GaussNewton`.
 
     Put this transformation first in a chain: its `update(g, state, params)` takes the per-example gradients, where
     other transformations take the mean gradient, and returns a tree like the parameters.
 
     Args:
-        damping: μ ≥ 0, or a schedule: update count → μ.
+        damping: μ ≥ 0, or `relative(ratio)`, or a schedule: update count → either.
 
     Returns:
         An `optax.GradientTransformation`.

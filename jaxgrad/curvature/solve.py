@@ -7,13 +7,11 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import jax.scipy as jsp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxgrad.curvature.damping import Relative, unit_and_ridge
 from jaxgrad.curvature.rows import Matrix, widened_rows
-from jaxgrad.errors import caller
-from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.sharding import gathered
 
 EXACT = lax.Precision.HIGHEST  # by default, accelerators round the operands of float32 products
@@ -33,7 +31,7 @@ def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
     return exact
 
 
-def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[Array, ""] | float) -> Array:
+def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[Array, ""] | float | Relative) -> Array:
     """(K + ridge·I)⁻¹ b for a Gram matrix K = GGᵀ: symmetric, without negative eigenvalues, of any rank.
 
     Rows and columns are scaled to a unit diagonal, so that differences between the norms in G do not matter. A Cholesky
@@ -48,7 +46,7 @@ def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[
     Args:
         K: [n, n], float32 or float64.
         b: [n], or [n, m] for m right-hand sides, with K's dtype.
-        ridge: a number ≥ 0.
+        ridge: a number ≥ 0; or `relative(ratio)`, for ratio · tr K.
 
     Returns:
         An array of b's shape; NaN where K or b is not finite.
@@ -65,6 +63,8 @@ def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[
     if not b.size:
         return b
     K, b = gathered(K), gathered(b)
+    if isinstance(ridge, Relative):
+        ridge = ridge.ratio * jnp.trace(K)
     K, ridge = (K + K.T) / 2, jnp.asarray(ridge, K.dtype)
 
     def matvec(x: Array) -> Array:
@@ -99,23 +99,7 @@ def _solved(K: Array, b: Array, ridge: Array) -> Array:
     return lax.cond((jnp.diagonal(factor) ** 2).min() > MARGIN * precision, by_cholesky, by_eigenvectors)
 
 
-def checked_damping(damping: Any, positive: bool = False) -> None:
-    """Raise ValueError if the damping is known not to be a number ≥ 0 (with `positive`, > 0)."""
-    try:
-        wrong = np.ndim(damping) != 0 or not (damping > 0 if positive else damping >= 0)
-    except jax.errors.TracerBoolConversionError:
-        wrong = False  # a traced damping has no value yet
-    except TypeError:
-        wrong = True
-    if wrong:
-        raise ValueError(f"{caller()}: expected a damping {'>' if positive else '≥'} 0, got {damping}.")
-
-
 def scaled_system(g: Matrix, damping: Any) -> tuple[Matrix, Array, Array]:
     """(g / unit, μn / unit², unit): unit is a power of two near the largest norm or √(μn), whichever is larger."""
-    norms = g.norms()
-    mu = jnp.asarray(damping, norms.dtype)
-    unit = power_of_two(
-        jnp.maximum(norms.max(), jnp.sqrt(lax.stop_gradient(mu)) * jnp.sqrt(jnp.asarray(g.batch_size, norms.dtype)))
-    )
-    return widened_rows(g) * (1 / unit), mu / unit * g.batch_size / unit, unit
+    unit, ridge = unit_and_ridge(g.norms(), damping)
+    return widened_rows(g) * (1 / unit), ridge, unit

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PyTree
 
-from jaxgrad.curvature.solve import checked_damping, damped_solve, in_full_precision
+from jaxgrad.curvature.damping import Relative, checked_damping
+from jaxgrad.curvature.solve import damped_solve, in_full_precision
 from jaxgrad.errors import caller, naming
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.transform import per_example_grad
@@ -72,7 +73,7 @@ def influence(
 
     Args:
         loss, argnums, in_axes, progress: as in `gram`.
-        damping: μ ≥ 0.
+        damping: μ ≥ 0, or `jg.curvature.relative(ratio)`.
 
     Returns:
         A function of (params, train, test) that returns [C, B], a NumPy array; a score > 0 means that the training
@@ -99,11 +100,13 @@ def influence(
         checked_sequences(train=train, test=test)
         norms = [blocks.largest_norm(params, train[k]) for k in range(len(train))]
         count = sum(len(jax.tree.leaves(train[k])[0]) for k in range(len(train)))
-        root = math.sqrt(float(damping)) * math.sqrt(count)
+        root = 0.0 if isinstance(damping, Relative) else math.sqrt(float(damping)) * math.sqrt(count)
         exponent = math.frexp(max([*norms, root]))[1] if np.isfinite(norms).all() else 0
         unit = 2.0**exponent
         K = blocks.gram(params, train, None, unit)
         products = blocks.gram(params, train, test, unit)
+        if isinstance(damping, Relative):
+            return np.asarray(jax.jit(damped_solve)(K, products, damping)).T
         ridge = jnp.asarray(float(damping) / unit * len(K) / unit, K.dtype)
         return np.asarray(jax.jit(damped_solve)(K, products, ridge)).T
 
