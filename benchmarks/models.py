@@ -208,3 +208,16 @@ def deep_language_model(L: int = 6, V: int = 4096, D: int = 256, T: int = 512, B
 
     name = f"language model, scan over {L} layers with checkpoint, D={D} T={T}, B={B}"
     return Model(name, loss, params, (draw.ids(V, B, T + 1),), 1.9)
+
+
+def deep_transformer(L: int, D: int, T: int, B: int) -> Model:
+    """The layers of `deep_language_model` alone. Its arrays are only shapes."""
+
+    def loss(layers: Any, x: jax.Array) -> jax.Array:
+        step = jax.checkpoint(lambda h, layer: (block(layer, h), None))
+        return jnp.mean(lax.scan(step, x, layers)[0] ** 2)
+
+    one = jax.eval_shape(lambda: {name: jnp.zeros(a.shape) for name, a in block_params(Draw(), D).items()})
+    layers = jax.tree.map(lambda a: jax.ShapeDtypeStruct((L, *a.shape), a.dtype), one)
+    name = f"transformer, scan over {L} layers with checkpoint, D={D} T={T}, B={B}"
+    return Model(name, loss, layers, (jax.ShapeDtypeStruct((B, T, D), jnp.float32),), 2.0)

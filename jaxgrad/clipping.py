@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jaxgrad.errors import naming
@@ -22,7 +23,7 @@ from jaxgrad.per_example.second_pass import check_linear, weighted_gradients
 from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
-from jaxgrad.sharding import kept
+from jaxgrad.sharding import automatic_over, in_both, kept, laid_out_as
 
 __all__ = ["ClipInfo", "ClippedGrad", "Weighting", "automatic", "clipped_grad"]
 
@@ -306,6 +307,13 @@ class ClippedGrad:
                 "clipped_grad(lambda params, x, own: loss(params, x, mask=own), ...)(params, x, own, mask=padding)."
             )
         arguments = self._transformed.arguments(args, kwargs)
+        axes, examples = in_both(arguments.batch, arguments.axes, [*arguments.params, *arguments.shared])
+        if examples is not None and axes:
+            params = jax.tree.unflatten(arguments.params_tree, [jax.typeof(p).sharding for p in arguments.params])
+            whole = examples.update(spec=PartitionSpec())
+            fields: Any = (examples, examples, whole, whole, examples)
+            shardings = complexes.joined(params, lambda real, imag: real), ClipInfo._make(fields)
+            return automatic_over(axes, self, shardings, *args, mask=mask, **kwargs)
         B, size = arguments.batch_size, self._microbatch_size
         mask = jnp.ones(B, bool) if mask is None else checked_mask(mask, B)
         if size is None or size >= B:
@@ -334,7 +342,7 @@ class ClippedGrad:
             c = self._factors(n, group.magnitudes(), limit, keep, group.rounding())
             total += jax.tree.leaves(group.where(keep).scale(c).sum(n.dtype))
             exceeds |= n > limit
-        total = [a.astype(working_dtype(p.dtype)) for a, p in zip(total, arguments.params, strict=True)]
+        total = [laid_out_as(a.astype(working_dtype(p.dtype)), p) for a, p in zip(total, arguments.params, strict=True)]
         return total, (values, aux, root_sum_of_squares(norms), exceeds)
 
     def _sum_in_two_passes(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
@@ -353,7 +361,8 @@ class ClippedGrad:
         sums = weighted_gradients(self._transformed, arguments, weights, keep)
         total = {i: leaves[i] for group, leaves in zip(groups, sums, strict=True) for i in group}
         exceeds = functools.reduce(operator.or_, (n > limit for n, limit in zip(norms, limits, strict=True)))
-        return [total[i] for i in range(len(total))], (values, aux, root_sum_of_squares(norms), exceeds)
+        ordered = [laid_out_as(total[i], p) for i, p in enumerate(arguments.params)]
+        return ordered, (values, aux, root_sum_of_squares(norms), exceeds)
 
     def _factors(self, norms: Array, magnitudes: Array | None, limit: Array, keep: Array, rounding: Array) -> Array:
         """c [B], the factors that make no gradient longer than its bound; 0 for examples that are not kept."""

@@ -2,17 +2,18 @@
 
 On explicit meshes, JAX requires a sharding for the result of every sum over a sharded axis, here over the examples. On
 automatic meshes the compiler chooses, so `replicated` returns None and `gathered` returns its argument. There the
-compiler gets only two constraints: a Gram matrix needs every example on every device, and a block of examples takes
-some examples from each device.
+compiler gets only three constraints: a Gram matrix needs every example on every device, a block of examples takes some
+examples from each device, and a clipped sum is sharded as the parameters are.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -62,25 +63,90 @@ def with_automatic_axes(by_example: bool) -> Callable[[Callable[P, T]], Callable
     def decorated(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def laid_out(*args: P.args, **kwargs: P.kwargs) -> T:
-            treedef: Any
-            leaves, treedef = jax.tree.flatten((args, kwargs))
-            arrays = {k: a for k, a in enumerate(leaves) if isinstance(a, jax.Array)}
-            explicit = [a for a in arrays.values() if replicated(a) is not None]
+            explicit = [a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array) and replicated(a)]
             if not explicit:
                 return function(*args, **kwargs)
-
-            def call(arrays: dict[int, Array]) -> T:
-                args, kwargs = treedef.unflatten([arrays.get(k, leaf) for k, leaf in enumerate(leaves)])
-                return function(*args, **kwargs)
-
             examples = next((_spec(a)[0] for a in explicit if a.ndim and _spec(a)[0] is not None), None)
             spec = PartitionSpec(examples) if by_example else PartitionSpec()
             sharding = NamedSharding(jax.typeof(explicit[0]).sharding.mesh, spec)
-            return jax.sharding.auto_axes(call, out_sharding=sharding)(arrays)
+            return automatic_over(None, function, sharding, *args, **kwargs)
 
         return laid_out
 
     return decorated
+
+
+def sharded_as(expected: Any, a: Array) -> Array:
+    """Shard an array on an explicit mesh as a type, of the same shape, says."""
+    sharding = expected.sharding
+    explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+    return jax.sharding.reshard(a, sharding) if explicit else a
+
+
+def automatic_over(
+    axes: tuple[str, ...] | None, function: Callable[..., T], out_sharding: Any, *args: Any, **kwargs: Any
+) -> T:
+    """Call a function in which the compiler chooses the shardings over these axes of an explicit mesh.
+
+    Args:
+        axes: the names of the axes; None for all.
+        function: a function of the other arguments.
+        out_sharding: the shardings of its results, or a tree prefix of them.
+        args, kwargs: its arguments; leaves that are not arrays stay as they are.
+    """
+    treedef: Any
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    arrays = {k: a for k, a in enumerate(leaves) if isinstance(a, jax.Array)}
+
+    def call(arrays: dict[int, Array]) -> T:
+        args, kwargs = treedef.unflatten([arrays.get(k, leaf) for k, leaf in enumerate(leaves)])
+        return function(*args, **kwargs)
+
+    return jax.sharding.auto_axes(call, axes=axes, out_sharding=out_sharding)(arrays)
+
+
+def in_both(
+    batch: Sequence[Any], axes: Sequence[int], whole: Sequence[Any]
+) -> tuple[tuple[str, ...], NamedSharding | None]:
+    """The axes of an explicit mesh over which examples and other arrays are both sharded, as with FSDP.
+
+    JAX maps no function over such examples (`jax.vmap` raises an error), unless the compiler chooses their shardings.
+    An axis that shards a dimension together with one of these is counted among them.
+
+    Args:
+        batch, axes: arrays, and the example axis of each.
+        whole: the parameters, and what else all examples share.
+
+    Returns:
+        The names of these axes, and the sharding of results that have the example axis in front.
+    """
+    over = [(a, on) for a, k in zip(batch, axes, strict=True) if (on := _entries(a)[k : k + 1]) not in ([], [None])]
+    if not over:
+        return (), None
+    names = {name for _, on in over for name in _names(on[0])}
+    others = [_names(on) for a in whole for on in _entries(a)]
+    both = {name for on in others if names & set(on) for name in on}
+    a, on = over[0]
+    return tuple(sorted(both)), NamedSharding(jax.typeof(a).sharding.mesh, PartitionSpec(*on))
+
+
+def _entries(a: Any) -> list[Any]:
+    return spread_over(a) if isinstance(a, jax.Array) else []
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def laid_out_as(total: Array, parameter: Array) -> Array:
+    """Shard a sum of gradients as the parameter is sharded, so that no device needs to hold all of it."""
+    mesh = jax.typeof(parameter).sharding.mesh
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return total
+    total = sharded_as(jax.typeof(parameter), total)
+    if AxisType.Auto in mesh.axis_types:  # the compiler may still reshard the parameter, but not this copy of it
+        total, _ = shard_alike(total, -parameter.astype(total.dtype))
+    return total
 
 
 def merged(a: Array, *runs: int) -> Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.compiled.communication import bytes_sent, collectives, group_size
 from benchmarks.compiled.program import Peak, Program, Shape, parse_instruction, shapes
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +130,53 @@ def test_a_loop_counts_once_per_iteration_and_a_slice_by_what_is_read_or_written
 def test_a_loop_with_an_unknown_trip_count_is_an_error():
     with pytest.raises(ValueError, match="how often the loop w runs"):
         program(LOOP.replace("known_trip_count", "something")).counts()
+
+
+def test_a_loop_that_the_compiler_does_not_annotate_is_counted_by_its_condition():
+    text = LOOP.replace(', backend_config={"known_trip_count":{"n":"8"}}', "").replace(
+        "ROOT %true = pred[] constant(true)",
+        "%i.1 = s32[] get-tuple-element(%t.1), index=0\n      %n = s32[] constant(8)\n"
+        "      ROOT %lt = pred[] compare(%i.1, %n), direction=LT",
+    )
+    assert program(text).counts().kernels == 16 + 8  # and each evaluation of the condition
+
+
+def test_what_a_device_sends_is_that_of_ring_algorithms():
+    p = program(
+        """
+        %started (a: f32[8]) -> (f32[8], f32[32]) {
+          %a.1 = f32[8]{0} parameter(0)
+          %all-gather.1 = f32[32]{0} all-gather(%a.1), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+          ROOT %start = (f32[8]{0}, f32[32]{0}) custom-call(%a.1, %all-gather.1), custom_call_target="AsyncCollectiveStart"
+        }
+
+        %finished (b: f32[8]) -> f32[32] {
+          %b = f32[8]{0} parameter(0)
+          %all-gather.2 = f32[32]{0} all-gather(%b), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+          ROOT %done = f32[32]{0} custom-call(%b, %all-gather.2), custom_call_target="AsyncCollectiveDone"
+        }
+
+        ENTRY %main (a: f32[8]) -> f32[32] {
+          %a = f32[8]{0} parameter(0)
+          %f = (f32[8]{0}, f32[32]{0}) fusion(%a), kind=kCustom, calls=%started
+          %g = f32[32]{0} fusion(%a), kind=kCustom, calls=%finished
+          %s = bf16[2]{0} reduce-scatter(%a), channel_id=8, replica_groups=[1,4]<=[4], dimensions={0}, to_apply=%add
+          %c = f32[8]{0} collective-permute(%a), channel_id=9, source_target_pairs={{0,1},{1,0}}
+          ROOT %r = f32[32]{0} all-reduce(%g), channel_id=10, replica_groups=[1,4]<=[4], to_apply=%add
+        }
+        """
+    )
+    found = {c.kind: c.sent for c in collectives(p)}
+    gathered, scattered, permuted, reduced = 4 * 32 * 3 / 4, 2 * 8 * 3 / 4, 4 * 8, 2 * 4 * 32 * 3 / 4
+    expected = {"all-gather": gathered, "reduce-scatter": scattered, "collective-permute": permuted}
+    assert found == expected | {"all-reduce": reduced}
+    assert bytes_sent(p) == sum(found.values())
+
+
+def test_the_size_of_a_group_is_read_from_every_form_that_compilers_print():
+    assert group_size("replica_groups={{0,1},{2,3}}, dimensions={0}") == 2
+    assert group_size("replica_groups=[2,4]<=[8], use_global_device_ids=true") == 4
+    assert group_size("replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={1}") == 4
 
 
 def test_a_conditional_counts_the_branch_that_moves_most():

@@ -63,6 +63,7 @@ class Instruction:
     operands: tuple[str, ...]
     rest: str  # the text after the operands
     root: bool
+    literal: str = ""  # the value of a constant
 
     @property
     def bytes(self) -> int:
@@ -149,6 +150,31 @@ class Program:
                 total.products[dtype] += kernel.times * operations
         return total
 
+    def trip_count(self, loop: Instruction, name: str) -> int:
+        """How often a loop runs that is in this computation: as noted by the compiler, or as its condition says.
+
+        Raises:
+            ValueError: neither says it.
+        """
+        if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+            return int(noted[1])
+        (condition,) = loop.computations("condition")
+        body = self.computations[condition]
+        (test,) = (i for i in body.values() if i.root)
+        sides = [body[operand] for operand in test.operands]
+        if test.opcode == "compare" and "direction=LT" in test.rest and sides[1].opcode == "constant":
+            start = self.computations[name][loop.operands[0]]
+            while start.opcode in ("tuple", "copy"):
+                operand = start.operands[int(sides[0].attribute("index")) if start.opcode == "tuple" else 0]
+                start = self.computations[name][operand]
+            if start.opcode == "constant":
+                return int(sides[1].literal) - int(start.literal)
+        raise ValueError(f"the program does not say how often the loop {loop.name} runs")
+
+    def branches(self, conditional: Instruction) -> list[str]:
+        """The names of the computations that a conditional chooses from."""
+        return conditional.computations("branch_computations", "true_computation", "false_computation")
+
     def kernels(self) -> Iterator[Kernel]:
         """The kernels in the order of execution. Those of a loop appear once.
 
@@ -163,14 +189,11 @@ class Program:
             if i.opcode in FREE or i.opcode.endswith("-done"):
                 continue
             if i.opcode == "while":
-                steps = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
-                if not steps:
-                    raise ValueError(f"the program does not say how often the loop {i.name} runs")
+                steps = self.trip_count(i, name)
                 for part in i.computations("body", "condition"):
-                    yield from self._kernels(part, times * int(steps[1]))
+                    yield from self._kernels(part, times * steps)
             elif i.opcode == "conditional":
-                names = i.computations("branch_computations", "true_computation", "false_computation")
-                branches = [list(self._kernels(branch, times)) for branch in names]
+                branches = [list(self._kernels(branch, times)) for branch in self.branches(i)]
                 yield from max(branches, key=lambda kernels: sum(k.times * k.bytes for k in kernels))
             elif i.opcode in ("call", "async-start") and (called := i.computations("to_apply", "calls")):
                 for part in called:
@@ -297,7 +320,8 @@ def parse_instruction(line: str) -> Instruction | None:
     operands, rest = _split_parentheses("(" + line)
     names = re.findall(r"%([\w.\-]+)", operands)
     rest = operands if opcode == "parameter" else rest
-    return Instruction(found[2], tuple(shapes(types)), opcode, tuple(names), rest, bool(found[1]))
+    literal = operands.strip("()") if opcode == "constant" else ""
+    return Instruction(found[2], tuple(shapes(types)), opcode, tuple(names), rest, bool(found[1]), literal)
 
 
 def shapes(types: str) -> Iterator[Shape]:

@@ -17,6 +17,7 @@ from jaxgrad.per_example.interpreter.values import Value
 from jaxgrad.per_example.lower import factors_of
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import product_rounding
+from jaxgrad.sharding import automatic_over, in_both, with_automatic_axes
 
 LOW_PRECISION = 2.0**6
 """Multiplies the magnitude of the terms that may cancel, if their products have fewer digits than those of float32."""
@@ -69,6 +70,9 @@ def per_example_norms(
     @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
     def measured(*args: Any, **kwargs: Any) -> Any:
         arguments = transformed.arguments(args, kwargs)
+        axes, examples = in_both(arguments.batch, arguments.axes, [*arguments.params, *arguments.shared])
+        if axes:
+            return automatic_over(axes, measured, examples, *args, **kwargs)
         values, aux, measures = measured_magnitudes(transformed, arguments)
         by_leaf = jax.tree.unflatten(arguments.params_tree, [m.norm for m in measures])
         if leaf_norms:
@@ -103,6 +107,7 @@ def _measure(value: Value, shape: tuple[int, ...], dtype: Any, _: Any) -> Magnit
     return _measure_one(factors_of(value, shape, dtype)) if measure is None else measure
 
 
+@with_automatic_axes(by_example=True)
 def _measure_batch(factors: tuple[Factor, ...], _: Any) -> Magnitude:
     """The measure of every example, [B] in each field."""
     norm, magnitude = norms.length(factors).norm, norms.magnitude(factors)

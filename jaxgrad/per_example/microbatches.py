@@ -12,7 +12,7 @@ from jaxtyping import Array
 from jaxgrad import _jax
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.precision import working_dtype
-from jaxgrad.sharding import divisible
+from jaxgrad.sharding import divisible, sharded_as
 
 Step = Callable[[Arguments, Array], tuple[list[Array], Any]]
 """A function (arguments, mask) → (arrays to add up over microbatches, a tree of arrays [B, …])."""
@@ -45,14 +45,15 @@ def in_microbatches(
     valid = divided(mask) & (jnp.arange(count * size) < B).reshape(size, count).T
     axes = frozenset(name for a in arguments.batch for name in _jax.varying(a))
 
-    shapes, example_shapes = jax.eval_shape(lambda: step(arguments, mask))
+    program, (shapes, example_shapes) = jax.make_jaxpr(lambda: step(arguments, mask), return_shape=True)()
+    types = program.out_avals[: len(shapes)]  # these have shardings
 
     def zeros(shape: tuple[int, ...], dtype: Any) -> Array:
         return _jax.made_varying(jnp.zeros(shape, dtype), axes)
 
     def skip(*_: Any) -> tuple[list[Array], Any]:
         by_example = jax.tree.map(lambda s: zeros((size, *s.shape[1:]), s.dtype), example_shapes)
-        return [zeros(s.shape, s.dtype) for s in shapes], by_example
+        return [sharded_as(t, zeros(t.shape, t.dtype)) for t in types], by_example
 
     def run(batch: list[Any], mask: Array) -> tuple[list[Array], Any]:
         return step(dataclasses.replace(arguments, batch=batch, axes=[0] * len(batch), batch_size=size), mask)
@@ -65,8 +66,8 @@ def in_microbatches(
             flat, by_example = lax.cond(skipped, skip, run, batch, mask)
         return [a + b.astype(a.dtype) for a, b in zip(total, flat, strict=True)], by_example
 
-    start = [zeros(s.shape, working_dtype(s.dtype)) for s in shapes]
+    start = [sharded_as(t, zeros(t.shape, working_dtype(t.dtype))) for t in types]
     skipped = jnp.cumsum(valid.any(1)[::-1])[::-1] == 0 if skip_the_end else None
     total, by_example = lax.scan(add, start, (leaves, valid, skipped))
-    total = [a.astype(s.dtype) for a, s in zip(total, shapes, strict=True)]
+    total = [a.astype(s.dtype) for a, s in zip(total, types, strict=True)]
     return total, jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(count * size, *a.shape[2:])[:B], by_example)

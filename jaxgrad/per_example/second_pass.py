@@ -97,8 +97,16 @@ def _rounded_towards_zero(c: Array, dtype: Any) -> Array:
 
 @with_automatic_axes(by_example=True)
 def _first_axis_replaced(keep: Array, a: Array) -> Array:
-    replacement = jax.lax.dynamic_index_in_dim(a, jnp.argmax(keep), 0)
-    return jnp.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, replacement)
+    def along(mask: Array) -> Array:
+        return mask.reshape(-1, *[1] * (a.ndim - 1))
+
+    if jnp.issubdtype(a.dtype, jax.dtypes.extended):  # random keys, which cannot be added
+        return jnp.where(along(keep), a, jax.lax.dynamic_index_in_dim(a, jnp.argmax(keep), 0))
+    # A sum over zeros and one example: if the examples are sharded, only one of them is sent to other devices.
+    first = keep & (jnp.arange(keep.size) == jnp.argmax(keep))
+    wide = a.dtype if a.dtype.itemsize > 1 else jnp.float32 if jnp.issubdtype(a.dtype, jnp.floating) else jnp.int32
+    alone = jnp.where(along(first), a, jnp.zeros_like(a)).astype(wide)
+    return jnp.where(along(keep), a, alone.sum(0, dtype=wide).astype(a.dtype)[None])
 
 
 def _replaced(keep: Array, a: Any, axis: int) -> Array:
