@@ -9,7 +9,7 @@ from jaxgrad.errors import caller
 
 SPLIT = {
     "nnx": "Split the module, graph, params, rest = nnx.split(model, nnx.Param, ...), differentiate with respect to "
-    "params, and call nnx.merge(graph, params, rest) inside the loss.",
+    "params, and call nnx.merge(graph, params, rest, copy=True) inside the loss.",
     "equinox": "Split the model, params, static = eqx.partition(model, eqx.is_inexact_array), differentiate with "
     "respect to params, and call eqx.combine(params, static) inside the loss.",
 }
