@@ -28,6 +28,7 @@ THEMES = {  # the name of a theme: its module, which defines THEME
     "deep": "benchmarks.deep",
     "curvature": "benchmarks.curvature",
     "projections": "benchmarks.projections",
+    "index": "benchmarks.index",
     "peers": "benchmarks.peers.theme",
     "growth": "benchmarks.growth",
     "third_party": "benchmarks.third_party.theme",
