@@ -29,6 +29,7 @@ THEMES = {  # the name of a theme: its module, which defines THEME
     "curvature": "benchmarks.curvature",
     "projections": "benchmarks.projections",
     "attribution": "benchmarks.attribution",
+    "index": "benchmarks.index",
     "peers": "benchmarks.peers.theme",
     "growth": "benchmarks.growth",
     "third_party": "benchmarks.third_party.theme",

@@ -1,6 +1,8 @@
 """Two-sided projections: against a dense one on factors, and inside the loops of a deep model compiled for an H100."""
 
+import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,6 +21,7 @@ from jaxgrad import attribution
 
 NAME = "projections"
 NUMBERS = 4096
+SOME = 64  # of them, for which the dense projection is timed: it is a loop over its numbers
 SIZE = 35  # rows of each matrix: 4,140 numbers for the MLP
 DEEP_SIZE = 16
 STACKED = {"E": 0, "out": 0, "layers": 1, "scale": 0}
@@ -37,7 +40,7 @@ def on_factors() -> Workload:
     count = jax.eval_shape(attribution.project, g, sides).shape[1]
     assert count >= NUMBERS
     name = f"{model.name}, {count} numbers"
-    return Workload(name, functions, (g, sides), unit=DENSE, timed_last=(DENSE,), labels={"compared with": DENSE})
+    return Workload(name, functions, (g, sides), unit=DENSE, labels={"compared with": DENSE})
 
 
 def deep(T: int) -> Workload:
@@ -64,25 +67,40 @@ def workloads(settings: Settings) -> Iterator[Workload]:
 def measured(workload: Workload, settings: Settings) -> Iterable[Row]:
     """Count the operations of compiled programs: timed on this machine, or modeled for a target."""
     if "target" not in workload.labels:
-        (row,) = measure(workload, settings)
-        for name, function in workload.functions.items():
-            assert not isinstance(function, str)
-            program = jax.jit(function).lower(*workload.arguments).compile()
-            row.costs[name] = {"operations": operations(Program(program.as_text() or ""))}
-        return [row]
+        return [timed(workload, settings)]
     row = Row(workload.name, unit=PLAIN, labels=workload.labels)
     try:
         device = H100.device()
     except NotInstalledError:
         row.skipped = dict.fromkeys(workload.functions, f"pip install 'jaxgrad[{H100.extra}]'")
         return [row]
-    for name, function in workload.functions.items():
+    for name, function in functions_of(workload):
         jax.clear_caches()
         program = compile_for(function, workload.arguments, device)
         text = Program(program.as_text())
         row.bytes[name], row.seconds[name] = memory(program), text.counts(H100.peak).seconds
         row.costs[name] = {"operations": operations(text)}
     return [row]
+
+
+def timed(workload: Workload, settings: Settings) -> Row:
+    """Time our projection as in the other tables; of the dense one, one call for SOME of its numbers."""
+    (row,) = measure(dataclasses.replace(workload, functions={TWO_SIDED: workload.functions[TWO_SIDED]}), settings)
+    for name, function in functions_of(workload):
+        program = jax.jit(function).lower(*workload.arguments).compile()
+        sizes: Any = program.memory_analysis()
+        row.bytes[name] = int(sizes.temp_size_in_bytes)
+        row.costs[name] = {"operations": operations(Program(program.as_text() or ""))}
+    some = jax.jit(lambda g: attribution.random_projection(g, jax.random.key(0), SOME)).lower(workload.arguments[0])
+    call = some.compile()
+    start = time.perf_counter()
+    jax.block_until_ready(call(workload.arguments[0]))
+    row.seconds[DENSE] = (time.perf_counter() - start) * NUMBERS / SOME
+    return row
+
+
+def functions_of(workload: Workload) -> list[tuple[str, Callable[..., Any]]]:
+    return [(name, function) for name, function in workload.functions.items() if not isinstance(function, str)]
 
 
 def operations(program: Program) -> float:
@@ -126,7 +144,8 @@ THEME = Theme(
     """
 The first row takes held factors to numbers: `attribution.project` with two matrices of 35 random rows for each weight,
 next to `attribution.random_projection` onto as many numbers. *Operations* are those of all matrix products in the
-compiled program, and of its loops times their iterations.
+compiled program, and of its loops times their iterations. The dense projection is a loop over its numbers: it is timed
+for 64 of them, and the time is multiplied.
 
 The other rows compile `attribution.per_example_projection` for an H100, on the shapes of GPT-2 small with `lax.scan`
 over the layers and `jax.checkpoint` in the loop: 16 × 16 numbers for each weight of each layer. They are compared with

@@ -261,3 +261,4 @@ def test_programs_for_an_h100_keep_their_budgets():
     assert mlp["memory"] <= 1.1, mlp
     assert conv["kernels"] <= 2, conv
     assert conv["bytes"] <= 2, conv
+    assert found["projected"] <= 1.2, found

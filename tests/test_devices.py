@@ -234,6 +234,25 @@ def test_a_gram_matrix_communicates_factors(name, axis_type):
     assert sum(numbers for _, numbers in collectives) <= 2 * held + B * B
 
 
+@pytest.mark.every(3)
+@pytest.mark.parametrize(("name", "axis_type"), [*EXPLICIT, *((n, AxisType.Auto) for n in MODELS)])
+def test_a_projection_communicates_nothing(name, axis_type):
+    device_mesh = mesh(axis_type)
+    loss, params, batch = placed(name, device_mesh)
+    sides = jg.attribution.random_sides(params, jax.random.key(0), 4)
+
+    def project(params, *batch):
+        inside = jg.attribution.per_example_projection(loss, sides)(params, *batch)[1]
+        return jg.attribution.project(jg.per_example_grad(loss)(params, *batch), sides), inside
+
+    expected = jax.jit(project)(*MODELS[name][1:2], *MODELS[name][2])
+    with jax.set_mesh(device_mesh):
+        collectives, found = communicated(project, params, *batch), jax.jit(project)(params, *batch)
+    chex.assert_trees_all_close(jax.tree.map(np.asarray, found), expected, rtol=1e-3, atol=1e-4)
+    assert sum(numbers for _, numbers in collectives) == 0
+    assert all(a.sharding.spec[0] == "data" for a in found)
+
+
 @pytest.mark.every(0)
 @pytest.mark.parametrize(
     ("name", "axis_type"), [*EXPLICIT, *((n, AxisType.Auto) for n in ("exercise", "tied", "conv"))]

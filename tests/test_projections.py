@@ -243,6 +243,22 @@ def test_factored_second_moments_of_a_side_that_is_kept():
     assert_projects(project(g, normalized(sides, v, 0.0)), np.asarray(materialized(g)) / np.sqrt(rank_one), sides)
 
 
+@pytest.mark.usefixtures("plain_types")
+def test_exported_for_any_number_of_examples():
+    params, x = scanned()
+    sides = random_sides(params, KEY, 3, stacked=STACKED)
+
+    def both(sides, params, x):
+        inside = attribution.per_example_projection(layers, sides)(params, x)[1]
+        return inside, attribution.project(jg.per_example_grad(layers)(params, x), sides)
+
+    symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("B, 3, 7"), x.dtype)
+    exported = jax.export.export(jax.jit(both))(sides, params, symbolic)
+    found = jax.export.deserialize(exported.serialize()).call(sides, params, x)
+    for numbers in found:
+        np.testing.assert_allclose(numbers, project(of_layers(params, x), sides), rtol=1e-9, atol=1e-12)
+
+
 def test_errors_name_the_call():
     params, x = scanned()
     g = of_layers(params, x)

@@ -13,6 +13,7 @@ from jaxgrad.per_example.algebra.leaf import Leaf
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same
 from jaxgrad.per_example.algebra.place import Axis
 from jaxgrad.per_example.algebra.product import Product, Unfolded
+from jaxgrad.per_example.algebra.sides import Sides
 from jaxgrad.per_example.algebra.windows import Window
 from jaxgrad.per_example.gradients import PerExampleGrads
 
@@ -64,7 +65,7 @@ def _refused(_: Any) -> bytes:
     )
 
 
-for _kind in (Product, Common, Same, Leaf, Complex):
+for _kind in (Product, Common, Same, Leaf, Complex, Sides):
     export.register_pytree_node_serialization(
         _kind, serialized_name=_name(_kind), serialize_auxdata=_written, deserialize_auxdata=_read
     )

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,16 +53,13 @@ class Rows(NamedTuple):
         """Rows of a whole block."""
         return max(1, BLOCK_BYTES // max(1, self.nbytes))
 
-    def extended(self, data: bytes, examples: int) -> "Rows":
-        """With the checksums for `data` after the rows of this many examples."""
-        checksums = list(self.checksums)
-        room = (-examples * self.nbytes) % (self.block * self.nbytes or 1)
-        view = memoryview(data)
-        if room and checksums:
+    def extended(self, data: bytes, offset: int) -> "Rows":
+        """With the checksums of the rows in `data` too, which follow this many bytes of rows."""
+        checksums, view = list(self.checksums), memoryview(data)
+        size = max(1, self.block * self.nbytes)
+        if room := -offset % size:  # the last block is not full
             checksums[-1] = zlib.crc32(view[:room], checksums[-1])
-            view = view[room:]
-        size = self.block * self.nbytes
-        checksums += [zlib.crc32(view[k : k + size]) for k in range(0, len(view), size or 1)]
+        checksums += [zlib.crc32(view[k : k + size]) for k in range(room, len(view), size)]
         return self._replace(checksums=tuple(checksums))
 
 
@@ -172,19 +169,21 @@ class Store:
         """Write the rows and the sums first, then the manifest that counts them."""
         layout = dict(self.layout or {})
         for name, blocks in self.pending.items():
-            data = b"".join(blocks)
-            layout[name] = layout[name].extended(data, self.committed.examples)
-            _write(_file(self.folder, name), data, "ab")
+            offset = self.committed.examples * layout[name].nbytes
+            for data in blocks:
+                layout[name] = layout[name].extended(data, offset)
+                offset += len(data)
+            _write(_file(self.folder, name), blocks, "ab")
         sums = None
         if self.sums:
             file = io.BytesIO()
             np.savez(file, allow_pickle=False, **self.sums)  # type: ignore[arg-type]
             data = file.getvalue()
             sums = f"sums-{self.batches}.npz", hashlib.sha256(data).hexdigest()
-            _write(self.folder / sums[0], data)
+            _write(self.folder / sums[0], [data])
         manifest = Manifest(self.batches, self.examples, layout, sums)
         new = self.folder / f"{MANIFEST}.new"
-        _write(new, manifest.written())
+        _write(new, [manifest.written()])
         new.replace(self.folder / MANIFEST)
         before, self.committed, self.layout, self.pending = self.committed.sums, manifest, layout, {}
         if before is not None and sums is not None and before[0] != sums[0]:
@@ -263,9 +262,9 @@ def _shown(rows: Mapping[str, Rows]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (part.dtype, part.shape) for name, part in rows.items()}
 
 
-def _write(path: Path, data: bytes, mode: str = "wb") -> None:
-    """Write the data and wait until it is on disk."""
+def _write(path: Path, blocks: Sequence[bytes], mode: str = "wb") -> None:
+    """Write the blocks and wait until they are on disk."""
     with path.open(mode) as file:
-        file.write(data)
+        file.writelines(blocks)
         file.flush()
         os.fsync(file.fileno())

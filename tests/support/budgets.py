@@ -2,8 +2,10 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 
+import jaxgrad as jg
 from benchmarks import functions, models
 from benchmarks.compiled.program import Program
 from benchmarks.compiled.targets import H100, compile_for, memory
@@ -30,10 +32,24 @@ def measured(model):
     }
 
 
+def projected(model):
+    """The memory of projections inside the loop over layers, relative to a plain gradient's."""
+    arguments = shape_structs((model.params, *model.batch), "bfloat16")
+
+    def inside(params, *batch):
+        stacked = {"E": 0, "out": 0, "layers": 1, "scale": 0}
+        sides = jg.attribution.random_sides(params, jax.random.key(0), 16, stacked=stacked)
+        return jg.attribution.per_example_projection(model.loss, sides)(params, *batch)
+
+    programs = [compile_for(f, arguments, H100.device()) for f in (functions.plain(model), inside)]
+    return memory(programs[1]) / memory(programs[0])
+
+
 if __name__ == "__main__":
     found = {
         "mlp": measured(models.mlp((1024, 4096, 4096, 10), 4096)),
         "block": measured(models.transformer(512, 128, 64)),
         "conv": measured(models.conv_net(1024)),
+        "projected": projected(models.deep_language_model(L=4, V=4096, D=256, T=512, B=8)),
     }
     print(json.dumps(found))
