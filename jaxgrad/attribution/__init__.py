@@ -4,7 +4,8 @@ The modules and their public names:
 
     Functions of a batch of gradients
         influence     self_influence: of each example on its own loss; influence: of training on test examples
-        conjugate_gradients   influence_by_cg: influence through any curvature matrix, from its products
+        through       influence_through: influence through solves with any curvature matrix, such as EK-FAC;
+                      influence_by_cg: from its products
         scores        cosine_similarity: of all pairs of gradients; noise_scale: how much of a mean gradient is noise,
                       and the batch size at which noise and signal are equal
         projection    random_projection: a few numbers per example that preserve inner products
@@ -21,7 +22,6 @@ training examples, and C the number of test examples.
 """
 
 from jaxgrad.attribution.checkpoints import grand, log_odds, tracin, trak
-from jaxgrad.attribution.conjugate_gradients import InfluenceByCG, influence_by_cg
 from jaxgrad.attribution.evaluation import (
     leave_one_out_subsets,
     linear_datamodeling_score,
@@ -32,6 +32,7 @@ from jaxgrad.attribution.influence import influence, self_influence
 from jaxgrad.attribution.kernel import ntk
 from jaxgrad.attribution.projection import random_projection
 from jaxgrad.attribution.scores import NoiseScale, cosine_similarity, noise_scale
+from jaxgrad.attribution.through import InfluenceByCG, influence_by_cg, influence_through
 
 __all__ = [
     "InfluenceByCG",
@@ -40,6 +41,7 @@ __all__ = [
     "grand",
     "influence",
     "influence_by_cg",
+    "influence_through",
     "leave_one_out_subsets",
     "linear_datamodeling_score",
     "log_odds",

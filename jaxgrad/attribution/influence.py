@@ -69,9 +69,9 @@ def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, dampi
 
     Formula: test_cᵀ (GᵀG/n + μI)⁻¹ g_b / B, where GᵀG/n is the training gradients' empirical Fisher matrix, or the
     Gauss-Newton matrix. It is computed without approximation, in a form that does not cancel: (test Gᵀ)(GGᵀ + μn I)⁻¹;
-    or, where there are more rows than parameters, by a solve with GᵀG. Accuracy: the error of each number is of the order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), with κ as in
-    `natural_gradient`. It comes from rounding the inner products and is relatively large where g_b is far shorter than
-    the test gradient.
+    or, where there are more rows than parameters, by a solve with GᵀG. Accuracy: the error of each number is of the
+    order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), with κ as in `natural_gradient`. It comes from rounding the inner products
+    and is relatively large where g_b is far shorter than the test gradient.
 
     Args:
         train: gradients of B training examples, or the result of `gauss_newton` for them.

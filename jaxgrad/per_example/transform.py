@@ -17,7 +17,7 @@ from jaxgrad.per_example.algebra.mapped import put_back, taken_out
 from jaxgrad.per_example.arguments import Arguments, arguments_of, checked_scalar
 from jaxgrad.per_example.frameworks import add_advice
 from jaxgrad.per_example.gradients import PerExampleGrads
-from jaxgrad.per_example.interpreter.measuring import Measure, Measurer, measuring
+from jaxgrad.per_example.interpreter.measuring import Measurer, measuring
 from jaxgrad.per_example.interpreter.undone import Reason
 from jaxgrad.per_example.interpreter.values import Shared, Value, array_of, is_zero
 from jaxgrad.per_example.interpreter.walk import evaluate
@@ -181,8 +181,8 @@ class Transformed:
         values, aux = jax.tree.unflatten(out_tree, value_and_aux)
         return values, aux, PerExampleGrads(jax.tree.unflatten(gradients_tree, parts)), routes
 
-    def measured(self, arguments: Arguments, measurer: Measurer) -> tuple[Any, Any, list[Measure]]:
-        """(values, aux, the measure of each parameter's gradient)."""
+    def measured(self, arguments: Arguments, measurer: Measurer, summed: bool = False) -> tuple[Any, Any, list[Any]]:
+        """(values, aux, the measure of each parameter's gradient: of every example, or `summed` over them)."""
         with naming(self.call):
             walked, out_tree, _ = self._walk(arguments)
 
@@ -192,7 +192,11 @@ class Transformed:
                     return value_and_aux, [measurer.one(value, aval.shape, aval.dtype) for value, aval in gradients]
 
             over_examples = jax.vmap(
-                one, (arguments.axes,), axis_size=arguments.batch_size, spmd_axis_name=self.spmd_axis_name
+                one,
+                (arguments.axes,),
+                (0, None if summed else 0),
+                axis_size=arguments.batch_size,
+                spmd_axis_name=self.spmd_axis_name,
             )
             value_and_aux, measures = over_examples([jnp.asarray(a) for a in arguments.batch])
             values, aux = jax.tree.unflatten(out_tree, value_and_aux)

@@ -47,10 +47,13 @@ class Measurer(NamedTuple):
     Attributes:
         one: (value, shape, dtype) → the `Measure` of one example's gradient.
         of_all_steps: a `Measure` with an axis of steps → the `Measure` of the stacked gradient.
+        has_layout: whether what is measured depends on where the entries are, so that no operation preserves it that
+            moves them. Then it may be anything, such as the moments of a product's sides.
     """
 
-    one: Callable[[Value, tuple[int, ...], Any], Measure]
-    of_all_steps: Callable[[Measure], Measure]
+    one: Callable[[Value, tuple[int, ...], Any], Any]
+    of_all_steps: Callable[[Any], Any]
+    has_layout: bool = False
 
 
 _MEASURER: ContextVar[Measurer | None] = ContextVar("measurer", default=None)
@@ -129,4 +132,6 @@ def _preserves(eqn: _jax.Equation) -> bool:
         before, after = (v.aval.dtype for v in (eqn.invars[0], eqn.outvars[0]))
         floating = jnp.issubdtype(before, jnp.floating) and jnp.issubdtype(after, jnp.floating)
         return floating and jnp.finfo(after).maxexp >= jnp.finfo(before).maxexp
-    return eqn.primitive in _PRESERVING
+    current = measurer()
+    moves = current is not None and current.has_layout
+    return eqn.primitive in (_jax.IDENTITIES if moves else _PRESERVING)
