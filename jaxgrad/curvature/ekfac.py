@@ -104,9 +104,10 @@ class EKFAC:
 
     @in_full_precision
     def _mapped(self, function: Any, v: PyTree) -> PyTree:
-        directions: Any
-        directions, treedef = jax.tree.flatten(complexes.parts(v, sign=-1))
-        blocks, structure = jax.tree.flatten(self.blocks, is_leaf=_is_block)
+        parts = complexes.parts(v, sign=-1)
+        directions, blocks = jax.tree.leaves(parts), jax.tree.leaves(self.blocks, is_leaf=_is_block)
+        treedef: Any = jax.tree.structure(parts)
+        structure: Any = jax.tree.structure(self.blocks, is_leaf=_is_block)
         if treedef != structure:
             raise ValueError(f"{called()}: expected a tree like the parameters', {structure}, got {treedef}.")
         found = [block.map(function, a).astype(a.dtype) for block, a in zip(blocks, directions, strict=True)]
@@ -153,8 +154,9 @@ def ekfac(factors: PyTree, g: PerExampleGrads) -> EKFAC:
     Source: George et al. 2018; for influence, Grosse et al. 2023.
     """
     checked_gradients(g)
-    found, structure = jax.tree.flatten(factors, is_leaf=lambda node: node is None or is_factors(node))
-    if g._treedef != structure:
+    structure: Any = jax.tree.structure(factors, is_leaf=_is_factors_or_none)
+    found = jax.tree.leaves(factors, is_leaf=_is_factors_or_none)
+    if structure != g._treedef:
         raise ValueError(f"{called()}: expected factors in the parameters' tree, {g._treedef}, got {structure}.")
     for path, leaf, f in zip(g.paths, g._leaves, found, strict=True):
         if f is not None and f.layout.shape != leaf.layout.shape:
@@ -204,3 +206,7 @@ def _few_positions(f: Product, layout: Layout) -> bool:
         return False
     _, F, K = layout.matrix
     return f.positions * (F * F + K * K) <= F * F * K + F * K * K
+
+
+def _is_factors_or_none(node: Any) -> bool:
+    return node is None or is_factors(node)
