@@ -28,11 +28,16 @@ def methods() -> dict[str, tuple[Callable[..., Any], str]]:
         rows = curvature.gauss_newton(model, curvature.softmax)(checkpoints[0], *train)
         return attribution.influence(rows, gradients(checkpoints[0], *test), 3 * DECAY)
 
+    def ekfac(checkpoints: Any, train: Any, test: Any) -> jax.Array:
+        train_g, test_g = (gradients(checkpoints[0], *data) for data in (train, test))
+        F = curvature.ekfac(curvature.kfac(loss)(checkpoints[0], *train), train_g)
+        return attribution.influence_through(lambda v: F.solve(v, RATIO), train_g, test_g)
+
     def hessian(checkpoints: Any, train: Any, test: Any) -> jax.Array:
         product = curvature.hessian_vector_product(loss)
         train_g, test_g = (gradients(checkpoints[0], *data) for data in (train, test))
         through = lambda v: product(checkpoints[0], v, *train)  # noqa: E731
-        return attribution.influence_by_cg(through, train_g, test_g, 3 * DECAY).scores
+        return attribution.influence_by_cg(through, train_g, test_g, 3 * DECAY, tolerance=1e-2).scores
 
     def tracin(checkpoints: Any, train: Any, test: Any) -> jax.Array:
         return attribution.tracin(loss)(checkpoints, [1.0] * len(checkpoints), train, test)
@@ -43,6 +48,7 @@ def methods() -> dict[str, tuple[Callable[..., Any], str]]:
         "TRAK, exact kernel, last checkpoint": (attribution.trak(output, RATIO), "last"),
         "TRAK, exact kernel, models of five halves": (attribution.trak(output, RATIO), "halves"),
         "influence, empirical Fisher matrix": (fisher, "last"),
+        "influence, EK-FAC of the empirical Fisher matrix": (ekfac, "last"),
         "influence, Gauss-Newton matrix": (gauss_newton, "last"),
         "influence, Hessian, by conjugate gradients": (hessian, "last"),
     }

@@ -5,7 +5,7 @@ The modules and their public names:
     Functions of a batch of gradients
         influence     self_influence: influence of each example on its own loss
                       influence: influence of training examples on test losses
-        conjugate_gradients
+        through       influence_through: influence through solves with any curvature matrix, such as EK-FAC
                       influence_by_cg: influence through any curvature matrix, from products with the matrix
         scores        cosine_similarity: cosines between all pairs of gradients
                       noise_scale: how much of a mean gradient is noise, and at which batch size noise equals signal
@@ -26,7 +26,6 @@ training examples, and C the number of test examples.
 """
 
 from jaxgrad.attribution.checkpoints import grand, log_odds, tracin, trak
-from jaxgrad.attribution.conjugate_gradients import InfluenceByCG, influence_by_cg
 from jaxgrad.attribution.evaluation import (
     leave_one_out_subsets,
     linear_datamodeling_score,
@@ -38,6 +37,7 @@ from jaxgrad.attribution.kernel import ntk
 from jaxgrad.attribution.projection import per_example_projection, project, random_projection
 from jaxgrad.attribution.scores import NoiseScale, cosine_similarity, noise_scale
 from jaxgrad.attribution.sides import normalized, random_sides
+from jaxgrad.attribution.through import InfluenceByCG, influence_by_cg, influence_through
 from jaxgrad.per_example.algebra.sides import Sides
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "grand",
     "influence",
     "influence_by_cg",
+    "influence_through",
     "leave_one_out_subsets",
     "linear_datamodeling_score",
     "log_odds",

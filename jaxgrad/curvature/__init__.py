@@ -11,12 +11,15 @@ The modules:
     gauss_newton   the rows G for a model and a loss of its outputs; products without G, for many outputs
     hessian        products with the Hessian of a mean loss
     kronecker      the Kronecker factors of the Fisher matrix for every weight matrix
+    kfac           the same from a loss, for products over many positions too
+    ekfac          their eigenvectors with corrected eigenvalues: products and damped solves
     primal         the same solves with GᵀG, chosen where G has more rows than columns
     rows           the rows of a Jacobian as one matrix
     solve          the solve with a Gram matrix
 """
 
 from jaxgrad.curvature.damping import Relative, relative
+from jaxgrad.curvature.ekfac import EKFAC, Eigenbasis, ekfac
 from jaxgrad.curvature.fisher import (
     NaturalGradientState,
     fisher_solve,
@@ -34,21 +37,26 @@ from jaxgrad.curvature.gauss_newton import (
     squared,
 )
 from jaxgrad.curvature.hessian import hessian_vector_product
+from jaxgrad.curvature.kfac import kfac
 from jaxgrad.curvature.kronecker import KroneckerFactors, kfac_factors
 from jaxgrad.curvature.solve import damped_solve
 
 __all__ = [
+    "EKFAC",
+    "Eigenbasis",
     "GaussNewton",
     "KroneckerFactors",
     "NaturalGradientState",
     "OutputLoss",
     "Relative",
     "damped_solve",
+    "ekfac",
     "fisher_solve",
     "fisher_vector_product",
     "gauss_newton",
     "gauss_newton_vector_product",
     "hessian_vector_product",
+    "kfac",
     "kfac_factors",
     "logistic",
     "natural_gradient",

@@ -15,7 +15,6 @@ from jaxgrad.per_example.algebra.sides import Axes, Sides
 from jaxgrad.per_example.interpreter.measuring import Measurer, measure_of
 from jaxgrad.per_example.interpreter.values import Value
 from jaxgrad.per_example.lower import factors_of
-from jaxgrad.sharding import automatic
 
 
 class Placed(NamedTuple):
@@ -35,7 +34,7 @@ class Placed(NamedTuple):
         return Placed(sides, sides.kept(ndim))
 
 
-_project = for_one_example(automatic(by_example=True)(projected))
+_project = for_one_example(with_automatic_axes(by_example=True)(projected))
 
 
 def _one(value: Value, shape: tuple[int, ...], dtype: Any, placed: Placed) -> Array:

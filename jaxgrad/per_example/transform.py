@@ -183,9 +183,12 @@ class Transformed:
         return values, aux, PerExampleGrads(jax.tree.unflatten(gradients_tree, parts)), routes
 
     def measured(
-        self, arguments: Arguments, measurer: Measurer, targets: Sequence[Target]
+        self, arguments: Arguments, measurer: Measurer, targets: Sequence[Target], summed: bool = False
     ) -> tuple[Any, Any, list[Measure]]:
-        """(values, aux, the measure of each parameter's gradient, of which the targets say what is measured)."""
+        """(values, aux, the measure of each parameter's gradient: of every example, or `summed` over them).
+
+        The targets say what is measured of each parameter's gradient.
+        """
         with naming(self.call):
             walked, out_tree, _ = self._walk(arguments)
 
@@ -198,7 +201,11 @@ class Transformed:
                     ]
 
             over_examples = jax.vmap(
-                one, (arguments.axes,), axis_size=arguments.batch_size, spmd_axis_name=self.spmd_axis_name
+                one,
+                (arguments.axes,),
+                (0, None if summed else 0),
+                axis_size=arguments.batch_size,
+                spmd_axis_name=self.spmd_axis_name,
             )
             value_and_aux, measures = over_examples([jnp.asarray(a) for a in arguments.batch])
             values, aux = jax.tree.unflatten(out_tree, value_and_aux)

@@ -41,6 +41,8 @@ class Measurer(NamedTuple):
             of one step).
         adds_up: whether the measure of a sum is the sum of the measures. A loop that only adds to a gradient then
             measures what each step adds.
+        has_layout: whether what is measured depends on where the entries are, as the moments of a product's sides do.
+            Then no operation that moves entries preserves it.
     """
 
     one: Callable[[Value, tuple[int, ...], Any, Target], Measure]
@@ -48,6 +50,7 @@ class Measurer(NamedTuple):
     before: Callable[[_jax.Equation, Target], Target] = lambda eqn, target: target
     of_a_step: Callable[[Target], tuple[Any, Callable[[Any], Target]]] = lambda target: ((), lambda _: target)
     adds_up: bool = False
+    has_layout: bool = False
 
 
 _MEASURER: ContextVar[Measurer | None] = ContextVar("measurer", default=None)
@@ -155,4 +158,6 @@ def _preserves(eqn: _jax.Equation) -> bool:
         before, after = (v.aval.dtype for v in (eqn.invars[0], eqn.outvars[0]))
         floating = jnp.issubdtype(before, jnp.floating) and jnp.issubdtype(after, jnp.floating)
         return floating and jnp.finfo(after).maxexp >= jnp.finfo(before).maxexp
-    return eqn.primitive in _PRESERVING
+    current = measurer()
+    moves = current is not None and current.has_layout
+    return eqn.primitive in (_jax.IDENTITIES if moves else _PRESERVING)

@@ -1,4 +1,4 @@
-"""Influence by conjugate gradients: the inverse of any curvature matrix, from its products with directions."""
+"""Influence through any curvature matrix: from solves with it, or from its products by conjugate gradients."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -84,12 +84,8 @@ def influence_by_cg(
     """
     checked_damping(damping)
     checked_gradients(train)
-    checked_gradients(test)
-    train._same_parameters(test)
     norms = train.norms()
-    B, C, wide = train.batch_size, test.batch_size, norms.dtype
-    if not (B and C):
-        return InfluenceByCG(jnp.zeros((C, B), wide), jnp.zeros(C, wide))
+    wide = norms.dtype
     mu = jnp.asarray(absolute_damping(damping, (norms**2).mean()), wide)
     shapes = jax.eval_shape(test.sum)
 
@@ -97,16 +93,65 @@ def influence_by_cg(
         narrow = jax.tree.map(lambda a, p: a.astype(p.dtype), v, shapes)
         return jax.tree.map(lambda a, h: h.astype(a.dtype) + mu.astype(a.dtype) * a, v, product(narrow))
 
+    def solve(right: PyTree) -> tuple[PyTree, Array]:
+        x, _ = jax.scipy.sparse.linalg.cg(damped, right, tol=tolerance, maxiter=max_steps)
+        rest, length = _length(jax.tree.map(jnp.subtract, right, damped(x))), _length(right)
+        return x, rest / jnp.where(length == 0, jnp.ones_like(length), length)
+
+    return InfluenceByCG(*_through(solve, train, test))
+
+
+@naming("influence_through")
+def influence_through(
+    solve: Callable[[PyTree], PyTree], train: PerExampleGrads, test: PerExampleGrads
+) -> Float[Array, "C B"]:
+    """`influence` through the inverse of any curvature matrix, such as that of `jg.curvature.ekfac`.
+
+    Formula: solve(test_c)ᵀ g_b / B. Cost: one solve for each test example, a few at once; the training gradients are
+    not materialized.
+
+    Args:
+        solve: v → (H + μI)⁻¹ v, for trees like the parameters.
+        train: gradients of B training examples.
+        test: gradients of C test examples with respect to the same parameters.
+
+    Returns:
+        [C, B], in float32 at least.
+
+    Raises:
+        ValueError: gradients with respect to other parameters.
+
+    Example:
+        >>> loss = lambda W, x, y: ((W @ x - y) ** 2).sum()
+        >>> g = jg.per_example_grad(loss)(jnp.ones((3, 2)), jnp.eye(2), jnp.zeros((2, 3)))
+        >>> F = jg.curvature.ekfac(jg.curvature.kfac(loss)(jnp.ones((3, 2)), jnp.eye(2), jnp.zeros((2, 3))), g)
+        >>> influence_through(lambda v: F.solve(v, damping=2.0), g, g[:1]).round(3).tolist()
+        [[0.75, 0.0]]
+
+    Source: Grosse et al. 2023.
+    """
+    checked_gradients(train)
+    return _through(lambda v: (solve(v), jnp.zeros(())), train, test)[0]
+
+
+def _through(
+    solve: Callable[[PyTree], tuple[PyTree, Array]], train: PerExampleGrads, test: PerExampleGrads
+) -> tuple[Array, Array]:
+    """(solve(test_c)ᵀ g_b / B [C, B], what else `solve` returns [C])."""
+    checked_gradients(test)
+    train._same_parameters(test)
+    norms = test.norms()
+    B, C, wide = train.batch_size, test.batch_size, norms.dtype
+    if not (B and C):
+        return jnp.zeros((C, B), wide), jnp.zeros(C, wide)
+
     def one(c: Array) -> tuple[Array, Array]:
         chosen = (jnp.arange(C) == c).astype(wide)
-        unit = power_of_two((test.norms() * chosen).max())  # no square in the solve overflows or underflows
-        right = test.weighted_sum(chosen / unit, wide)
-        x, _ = jax.scipy.sparse.linalg.cg(damped, right, tol=tolerance, maxiter=max_steps)
-        rest = jax.tree.map(jnp.subtract, right, damped(x))
-        length = jnp.where(_length(right) == 0, jnp.ones_like(unit), _length(right))
-        return unit * train.dot(x) / B, _length(rest) / length
+        unit = power_of_two((norms * chosen).max())  # no square in the solve overflows or underflows
+        x, more = solve(test.weighted_sum(chosen / unit, wide))
+        return unit * train.dot(x) / B, more
 
-    return InfluenceByCG(*lax.map(one, jnp.arange(C), batch_size=AT_ONCE))
+    return lax.map(one, jnp.arange(C), batch_size=AT_ONCE)
 
 
 def _length(tree: PyTree) -> Float[Array, ""]:

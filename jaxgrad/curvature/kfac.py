@@ -1,0 +1,161 @@
+"""Kronecker factors of every weight matrix, from moments taken where its gradient's product is made."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, PyTree
+
+from jaxgrad.curvature.kronecker import KroneckerFactors, sums
+from jaxgrad.errors import naming
+from jaxgrad.per_example.algebra.chunks import sum_examples
+from jaxgrad.per_example.algebra.factors import Factor, accumulator, at_once, unfolded, wide
+from jaxgrad.per_example.algebra.layout import Layout
+from jaxgrad.per_example.algebra.place import Axis
+from jaxgrad.per_example.algebra.product import Product
+from jaxgrad.per_example.interpreter.measuring import Measurer, measure_of
+from jaxgrad.per_example.interpreter.values import Unevaluated, Value
+from jaxgrad.per_example.lower import factors_of
+from jaxgrad.per_example.transform import Transformed
+from jaxgrad.precision import added
+
+Shared = Literal["expand", "reduce"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("left", "right"), meta_fields=("positions", "layout"))
+@dataclasses.dataclass(frozen=True)
+class _Moments:
+    """Σ_bt left leftᵀ [G, F, F] and Σ_bt right rightᵀ [G, K, K] of products with these positions in this layout."""
+
+    left: Any  # an Array, or what JAX puts in its place
+    right: Any
+    positions: int
+    layout: Layout
+
+
+def kfac(
+    loss: Callable[..., Any],
+    *,
+    shared: Shared = "expand",
+    argnums: int | Sequence[int] = 0,
+    in_axes: Any = 0,
+) -> Callable[..., PyTree]:
+    """The Kronecker factors of every weight matrix of a model, whatever the length of its sequences or images.
+
+    `kfac_factors(g)` takes them from gradients that are held as products. Here they are accumulated where the products
+    are made, so that they also exist where a product of many positions is larger than the gradient, as in most
+    convolutions and in dense layers on long sequences. Only two moments of each matrix are held; in a `lax.scan` over
+    layers they are taken inside the loop.
+
+    Formula: for the gradient Σ_t δ_t a_tᵀ of one example, with T positions in a sequence or image,
+    "expand": E[Σ_t δ_t δ_tᵀ] ⊗ E[mean_t a_t a_tᵀ], for layers whose positions are predicted separately;
+    "reduce": E[δ̂ δ̂ᵀ] ⊗ E[ā āᵀ] with δ̂ = Σ_t δ_t and ā = mean_t a_t, for positions that are averaged before the output.
+    Cost: one matrix product for each side replaces the product of the gradient.
+
+    If the labels in the batch are those of the data, the factors approximate the empirical Fisher matrix; if they are
+    drawn from the model, the Fisher matrix.
+
+    Args:
+        loss: loss of one example, as in `per_example_grad`.
+        shared: what positions that share a weight are taken for: "expand" or "reduce".
+        argnums, in_axes: as in `per_example_grad`.
+
+    Returns:
+        A function of (params, *batch) that returns the parameters' tree with `KroneckerFactors` at every matrix, and
+        None at biases, embeddings, and matrices whose gradient is not a product: `explain` says which these are.
+        A matrix that each step of a loop uses has None too if the loop is long. Averages over batches of one size are
+        `jax.tree.map` of the mean.
+
+    Raises:
+        TypeError, ValueError: as in `per_example_grad`; another word for `shared` (ValueError).
+
+    Example:
+        >>> loss = lambda W, x: jnp.tanh(x @ W).sum()                    # x [T, K], with more positions than parameters
+        >>> factors = kfac(loss)(jnp.ones((9, 4)), jnp.ones((2, 100, 9)))
+        >>> factors.left.shape, factors.right.shape
+        ((1, 9, 9), (1, 4, 4))
+
+    Source: Martens and Grosse 2015; Grosse and Martens 2016; Eschenhagen et al. 2023.
+    """
+    if shared not in _MEASURERS:
+        raise ValueError(f'kfac: expected shared="expand" or "reduce", got {shared!r}.')
+    transformed = Transformed("kfac", loss, argnums, in_axes)
+
+    @naming("kfac")
+    def factors(params: PyTree, *batch: Any) -> PyTree:
+        arguments = transformed.arguments((params, *batch), {})
+        _, _, moments = transformed.measured(arguments, _MEASURERS[shared], [()] * len(arguments.params), summed=True)
+        B = max(arguments.batch_size, 1)
+        return jax.tree.unflatten(arguments.params_tree, [_means(m, B, shared) for m in moments])
+
+    return factors
+
+
+def _means(moments: _Moments | None, B: int, shared: Shared) -> KroneckerFactors | None:
+    if moments is None:
+        return None
+    T = moments.positions if shared == "expand" else moments.positions**2  # ā is a mean
+    return KroneckerFactors(moments.left / B, moments.right / B / T, moments.layout)
+
+
+def _measure(shared: Shared, value: Value, shape: tuple[int, ...], dtype: Any, _: Any) -> _Moments | None:
+    """The moments of one example's gradient, None if it is not a sum of products in one layout."""
+    known: Any = measure_of(value)
+    if known is not None or not isinstance(value, Unevaluated) or sum(n != 1 for n in shape) < 2:
+        return known
+    parts = factors_of(value, shape, dtype)
+    products = [f for f in parts if isinstance(f, Product) and f.kind in ("Outer", "Windows") and f.positions]
+    if len(products) < len(parts) or not all(f.layout.same_place(products[0].layout) for f in products):
+        return None
+    if shared == "reduce" and len(products) > 1:
+        return None  # its positions are in several products
+    found = [_moments(f, shared) for f in products]
+    left, right = (added(side) for side in zip(*found, strict=True))
+    return _Moments(left, right, sum(f.positions for f in products), products[0].layout)
+
+
+def _moments(f: Product, shared: Shared) -> tuple[Array, Array]:
+    """The two moments of one example; under a vmap over examples, their sums over the batch, without an axis for it."""
+
+    @custom_vmap
+    def of_example(f: Factor) -> tuple[Array, Array]:
+        return _batch_moments(jax.tree.map(lambda a: a[None], f), shared)
+
+    @of_example.def_vmap
+    def _(size: int, batched: Any, f: Factor) -> tuple[Any, Any]:
+        def with_axis(a: Array, has_axis: bool) -> Array:
+            return a if has_axis else jnp.broadcast_to(a[None], (size, *a.shape))
+
+        return _batch_moments(jax.tree.map(with_axis, f, batched[0]), shared), (False, False)
+
+    return of_example(f)
+
+
+def _batch_moments(f: Product, shared: Shared) -> tuple[Array, Array]:
+    wide_f: Any = wide(f, accumulator(f))
+    if not f.windows:
+        return sums(wide_f, shared == "reduce")
+    return sum_examples(lambda w: sums(unfolded(w), shared == "reduce"), at_once(f), wide_f)
+
+
+def _of_all_steps(moments: _Moments | None, _: Any) -> _Moments | None:
+    """The moments of a stacked parameter: the steps are a group."""
+    if moments is None:
+        return None
+    steps, layout = moments.left.shape[0], moments.layout
+    label = len(layout.sizes)
+    axis, group = (Axis(steps, 0, ((label, 1),)), (label,)) if steps != 1 else (Axis(1), ())
+    G, F, K = layout.order
+    stacked = Layout((axis, *layout.place), (*layout.sizes, steps), ((*group, *G), F, K), layout.dtype)
+    left, right = (a.reshape(-1, *a.shape[2:]) for a in (moments.left, moments.right))
+    return _Moments(left, right, moments.positions, stacked)
+
+
+_MEASURERS: dict[str, Measurer] = {
+    shared: Measurer(functools.partial(_measure, shared), _of_all_steps, has_layout=True)
+    for shared in ("expand", "reduce")
+}
