@@ -102,8 +102,8 @@ THEME = Theme(
     """
 This table needs no device: the compiler of a TPU v5e (through `libtpu`) compiles the programs ahead of time for a slice
 of 16 or 256 chips. The batch is sharded over all chips, and so is each parameter, along its longest axis (FSDP).
-`plain` is `jit(value_and_grad(mean loss))`, with `lax.scan` over the layers and `jax.checkpoint` in the loop; `one pass`
-and `two passes` are `clipped_grad`. Sums and gradients are sharded as the parameters are.
+`plain` is `jit(value_and_grad(mean loss))`, with `lax.scan` over the layers and `jax.checkpoint` in the loop; `one
+pass` and `two passes` are `clipped_grad`. Sums and gradients are sharded as the parameters are.
 
 *MiB* is the peak memory of one chip that the compiler reports, arguments and results included. *Sent* counts the bytes
 that one chip sends with ring algorithms (`benchmarks/compiled/communication.py`). The other columns are multiples of

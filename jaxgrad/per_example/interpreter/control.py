@@ -82,7 +82,9 @@ class _Loop:
         self.reasons: dict[int, undone.Reason] = {}
         self.measurer = measurer()
         stacked = range(self.carry, len(wanted)) if self.measurer else ()
-        self.measured = [k for k in stacked if wanted[k] and self.used[k]]
+        self.measured = [
+            k for k in stacked if wanted[k] and self.used[k] and not _jax.is_offloaded(self.program.jaxpr.outvars[k])
+        ]
 
     def _accumulates(self, k: int) -> bool:
         jaxpr = self.program.jaxpr
@@ -269,6 +271,9 @@ def _at_each_position(value: Undone) -> int:
 
 
 def _first(a: Any) -> Any:
+    """What the first step takes of an operand, to trace with."""
+    if _jax.is_offloaded(a):  # a ShapeDtypeStruct cannot say so
+        return lax.index_in_dim(a, 0, keepdims=False)
     return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
 
 
