@@ -346,6 +346,12 @@ def example_for_tracing(a: Any, axis: int) -> Any:
     return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
 
 
+def is_offloaded(a: Any) -> bool:
+    """Whether an array or variable is not in the device's memory, as what a checkpoint policy has moved to the host."""
+    aval = getattr(a, "aval", None) or jax.typeof(a)
+    return getattr(aval, "memory_space", jax.memory.Space.Device) != jax.memory.Space.Device
+
+
 def varying(a: Any) -> frozenset[str]:
     """The mesh axes along which an array varies inside shard_map."""
     if isinstance(a, jax.ShapeDtypeStruct):

@@ -1,5 +1,6 @@
 """Sums of clipped gradients, for private and robust training: no example moves the sum by more than a stated bound."""
 
+import copy
 import functools
 import inspect
 import math
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
+from jaxgrad.costs import Cost, Costs, compiled_cost
 from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares, shortened
@@ -25,7 +27,7 @@ from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import automatic_over, in_both, kept, laid_out_as
 
-__all__ = ["ClipInfo", "ClippedGrad", "Weighting", "automatic", "clipped_grad"]
+__all__ = ["ClipInfo", "ClippedGrad", "Cost", "Costs", "Weighting", "automatic", "clipped_grad"]
 
 Weighting = Callable[[Array, Array], Array]
 """A function (norms [B], bound) → the factors [B] that multiply the gradients."""
@@ -150,7 +152,8 @@ def clipped_grad(
             "normalize", max_norm/‖g‖, which rescales every nonzero gradient to the bound; `clipping.automatic(gamma)`;
             or your own function (norms [B], bound) → the factors [B] that multiply the gradients. Whatever factors it
             returns, no gradient becomes longer than its bound.
-        passes: 1 holds the factors of all gradients and sums them; prefer it if the factors fit in memory. 2 computes
+        passes: 1 holds the factors of all gradients and sums them; prefer it if the factors fit in memory (the
+            method `costs` of the returned function compares the two). 2 computes
             the norms first and drops the factors, then computes the ordinary gradient of Σ_b c_b · loss_b. Two passes
             need the memory of a plain gradient, even for a `lax.scan` over layers with `jax.checkpoint`, and about
             twice its time (1.8 to 2.3 times in `docs/cost.md`). Each bound takes its own backward pass, and effects in
@@ -296,6 +299,38 @@ class ClippedGrad:
             ratio += RECOMPUTED[jnp.finfo(dtype).dtype] + batch_size * sum_error
         bound = self._bound(wide)
         return bound * (ratio if isinstance(bound, float) else jnp.asarray(ratio, wide))
+
+    def costs(self, *args: Any, **kwargs: Any) -> Costs:
+        """Return memory and operations of one pass, of two passes and of a plain gradient, to choose `passes`.
+
+        The programs are compiled for the arguments' shapes, dtypes and shardings, and not run.
+
+        Args:
+            args, kwargs: the arguments of a call: arrays or `jax.ShapeDtypeStruct`s.
+
+        Returns:
+            `Costs` with the rows "plain gradient", "one pass" and "two passes".
+
+        Raises:
+            TypeError, ValueError: as the call itself, with one pass or with two.
+
+        Example:
+            >>> gradient = clipped_grad(lambda W, x: jnp.tanh(W @ x).sum(), 1.0)
+            >>> costs = gradient.costs(jnp.ones((30, 20)), jax.ShapeDtypeStruct((4, 20), jnp.float32))
+            >>> costs["plain gradient"].operations < costs["one pass"].operations < costs["two passes"].operations
+            True
+        """
+
+        def plain(*args: Any, mask: Any = None, **kwargs: Any) -> list[Array]:
+            arguments = self._transformed.arguments(args, kwargs)
+            ones = jnp.ones(arguments.batch_size)
+            return weighted_gradients(self._transformed, arguments, [ones], ones > 0)[0]
+
+        ways: dict[str, Any] = {"plain gradient": plain}
+        for name, passes in (("one pass", 1), ("two passes", 2)):
+            ways[name] = copy.copy(self)
+            ways[name]._passes = passes
+        return Costs({name: compiled_cost(way, args, kwargs) for name, way in ways.items()})
 
     @naming("clipped_grad")
     def __call__(self, *args: Any, mask: Any = None, **kwargs: Any) -> tuple[PyTree, ClipInfo]:

@@ -20,7 +20,7 @@ from jaxgrad.network import derivation
 
 SOURCE = Path(jaxgrad.__file__).parent
 REFERENCE = SOURCE.parent / "docs" / "reference"
-INTERNAL = {"errors", "microbatches", "precision", "progress", "sharding"}  # used by the public modules only
+INTERNAL = {"costs", "errors", "microbatches", "precision", "progress", "sharding"}  # used by the public modules only
 
 
 def submodules() -> list[str]:

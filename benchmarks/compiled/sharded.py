@@ -19,7 +19,6 @@ from benchmarks.workload import Column, Row, Settings, Theme, Workload
 
 NAME = "sharded"
 PLAIN, ONE, TWO = "plain", "one pass", "two passes"
-GPT_2_SMALL = {"L": 12, "V": 50304, "D": 768}
 
 
 def select_models(small: bool) -> Iterator[tuple[str, str, Callable[[], Model]]]:
@@ -29,7 +28,6 @@ def select_models(small: bool) -> Iterator[tuple[str, str, Callable[[], Model]]]
         return
     yield "4x4", "float32", functools.partial(models.deep_transformer, 4, 512, 128, 64)
     yield "16x16", "float32", functools.partial(models.deep_transformer, 4, 512, 128, 1024)
-    yield "4x4", "bfloat16", functools.partial(models.deep_language_model, T=1024, B=64, **GPT_2_SMALL)
 
 
 def workloads(settings: Settings) -> Iterator[Workload]:

@@ -15,6 +15,7 @@ from jaxgrad.per_example.algebra.sides import Axes, Sides
 from jaxgrad.per_example.interpreter.measuring import Measurer, measure_of
 from jaxgrad.per_example.interpreter.values import Value
 from jaxgrad.per_example.lower import factors_of
+from jaxgrad.sharding import with_automatic_axes
 
 
 class Placed(NamedTuple):

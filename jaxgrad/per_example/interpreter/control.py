@@ -98,6 +98,7 @@ class _Loop:
             k: target
             for k, target in enumerate(targets)
             if target is not None and wanted[k] and used[k] and (k >= self.carry or (adds_up and self.kept[k]))
+            if not _jax.is_offloaded(self.program.jaxpr.outvars[k])
         }
         self.of_steps: dict[int, tuple[Any, Callable[[Any], Target]]] = {
             k: self._of_steps(k, target) for k, target in self.measured.items()
@@ -318,6 +319,9 @@ def _at_each_position(value: Unevaluated) -> int:
 
 
 def _first(a: Any) -> Any:
+    """What the first step takes of an operand, to trace with."""
+    if _jax.is_offloaded(a):  # a ShapeDtypeStruct cannot say so
+        return lax.index_in_dim(a, 0, keepdims=False)
     return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
 
 
