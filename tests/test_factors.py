@@ -429,7 +429,7 @@ def many_rows(seed, B, T, rows=40, K=3, repeated=False, dtype=np.float64):
     return Rows.of_table(ids, values, rows, dtype)
 
 
-@pytest.mark.every(7)
+@pytest.mark.every(0)
 @pytest.mark.parametrize("rows", [40, 5000])
 @pytest.mark.parametrize("repeated", [(False, False), (True, True), (True, False)])
 def test_rows_with_many_positions_are_matched_by_id(rows, repeated):
@@ -474,7 +474,7 @@ def test_no_table_is_materialized_for_norms_of_rows_with_many_positions():
 # --- Squares of half precision -------------------------------------------------------------------------------------
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(9)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("size", [1e-4, 10.0, 500.0])
 @pytest.mark.parametrize("kind", ["outer", "rows", "dense", "positions"])

@@ -74,6 +74,7 @@ def test_the_zoo_has_the_projections_of_its_materialized_gradients(entry):
 NAMED = ("mlp", "conv_2d", "conv_channels_first_in_groups_and_dilated", "tied_to_the_output_layer")
 
 
+@pytest.mark.every(3)
 @pytest.mark.usefixtures("jax_defaults")
 @pytest.mark.parametrize("name", NAMED)
 def test_gaussian_sides_of_several_sizes(name):
@@ -145,6 +146,7 @@ def test_projections_are_linear_and_keep_inner_products():
         assert np.all(np.abs(np.mean(many, 0) - gram / jnp.outer(lengths, lengths)) < 4 * spread)
 
 
+@pytest.mark.every(0)
 def test_the_matrices_depend_on_the_key_and_the_shapes_alone():
     params, _ = scanned()
     half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), params)
@@ -213,6 +215,7 @@ def test_sides_of_the_caller_on_any_axes():
         assert_projects(project(g, sides), G, sides)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("factored", [True, False])
 def test_second_moments(factored):
     params, x = scanned()
@@ -332,7 +335,7 @@ PLACES = {  # how layers [L, D, H] are stored: (stored from layers, layers from 
 }
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", PLACES)
 def test_stacked_layers_in_any_place_of_a_parameter(name, weighted):
@@ -351,6 +354,7 @@ def test_stacked_layers_in_any_place_of_a_parameter(name, weighted):
     np.testing.assert_allclose(inside, after, rtol=0, atol=tolerance * np.abs(after).max())
 
 
+@pytest.mark.every(0)
 def test_has_aux_argnums_and_keywords():
     params, x = scanned()
     loss = lambda x, p, *, scale: (scale * layers(p, x), x.sum())  # noqa: E731

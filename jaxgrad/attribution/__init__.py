@@ -38,7 +38,7 @@ from jaxgrad.attribution.projection import per_example_projection, project, rand
 from jaxgrad.attribution.scores import NoiseScale, cosine_similarity, noise_scale
 from jaxgrad.attribution.sides import normalized, random_sides
 from jaxgrad.attribution.through import InfluenceByCG, influence_by_cg, influence_through
-from jaxgrad.per_example.algebra.sides import Sides
+from jaxgrad.per_example.algebra.projection_sides import Sides
 
 __all__ = [
     "InfluenceByCG",

@@ -16,7 +16,7 @@ from jaxgrad.per_example.algebra import chunks, complexes
 from jaxgrad.per_example.algebra.chunks import chunk_size
 from jaxgrad.per_example.algebra.leaf import Leaf
 from jaxgrad.per_example.algebra.projected import projected
-from jaxgrad.per_example.algebra.sides import Sides, is_sides
+from jaxgrad.per_example.algebra.projection_sides import Sides, is_sides
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 from jaxgrad.per_example.projecting import PROJECTOR, Placed
 from jaxgrad.per_example.transform import Transformed

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxgrad.errors import caller, naming
-from jaxgrad.per_example.algebra.sides import Axes, Sides, is_sides
+from jaxgrad.per_example.algebra.projection_sides import Axes, Sides, is_sides
 from jaxgrad.precision import working_dtype
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jaxgrad import _jax
 from jaxgrad.per_example.algebra.one_example import for_one_example
 from jaxgrad.per_example.algebra.projected import projected
-from jaxgrad.per_example.algebra.sides import Axes, Sides
+from jaxgrad.per_example.algebra.projection_sides import Axes, Sides
 from jaxgrad.per_example.interpreter.measuring import Measurer, measure_of
 from jaxgrad.per_example.interpreter.values import Value
 from jaxgrad.per_example.lower import factors_of

@@ -13,7 +13,7 @@ from jaxgrad.per_example.algebra.leaf import Leaf
 from jaxgrad.per_example.algebra.mapped import Common, Mapped, Same
 from jaxgrad.per_example.algebra.place import Axis
 from jaxgrad.per_example.algebra.product import Product, Unfolded
-from jaxgrad.per_example.algebra.sides import Sides
+from jaxgrad.per_example.algebra.projection_sides import Sides
 from jaxgrad.per_example.algebra.windows import Window
 from jaxgrad.per_example.gradients import PerExampleGrads
 

@@ -17,6 +17,8 @@ scaled       norms of gradients that a shared map scales elementwise
 inner_products
              inner products of two factors, for every pair of kinds, and Gram matrices
 weighted     weighted sums of gradients
+projection_sides
+             the two matrices that project a weight's gradient; projected: the projections
 moments      elementwise second moment and variance
 rows         inner products and sums of an embedding's gradient, by combining equal ids
 
@@ -24,5 +26,6 @@ sums         sums over very many examples, in blocks
 platforms    what is computed differently on a CPU and on an accelerator
 complexes    complex parameters as pairs of real ones
 scales       powers of two that keep squares in range
+one_example  a function of a batch as one of an example, for use inside loops
 chunks       loops that materialize at most a stated number of bytes at once
 """

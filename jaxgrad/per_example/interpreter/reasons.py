@@ -1,4 +1,4 @@
-"""Why a gradient is not kept factored: every reason that `explain` and `strict` give."""
+"""Why a gradient takes the direct route: the reasons that `explain` and `strict` print."""
 
 from typing import NamedTuple
 
