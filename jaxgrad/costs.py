@@ -39,7 +39,8 @@ class Costs:
         rows: the cost of each way.
 
     Example:
-        >>> costs = jg.clipped_grad(lambda W, x: jnp.tanh(W @ x).sum(), 1.0).costs(jnp.ones((30, 20)), jnp.ones((4, 20)))
+        >>> gradient = jg.clipped_grad(lambda W, x: jnp.tanh(W @ x).sum(), 1.0)
+        >>> costs = gradient.costs(jnp.ones((30, 20)), jnp.ones((4, 20)))
         >>> sorted(costs.rows)
         ['one pass', 'plain gradient', 'two passes']
         >>> costs["two passes"].operations > costs["one pass"].operations
