@@ -150,7 +150,8 @@ def clipped_grad(
         passes: 1 holds the factors of all gradients and sums them. 2 takes the norms first and drops the factors, then
             computes the ordinary gradient of Σ_b c_b · loss_b: this needs the memory of a plain gradient, even for a
             `lax.scan` over layers with `jax.checkpoint`, and up to twice its time. Prefer 1 if the factors fit in
-            memory; `costs` of the returned function compares them. With 2, each bound takes a backward pass of its own, and effects in `fun` happen in both passes.
+            memory; `costs` of the returned function compares them. With 2, each bound takes a backward pass of its own,
+            and effects in `fun` happen in both passes.
 
     Two passes: the second pass computes the gradients again, with the rounding of a plain gradient. ε therefore also
     covers how far the two computations of one gradient may differ, relative to its norm: 2⁻¹⁰ in float32, 2⁻²⁹ in
