@@ -152,12 +152,11 @@ def clipped_grad(
             "normalize", max_norm/‖g‖, which rescales every nonzero gradient to the bound; `clipping.automatic(gamma)`;
             or your own function (norms [B], bound) → the factors [B] that multiply the gradients. Whatever factors it
             returns, no gradient becomes longer than its bound.
-        passes: 1 holds the factors of all gradients and sums them; prefer it if the factors fit in memory (the
-            method `costs` of the returned function compares the two). 2 computes
-            the norms first and drops the factors, then computes the ordinary gradient of Σ_b c_b · loss_b. Two passes
-            need the memory of a plain gradient, even for a `lax.scan` over layers with `jax.checkpoint`, and about
-            twice its time (1.8 to 2.3 times in `docs/cost.md`). Each bound takes its own backward pass, and effects in
-            `fun` happen in both passes.
+        passes: 1 holds the factors of all gradients and sums them; prefer it if the factors fit in memory (the method
+            `costs` of the returned function compares the two). 2 computes the norms first and drops the factors, then
+            computes the ordinary gradient of Σ_b c_b · loss_b. Two passes need the memory of a plain gradient, even for
+            a `lax.scan` over layers with `jax.checkpoint`, and about twice its time (1.8 to 2.3 times in
+            `docs/cost.md`). Each bound takes its own backward pass, and effects in `fun` happen in both passes.
 
     Two passes: the second pass computes the gradients again, with the rounding of a plain gradient. ε therefore also
     covers how far the two computations of one gradient may differ, relative to its norm: 2⁻¹⁰ in float32, 2⁻²⁹ in
