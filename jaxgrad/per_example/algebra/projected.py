@@ -20,8 +20,8 @@ from jaxgrad.per_example.algebra.factors import Factor, accumulator, is_nothing,
 from jaxgrad.per_example.algebra.mapped import Common, of_examples
 from jaxgrad.per_example.algebra.place import Labels, labels_of, put, read
 from jaxgrad.per_example.algebra.product import Product
-from jaxgrad.per_example.algebra.rows import Lookup, with_values
 from jaxgrad.per_example.algebra.projection_sides import Axes, Sides, exact
+from jaxgrad.per_example.algebra.rows import Lookup, with_values
 from jaxgrad.precision import added, contracted
 
 MATERIALIZED_BYTES = 16 * 2**20
