@@ -180,6 +180,12 @@ def test_in_axes_that_do_not_fit_are_named(in_axes, error, message):
         jg.clipped_grad(mlp, 1.0, in_axes=in_axes)(*mlp_data())
 
 
+def test_parameters_in_another_place_are_recognized():
+    x, params = jnp.ones(3), {"in": jnp.ones((5, 3)), "out": jnp.ones((2, 5))}
+    with pytest.raises(ValueError, match=r"one batch size .* If the parameters are argument 1, pass argnums=1\."):
+        jg.per_example_grad(lambda x, params: (params["out"] @ params["in"] @ x).sum())(x, params)
+
+
 def test_attribution_and_streams_take_in_axes():
     """Attribution and streams take the loss's in_axes, which start with None for the parameters."""
     axes, shift = (None, 1, None), jnp.ones(())

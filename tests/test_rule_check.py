@@ -90,3 +90,10 @@ def test_rules_that_call_each_other_are_an_error():
         check_rule(half_p.bind, W)
     with jg.register_rule(half_p, lambda a: double_p.bind(a) / 4), jg.register_rule(double_p, lambda a: a * 2):
         assert check_rule(half_p.bind, W).factored
+
+
+def test_a_report_says_if_a_rule_keeps_no_product():
+    with jg.register_rule("integer_pow", lambda x, y: x * x if y == 2 else None):
+        report = check_rule(lambda x: jax.lax.integer_pow(x, 2), jnp.ones((4, 6), jnp.float32))
+    assert report.agrees
+    assert "No result stays factored" in str(report)

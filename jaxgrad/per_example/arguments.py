@@ -74,7 +74,7 @@ def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Any, in
     start = {k: sum(len(jax.tree.leaves(args[j])) for j in numbers[:i]) for i, k in enumerate(numbers)}
     places, batch, shared = _split((*args, kwargs), entries, start)
     arrays, axes = [a for _, a, _ in batch], [axis for _, _, axis in batch]
-    batch_size = _batch_size({name: a.shape[axis] for name, a, axis in batch})
+    batch_size = _batch_size({name: a.shape[axis] for name, a, axis in batch}, _other_parameters(args, numbers))
     example = [_jax.example_for_tracing(a, axis) for _, a, axis in batch]
     mesh_axes = frozenset(name for a in arrays for name in _jax.varying(a))
     params = [_jax.made_varying(p, mesh_axes) for p in params]
@@ -256,7 +256,15 @@ def _keyword_axis(leaf: Any) -> int | None:
     return 0 if getattr(leaf, "ndim", 0) >= 1 and hasattr(leaf, "dtype") else None
 
 
-def _batch_size(sizes: dict[str, int]) -> int:
+def _other_parameters(args: Sequence[Any], numbers: Sequence[int]) -> str:
+    """Advice if another argument looks like the parameters: it is a tree, and the differentiated one is an array."""
+    trees = [k for k, arg in enumerate(args) if k not in numbers and len(jax.tree.leaves(arg)) > 1]
+    if len(trees) != 1 or len(numbers) != 1 or len(jax.tree.leaves(args[numbers[0]])) != 1:
+        return ""
+    return f" If the parameters are argument {trees[0]}, pass argnums={trees[0]}."
+
+
+def _batch_size(sizes: dict[str, int], advice: str) -> int:
     if not sizes:
         raise ValueError(
             f"{caller()}: expected at least one batched argument besides the parameters, got none. Pass the examples "
@@ -266,7 +274,7 @@ def _batch_size(sizes: dict[str, int]) -> int:
         got = ", ".join(f"{n} in {name}" for name, n in sizes.items())
         raise ValueError(
             f"{caller()}: expected one batch size in all batched arguments, got {got}. Pass arrays shared by all "
-            f"examples by position, with None in in_axes; arrays in keyword arguments are batched."
+            f"examples by position, with None in in_axes; arrays in keyword arguments are batched.{advice}"
         )
     return next(iter(sizes.values()))
 

@@ -75,7 +75,8 @@ class RuleReport:
         return any(row.factored for row in self.rows)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.rows))
+        useless = [] if self.factored else ["No result stays factored: explain says why where a loss uses the primitive."]
+        return "\n".join([*map(str, self.rows), *useless])
 
 
 def check_rule(fun: Callable[..., Any], *operands: Any, rtol: float | None = None, seed: int = 0) -> RuleReport:
