@@ -75,7 +75,9 @@ class RuleReport:
         return any(row.factored for row in self.rows)
 
     def __str__(self) -> str:
-        useless = [] if self.factored else ["No result stays factored: explain says why where a loss uses the primitive."]
+        useless = (
+            [] if self.factored else ["No result stays factored: explain says why where a loss uses the primitive."]
+        )
         return "\n".join([*map(str, self.rows), *useless])
 
 
