@@ -30,6 +30,10 @@ IDENTITIES = (
     *(lax.copy_p, lax.reduce_precision_p, lax.optimization_barrier_p),
     *(primitives.sharding_constraint_p, primitives.device_put_p),
 )  # primitives that return each operand unchanged
+try:
+    from jax.experimental.shard_alike import shard_alike
+except ImportError:  # removed in JAX 0.12
+    shard_alike = None
 unstack_p: Any = getattr(lax, "unstack_p", None)  # JAX has these two since 0.10.1
 stack_p: Any = getattr(lax, "stack_p", None)
 
@@ -361,6 +365,15 @@ def varying(a: Any) -> frozenset[str]:
 
 def _varying(aval: Any) -> frozenset[str]:
     return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()))
+
+
+def sharded_alike(a: Any, like: Any) -> Any:
+    """The array, which the compiler shards as another of its shape; for axes of a mesh that are automatic."""
+    if shard_alike is not None:
+        alike, _ = shard_alike(a, -like.astype(a.dtype))
+        return alike
+    never = lax.optimization_barrier(jnp.zeros((), bool))  # an elementwise operation, through which shardings propagate
+    return jnp.where(never, like.astype(a.dtype), a)
 
 
 def made_varying(a: Any, axes: frozenset[str]) -> Any:

@@ -13,9 +13,10 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
+
+from jaxgrad import _jax
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -145,7 +146,7 @@ def laid_out_as(total: Array, parameter: Array) -> Array:
         return total
     total = sharded_as(jax.typeof(parameter), total)
     if AxisType.Auto in mesh.axis_types:  # the compiler may still reshard the parameter, but not this copy of it
-        total, _ = shard_alike(total, -parameter.astype(total.dtype))
+        total = _jax.sharded_alike(total, parameter)
     return total
 
 
