@@ -4,6 +4,7 @@ tests/test_jax.py pins each layout that is read here, so a change in JAX fails t
 """
 
 import functools
+import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -31,7 +32,7 @@ IDENTITIES = (
     *(primitives.sharding_constraint_p, primitives.device_put_p),
 )  # primitives that return each operand unchanged
 try:
-    from jax.experimental.shard_alike import shard_alike
+    shard_alike: Any = importlib.import_module("jax.experimental.shard_alike").shard_alike
 except ImportError:  # removed in JAX 0.12
     shard_alike = None
 unstack_p: Any = getattr(lax, "unstack_p", None)  # JAX has these two since 0.10.1
