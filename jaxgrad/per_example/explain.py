@@ -132,10 +132,10 @@ def explain(
     the gradient itself.
 
     The column `norm` says how the inner product of each pair of factors, which the norm needs, is computed. "sides" is
-    ‖left‖·‖right‖; "positions", inner products of T × T positions; "matrix", the product, materialized a few examples
-    at a time; "direction", the inner product with an array shared by all examples; "map", the result of the linear map
-    of a Mapped; "entries", the gradient's entries; "apart", nothing, because the two factors occupy different entries
-    of the parameter.
+    ‖left‖·‖right‖; "positions", the inner products of the sides at all T × T pairs of positions; "matrix", the product,
+    materialized a few examples at a time; "direction", the inner product with an array shared by all examples; "map",
+    materialized gradients, after the linear map of a Mapped; "entries", the gradient's entries; "apart", nothing,
+    because the two factors occupy different entries of the parameter.
 
     Args:
         fun, argnums, in_axes, has_aux: as in `per_example_grad`.
