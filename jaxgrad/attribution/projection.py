@@ -42,7 +42,7 @@ def project(g: PerExampleGrads, sides: PyTree) -> Float[Array, "B S"]:
         sides: the parameters' tree with a `Sides` at every leaf, such as `random_sides` returns.
 
     Returns:
-        [B, S], in float32 at least: the numbers of one parameter after those of another, in the order of
+        [B, S], in float32 or wider: the numbers of one parameter after those of another, in the order of
         `jax.tree.leaves`; of each, `Sides.result(shape)` in the order of its axes. A complex parameter has the real
         parts of its numbers first, then their imaginary parts.
 

@@ -65,7 +65,7 @@ def influence_by_cg(
         max_steps: the largest number of steps of a solve.
 
     Returns:
-        `InfluenceByCG`: the scores [C, B], in float32 at least, and how well each system is solved.
+        `InfluenceByCG`: the scores [C, B], in float32 or wider, and how well each system is solved.
 
     Raises:
         ValueError: a damping that is not a number ≥ 0; gradients with respect to other parameters.
@@ -116,7 +116,7 @@ def influence_through(
         test: gradients of C test examples with respect to the same parameters.
 
     Returns:
-        [C, B], in float32 at least.
+        [C, B], in float32 or wider.
 
     Raises:
         ValueError: gradients with respect to other parameters.

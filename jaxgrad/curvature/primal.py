@@ -43,7 +43,7 @@ def tree_of(vector: Float[Array, " P"], shapes: PyTree) -> PyTree:
 
 @with_automatic_axes(by_example=False)
 def matrix_of(g: PerExampleGrads) -> Float[Array, "B P"]:
-    """G, materialized in float32 at least."""
+    """G, materialized in float32 or wider."""
     leaves = [added([factors.written_out(f) for f in leaf.weighted()]) for leaf in g._leaves]
     dtype = working_dtype(*(a.dtype for a in leaves))
     return jnp.concatenate([a.reshape(len(a), -1).astype(dtype) for a in leaves], 1)

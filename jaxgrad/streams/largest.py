@@ -88,7 +88,7 @@ def search(
 ) -> Callable[[Float[Any, "C S"], Float[Any, "N S"]], TopK]:
     """The k rows with the largest inner products with each query.
 
-    The rows are read once, a block at a time, in any floating dtype; products are accumulated in float32 at least. A
+    The rows are read once, a block at a time, in any floating dtype; products are accumulated in float32 or wider. A
     memory-mapped file of any length takes no more memory than two blocks.
 
     Args:
@@ -126,7 +126,7 @@ def scores(
         size, progress: as in `search`.
 
     Returns:
-        A function of (queries [C, S], rows [N, S]) that returns [C, N], a NumPy array in float32 at least.
+        A function of (queries [C, S], rows [N, S]) that returns [C, N], a NumPy array in float32 or wider.
 
     Raises:
         ValueError: a size below 1, or no rows.
