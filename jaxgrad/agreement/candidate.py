@@ -18,14 +18,16 @@ def paths(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def as_batched(candidate: Gradient, arguments: Arguments, batched: bool | None) -> Callable[..., PyTree]:
+def as_batched(
+    candidate: Gradient, arguments: Arguments, batched: bool | None, spmd_axis_name: Any
+) -> Callable[..., PyTree]:
     """Return the candidate as a function of the leaves of (parameters, batch) that returns all examples' gradients.
 
     It is called with one example and with the batch. The form whose result has the shapes of a gradient is used; if
     neither has them, the first form that does not raise is used.
 
     Args:
-        candidate, batched: as in `check_gradient`; `batched` restricts it to one form.
+        candidate, batched, spmd_axis_name: as in `check_gradient`; `batched` restricts it to one form.
         arguments: the call.
 
     Raises:
@@ -65,7 +67,7 @@ def as_batched(candidate: Gradient, arguments: Arguments, batched: bool | None) 
     if form:
         return gradient
     if traceable:
-        return jax.jit(jax.vmap(gradient, in_axes=(None, arguments.axes)))
+        return jax.jit(jax.vmap(gradient, (None, arguments.axes), spmd_axis_name=spmd_axis_name))
 
     def loop(params: Sequence[Any], leaves: Sequence[Any]) -> PyTree:
         count = leaves[0].shape[arguments.axes[0]]

@@ -25,6 +25,7 @@ def check_gradient(
     *batch: PyTree,
     argnums: int | Sequence[int] = 0,
     in_axes: Any = 0,
+    spmd_axis_name: Any = None,
     numerical: bool = False,
     reference_dtype: jax.typing.DTypeLike | None = None,
     rtol: float | None = None,
@@ -54,7 +55,7 @@ def check_gradient(
         loss: loss(params, *example) → scalar, a pure JAX function of ONE example.
         params: tree of floating-point arrays.
         *batch: arrays or trees of arrays, with an example axis where `in_axes` says so.
-        argnums, in_axes: as in `per_example_grad`, for the arguments (params, *batch) of both functions.
+        argnums, in_axes, spmd_axis_name: as in `per_example_grad`, for the arguments (params, *batch) of both.
         numerical: whether to compare with central differences as well, which takes 8 evaluations of the loss for each
             leaf.
         reference_dtype: jnp.float64 computes the reference in float64 from the same numbers; None computes it in the
@@ -96,7 +97,7 @@ def check_gradient(
     for path, leaf in paths(chosen).items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"check_gradient: expected real floating parameters, got {leaf.dtype} at params{path}.")
-    by_hand = as_batched(candidate, arguments, batched)
+    by_hand = as_batched(candidate, arguments, batched, spmd_axis_name)
     over_examples = (None, arguments.axes, None)
 
     def gradient(params: Any, examples: Any, shared: Any) -> Any:
@@ -105,7 +106,7 @@ def check_gradient(
     def values(params: Any, examples: Any, shared: Any) -> Any:
         return loss(*arguments.rebuild(params, examples, shared)[0])
 
-    by_jax, by_value = (jax.jit(jax.vmap(f, over_examples)) for f in (gradient, values))
+    by_jax, by_value = (jax.jit(jax.vmap(f, over_examples, spmd_axis_name=spmd_axis_name)) for f in (gradient, values))
     parts, differences, tree_problem = [], [], ""
     for part in _parts(arguments, batch_size):
         gradients = by_hand(arguments.params, part)

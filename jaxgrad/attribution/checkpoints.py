@@ -18,13 +18,13 @@ from jaxgrad.per_example.transform import per_example_grad, per_example_value_an
 
 
 def grand(
-    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0
+    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0, spmd_axis_name: Any = None
 ) -> Callable[..., Float[Array, " B"]]:
     """GraNd: the norm of each example's gradient, averaged over several initializations or checkpoints.
 
     Args:
         loss: loss of one example, as in `per_example_grad`.
-        argnums, in_axes: as in `per_example_grad`.
+        argnums, in_axes, spmd_axis_name: as in `per_example_grad`.
 
     Returns:
         A function of (checkpoints, *batch) that returns [B]; checkpoints is an iterable of trees of parameters.
@@ -39,7 +39,7 @@ def grand(
 
     Source: Paul et al. 2021.
     """
-    measured = per_example_norms(loss, argnums, in_axes=in_axes)
+    measured = per_example_norms(loss, argnums, in_axes=in_axes, spmd_axis_name=spmd_axis_name)
     norms = jax.jit(lambda params, batch: measured(params, *batch)[1])
 
     @naming("grand")
@@ -73,7 +73,7 @@ def _summed(terms: Iterable[Array]) -> tuple[Array, int]:
 
 
 def tracin(
-    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0
+    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0, spmd_axis_name: Any = None
 ) -> Callable[..., Float[Array, "C B"]]:
     """TracIn: how much training on each example lowered each test loss, to first order, summed over checkpoints.
 
@@ -81,7 +81,7 @@ def tracin(
 
     Args:
         loss: loss of one example, as in `per_example_grad`.
-        argnums, in_axes: as in `per_example_grad`.
+        argnums, in_axes, spmd_axis_name: as in `per_example_grad`.
 
     Returns:
         A function of (checkpoints, rates, train, test) that returns [C, B]. A score > 0 means that training on the
@@ -101,7 +101,7 @@ def tracin(
 
     Source: Pruthi et al. 2020.
     """
-    gradients = per_example_grad(loss, argnums, in_axes=in_axes)
+    gradients = per_example_grad(loss, argnums, in_axes=in_axes, spmd_axis_name=spmd_axis_name)
     products = jax.jit(lambda params, train, test: gradients(params, *test).gram(gradients(params, *train)))
 
     missing = object()
@@ -156,6 +156,7 @@ def trak(
     loss: Callable[[Array], Array] = _logistic_loss,
     argnums: int | Sequence[int] = 0,
     in_axes: Any = 0,
+    spmd_axis_name: Any = None,
 ) -> Callable[..., Float[Array, "C B"]]:
     """TRAK with the exact kernel: how much training on each example raised a model's output on each test example.
 
@@ -170,7 +171,7 @@ def trak(
         damping: μ ≥ 0, or `jg.curvature.relative(ratio)`.
         loss: the training loss of an example as a function of f; by default log(1 + exp(-f)), which is the
             cross-entropy if f is the log-odds of the right label.
-        argnums, in_axes: as in `per_example_grad`.
+        argnums, in_axes, spmd_axis_name: as in `per_example_grad`.
 
     Returns:
         A function of (checkpoints, train, test) that returns [C, B]; > 0 means that training on the example raised the
@@ -193,7 +194,7 @@ def trak(
     """
     with naming("trak"):
         checked_damping(damping)
-    gradients = per_example_value_and_grad(output, argnums, in_axes=in_axes)
+    gradients = per_example_value_and_grad(output, argnums, in_axes=in_axes, spmd_axis_name=spmd_axis_name)
 
     @jax.jit
     @in_full_precision

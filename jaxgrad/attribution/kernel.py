@@ -20,13 +20,14 @@ def ntk(
     *,
     argnums: int | Sequence[int] = 0,
     in_axes: Any = 0,
+    spmd_axis_name: Any = None,
     block_size: int | None = None,
 ) -> Callable[..., Float[Array, "B C *outputs"]]:
     """The empirical neural tangent kernel: inner products of the gradients of a model's outputs.
 
     Args:
         fun: fun(params, x) → the outputs of one example: a real scalar, or an array of O numbers.
-        argnums, in_axes: as in `per_example_grad`, for the arguments (params, x) and (params, x2).
+        argnums, in_axes, spmd_axis_name: as in `per_example_grad`, for the arguments (params, x) and (params, x2).
         block_size: number of examples of x, and of x2, whose gradients are held at once, to bound the memory. The
             gradients on x2 are then computed once for every block of x. None holds all gradients.
 
@@ -61,7 +62,7 @@ def ntk(
         if not isinstance(outputs, jax.ShapeDtypeStruct):
             raise TypeError(f"ntk: expected a function that returns one array, got {type(outputs).__name__}.")
         transform = per_example_jacobian if outputs.shape else per_example_grad
-        return transform(outputs_of)(arguments.params, examples)
+        return transform(outputs_of, spmd_axis_name=spmd_axis_name)(arguments.params, examples)
 
     def block(arguments: Arguments, arguments2: Arguments | None, examples: Any, examples2: Any) -> Array:
         g = gradients(arguments, examples)

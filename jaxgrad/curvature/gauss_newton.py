@@ -211,6 +211,7 @@ def gauss_newton(
     *,
     argnums: int | Sequence[int] = 0,
     in_axes: Any = 0,
+    spmd_axis_name: Any = None,
 ) -> Callable[..., GaussNewton]:
     """The rows G of the Gauss-Newton matrix GᵀG/n; `natural_gradient`, `influence` and others take them as gradients.
 
@@ -228,7 +229,7 @@ def gauss_newton(
             scalar, whose H is decomposed into eigenvectors. The result is NaN where the function is not convex. A
             negative eigenvalue counts as 0 if it is within the rounding error of H; this error is taken to be relative
             to H or to the curvature at outputs near 0, whichever is larger.
-        argnums, in_axes: as in `per_example_grad`, for the arguments (params, *inputs, target).
+        argnums, in_axes, spmd_axis_name: as in `per_example_grad`, for the arguments (params, *inputs, target).
 
     Returns:
         A function of (params, *inputs, target) that returns `GaussNewton`; inputs and target are trees of arrays, with
@@ -265,7 +266,7 @@ def gauss_newton(
 
         R = jax.eval_shape(outputs_and_root, arguments.params, arguments.example)[1].shape[1]
         by_leaves = dataclasses.replace(arguments, rebuild=lambda params, examples, _: ((params, examples), {}))
-        transformed = Transformed("gauss_newton", row_value, 0, 0, has_aux=True)
+        transformed = Transformed("gauss_newton", row_value, 0, 0, has_aux=True, spmd_axis_name=spmd_axis_name)
         residuals, jacobian = evaluated_by_output(transformed, with_output_index(by_leaves), R)
         return GaussNewton(jacobian, residuals)
 
@@ -278,6 +279,7 @@ def gauss_newton_vector_product(
     *,
     argnums: int | Sequence[int] = 0,
     in_axes: Any = 0,
+    spmd_axis_name: Any = None,
 ) -> Callable[..., PyTree]:
     """mean_b J_bᵀH_bJ_b v, the Gauss-Newton matrix times a direction, by forward mode, H and reverse mode.
 
@@ -286,7 +288,7 @@ def gauss_newton_vector_product(
     Args:
         model: model(params, *inputs) → outputs of one example, an array of any shape.
         loss: an `OutputLoss`, or a function (outputs, target) → scalar.
-        argnums, in_axes: as in `gauss_newton`.
+        argnums, in_axes, spmd_axis_name: as in `gauss_newton`.
 
     Returns:
         A function of (params, v, *inputs, target) that returns a tree with the parameters' shapes and dtypes; v is a
@@ -316,10 +318,17 @@ def gauss_newton_vector_product(
                 inputs[k] = value
             return model(*inputs), target
 
-        over_examples = jax.vmap(outputs_of_one, (None, arguments.axes), axis_size=arguments.batch_size)
+        over_examples = jax.vmap(
+            outputs_of_one,
+            (None, arguments.axes),
+            axis_size=arguments.batch_size,
+            spmd_axis_name=spmd_axis_name,
+        )
         outputs, forwards, target = jax.linearize(lambda p: over_examples(p, arguments.batch), chosen, has_aux=True)
         wide = working_dtype(outputs.dtype)
-        cotangent = jax.vmap(hessian_product)(outputs.astype(wide), target, forwards(v).astype(wide))
+        cotangent = jax.vmap(hessian_product, spmd_axis_name=spmd_axis_name)(
+            outputs.astype(wide), target, forwards(v).astype(wide)
+        )
         cotangent = cotangent / max(arguments.batch_size, 1)
         return jax.linear_transpose(forwards, chosen)(cotangent.astype(outputs.dtype))[0]
 

@@ -11,7 +11,7 @@ from jaxgrad.per_example.arguments import arguments_of
 
 
 def hessian_vector_product(
-    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0
+    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0, spmd_axis_name: Any = None
 ) -> Callable[..., PyTree]:
     """The Hessian of the mean loss times a direction, by forward mode over reverse mode.
 
@@ -19,7 +19,7 @@ def hessian_vector_product(
 
     Args:
         loss: loss of one example, as in `per_example_grad`.
-        argnums, in_axes: as in `per_example_grad`.
+        argnums, in_axes, spmd_axis_name: as in `per_example_grad`.
 
     Returns:
         A function of (params, v, *batch) that returns a tree with the parameters' shapes and dtypes; v is a direction
@@ -50,7 +50,10 @@ def hessian_vector_product(
                     inputs[k] = value
                 return loss(*inputs)
 
-            return jax.vmap(one, (arguments.axes,), axis_size=arguments.batch_size)(arguments.batch).mean()
+            over_examples = jax.vmap(
+                one, (arguments.axes,), axis_size=arguments.batch_size, spmd_axis_name=spmd_axis_name
+            )
+            return over_examples(arguments.batch).mean()
 
         return jax.jvp(jax.grad(mean_loss), (chosen,), (v,))[1]
 

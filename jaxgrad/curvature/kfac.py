@@ -43,6 +43,7 @@ def kfac(
     shared: Shared = "expand",
     argnums: int | Sequence[int] = 0,
     in_axes: Any = 0,
+    spmd_axis_name: Any = None,
 ) -> Callable[..., PyTree]:
     """The Kronecker factors of every weight matrix of a model, whatever the length of its sequences or images.
 
@@ -62,7 +63,7 @@ def kfac(
     Args:
         loss: loss of one example, as in `per_example_grad`.
         shared: what positions that share a weight are taken for: "expand" or "reduce".
-        argnums, in_axes: as in `per_example_grad`.
+        argnums, in_axes, spmd_axis_name: as in `per_example_grad`.
 
     Returns:
         A function of (params, *batch) that returns the parameters' tree with `KroneckerFactors` at every matrix, and
@@ -83,7 +84,7 @@ def kfac(
     """
     if shared not in _MEASURERS:
         raise ValueError(f'kfac: expected shared="expand" or "reduce", got {shared!r}.')
-    transformed = Transformed("kfac", loss, argnums, in_axes)
+    transformed = Transformed("kfac", loss, argnums, in_axes, spmd_axis_name=spmd_axis_name)
 
     @naming("kfac")
     def factors(params: PyTree, *batch: Any) -> PyTree:

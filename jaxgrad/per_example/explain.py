@@ -114,7 +114,12 @@ class Explanation:
 
 
 def explain(
-    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, in_axes: Any = 0, has_aux: bool = False
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    in_axes: Any = 0,
+    has_aux: bool = False,
+    spmd_axis_name: Any = None,
 ) -> Callable[..., Explanation]:
     """Report how `per_example_grad(fun)` holds the gradient of each parameter, without computing anything.
 
@@ -138,7 +143,7 @@ def explain(
     because the two factors occupy different entries of the parameter.
 
     Args:
-        fun, argnums, in_axes, has_aux: as in `per_example_grad`.
+        fun, argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
 
     Returns:
         A function that takes the arguments of `per_example_grad(fun)`, as arrays or as `jax.ShapeDtypeStruct`s, and
@@ -153,7 +158,7 @@ def explain(
         >>> row.how, row.norm
         ('factored', ('direction', 'direction', 'map'))
     """
-    transformed = Transformed("explain", fun, argnums, in_axes, has_aux)
+    transformed = Transformed("explain", fun, argnums, in_axes, has_aux, spmd_axis_name=spmd_axis_name)
 
     def explained(*args: Any, **kwargs: Any) -> Explanation:
         arguments = transformed.arguments(args, kwargs)

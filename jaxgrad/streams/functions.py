@@ -13,12 +13,14 @@ from jaxgrad.per_example.transform import per_example_grad
 from jaxgrad.streams.run import Part
 
 
-def norms(loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0) -> Callable[..., Part]:
+def norms(
+    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0, spmd_axis_name: Any = None
+) -> Callable[..., Part]:
     """Return a function for `run` that computes the losses, as "values", and the norms of their gradients, as "norms".
 
     Args:
         loss: loss of one example, as in `per_example_grad`.
-        argnums, in_axes: as in `per_example_grad`.
+        argnums, in_axes, spmd_axis_name: as in `per_example_grad`.
 
     Returns:
         A function of (params, *batch) that returns a `Part`. For a batch of b examples, both of its rows are [b].
@@ -31,7 +33,7 @@ def norms(loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes
         >>> {name: rows.shape for name, rows in each(jnp.ones(3), jnp.eye(3)).rows.items()}
         {'values': (3,), 'norms': (3,)}
     """
-    measured = per_example_norms(loss, argnums, in_axes=in_axes)
+    measured = per_example_norms(loss, argnums, in_axes=in_axes, spmd_axis_name=spmd_axis_name)
 
     def part(params: PyTree, *batch: Any) -> Part:
         values, lengths = measured(params, *batch)
@@ -41,7 +43,7 @@ def norms(loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes
 
 
 def second_moments(
-    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0
+    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0, spmd_axis_name: Any = None
 ) -> Callable[..., Part]:
     """Return a function for `run` that sums the gradients and their squares, entry by entry.
 
@@ -49,7 +51,7 @@ def second_moments(
     or wider, whatever the parameters' dtype.
 
     Args:
-        loss, argnums, in_axes: as in `norms`.
+        loss, argnums, in_axes, spmd_axis_name: as in `norms`.
 
     Returns:
         A function of (params, *batch) that returns a `Part` without rows.
@@ -59,7 +61,7 @@ def second_moments(
         >>> {path: total.shape for path, total in each({"w": jnp.ones(3)}, jnp.eye(3)).sums.items()}
         {"squares['w']": (3,), "sum['w']": (3,)}
     """
-    gradients = per_example_grad(loss, argnums, in_axes=in_axes)
+    gradients = per_example_grad(loss, argnums, in_axes=in_axes, spmd_axis_name=spmd_axis_name)
 
     def part(params: PyTree, *batch: Any) -> Part:
         g = gradients(params, *batch)
@@ -78,13 +80,14 @@ def projections(
     dtype: jax.typing.DTypeLike | None = None,
     argnums: int | Sequence[int] = 0,
     in_axes: Any = 0,
+    spmd_axis_name: Any = None,
 ) -> Callable[..., Part]:
     """Return a function for `run` that gives the rows "values", the losses, and "projections", of their gradients.
 
     The rows are an index of the examples: `search` finds those whose gradients are most like those of queries.
 
     Args:
-        loss, argnums, in_axes: as in `norms`.
+        loss, argnums, in_axes, spmd_axis_name: as in `norms`.
         sides: as in `jg.attribution.per_example_projection`.
         dtype: of the projections: None for the one they are computed in. float16 holds numbers up to 65,504; bfloat16
             those of float32, to two or three digits.
@@ -101,7 +104,7 @@ def projections(
     """
 
     def part(sides: PyTree, params: PyTree, *batch: Any) -> Part:
-        projected = per_example_projection(loss, sides, argnums, in_axes=in_axes)
+        projected = per_example_projection(loss, sides, argnums, in_axes=in_axes, spmd_axis_name=spmd_axis_name)
         values, numbers = projected(params, *batch)
         return Part({"values": values, "projections": numbers.astype(dtype or numbers.dtype)}, {})
 
@@ -109,12 +112,17 @@ def projections(
 
 
 def inner_products(
-    loss: Callable[..., Any], fixed: PerExampleGrads, *, argnums: int | Sequence[int] = 0, in_axes: Any = 0
+    loss: Callable[..., Any],
+    fixed: PerExampleGrads,
+    *,
+    argnums: int | Sequence[int] = 0,
+    in_axes: Any = 0,
+    spmd_axis_name: Any = None,
 ) -> Callable[..., Part]:
     """Return a function for `run` that computes inner products of gradients with fixed gradients, as "products".
 
     Args:
-        loss, argnums, in_axes: as in `norms`.
+        loss, argnums, in_axes, spmd_axis_name: as in `norms`.
         fixed: gradients of M examples with respect to the same parameters.
 
     Returns:
@@ -126,7 +134,7 @@ def inner_products(
         >>> each(w, jnp.ones((5, 3))).rows["products"].shape
         (5, 3)
     """
-    gradients = per_example_grad(loss, argnums, in_axes=in_axes)
+    gradients = per_example_grad(loss, argnums, in_axes=in_axes, spmd_axis_name=spmd_axis_name)
 
     def part(fixed: PerExampleGrads, params: PyTree, *batch: Any) -> Part:
         return Part({"products": gradients(params, *batch).gram(fixed)}, {})

@@ -19,7 +19,12 @@ from jaxgrad.streams.batches import Batch, checked, checked_sequences
 
 
 def gram(
-    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, in_axes: Any = 0, progress: bool = False
+    loss: Callable[..., Any],
+    *,
+    argnums: int | Sequence[int] = 0,
+    in_axes: Any = 0,
+    spmd_axis_name: Any = None,
+    progress: bool = False,
 ) -> Callable[..., Float[np.ndarray, "N M"]]:
     """The Gram matrix GGᵀ of N examples, or GG′ᵀ of N examples and M other examples, computed from batches.
 
@@ -29,7 +34,7 @@ def gram(
 
     Args:
         loss: loss of one example, as in `per_example_grad`.
-        argnums, in_axes: as in `per_example_grad`.
+        argnums, in_axes, spmd_axis_name: as in `per_example_grad`.
         progress: True shows a progress bar (needs rich).
 
     Returns:
@@ -48,7 +53,7 @@ def gram(
         >>> gram(lambda w, x: w @ x)(jnp.zeros(3), batches).tolist()
         [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    blocks = _Blocks(per_example_grad(loss, argnums, in_axes=in_axes), progress)
+    blocks = _Blocks(per_example_grad(loss, argnums, in_axes=in_axes, spmd_axis_name=spmd_axis_name), progress)
 
     @naming("streams.gram")
     def matrix(params: PyTree, batches: Sequence[Batch], others: Sequence[Batch] | None = None) -> np.ndarray:
@@ -63,6 +68,7 @@ def influence(
     *,
     argnums: int | Sequence[int] = 0,
     in_axes: Any = 0,
+    spmd_axis_name: Any = None,
     progress: bool = False,
 ) -> Callable[..., Float[np.ndarray, "C B"]]:
     """`attribution.influence` of B training examples on C test examples, computed from batches.
@@ -72,7 +78,7 @@ def influence(
     examples, and training with test examples), and a B × B solve.
 
     Args:
-        loss, argnums, in_axes, progress: as in `gram`.
+        loss, argnums, in_axes, spmd_axis_name, progress: as in `gram`.
         damping: μ ≥ 0, or `jg.curvature.relative(ratio)`.
 
     Returns:
@@ -92,7 +98,7 @@ def influence(
     """
     with naming("streams.influence"):
         checked_damping(damping)
-    blocks = _Blocks(per_example_grad(loss, argnums, in_axes=in_axes), progress)
+    blocks = _Blocks(per_example_grad(loss, argnums, in_axes=in_axes, spmd_axis_name=spmd_axis_name), progress)
 
     @naming("streams.influence")
     @in_full_precision
