@@ -15,7 +15,8 @@ import jax_privacy
 from jax_privacy import clipping as theirs
 from jaxtyping import Array, PyTree
 
-from jaxgrad.clipping import EPSILON, limited
+from jaxgrad.clipping.transform import EPSILON
+from jaxgrad.clipping.weightings import limited
 from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra import complexes
 from jaxgrad.per_example.algebra.norms import root_sum_of_squares

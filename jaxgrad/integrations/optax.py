@@ -8,7 +8,7 @@ import optax
 from jaxtyping import PyTree
 from optax import contrib
 
-from jaxgrad.clipping import limited
+from jaxgrad.clipping.weightings import limited
 from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra.norms import shortened
 from jaxgrad.per_example.gradients import PerExampleGrads

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
-from jaxgrad.costs import Cost, Costs, compiled_cost
+from jaxgrad.clipping.costs import Costs, compiled_cost
+from jaxgrad.clipping.weightings import WEIGHTINGS, Weighting, automatic, limited, one_for_each
 from jaxgrad.errors import naming
 from jaxgrad.per_example.algebra import complexes
-from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares, shortened
+from jaxgrad.per_example.algebra.norms import nan_unless, root_sum_of_squares
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.masks_and_bounds import checked_bound, checked_groups, checked_mask
 from jaxgrad.per_example.measure import measured_magnitudes
@@ -27,15 +28,8 @@ from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 from jaxgrad.sharding import automatic_over, in_both, kept, laid_out_as
 
-__all__ = ["ClipInfo", "ClippedGrad", "Cost", "Costs", "Weighting", "automatic", "clipped_grad"]
-
-Weighting = Callable[[Array, Array], Array]
-"""A function (norms [B], bound) → the factors [B] that multiply the gradients."""
-
-# A gradient that is a sum of terms of magnitude S is treated as if its norm were √(‖g‖² + GUARD·S²), because rounding
-# errors grow with S. Together with EPSILON, which determines ε, this gives the guarantee of `clipped_grad`. The keys
+# How far the rounding of one example may move the sum, relative to the bound: ε is (1 + √B) times this number. The keys
 # are the dtypes of the sum.
-GUARD = {jnp.dtype(jnp.float32): 2.0**-20, jnp.dtype(jnp.float64): 2.0**-40}
 EPSILON = {jnp.dtype(jnp.float32): 2.0**-12, jnp.dtype(jnp.float64): 2.0**-31}
 
 
@@ -71,30 +65,6 @@ class ClipInfo(NamedTuple):
     clipped_fraction: Array
     nonfinite: Array
     aux: Any = None
-
-
-def _normalize(norms: Array, max_norm: Array) -> Array:
-    """max_norm/‖g‖; 0 for a zero gradient."""
-    positive = norms > 0
-    return jnp.where(positive, max_norm / jnp.where(positive, norms, jnp.ones_like(norms)), jnp.zeros_like(norms))
-
-
-def automatic(gamma: float = 0.01) -> Weighting:
-    """The weighting of automatic clipping, max_norm/(‖g‖ + gamma) (Bu et al. 2023), which has no bound to tune.
-
-    Example:
-        >>> automatic(gamma=1.0)(jnp.array([0.0, 1.0, 3.0]), jnp.array(1.0)).tolist()
-        [1.0, 0.5, 0.25]
-    """
-
-    def weighting(norms: Array, max_norm: Array) -> Array:
-        return max_norm / (norms + gamma)
-
-    return weighting
-
-
-WEIGHTINGS: dict[str, Weighting] = {"clip": shortened, "normalize": _normalize}
-"""The weightings that `clipped_grad` accepts by name."""
 
 
 def clipped_grad(
@@ -189,18 +159,6 @@ def clipped_grad(
         '1.0007'
     """
     return ClippedGrad(fun, max_norm, argnums, in_axes, has_aux, spmd_axis_name, microbatch_size, weighting, passes)
-
-
-def _one_for_each(c: Any, norms: Array) -> Array:
-    """Return the weighting's result as an array of the norms' shape and dtype."""
-    shape = getattr(c, "shape", () if isinstance(c, int | float) else None)
-    if shape not in ((), norms.shape) or jnp.issubdtype(jnp.result_type(c), jnp.complexfloating):
-        got = type(c).__name__ if shape is None else f"{jnp.result_type(c)} of shape {shape}"
-        raise ValueError(
-            f"clipped_grad: expected a weighting that returns an array of factors of shape {norms.shape}, like its "
-            f"norms, or one number for all, got {got}."
-        )
-    return jnp.broadcast_to(jnp.asarray(c, norms.dtype), norms.shape)
 
 
 def _takes_a_mask(fun: Callable[..., Any]) -> bool:
@@ -401,21 +359,5 @@ class ClippedGrad:
     def _factors(self, norms: Array, magnitudes: Array | None, limit: Array, keep: Array, rounding: Array) -> Array:
         """c [B], the factors that make no gradient longer than its bound; 0 for examples that are not kept."""
         norms = kept(keep, norms)
-        c = _one_for_each(self._weighting(norms, limit), norms)
+        c = one_for_each(self._weighting(norms, limit), norms)
         return nan_unless(limit > 0, limited(c, norms, magnitudes, limit, keep, rounding))
-
-
-def limited(c: Array, norms: Array, magnitudes: Array | None, limit: Array, keep: Array, rounding: Array) -> Array:
-    """Reduce factors c [B] so that no gradient becomes longer than the limit, rounding included; 0 where not kept."""
-    norms, rounding = kept(keep, norms), rounding.astype(norms.dtype)
-    largest, size = norms, norms
-    if magnitudes is not None:
-        guard = jnp.asarray(math.sqrt(GUARD[jnp.dtype(norms.dtype)]), norms.dtype)
-        magnitudes = kept(keep, magnitudes.astype(norms.dtype))
-        largest, size = (root_sum_of_squares([norms, part]) for part in (guard * magnitudes, magnitudes))
-    largest = largest + rounding * size
-    finfo = jnp.finfo(norms.dtype)
-    bound = jnp.minimum(limit, finfo.max)
-    c_max = bound / jnp.maximum(largest, jnp.maximum(bound / (finfo.max / 4), finfo.tiny))  # never infinite
-    c = jnp.clip(c, -c_max, c_max)
-    return kept(keep & ~jnp.isnan(c), c)
