@@ -131,7 +131,7 @@ def per_example_projection(
             for node, s, shape in zip(nodes, checked_sides(sides, treedef, shapes), shapes, strict=True)
             for _ in jax.tree.leaves(node)
         ]
-        values, aux, measures = transformed.measured(arguments, PROJECTOR, targets)
+        values, aux, measures = transformed.measured(arguments, PROJECTOR, lambda _: targets)
         by_leaf = jax.tree.unflatten(arguments.params_tree, measures)
         numbers = flattened(jax.tree.leaves(complexes.joined(by_leaf, complex_parts)))
         return ((values, aux), numbers) if has_aux else (values, numbers)

@@ -4,6 +4,7 @@ The modules and their public names:
 
     transform     clipped_grad, which returns a ClippedGrad; calling that returns the sum and a ClipInfo
     weightings    automatic: a weighting for clipped_grad
+    by_layer      bounds for every layer of a stack, clipped inside the loop over the layers
     costs         Costs: memory and operations of one pass and of two, from the method `costs` of ClippedGrad
 """
 

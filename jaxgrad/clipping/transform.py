@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
+from jaxgrad.clipping.by_layer import checked_layers, is_by_layer, sums_by_layer
 from jaxgrad.clipping.costs import Costs, compiled_cost
 from jaxgrad.clipping.weightings import WEIGHTINGS, Weighting, automatic, limited, one_for_each
 from jaxgrad.errors import naming
@@ -85,65 +87,74 @@ def clipped_grad(
     or removing any one example, whatever it contains, moves the sum by at most `gradient.sensitivity(B)`, which is
     max_norm times 1 + ε, in the Euclidean norm over all parameters. Replacing one example moves the sum by at most
     twice that. If there are several bounds, max_norm stands for their root sum of squares. An example that is masked,
-    or whose gradient is NaN or infinite, adds exactly zero. Masked examples do not affect the result. Neither shapes
-    nor the sequence of operations depend on the data.
+    or whose gradient is NaN or infinite, adds exactly zero; with bounds by layer, a gradient that is NaN or infinite
+    adds zero in the groups in which it is. Masked examples do not affect the result. Neither shapes nor the sequence of
+    operations depend on the data.
 
-    ε covers rounding. It is (1 + √B)·2⁻¹² if the sum is in float32, which is so for parameters in float32, bfloat16 or
-    float16 because the sum is not rounded to the parameters' dtype. It is (1 + √B)·2⁻³¹ if the sum is in float64.
+    ε covers rounding. With one pass, ε is (1 + √B)·2⁻¹² if the parameters are in float32, bfloat16 or float16, because
+    the sum is then in float32 and is not rounded to the parameters' dtype. It is (1 + √B)·2⁻³¹ if they are in float64.
+    For two passes, see below.
 
     In this derivation of ε, the first of two numbers is for float32 and the second for float64. A gradient is a sum of
-    products that may cancel. Let S be the magnitude of the products (`PerExampleGrads.magnitudes`; 0 if nothing
-    cancels). The sum then has a rounding error of a few u·S, where u is 2⁻²⁴ or 2⁻⁵³. The gradient's norm is therefore
-    taken to be √(‖g‖² + κS²), where κ is 2⁻²⁰ or 2⁻⁴⁰, so the magnitude of an example's scaled products, before
-    they cancel, is at most max_norm/√κ. The rounding error of their sum is at most a few u/√κ·max_norm, where u/√κ is
-    2⁻¹⁴ or 2⁻³³. In the model of Higham and Mary (2019), rounding errors have mean zero, and the errors of B examples
-    add up to √B times the error of one example. This model is assumed, not proved.
+    products that may cancel. Let S be the magnitude of the products (`PerExampleGrads.magnitudes`; 0 for a single
+    product, in which nothing can cancel). The sum of the products has a rounding error of a few u·S, where u is 2⁻²⁴ or
+    2⁻⁵³. The gradient's norm is therefore taken to be √(‖g‖² + κS²), where κ is 2⁻²⁰ or 2⁻⁴⁰, so the magnitude of an
+    example's scaled products, before they cancel, is at most max_norm/√κ. The rounding error of their sum is at most a
+    few (u/√κ)·max_norm, where u/√κ is 2⁻¹⁴ or 2⁻³³. In the model of Higham and Mary (2019), rounding errors have mean
+    zero, and the errors of B examples add up to √B times the error of one example. This model is assumed, not proved.
 
     Two refinements: if a gradient is passed through a linear map that all examples share and that is not elementwise
-    (`Mapped`), the magnitude of its products in S is multiplied by the norm of the map, which is estimated with a
-    margin, not bounded. If products are computed from rounded operands, ρ√(‖g‖² + S²) is added to the norm, which
-    bounds the effect of this rounding. ρ is 3·2⁻⁸ for factors in bfloat16. For factors in float32, ρ is 2⁻⁹ on GPUs and
-    2⁻⁶ on TPUs, unless `jax.default_matmul_precision("highest")` is set, and 0 on CPUs (`PerExampleGrads.rounding`).
+    (`Mapped`), the magnitude of its products is multiplied by the norm of the map before it enters S. That norm is
+    estimated, with a margin for safety; the estimate is not a proved bound. If products are computed from rounded
+    operands, ρ√(‖g‖² + S²) is added to the norm, which bounds the effect of this rounding. ρ is 3·2⁻⁸ for factors in
+    bfloat16. For factors in float32, ρ is 2⁻⁹ on GPUs and 2⁻⁶ on TPUs, unless
+    `jax.default_matmul_precision("highest")` is set, and 0 on CPUs (`PerExampleGrads.rounding`).
 
     Not guaranteed: the bound does not cover parameters or shared arguments that were computed from the batch, as in
     batch normalization. Privacy also needs noise, batches drawn at random, an accountant (see jax-privacy and
     dp-accounting), random numbers that nobody can predict, and a defense against attacks on floating-point noise
-    (Mironov 2012). This function provides none of them. The running time may depend on the data if the hardware's
-    arithmetic takes a time that depends on its operands. The contents of `ClipInfo` are not private.
+    (Mironov 2012). This function provides none of them. The running time may depend on the data if the time that the
+    hardware takes for an operation depends on the operands. The contents of `ClipInfo` are not private.
 
     Args:
         fun: the loss: a pure function of one example that returns a real scalar, or (scalar, aux) with has_aux.
         max_norm: a positive number that bounds the norm over all parameters; or a tree prefix of the parameters that
             holds a number for every leaf or group of leaves. Each group is then clipped separately. inf clips nothing.
+            For parameters that are stacks of L layers along axis 0, such as those that a `lax.scan` runs over, an array
+            [L] in place of a number bounds the norm of every layer, over the parameters of its group. Each layer is
+            then clipped and summed inside the backward loop and its factors are dropped there, so that one pass needs
+            about the memory of a plain gradient.
         argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
         microbatch_size: number of examples to process at once, in a loop, to bound the memory; None for all. The result
             is the same, up to rounding.
         weighting: "clip", min(1, max_norm/‖g‖), which leaves gradients up to the bound unchanged (Abadi et al. 2016);
             "normalize", max_norm/‖g‖, which rescales every nonzero gradient to the bound; `clipping.automatic(gamma)`;
-            or your own function (norms [B], bound) → the factors [B] that multiply the gradients. Whatever factors it
-            returns, no gradient becomes longer than its bound.
-        passes: 1 holds the factors of all gradients and sums them; prefer it if the factors fit in memory (the method
-            `costs` of the returned function compares the two). 2 computes the norms first and drops the factors, then
-            computes the ordinary gradient of Σ_b c_b · loss_b. Two passes need the memory of a plain gradient, even for
-            a `lax.scan` over layers with `jax.checkpoint`, and about twice its time (1.8 to 2.3 times in
-            `docs/cost.md`). Each bound takes its own backward pass, and effects in `fun` happen in both passes.
+            or your own function (norms [B], bound) → the numbers [B] by which the gradients are multiplied. Whatever
+            it returns, no gradient becomes longer than its bound.
+        passes: 1 holds the factors of all gradients until it computes the sum from them; prefer it if the factors fit
+            in memory (the method `costs` of the returned function compares the two). 2 computes the norms first and
+            drops the factors, then computes the ordinary gradient of Σ_b c_b · loss_b. Two passes need the memory of a
+            plain gradient, even for a `lax.scan` over layers with `jax.checkpoint`, and about twice its time (1.8 to
+            2.3 times in `docs/cost.md`). Each bound takes its own backward pass, and side effects of `fun`, such as
+            those of `jax.debug.print`, happen in both passes.
 
     Two passes: the second pass computes the gradients again, with the rounding of a plain gradient. ε therefore also
     covers how far the two computations of one gradient may differ, relative to its norm: 2⁻¹⁰ in float32, 2⁻²⁹ in
     float64, 2⁻⁷ in float16 and 2⁻⁴ in bfloat16. These numbers are assumed, not proved. In float16 and bfloat16, and
     where the operands of float32 products are rounded (see ρ), √κ is 2⁻⁴ instead of 2⁻¹⁰. In float16 and bfloat16, ε
-    also covers rounding the sum to the parameters' dtype, by the term 2·B·u, where u is here 2⁻¹¹ in float16 and 2⁻⁸ in
+    also covers rounding the sum to the parameters' dtype, by the term 2·B·u, where u is now 2⁻¹¹ in float16 and 2⁻⁸ in
     bfloat16. Keep the parameters of a private model in float32. If the hardware rounds the operands of products, pass
     `sensitivity` the dtype that it rounds them to: float16 for TensorFloat-32, or bfloat16.
 
     Returns:
         A function that takes fun's arguments, with an example axis on the batched ones, and optionally `mask`, booleans
         [B] that are False for padding. It returns (sum, `ClipInfo`). The sum is a tree with the parameters' shapes, in
-        float32 or wider; with two passes it has the parameters' dtypes, like an ordinary gradient. If the loss has its
-        own keyword argument `mask`, wrap the loss before you mask padding.
+        float32 or wider; with two passes it has the parameters' dtypes, like an ordinary gradient. If the loss has a
+        keyword argument `mask`, or takes `**kwargs`, pass a wrapper of the loss without it, in order to mask padding.
 
     Raises:
         ValueError: passes=2 is used for a loss with a `custom_vjp` whose backward pass is not linear in the cotangent.
+        ValueError: there is an array of bounds with passes=2, or for parameters without as many layers.
         TypeError, ValueError: the errors of `per_example_grad`; or the bounds are not positive numbers or not a tree
             prefix of the parameters, the mask is not [B] booleans, a mask is passed although the loss has its own
             keyword argument `mask`, the microbatch size is below 1, passes is not 1 or 2, or the weighting returns
@@ -157,6 +168,10 @@ def clipped_grad(
         (2.0, [0.0, 3.0, 7.0, 0.0])
         >>> f"{gradient.sensitivity(4):.4f}"
         '1.0007'
+        >>> deep = lambda layers, x: jax.lax.scan(lambda h, W: (jnp.tanh(W @ h), None), x, layers)[0].sum()
+        >>> total, _ = clipped_grad(deep, jnp.array([0.1, 0.2]))(0.1 * jnp.ones((2, 3, 3)), jnp.ones((1, 3)))
+        >>> jnp.sqrt((total**2).sum((1, 2))).round(4).tolist()                               # one for each layer
+        [0.1, 0.2]
     """
     return ClippedGrad(fun, max_norm, argnums, in_axes, has_aux, spmd_axis_name, microbatch_size, weighting, passes)
 
@@ -194,7 +209,7 @@ class ClippedGrad:
         passes: int = 1,
     ):
         for bound in jax.tree.leaves(max_norm):
-            checked_bound(bound)
+            checked_bound(bound, by_layer=True)
         try:
             valid = microbatch_size is None or operator.index(microbatch_size) >= 1
         except TypeError:
@@ -212,6 +227,11 @@ class ClippedGrad:
             )
         if passes not in (1, 2):
             raise ValueError(f"clipped_grad: expected 1 or 2 passes, got {passes!r}.")
+        if passes == 2 and is_by_layer(max_norm):
+            raise ValueError(
+                "clipped_grad: expected one number for each group of parameters with passes=2, which takes a backward "
+                "pass for each bound, got an array of bounds. Take passes=1: bounds by layer need no second pass."
+            )
         self._passes = passes
         self._own_mask = _takes_a_mask(fun)
         self._transformed = Transformed("clipped_grad", fun, argnums, in_axes, has_aux, spmd_axis_name=spmd_axis_name)
@@ -229,9 +249,9 @@ class ClippedGrad:
     def _bound(self, dtype: jax.typing.DTypeLike) -> float | Array:
         bounds = jax.tree.leaves(self._max_norm)
         try:
-            return math.sqrt(sum(float(bound) ** 2 for bound in bounds))
-        except jax.errors.ConcretizationTypeError:  # a bound is traced
-            return root_sum_of_squares([jnp.asarray(bound, dtype) for bound in bounds])
+            return math.sqrt(sum(float(n) ** 2 for bound in bounds for n in np.ravel(bound)))
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):  # a bound is traced
+            return root_sum_of_squares([n for bound in bounds for n in jnp.ravel(jnp.asarray(bound, dtype))])
 
     def sensitivity(self, batch_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> float | Array:
         """Return the bound on how far one example can move the sum: `max_norm` times 1 + ε, where ε covers rounding.
@@ -323,6 +343,8 @@ class ClippedGrad:
         """Return (leaves of the sum, (values, aux, norms, True if a norm exceeds its bound) of every example)."""
         if self._passes == 2:
             return self._sum_in_two_passes(arguments, mask)
+        if is_by_layer(self._max_norm):
+            return self._sum_by_layer(arguments, mask)
         values, aux, g, _ = self._transformed.evaluated(arguments)
         bounds, groups = g.groups(self._max_norm)
         norms = [group.norms() for group in groups]
@@ -334,8 +356,29 @@ class ClippedGrad:
             c = self._factors(n, group.magnitudes(), limit, keep, group.rounding())
             total += jax.tree.leaves(group.where(keep).scale(c).sum(n.dtype))
             exceeds |= n > limit
-        total = [laid_out_as(a.astype(working_dtype(p.dtype)), p) for a, p in zip(total, arguments.params, strict=True)]
-        return total, (values, aux, root_sum_of_squares(norms), exceeds)
+        return self._laid_out(total, arguments), (values, aux, root_sum_of_squares(norms), exceeds)
+
+    def _sum_by_layer(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
+        """As `_clipped_sum`: every layer of a stack is clipped and summed where its gradients are complete."""
+        bounds, groups = checked_groups(self._max_norm, arguments.params_tree, by_layer=True)
+        checked_layers(bounds, groups, arguments)
+        limits = list(map(jnp.asarray, bounds))
+        members = list(zip(limits, groups, strict=True))
+        values, aux, total, norms = sums_by_layer(self._transformed, arguments, members, mask, self._factors)
+        each = [column for n in norms for column in (n.T if n.ndim > 1 else [n])]
+        limits = [limit for b in limits for limit in (b if b.ndim else [b])]
+        exceeds = [n > limit.astype(n.dtype) for n, limit in zip(each, limits, strict=True)]
+        return self._laid_out(total, arguments), (
+            values,
+            aux,
+            root_sum_of_squares(each),
+            functools.reduce(operator.or_, exceeds),
+        )
+
+    @staticmethod
+    def _laid_out(total: Sequence[Array], arguments: Arguments) -> list[Array]:
+        pairs = zip(total, arguments.params, strict=True)
+        return [laid_out_as(a.astype(working_dtype(p.dtype)), p) for a, p in pairs]
 
     def _sum_in_two_passes(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
         """As `_clipped_sum`: take the norms first, then the gradient of the weighted sum of losses."""

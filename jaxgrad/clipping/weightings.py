@@ -11,7 +11,7 @@ from jaxgrad.per_example.algebra.norms import root_sum_of_squares, shortened
 from jaxgrad.sharding import kept
 
 Weighting = Callable[[Array, Array], Array]
-"""A function (norms [B], bound) → the factors [B] that multiply the gradients."""
+"""A function (norms [B], bound) → the numbers [B] by which the gradients are multiplied."""
 
 # A gradient that is a sum of terms of magnitude S is treated as if its norm were √(‖g‖² + GUARD·S²), because rounding
 # errors grow with S. Together with EPSILON, which determines ε, this gives the guarantee of `clipped_grad`. The keys

@@ -89,7 +89,8 @@ def kfac(
     @naming("kfac")
     def factors(params: PyTree, *batch: Any) -> PyTree:
         arguments = transformed.arguments((params, *batch), {})
-        _, _, moments = transformed.measured(arguments, _MEASURERS[shared], [()] * len(arguments.params), summed=True)
+        targets = [()] * len(arguments.params)
+        _, _, moments = transformed.measured(arguments, _MEASURERS[shared], lambda _: targets, None)
         B = max(arguments.batch_size, 1)
         return jax.tree.unflatten(arguments.params_tree, [_means(m, B, shared) for m in moments])
 

@@ -45,11 +45,11 @@ def checked_index(index: Any) -> Array:
     return chosen
 
 
-def checked_bound(bound: Any) -> None:
-    """Raise ValueError if `bound` is known not to be a positive number."""
+def checked_bound(bound: Any, by_layer: bool = False) -> None:
+    """Raise ValueError if `bound` is known not to be a positive number or, if `by_layer`, an array [L] of them."""
     try:
         real = any(jnp.issubdtype(jnp.result_type(bound), kind) for kind in (jnp.integer, jnp.floating))
-        wrong = not real or jnp.ndim(bound) != 0 or not bound > 0
+        wrong = not real or jnp.ndim(bound) > by_layer or not jnp.all(jnp.asarray(bound) > 0)
     except jax.errors.TracerBoolConversionError:  # known only at run time, where a bound that is not positive gives NaN
         wrong = False
     except TypeError:
@@ -58,11 +58,18 @@ def checked_bound(bound: Any) -> None:
         raise ValueError(
             f"{caller()}: expected positive numbers as bounds, got {bound!r}. One number bounds all parameters "
             f"together; to bound groups of them, pass a tree prefix of numbers."
+            + by_layer
+            * " An array [L] bounds each layer of parameters that are stacked along axis 0."
         )
 
 
-def checked_groups(prefix: PyTree, params_tree: Any) -> tuple[list[Any], list[list[int]]]:
+def checked_groups(prefix: PyTree, params_tree: Any, by_layer: bool = False) -> tuple[list[Any], list[list[int]]]:
     """Check a tree prefix of positive numbers; return the numbers and, for each, the indices of its leaves.
+
+    Args:
+        prefix: the numbers.
+        params_tree: the structure of the parameters.
+        by_layer: whether arrays of numbers are allowed.
 
     Raises:
         ValueError: a number that is not positive, or a tree that is not a prefix of the parameters.
@@ -70,7 +77,7 @@ def checked_groups(prefix: PyTree, params_tree: Any) -> tuple[list[Any], list[li
     treedef: Any
     bounds, treedef = jax.tree.flatten(prefix)
     for bound in bounds:
-        checked_bound(bound)
+        checked_bound(bound, by_layer)
     try:
         groups = treedef.flatten_up_to(params_tree.unflatten(range(params_tree.num_leaves)))
     except (ValueError, TypeError, KeyError) as error:

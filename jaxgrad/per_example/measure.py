@@ -86,7 +86,7 @@ def per_example_norms(
 
 def measured_magnitudes(transformed: Transformed, arguments: Arguments) -> tuple[Any, Any, list["Magnitude"]]:
     """(values, aux, the `Magnitude` of each parameter's gradient)."""
-    return transformed.measured(arguments, MEASURER, [()] * len(arguments.params))
+    return transformed.measured(arguments, MEASURER, lambda _: [()] * len(arguments.params))
 
 
 class Magnitude(NamedTuple):

@@ -183,31 +183,41 @@ class Transformed:
         return values, aux, PerExampleGrads(jax.tree.unflatten(gradients_tree, parts)), routes
 
     def measured(
-        self, arguments: Arguments, measurer: Measurer, targets: Sequence[Target], summed: bool = False
+        self,
+        arguments: Arguments,
+        measurer: Measurer,
+        targets_of: Callable[[Any], Sequence[Target]],
+        axes: Any = 0,
+        each: Any = (),
     ) -> tuple[Any, Any, list[Measure]]:
-        """(values, aux, the measure of each parameter's gradient: of every example, or `summed` over them).
+        """(values, aux, the measure of each parameter's gradient).
 
-        The targets say what is measured of each parameter's gradient.
+        Args:
+            arguments: the call.
+            measurer: how gradients are measured.
+            targets_of: what one example has of `each` → what is measured of each parameter's gradient.
+            axes: the axes of examples in a measure, as in `out_axes` of `jax.vmap`; None for sums over the examples.
+            each: a tree of arrays [B, …].
         """
         with naming(self.call):
             walked, out_tree, _ = self._walk(arguments)
 
-            def one(examples: Sequence[Any]) -> Any:
+            def one(examples: Sequence[Any], of_each: Any) -> Any:
+                targets = targets_of(of_each)
                 with measuring(measurer):
                     value_and_aux, gradients = walked(examples, targets)
                     pairs = zip(gradients, targets, strict=True)
-                    return value_and_aux, [
-                        measurer.one(value, aval.shape, aval.dtype, target) for (value, aval), target in pairs
-                    ]
+                    items = [(value, tuple(aval.shape), aval.dtype, target) for (value, aval), target in pairs]
+                    return value_and_aux, measurer.all(items)
 
             over_examples = jax.vmap(
                 one,
-                (arguments.axes,),
-                (0, None if summed else 0),
+                (arguments.axes, 0),
+                (0, axes),
                 axis_size=arguments.batch_size,
                 spmd_axis_name=self.spmd_axis_name,
             )
-            value_and_aux, measures = over_examples([jnp.asarray(a) for a in arguments.batch])
+            value_and_aux, measures = over_examples([jnp.asarray(a) for a in arguments.batch], each)
             values, aux = jax.tree.unflatten(out_tree, value_and_aux)
             return values, aux, measures
 

@@ -94,22 +94,22 @@ class _Loop:
         self.reasons: dict[int, Reason] = {}
         self.measurer = measurer()
         adds_up = self.measurer is not None and self.measurer.adds_up
-        self.measured = {
+        measured = {
             k: target
             for k, target in enumerate(targets)
             if target is not None and wanted[k] and used[k] and (k >= self.carry or (adds_up and self.kept[k]))
             if not _jax.is_offloaded(self.program.jaxpr.outvars[k])
         }
-        self.of_steps: dict[int, tuple[Any, Callable[[Any], Target]]] = {
-            k: self._of_steps(k, target) for k, target in self.measured.items()
-        }
+        steps = {k: self._of_steps(k, target) for k, target in measured.items()}
+        self.of_steps = {k: each for k, each in steps.items() if each is not None}
+        self.measured = {k: measured[k] for k in self.of_steps}
 
     def _accumulates(self, k: int) -> bool:
         jaxpr = self.program.jaxpr
         return accumulates(jaxpr, jaxpr.invars[self.consts + k], jaxpr.outvars[k])
 
-    def _of_steps(self, k: int, target: Target) -> tuple[Any, Callable[[Any], Target]]:
-        """(arrays to scan over, a function that turns their slice into the target of one step)."""
+    def _of_steps(self, k: int, target: Target) -> tuple[Any, Callable[[Any], Target]] | None:
+        """(arrays to scan over, a function that turns their slice into the target of one step), if it is measured."""
         assert self.measurer is not None
         return self.measurer.of_a_step(target) if k >= self.carry else ((), lambda _: target)
 
@@ -121,7 +121,7 @@ class _Loop:
     def start(self) -> tuple[list[Any], dict[int, Any]]:
         """The first carry: the arrays, and the measures of results that add up."""
         adding = {k: target for k, target in self.measured.items() if k < self.carry}
-        measures = {k: self._measure(k, self.init[k], target) for k, target in adding.items()}
+        measures = self._measures(adding, self.init)
         return self._carried(self.init), jax.tree.map(lambda a: _jax.made_varying(a, self.differs), measures)
 
     def step(self, carry: tuple[list[Any], dict[int, Any]], xs: tuple[list[Any], dict[int, Any]]) -> Any:
@@ -148,16 +148,18 @@ class _Loop:
                 if k in self.measured and k < self.carry:
                     emitted[k] = before[k] + emitted[k]
         kept_carries = [v if keep else None for v, keep in zip(emitted[: self.carry], self.kept, strict=False)]
-        measures = {k: self._measure(k, results[k], targets[k]) for k in self.measured}
+        measures = self._measures({k: targets[k] for k in self.measured}, results)
         for k in totals:
             added_now = jax.tree.map(lambda a, b: a + b.astype(a.dtype), totals[k], measures.pop(k))
             totals = totals | {k: jax.tree.map(lambda a: _jax.made_varying(a, self.differs), added_now)}
         return (self._carried(emitted[: self.carry]), totals), (kept_carries, emitted[self.carry :], measures)
 
-    def _measure(self, k: int, result: Value, target: Target) -> Any:
-        assert self.measurer is not None
-        aval = self.program.jaxpr.outvars[k].aval
-        return self.measurer.one(result, tuple(aval.shape), aval.dtype, target)
+    def _measures(self, targets: dict[int, Target], results: Sequence[Value]) -> dict[int, Any]:
+        if self.measurer is None or not targets:
+            return {}
+        avals = [v.aval for v in self.program.jaxpr.outvars]
+        items = [(results[k], tuple(avals[k].shape), avals[k].dtype, target) for k, target in targets.items()]
+        return dict(zip(targets, self.measurer.all(items), strict=True))
 
     @property
     def scanned(self) -> tuple[list[Any], dict[int, Any]]:
@@ -227,7 +229,8 @@ class _Loop:
         ]
         results += [self._of_all_steps(self.carry + k, y) for k, y in enumerate(ys)]
         if self.measurer is not None:
-            totals |= {k: self.measurer.of_all_steps(each, self.measured[k]) for k, each in measures.items()}
+            found = {k: each for k, each in measures.items() if each is not None}
+            totals |= {k: self.measurer.of_all_steps(each, self.measured[k]) for k, each in found.items()}
         for k, measure in totals.items():
             results[k] = with_measure(results[k], measure)
         return results

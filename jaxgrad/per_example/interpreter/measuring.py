@@ -30,6 +30,10 @@ Target = Any
 """What is measured of a variable; None if it does not become a gradient by operations that preserve a measure."""
 
 
+Item = tuple[Value, tuple[int, ...], Any, Target]
+"""A gradient that is to be measured: its value, shape and dtype, and the target."""
+
+
 class Measurer(NamedTuple):
     """The functions that measure.
 
@@ -38,19 +42,26 @@ class Measurer(NamedTuple):
         of_all_steps: (measures with an axis of steps, target) → the measure of the stacked gradient.
         before: (equation, target of its result) → target of its operand.
         of_a_step: target of a stacked value → (arrays to scan over, a function that turns their slice into the target
-            of one step).
+            of one step), or None if the steps are not to be measured.
         adds_up: whether the measure of a sum is the sum of the measures. A loop that only adds to a gradient then
             measures what each step adds.
         has_layout: whether what is measured depends on where the entries are, as the moments of a product's sides do.
             Then no operation that moves entries preserves it.
+        together: [(value, shape, dtype, target), …] → their measures, in place of `one`, if what is measured of one
+            gradient depends on the others. A measure that needs a gradient that is not there is None.
     """
 
     one: Callable[[Value, tuple[int, ...], Any, Target], Measure]
     of_all_steps: Callable[[Measure, Target], Measure]
     before: Callable[[_jax.Equation, Target], Target] = lambda eqn, target: target
-    of_a_step: Callable[[Target], tuple[Any, Callable[[Any], Target]]] = lambda target: ((), lambda _: target)
+    of_a_step: Callable[[Target], tuple[Any, Callable[[Any], Target]] | None] = lambda target: ((), lambda _: target)
     adds_up: bool = False
     has_layout: bool = False
+    together: Callable[[Sequence[Item]], list[Measure | None]] | None = None
+
+    def all(self, items: Sequence[Item]) -> list[Measure | None]:
+        """The measures of several gradients that are complete at the same place."""
+        return [self.one(*item) for item in items] if self.together is None else self.together(items)
 
 
 _MEASURER: ContextVar[Measurer | None] = ContextVar("measurer", default=None)
