@@ -65,7 +65,7 @@ def checked_groups(prefix: PyTree, params_tree: Any) -> tuple[list[Any], list[li
     """Check a tree prefix of positive numbers; return the numbers and, for each, the indices of its leaves.
 
     Raises:
-        ValueError: a number that is not positive, or a tree that is not a prefix of the parameters.
+        ValueError: a number is not positive, or the tree is not a prefix of the parameters.
     """
     treedef: Any
     bounds, treedef = jax.tree.flatten(prefix)
