@@ -3,7 +3,7 @@
 The transforms take the loss, or the model, of a single example:
 
     per_example_grad        factored per-example gradients; per_example_value_and_grad adds the values
-    per_example_norms       the losses and the norms, in no more memory than a plain gradient
+    per_example_norms       the losses and the norms, in about the memory of a plain gradient
     per_example_jacobian    the gradients of all outputs of a model, with the activations held once
     clipped_grad            the sum of clipped gradients, with a bound on how far one example can move it
     explain                 what per_example_grad does with each parameter, and why

@@ -38,15 +38,15 @@ def check_gradient(
     ‖c_il - r_il‖ ≤ rtol·‖r_il‖ + floor, where floor = 32·eps·max_i ‖r_il‖ + √size·tiny and norms are over the entries
     of a leaf. The first term of the floor is the precision of the reference: eps is that of the reference's dtype,
     float32 or float64. The second term allows for underflow: tiny is the smallest normal number of the leaf's dtype,
-    except for float16, where it is the smallest subnormal number. Cost: c and r are both materialized, with B ×
-    parameters numbers each, or batch_size × parameters numbers at a time.
+    except for float16, where it is the smallest subnormal number. Cost: c and r are both materialized, with one
+    number for each example and parameter entry; `batch_size` limits the number of examples at a time.
 
     `jax.grad` uses every `custom_vjp` and `custom_jvp` in the loss, including wrong ones. With `numerical`, the
     gradient must therefore also agree with central differences D of the loss in float64, along two random directions v
     in each leaf: |⟨c_il, v⟩ - D| ≤ 4·(rtol·‖r_il‖ + floor) + the error of D. The error of D is estimated from two step
     sizes and from the slopes on both sides of the point, so that a kink at the point is not reported. Central
-    differences ignore `stop_gradient` and straight-through estimators. A loss that uses these is reported as different
-    even if its gradient is what its author means.
+    differences ignore `stop_gradient` and straight-through estimators. If a loss uses these, its gradient is reported
+    as disagreeing even if it is what the author intends.
 
     Args:
         candidate: the gradient under test, in JAX or NumPy: candidate(params, *example) → the gradient of one example;
@@ -55,7 +55,8 @@ def check_gradient(
         loss: loss(params, *example) → scalar, a pure JAX function of ONE example.
         params: tree of floating-point arrays.
         *batch: arrays or trees of arrays, with an example axis where `in_axes` says so.
-        argnums, in_axes, spmd_axis_name: as in `per_example_grad`, for the arguments (params, *batch) of both.
+        argnums, in_axes, spmd_axis_name: as in `per_example_grad`, for the arguments (params, *batch) of both the
+            candidate and the loss.
         numerical: whether to compare with central differences as well, which takes 8 evaluations of the loss for each
             leaf.
         reference_dtype: jnp.float64 computes the reference in float64 from the same numbers; None computes it in the

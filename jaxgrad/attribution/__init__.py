@@ -9,7 +9,7 @@ The modules and their public names:
                       influence_by_cg: influence through any curvature matrix, from products with the matrix
         scores        cosine_similarity: cosines between all pairs of gradients
                       noise_scale: how much of a mean gradient is noise, and at which batch size noise equals signal
-        projection    project: a few numbers per example that preserve inner products, by two small matrices per weight
+        projection    project: a few numbers per example with about the same inner products, by two matrices per weight
                       random_projection: the same by one large matrix, with fewer numbers and far more operations
         sides         random_sides: the two matrices; normalized: the matrices divided by an optimizer's second moments
     Functions of a loss or a model

@@ -180,9 +180,9 @@ def trak(
         arguments.
 
     Raises:
-        TypeError: a single tree of parameters instead of several; a batch that is not a tuple; otherwise as in
+        TypeError: checkpoints is a single tree of parameters; a batch is not a tuple; otherwise as in
             `per_example_grad`.
-        ValueError: a damping that is not a number ≥ 0; no checkpoints; otherwise as in `per_example_grad`.
+        ValueError: the damping is not a number ≥ 0; there are no checkpoints; otherwise as in `per_example_grad`.
 
     Example:
         >>> margin = lambda w, x, y: y * (w @ x)

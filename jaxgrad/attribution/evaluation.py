@@ -24,7 +24,7 @@ def random_subsets(key: Array, count: int, size: int, fraction: float = 0.5) -> 
         [M, B], True for the examples of the subset.
 
     Raises:
-        ValueError: a fraction that is not between 0 and 1.
+        ValueError: the fraction is not between 0 and 1.
 
     Example:
         >>> subsets = random_subsets(jax.random.key(0), 20, 10, fraction=0.3)
@@ -79,7 +79,7 @@ def linear_datamodeling_score(
         [C], between -1 and 1; NaN for a test example whose scores, or whose outputs, are all equal.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit together.
 
     Example:
         >>> subsets = leave_one_out_subsets(3)
@@ -112,7 +112,7 @@ def mislabeled_auc(scores: Float[Array, " B"], wrong: Bool[Array, " B"]) -> Floa
         if no label or every label is wrong.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit together.
 
     Example:
         >>> mislabeled_auc(jnp.array([3.0, 0.5, 2.0, 1.0]), jnp.array([True, False, False, True])).item()

@@ -1,4 +1,4 @@
-"""A few numbers per example that preserve the inner products of gradients, by two-sided and by dense projections."""
+"""A few numbers per example with about the inner products of the gradients: two-sided and dense projections."""
 
 import functools
 import math
@@ -39,7 +39,8 @@ def project(g: PerExampleGrads, sides: PyTree) -> Float[Array, "B S"]:
 
     Args:
         g: gradients of B examples.
-        sides: the parameters' tree with a `Sides` at every leaf, such as `random_sides` returns.
+        sides: the parameters' tree with a `Sides`, the matrices that project one parameter's gradient, at every leaf;
+            `random_sides` returns such a tree.
 
     Returns:
         [B, S], in float32 or wider: the numbers of one parameter after those of another, in the order of
@@ -47,8 +48,8 @@ def project(g: PerExampleGrads, sides: PyTree) -> Float[Array, "B S"]:
         parts of its numbers first, then their imaginary parts.
 
     Raises:
-        TypeError: anything but PerExampleGrads.
-        ValueError: sides of another tree, or that do not fit a parameter.
+        TypeError: `g` is not PerExampleGrads.
+        ValueError: the tree of `sides` is not the parameters', or a `Sides` does not fit its parameter.
 
     Example:
         >>> loss = lambda p, x: jnp.tanh(p["W"] @ x + p["b"]).sum()
@@ -88,23 +89,24 @@ def per_example_projection(
 
     The numbers are those of `project(per_example_grad(fun)(...), sides)`, which holds the factors of all parameters at
     once, including those of every layer of a `lax.scan`. This function projects a layer's gradient inside the loop that
-    computes it and drops the factors there: what is stacked are the layers' k × k numbers. A weight that every step of
-    a loop uses (a recurrent weight, a shared layer) is projected step by step too. Only a gradient that a `cond` or a
-    `shard_map` computes, or that is more than reshaped, transposed or cast after the loop, is held until it has ended.
+    computes it and drops the factors there, so that the loop stacks only k × k numbers for each layer (k rows in each
+    matrix). A weight that every step of a loop uses (a recurrent weight, a shared layer) is projected step by step too.
+    Factors are held until the loop has ended only for a gradient that is computed inside a `cond` or a `shard_map`, or
+    that after the loop goes through anything but reshapes, transposes and casts.
 
     Args:
         fun, argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
-        sides: the parameters' tree with a `Sides` at every leaf, such as `random_sides` returns. Under `jax.jit` it is
-            a constant in the program, unless you call `per_example_projection` in the function that is compiled and
-            pass the sides to that.
+        sides: as in `project`. Under `jax.jit` they are constants of the compiled program, unless they are an argument
+            of the jitted function and `per_example_projection` is called inside that function.
 
     Returns:
         A function of fun's arguments, the batched ones with an example axis, that returns (values [B], numbers [B, S])
         or, with has_aux, ((values, aux), numbers). The numbers are in the order of `project`. Call it under `jax.jit`,
-        which leaves out what is not used.
+        which removes computations whose results are not used, such as those of the gradients themselves.
 
     Raises:
-        TypeError, ValueError: as in `per_example_grad`; sides of another tree, or that do not fit a parameter.
+        TypeError, ValueError: as in `per_example_grad`; or the tree of `sides` is not the parameters', or a `Sides`
+            does not fit its parameter (ValueError).
 
     Example:
         >>> def loss(layers, x):                                                   # 12 layers, one after the other

@@ -35,11 +35,11 @@ def random_sides(params: PyTree, key: Array, size: PyTree, *, stacked: PyTree = 
         gaussian: True draws Gaussian numbers; False draws signs.
 
     Returns:
-        The parameters' tree with a `Sides` at every leaf.
+        The parameters' tree with a `Sides`, the matrices that project one parameter's gradient, at every leaf.
 
     Raises:
-        ValueError: a size below 1, a negative `stacked` or more than the parameter's axes, or a tree that is not a
-            prefix of the parameters.
+        ValueError: a size is below 1, `stacked` is negative or more than the parameter's number of axes, or a tree is
+            not a prefix of the parameters.
 
     Example:
         >>> params = {"layers": jnp.ones((12, 256, 512)), "bias": jnp.ones(10)}
@@ -127,7 +127,7 @@ def normalized(sides: PyTree, second_moments: PyTree, eps: float = 1e-8, *, fact
         New sides.
 
     Raises:
-        ValueError: second moments of another tree, or of shapes that do not fit the sides.
+        ValueError: the second moments have a different tree than the sides, or shapes that do not fit them.
 
     Example:
         >>> params = {"W": jnp.ones((30, 20)), "b": jnp.ones(30)}

@@ -68,7 +68,7 @@ def influence_by_cg(
         `InfluenceByCG`: the scores [C, B], in float32 or wider, and how well each system is solved.
 
     Raises:
-        ValueError: a damping that is not a number ≥ 0; gradients with respect to other parameters.
+        ValueError: the damping is not a number ≥ 0, or the test gradients are with respect to different parameters.
 
     Example:
         >>> model, params = (lambda w, x: w @ x), jnp.ones((1, 2))
@@ -119,7 +119,7 @@ def influence_through(
         [C, B], in float32 or wider.
 
     Raises:
-        ValueError: gradients with respect to other parameters.
+        ValueError: the test gradients are with respect to different parameters than the training gradients.
 
     Example:
         >>> loss = lambda W, x, y: ((W @ x - y) ** 2).sum()

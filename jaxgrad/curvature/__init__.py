@@ -10,7 +10,7 @@ The modules:
     fisher         products and solves with GᵀG/n; natural_gradient, and scale_by_natural_gradient for optax
     gauss_newton   the rows G for a model and a loss of its outputs; products without G, for many outputs
     hessian        products with the Hessian of a mean loss
-    kronecker      the Kronecker factors of the Fisher matrix for every weight matrix
+    kronecker      the Kronecker factors of the Fisher matrix, for weight matrices whose gradient is a product
     kfac           the same from a loss, for products over many positions too
     ekfac          their eigenvectors with corrected eigenvalues: products and damped solves
     primal         the same solves with GᵀG, chosen where G has more rows than columns

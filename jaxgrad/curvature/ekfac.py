@@ -96,7 +96,7 @@ class EKFAC:
             damping: μ > 0, or `relative(ratio)`.
 
         Raises:
-            ValueError: a damping that is not a number > 0; a direction whose tree is not the parameters'.
+            ValueError: the damping is not a number > 0, or the tree of the direction is not the parameters'.
         """
         checked_damping(damping, positive=True)
         mu = absolute_damping(damping, self.trace())
@@ -141,8 +141,8 @@ def ekfac(factors: PyTree, g: PerExampleGrads) -> EKFAC:
         `EKFAC`, with `solve` and `product`.
 
     Raises:
-        TypeError: gradients of another type.
-        ValueError: factors of other parameters.
+        TypeError: the gradients are not PerExampleGrads.
+        ValueError: the factors belong to different parameters.
 
     Example:
         >>> loss = lambda p, x: jnp.tanh(p["W"] @ x + p["b"]).sum()

@@ -175,8 +175,8 @@ class GaussNewton(NamedTuple):
     """The Gauss-Newton matrix as GᵀG/n, and the mean gradient as Gᵀr/n, where G has n = B·R rows.
 
     Attributes:
-        jacobian: the R rows of every example, √R·S_bᵀJ_b.
-        residuals: r [B, R].
+        jacobian: the R rows of every example, √R·S_bᵀJ_b, with S_b and J_b as in `gauss_newton`.
+        residuals: r [B, R], as in `gauss_newton`.
 
     Example:
         >>> found = gauss_newton(lambda w, x: w @ x, squared)(jnp.zeros((2, 3)), jnp.ones((4, 3)), jnp.ones((4, 2)))
@@ -213,14 +213,18 @@ def gauss_newton(
     in_axes: Any = 0,
     spmd_axis_name: Any = None,
 ) -> Callable[..., GaussNewton]:
-    """The rows G of the Gauss-Newton matrix GᵀG/n; `natural_gradient`, `influence` and others take them as gradients.
+    """Transform a model and a loss into the rows G of the Gauss-Newton matrix GᵀG/n.
 
-    Formula: row (b, k) is √R · S_b[:, k]ᵀJ_b, the gradient of one number, held as factors. So GᵀG/n = mean_b
-    J_bᵀH_bJ_b, and Gᵀr/n is the gradient of the mean loss. Cost: one forward pass and R backward passes; R is 1 for a
-    scalar model, and usually O otherwise. Activations are held once for all rows of an example. For many outputs use
-    `gauss_newton_vector_product`.
+    `natural_gradient`, `influence` and others take the result in place of gradients.
 
-    Gᵀr/n is the mean gradient only if the gradient of the loss with respect to the outputs lies in the range of H, as
+    Formula: let J_b [O, parameters] be the model's Jacobian on example b, H_b the Hessian of the loss with respect to
+    the O outputs, and S_b [O, R] a root of it, H_b = S_bS_bᵀ. G has n = B·R rows; row (b, k) is √R · S_b[:, k]ᵀJ_b, the
+    gradient of one number, held as factors. So GᵀG/n = mean_b J_bᵀH_bJ_b. The gradient of the loss with respect to the
+    outputs is S_br_b/√R, where r [B, R] are the residuals, so Gᵀr/n is the gradient of the mean loss. Cost: one forward
+    pass and R backward passes; R is 1 for a scalar model, and usually O otherwise. Activations are held once for all
+    rows of an example. For many outputs use `gauss_newton_vector_product`.
+
+    Gᵀr/n is the mean gradient only if the gradient of the loss with respect to the outputs lies in the range of H_b, as
     it does for `squared`, `softmax` and `logistic`; a component outside that range is left out of r.
 
     Args:
@@ -281,7 +285,7 @@ def gauss_newton_vector_product(
     in_axes: Any = 0,
     spmd_axis_name: Any = None,
 ) -> Callable[..., PyTree]:
-    """mean_b J_bᵀH_bJ_b v, the Gauss-Newton matrix times a direction, by forward mode, H and reverse mode.
+    """The Gauss-Newton matrix times a direction v, mean_b J_bᵀH_bJ_b v, with J_b and H_b as in `gauss_newton`.
 
     Cost: about two plain gradients, for any number of outputs; nothing is decomposed.
 

@@ -1,4 +1,4 @@
-"""Kronecker factors of every weight matrix, from moments taken where its gradient's product is made."""
+"""Kronecker factors of weight matrices, from moments that are computed in place of the gradients' products."""
 
 import dataclasses
 import functools
@@ -45,34 +45,37 @@ def kfac(
     in_axes: Any = 0,
     spmd_axis_name: Any = None,
 ) -> Callable[..., PyTree]:
-    """The Kronecker factors of every weight matrix of a model, whatever the length of its sequences or images.
+    """Transform a loss into the Kronecker factors of its weight matrices, whatever the length of sequences or images.
 
     `kfac_factors(g)` takes them from gradients that are held as products. Here they are accumulated where the products
     are made, so that they also exist where a product of many positions is larger than the gradient, as in most
-    convolutions and in dense layers on long sequences. Only two moments of each matrix are held; in a `lax.scan` over
-    layers they are taken inside the loop.
+    convolutions and in dense layers on long sequences. Only the two second-moment matrices of each weight are held; in
+    a `lax.scan` over layers, they are computed inside the loop.
 
     Formula: for the gradient Σ_t δ_t a_tᵀ of one example, with T positions in a sequence or image,
-    "expand": E[Σ_t δ_t δ_tᵀ] ⊗ E[mean_t a_t a_tᵀ], for layers whose positions are predicted separately;
+    "expand": E[Σ_t δ_t δ_tᵀ] ⊗ E[mean_t a_t a_tᵀ], for models that make a prediction at each position;
     "reduce": E[δ̂ δ̂ᵀ] ⊗ E[ā āᵀ] with δ̂ = Σ_t δ_t and ā = mean_t a_t, for positions that are averaged before the output.
-    Cost: one matrix product for each side replaces the product of the gradient.
+    For `W @ x`, `left` is the moment of δ and `right` that of a; for `x @ W` it is the reverse. The mean over t is
+    always taken in `right`, which does not change the Kronecker product. Cost: one matrix product for each side
+    replaces the product of the gradient.
 
     If the labels in the batch are those of the data, the factors approximate the empirical Fisher matrix; if they are
     drawn from the model, the Fisher matrix.
 
     Args:
         loss: loss of one example, as in `per_example_grad`.
-        shared: what positions that share a weight are taken for: "expand" or "reduce".
+        shared: how to treat positions that share a weight: "expand" or "reduce", as in the formula.
         argnums, in_axes, spmd_axis_name: as in `per_example_grad`.
 
     Returns:
         A function of (params, *batch) that returns the parameters' tree with `KroneckerFactors` at every matrix, and
-        None at biases, embeddings, and matrices whose gradient is not a product: `explain` says which these are.
-        A matrix that each step of a loop uses has None too if the loop is long. Averages over batches of one size are
-        `jax.tree.map` of the mean.
+        None at biases, embeddings, and matrices whose gradient is not a product: `explain` says which these are. It
+        also has None at a matrix that every step of a loop uses, if the factors of all steps together would hold as
+        many numbers as the matrix or more. To average over batches of equal size, average the results with
+        `jax.tree.map`.
 
     Raises:
-        TypeError, ValueError: as in `per_example_grad`; another word for `shared` (ValueError).
+        TypeError, ValueError: as in `per_example_grad`; or `shared` is neither "expand" nor "reduce" (ValueError).
 
     Example:
         >>> loss = lambda W, x: jnp.tanh(x @ W).sum()                    # x [T, K], with more positions than parameters

@@ -1,4 +1,4 @@
-"""Kronecker factors of the Fisher matrix, one pair for every weight matrix."""
+"""Kronecker factors of the Fisher matrix, one pair for each weight matrix whose gradient is a product."""
 
 import functools
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class KroneckerFactors:
             damping: μ > 0, or `relative(ratio)`, for that multiple of the trace of left ⊗ right.
 
         Raises:
-            ValueError: a damping that is not a number > 0.
+            ValueError: the damping is not a number > 0.
         """
         with naming("KroneckerFactors.solve"):
             checked_damping(damping, positive=True)

@@ -104,11 +104,11 @@ def clipped_grad(
     """Transform a loss into the sum of its clipped per-example gradients, with the signature of jax-privacy's function.
 
     The results are jax-privacy's, up to rounding, for about the cost of one plain gradient, because gradients are held
-    as factors. Four things differ. The microbatch size need not divide the batch. Sums are accumulated in float32 or
-    wider, and norms are returned in that dtype. An example whose gradient is NaN or infinite adds exactly zero as a
-    whole, as in jax-privacy after 2.0; version 2.0 replaces only the entries that are not finite by zero. And if the
-    products in a gradient cancel to less than their rounding errors, the gradient is clipped a little more, so that
-    rounding cannot break the bound (see `jg.clipped_grad`; `sensitivity(batch_size=…)` is the bound with rounding).
+    as factors. Four things differ. The microbatch size need not divide the batch. Sums are accumulated, and norms
+    returned, in float32 or a wider dtype. An example whose gradient is NaN or infinite adds exactly zero as a whole, as
+    in jax-privacy after 2.0; version 2.0 sets only the entries that are NaN or infinite to zero. And if the products in
+    a gradient cancel to less than their rounding errors, the gradient is clipped a little more, so that rounding cannot
+    break the bound (see `jg.clipped_grad`; `sensitivity(batch_size=…)` is the bound with rounding).
 
     Args:
         fun: the loss of a batch of one example or, if keep_batch_dim is False, of one example or group. It returns a
@@ -193,8 +193,8 @@ def clipped_grad(
 def installed() -> Iterator[None]:
     """Let jax-privacy's own plans, trainer and Keras API use this `clipped_grad`, while the context is open.
 
-    They look `clipped_grad` up in jax-privacy's modules when a step is traced. While the context is open, these modules
-    hold this function. Steps that are compiled in the context keep it.
+    When a step is traced, they look `clipped_grad` up in jax-privacy's modules. While the context is open, these
+    modules hold this function. Steps that are compiled in the context keep it.
 
     Example:
         >>> with installed():

@@ -4,7 +4,7 @@ These modules hold the public functions and classes:
 
     transform     per_example_grad, per_example_value_and_grad
     jacobian      per_example_jacobian: the gradients of all outputs
-    measure       per_example_norms: norms with a plain gradient's memory
+    measure       per_example_norms: norms in about the memory of a plain gradient
     explain       how each parameter's gradient is held, and why
     gradients     PerExampleGrads: the algebra over a tree of parameters
     custom_primitives

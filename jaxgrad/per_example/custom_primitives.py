@@ -13,7 +13,7 @@ from jaxgrad.per_example.interpreter.rules import RECORDS
 _WALKED = (
     *(_jax.jit_p, _jax.remat_p, _jax.scan_p, _jax.cond_p, lax.while_p),
     *("shard_map", "custom_jvp_call", "custom_vjp_call"),
-)  # primitives whose inner programs the interpreter walks, or leaves to JAX
+)  # primitives whose inner jaxprs the interpreter walks, or leaves to JAX
 
 
 class RegisteredRule:
@@ -53,27 +53,28 @@ def register_rule(
 
     A parameter takes the direct route if its gradient ends in a primitive that jaxgrad does not know, such as a Pallas
     kernel or a primitive that you defined. The primitive that needs a rule is the one that `explain` names: the
-    primitive in the backward pass that returns the weight's gradient. `equals` computes the same as this primitive with
-    `jax.numpy` and `jax.lax`. jaxgrad traces `equals` to find out which matrix product the primitive computes, or how
-    the primitive rearranges or scales a product. Gradients that stay factored are computed from the operands of that
-    product; every other number still comes from the primitive.
+    primitive in the backward pass that returns the weight's gradient. `equals` computes the same result as this
+    primitive, but with `jax.numpy` and `jax.lax`. jaxgrad traces `equals` to find out which matrix product the
+    primitive computes, or how the primitive rearranges or scales a product. Gradients that stay factored are computed
+    from the operands of that product; every other number still comes from the primitive.
 
-    Rules are global, for all threads, and may be registered and removed at any time. They do not affect functions that
-    `jax.jit` has already traced, so register rules first.
+    Rules are global and apply to all threads; they may be registered and removed at any time. They do not affect
+    functions that `jax.jit` has already traced, so register rules first.
 
-    Guarantees:
-        A wrong `equals` gives wrong gradients; `check_rule` and `check_gradient` detect a wrong rule. A rule that
-        declines changes nothing.
+    Correctness:
+        If `equals` is wrong, the gradients are wrong; `check_rule` and `check_gradient` detect this. If `equals`
+        declines a call by returning None, the result is the same as without the rule.
 
     Args:
         primitive: the primitive, or its name if JAX does not export it, such as "pallas_call".
         equals: a function that takes the primitive's operands, and its params as keyword arguments, and returns the
             primitive's result up to rounding. If the primitive has several results, `equals` returns a list of them,
-            with None for each result that it does not compute. To decline a call, it returns None, which it must decide
-            from shapes, dtypes and params. A result with a different floating dtype is cast to the primitive's.
-        name: for a primitive that stands for many functions, the name of the function that has this rule: the name in
-            `pallas_call(…, name=)`, or else the name of the kernel function. The rule does not apply to a kernel that
-            `jax.vmap` has batched inside the loss; such a kernel takes the direct route.
+            with None for each result that it does not compute. To decline a call, it returns None; this decision may
+            depend only on shapes, dtypes and params. A result with a different floating dtype is cast to the
+            primitive's.
+        name: if one primitive runs many functions, as `pallas_call` does, the name of the function that the rule is
+            for: that given by `pallas_call(…, name=)`, or else the name of the kernel function. The rule does not apply
+            to a kernel that `jax.vmap` has batched inside the loss; such a kernel takes the direct route.
         override: whether this rule may come before an existing rule, which is then used if this rule declines.
 
     Returns:
@@ -82,8 +83,9 @@ def register_rule(
     Raises:
         TypeError: the primitive is neither a primitive nor a string, or `equals` is not a function.
         ValueError: there is already a rule for this primitive and name, perhaps jaxgrad's own, and override is not set;
-            or the primitive is one whose inner programs jaxgrad reads, such as jit and scan. `per_example_grad` raises
-            ValueError if `equals` raises an error or returns shapes that are not those of the primitive's results.
+            or the primitive, such as jit or scan, holds jaxprs that jaxgrad interprets itself. `per_example_grad`
+            raises ValueError if `equals` raises an error or returns shapes that are not those of the primitive's
+            results.
 
     Example:
         >>> from jax.experimental import pallas as pl
@@ -107,7 +109,7 @@ def register_rule(
             raise TypeError(f"register_rule: expected equals to be a function, got {type(equals).__name__}.")
         if _among(primitive, _WALKED):
             raise ValueError(
-                f"register_rule: expected a primitive without inner programs that jaxgrad reads, got {primitive}. "
+                f"register_rule: expected a primitive without jaxprs that jaxgrad interprets itself, got {primitive}. "
                 f"Register a rule for the primitive inside of it."
             )
         if not override and _among(primitive, (*RECORDS, *(rule.primitive for rule in registered.BUILT_IN))):

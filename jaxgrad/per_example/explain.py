@@ -131,16 +131,18 @@ def explain(
 
     The column `held as` names the kinds of factors and the shapes of their arrays, without axes of size 1. The letters
     stand for B examples, T positions, G groups, F fan-out and K fan-in. Outer(left [B, G, T, F], right [B, G, T, K])
-    stands for Σ_t left ⊗ right. Rows(ids [B, T], values [B, T, K]) stands for rows of a table; the values of a mean of
-    rows are [B, K]. Windows(cotangents, image) stands for a convolution. Mapped(arrays of other factors, shared arrays)
-    stands for a weight that is transformed before it is used. Common(number, array) stands for a penalty, and Dense for
-    the gradient itself.
+    stands for Σ_t left ⊗ right. Rows(ids [B, T], values [B, T, K]) stands for rows of a table; if the loss uses only
+    the mean or the sum of the rows, the values are [B, K]. Windows(cotangents, image) stands for a convolution.
+    Mapped(arrays of other factors, shared arrays) stands for a weight that is transformed before it is used.
+    Common(number, array) stands for a penalty, and Dense for the gradient itself.
 
     The column `norm` says how the inner product of each pair of factors, which the norm needs, is computed. "sides" is
-    ‖left‖·‖right‖; "positions", the inner products of the sides at all T × T pairs of positions; "matrix", the product,
-    materialized a few examples at a time; "direction", the inner product with an array shared by all examples; "map",
-    materialized gradients, after the linear map of a Mapped; "entries", the gradient's entries; "apart", nothing,
-    because the two factors occupy different entries of the parameter.
+    the inner product of the left sides times that of the right sides, if T = 1 (for one factor with itself,
+    ‖left‖²·‖right‖²); "positions", the inner products of the sides at all T × T pairs of positions; "matrix", the
+    product, materialized for a few examples at a time; "direction", the inner product with an array shared by all
+    examples; "map", the gradients after the linear map of a Mapped, materialized for a few examples at a time, or not
+    materialized if the map is elementwise and T = 1; "entries", the gradient's entries; "apart", nothing, because the
+    two factors occupy different entries of the parameter.
 
     Args:
         fun, argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.

@@ -72,7 +72,7 @@ def checked_groups(prefix: PyTree, params_tree: Any, by_layer: bool = False) -> 
         by_layer: whether arrays of numbers are allowed.
 
     Raises:
-        ValueError: a number that is not positive, or a tree that is not a prefix of the parameters.
+        ValueError: a number is not positive, or the tree is not a prefix of the parameters.
     """
     treedef: Any
     bounds, treedef = jax.tree.flatten(prefix)

@@ -1,4 +1,4 @@
-"""per_example_norms: the norms of all examples' gradients, in no more memory than a plain gradient needs."""
+"""per_example_norms: the norms of all examples' gradients, in about the memory of a plain gradient."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -32,12 +32,13 @@ def per_example_norms(
     spmd_axis_name: Any = None,
     leaf_norms: bool = False,
 ) -> Callable[..., Any]:
-    """Transform a loss into the norms of its per-example gradients, in no more memory than a plain gradient needs.
+    """Transform a loss into the norms of its per-example gradients, in about the memory of a plain gradient.
 
     `per_example_grad(fun)(...).norms()` holds the factors of all parameters at once, including those of every layer of
-    a `lax.scan`. This function computes the norms of a layer inside the loop that computes the layer's gradient, and
-    drops the factors there, so that `jax.checkpoint` in the loop still saves memory. The norms are the same up to
-    rounding. Call the returned function under `jax.jit`, which leaves out what is not used.
+    a `lax.scan`. This function computes the norms of a layer's gradients inside the loop that computes these gradients,
+    and drops the factors there, so that `jax.checkpoint` in the loop still saves memory. The norms are the same up to
+    rounding. Call the returned function under `jax.jit`, which removes computations whose results are not used, such as
+    those of the gradients themselves.
 
     The factors of three kinds of parameters are held until the loop has ended: parameters that every step uses, such as
     recurrent weights, because their norms have cross terms between steps; parameters whose gradient goes through

@@ -33,7 +33,7 @@ def per_example_grad(
     spmd_axis_name: Any = None,
     strict: bool = False,
 ) -> Callable[..., Any]:
-    """Compute the gradient of every example of a batch, held as factors: `jax.vmap(jax.grad(fun))` without its memory.
+    """Compute the gradient of every example of a batch, held as factors: `jax.vmap(jax.grad(fun))` in less memory.
 
     JAX differentiates `fun`, so custom rules, remat, stop_gradient and control flow behave as under `jax.grad`. The
     only difference is that the last matrix product of each gradient is left unevaluated. A parameter whose gradient is

@@ -99,7 +99,7 @@ def search(
         A function of (queries [C, S], rows [N, S]) that returns `TopK`, whose indices are those of rows.
 
     Raises:
-        ValueError: k or size below 1, or no rows.
+        ValueError: k or the size is below 1, or there are no rows.
 
     Example:
         >>> rows = np.float16([[1, 0], [0, 3], [2, 0]])           # or jg.streams.load(folder).rows["projections"]
@@ -129,7 +129,7 @@ def scores(
         A function of (queries [C, S], rows [N, S]) that returns [C, N], a NumPy array in float32 or wider.
 
     Raises:
-        ValueError: a size below 1, or no rows.
+        ValueError: the size is below 1, or there are no rows.
 
     Example:
         >>> scores()(jnp.eye(2), np.float16([[1, 0], [0, 3], [2, 0]])).tolist()

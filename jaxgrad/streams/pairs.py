@@ -44,8 +44,8 @@ def gram(
         `batches`.
 
     Raises:
-        TypeError: batches that cannot be counted and read again, such as a generator; a batch that is not a tuple;
-            otherwise as in `per_example_grad`.
+        TypeError: `batches` cannot be counted and read again, as with a generator; a batch is not a tuple; otherwise as
+            in `per_example_grad`.
         ValueError: there are no batches; otherwise as in `per_example_grad`.
 
     Example:

@@ -64,15 +64,16 @@ def run(
 ) -> Callable[..., Results]:
     """Apply a function to all batches, and write the rows and sums that it returns to disk as they are computed.
 
-    A run may be stopped at any moment, even by SIGKILL. Call it again with the same arguments to continue after the
-    last committed batch; the files are then the same, to the byte, as those of an uninterrupted run. Call it with more
-    batches to append their rows. A commit first writes the rows and flushes them to disk, and then replaces the
-    manifest, which counts the rows, in one step. The next start drops rows that the manifest does not count.
+    Each time it has done `every` batches, the function commits their results: it writes the rows and flushes them to
+    disk, and then replaces the manifest, which counts the rows, in one step. A run may be stopped at any moment, even
+    by SIGKILL. To continue after the last committed batch, call the function again with the same arguments; it first
+    drops rows that the manifest does not count. The files are then the same, to the byte, as those of an uninterrupted
+    run. To append rows, call the function with more batches.
 
-    The rows of one name are one file, `folder/NAME.rows`, that NumPy alone can read: `np.memmap(file, dtype, "r",
-    shape=(examples, *shape))` with the numbers in `folder/manifest.json`. Rows keep their dtype; NumPy reads those of
-    bfloat16 as the upper halves of float32: `(np.memmap(file, "<u2").astype("<u4") << 16).view("<f4")`. `load` opens
-    them and finds damaged files.
+    The rows of each name are one file, `folder/NAME.rows`, which can be read with NumPy alone, without jaxgrad:
+    `np.memmap(file, dtype, "r", shape=(examples, *shape))` with the dtype, the number of examples and the shape that
+    `folder/manifest.json` states. Rows keep their dtype; NumPy reads those of bfloat16 as the upper halves of float32:
+    `(np.memmap(file, "<u2").astype("<u4") << 16).view("<f4")`. `load` opens them and finds damaged files.
 
     Args:
         function: function(params, *batch) → `Part`, such as `norms(loss)`. To pass more arrays to it, make it a
@@ -83,15 +84,15 @@ def run(
 
     Returns:
         A function of (params, batches, folder) that returns `Results`, whose rows are memory-mapped. `params` is a tree
-        of arrays, which is passed to the function. `batches` is a sequence or any other iterable of tuples, and always
-        starts with the first batch. A run that continues does not read the completed batches of a sequence; it reads
-        and skips those of any other iterable. `folder` is created if it does not exist. Only one run may use a folder
-        at a time.
+        of arrays, which is passed to the function. `batches` is a sequence or any other iterable of tuples. Always pass
+        all batches from the first one on, even to continue a run: a run that continues does not read the completed
+        batches of a sequence, and reads and skips those of any other iterable. `folder` is created if it does not
+        exist. Only one run may use a folder at a time.
 
     Raises:
         TypeError: a batch is not a tuple.
         ValueError: rows or sums do not have the names, shapes and dtypes of those in the folder; files in the folder
-            are damaged; rows have different lengths; or `every` is below 1.
+            are damaged; the rows of one batch have different lengths; or `every` is below 1.
 
     Example:
         >>> import tempfile
@@ -139,7 +140,7 @@ def load(folder: str | os.PathLike[str], *, check: bool = False, progress: bool 
         `Results`.
 
     Raises:
-        ValueError: a folder that `run` did not write, or whose files are damaged.
+        ValueError: `run` did not write the folder, or files in it are damaged.
 
     Example:
         >>> import tempfile

@@ -90,7 +90,7 @@ class Manifest(NamedTuple):
         """Read a manifest.
 
         Raises:
-            ValueError: a file that is not what `written` returns.
+            ValueError: the file does not hold what `written` returns.
         """
         data = path.read_bytes()
         try:
@@ -194,7 +194,7 @@ def opened(folder: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
     """(the manifest, the sums) of a folder, after checks of both and of the sizes of all files.
 
     Raises:
-        ValueError: no manifest, a damaged one, or files that are missing or shorter than it says; damaged sums.
+        ValueError: the manifest is missing or damaged, files are missing or shorter than it says, or sums are damaged.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -234,7 +234,7 @@ def check_blocks(folder: Path, manifest: Manifest, progress: bool) -> None:
     """Read all committed rows and compare the checksum of every block.
 
     Raises:
-        ValueError: a block with another checksum.
+        ValueError: the checksum of a block is not the one in the manifest.
     """
     blocks = [(name, part, k) for name, part in (manifest.rows or {}).items() for k in range(len(part.checksums))]
     for name, part, k in counted(blocks, len(blocks), progress=progress):
