@@ -68,8 +68,8 @@ def weighted_sum(model: Model) -> Function:
     return compute
 
 
-def clipped(model: Model, bound: float, passes: int = 1) -> Function:
-    """`jaxgrad.clipped_grad`, with a mask."""
+def clipped(model: Model, bound: Any, passes: int = 1) -> Function:
+    """`jaxgrad.clipped_grad`, with a mask; `bound` is one number or a tree prefix of bounds."""
     gradient = jg.clipped_grad(model.loss, bound, passes=passes)
 
     def compute(params: Any, *batch: Any) -> Any:
@@ -77,6 +77,12 @@ def clipped(model: Model, bound: float, passes: int = 1) -> Function:
         return info.values.mean(), total
 
     return compute
+
+
+def clipped_by_layer(model: Model, bound: float) -> Function:
+    """`jaxgrad.clipped_grad` with a bound for each layer of `params["layers"]` and for each other parameter."""
+    length = len(jax.tree.leaves(model.params["layers"])[0])
+    return clipped(model, {name: jnp.full(length, bound) if name == "layers" else bound for name in model.params})
 
 
 def materialized(model: Model, bound: float) -> Function:

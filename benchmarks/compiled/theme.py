@@ -17,7 +17,7 @@ from benchmarks.workload import Column, Row, Settings, Theme, Workload
 NAME = "compiled"
 DTYPES = ("float32", "bfloat16")
 GPT_2_SMALL = {"L": 12, "V": 50304, "D": 768, "B": 8}
-UNIT, ONE, TWO = "plain", "one pass", "two passes"
+UNIT, ONE, TWO, BY_LAYER = "plain", "one pass", "two passes", "by layer"
 
 
 def select_models(
@@ -37,7 +37,11 @@ def select_models(
     yield lambda: models.conv_net(1024), DTYPES, one_pass
     yield lambda: models.gru(1024, 64, 256), DTYPES, one_pass
     for T in (128, 320, 1024):
-        yield functools.partial(models.deep_language_model, T=T, **GPT_2_SMALL), ("bfloat16",), (UNIT, ONE, TWO)
+        yield (
+            functools.partial(models.deep_language_model, T=T, **GPT_2_SMALL),
+            ("bfloat16",),
+            (UNIT, ONE, TWO, BY_LAYER),
+        )
 
 
 def shape_structs(tree: Any, dtype: str) -> Any:
@@ -52,6 +56,8 @@ def shape_structs(tree: Any, dtype: str) -> Any:
 def gradient(model: Model, name: str) -> functions.Function:
     if name == UNIT:
         return functions.plain(model)
+    if name == BY_LAYER:
+        return functions.clipped_by_layer(model, 1.0)
     return functions.factored(model, 1.0) if name == ONE else functions.clipped(model, 1.0, passes=2)
 
 
@@ -141,7 +147,8 @@ THEME = Theme(
 This table needs no device. The compilers of an H100 (through `jax-cuda12-plugin`) and of a TPU v5e (through `libtpu`)
 compile the programs ahead of time, and the numbers come from the compiled programs. `plain` is
 `jit(value_and_grad(mean loss))`. `one pass` is the mean loss, the norms and the clipped sum from
-`per_example_value_and_grad`. `two passes` is `clipped_grad(passes=2)`.
+`per_example_value_and_grad`. `two passes` is `clipped_grad(passes=2)`. `by layer` is `clipped_grad` in one pass, with a
+bound for each layer and for each parameter outside the layers.
 
 The columns *moved*, *memory*, *time* and *compile time* are multiples of those of `plain`. *Moved* counts the bytes
 that the kernels read and write; `benchmarks/compiled/program.py` says how kernels and bytes are counted. *Memory*
@@ -152,15 +159,18 @@ bfloat16, the share of the products' operations whose operands are in float32.""
         cost(UNIT, "bytes moved", 2.0**-30, "plain, GiB moved"),
         cost_ratio(ONE, "bytes moved", "one pass, moved"),
         cost_ratio(TWO, "bytes moved", "two passes, moved"),
+        cost_ratio(BY_LAYER, "bytes moved", "by layer, moved"),
         report.mebibytes(UNIT),
         memory_ratio(ONE),
         memory_ratio(TWO),
+        memory_ratio(BY_LAYER),
         cost(UNIT, "kernels", 1, "plain, kernels"),
         cost(ONE, "kernels", 1, "one pass, kernels"),
         float32_share(ONE),
         cost(UNIT, "modeled seconds", 1e3, "plain, modeled ms"),
         cost_ratio(ONE, "modeled seconds", "one pass, time"),
         cost_ratio(TWO, "modeled seconds", "two passes, time"),
+        cost_ratio(BY_LAYER, "modeled seconds", "by layer, time"),
         report.compile_time(ONE),
     ),
     workloads,
