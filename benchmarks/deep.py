@@ -34,8 +34,8 @@ THEME = Theme(
 columns *time* and *memory* are multiples of it. `one pass` is `jaxgrad.clipped_grad`, which holds the factors of all
 layers at once. `two passes` is `clipped_grad(passes=2)`, which computes each layer's norms inside the loop and then an
 ordinary gradient of the weighted losses. `by layer` is `clipped_grad` in one pass, with a bound for each layer and for
-each parameter outside the layers: the layers are clipped and summed inside the loop. All arrays are float32. Memory is the temporary memory of the compiled
-program.""",
+each parameter outside the layers: the layers are clipped and summed inside the loop. All arrays are float32. Memory is
+the temporary memory of the compiled program.""",
     (
         report.milliseconds("plain"),
         report.ratio("one pass"),
