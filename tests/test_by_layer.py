@@ -133,8 +133,8 @@ def test_the_zoo_with_a_bound_for_every_row_of_every_parameter(entry):
     G = quick_jit(jax.vmap(jax.grad(entry.loss), axes))(entry.params, *entry.batch)
     leaves, treedef = jax.tree.flatten(G)
     absolute = [np.abs(np.asarray(a)) for a in leaves]
-    norms = [np.sqrt((a**2).reshape(*a.shape[:2], -1).sum(-1)) if a.ndim > 1 else a for a in absolute]
-    bounds = [np.maximum(n.mean(0), 1e-300) for n in norms]
+    norms = [np.sqrt((a**2).sum(tuple(range(2, a.ndim)))) for a in absolute]
+    bounds = [np.maximum(n.mean(0), 1e-300) for n in norms]  # [rows], or one number for a parameter without axes
     gradient = jg.clipped_grad(entry.loss, treedef.unflatten(bounds), in_axes=axes)
     total, _ = quick_jit(gradient)(entry.params, *entry.batch)
     for found, a, n, bound in zip(jax.tree.leaves(total), leaves, norms, bounds, strict=True):

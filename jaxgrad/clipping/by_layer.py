@@ -152,7 +152,7 @@ def _clipped_layers(factors: Factors, batch: tuple[Sequence[Any], Array], bounds
     The gradients are materialized, a few examples at a time.
     """
     parts, mask = batch
-    g, L = _gradients(parts), bounds.shape[0]
+    g = _gradients(parts)
     size = chunk_size(2 * sum(f[0].layout.size * f[0].layout.dtype.itemsize for f in parts), mask.shape[0])
 
     def materialized(g: PerExampleGrads) -> list[Array]:
@@ -160,9 +160,9 @@ def _clipped_layers(factors: Factors, batch: tuple[Sequence[Any], Array], bounds
 
     def norms_of(g: PerExampleGrads) -> Array:
         arrays = materialized(g)
-        by_layer = [a.reshape(-1, *a.shape[2:]) for a in arrays]
+        by_layer = [a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]) for a in arrays]
         rows = PerExampleGrads({k: (Dense.of(a, a.dtype),) for k, a in enumerate(by_layer)})
-        return rows.norms().reshape(-1, L)
+        return rows.norms().reshape(arrays[0].shape[:2])
 
     norms = map_examples(norms_of, size, g)
     keep = mask[:, None] & jnp.isfinite(norms)
@@ -176,7 +176,7 @@ def _clipped_layers(factors: Factors, batch: tuple[Sequence[Any], Array], bounds
     def weighted(g: PerExampleGrads, c: Array, keep: Array) -> list[Array]:
         def total(a: Array) -> Array:
             flat = kept(keep.ravel(), a.reshape(keep.size, *a.shape[2:])).astype(norms.dtype)
-            return (c.reshape(-1, *[1] * (flat.ndim - 1)) * flat).reshape(-1, *a.shape[1:]).sum(0)
+            return (c.reshape(c.size, *[1] * (flat.ndim - 1)) * flat).reshape(a.shape).sum(0)
 
         return [total(a) for a in materialized(g)]
 
