@@ -496,3 +496,31 @@ def test_a_weighted_sum_on_an_explicit_mesh_outside_jit():
         g = jg.per_example_grad(loss)(W, jax.device_put(X, spec))
         found = g.weighted_sum(jax.device_put(c, spec))
     np.testing.assert_allclose(np.ravel(found), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["Outer", "Rows", "Mapped", "two factors"])
+def test_the_norm_of_products_that_cancel_is_not_nan(kind):
+    """Rounding can make ‖Σ_t left_t ⊗ right_t‖², as it is computed from inner products, negative."""
+    rng, B = np.random.default_rng(0), 300
+    nearly_one = 1 + 1e-9 * rng.normal(size=(B, 1))
+    u, v = rng.normal(size=(B, 7)), rng.normal(size=(B, 5))
+    u, v = (jnp.asarray(np.stack(pair, 1)) for pair in ((u, -u * nearly_one), (v, v)))
+    outer = Outer.of("tf,tk->fk", u, v, u.dtype)
+    halves = [Outer.of("tf,tk->fk", u[:, k : k + 1], v[:, k : k + 1], u.dtype) for k in range(2)]
+    factors = {
+        "Outer": (outer,),
+        "Rows": (Rows.of_table(jnp.full((B, 2), 3), u, 6, u.dtype),),
+        "Mapped": jg.per_example_grad(lambda W, u, v: ((jnp.cumsum(W, 0) @ v.T) * u.T).sum())(
+            jnp.ones((7, 5)), u, v
+        ).factors,
+        "two factors": tuple(halves),
+    }[kind]
+    g = PerExampleGrads(factors)
+    expected = np.linalg.norm(np.asarray(g.materialize()).reshape(B, -1), axis=1)
+    assert 0 < expected.min() < expected.max() < 1e-6
+    norms, squares = jax.jit(lambda g: (g.norms(), g.squared_norms()))(g)
+    np.testing.assert_allclose(norms, expected, atol=1e-6)
+    np.testing.assert_allclose(squares, expected**2, atol=1e-12)
+    assert (squares >= 0).all()
+    slopes = jax.jit(jax.grad(lambda c: g.scale(c).norms().sum()))(jnp.ones(B))
+    assert np.isfinite(slopes).all()

@@ -273,3 +273,14 @@ def test_loops_that_are_maps_are_as_accurate_as_their_dtype_at_real_sizes(loss, 
         norms, total = jax.jit(lambda g: (g.norms(), g.sum(jnp.float32)))(g)
     np.testing.assert_allclose(norms, np.linalg.norm(exact.reshape(B, -1), axis=1), rtol=64 * rounding)
     np.testing.assert_allclose(total, exact.sum(0), atol=64 * rounding * np.abs(exact).sum(0).max())
+
+
+@pytest.mark.parametrize("number", [np.float64(2.0), np.full(3, 2.0), jnp.full(3, 2.0)], ids=["scalar", "numpy", "jax"])
+def test_shared_numbers_of_numpy_are_arrays_of_a_map(number):
+    """A literal in a jaxpr is an array of NumPy; what is shared may be sharded, shaped and cast as an array of JAX."""
+    x = jnp.arange(3.0)
+    doubled = call_of(jax.make_jaxpr(lambda a, b: a * b)(x, jnp.asarray(number)).eqns[-1], (Input(x), number))
+    function, (found,), shared = Map.of([Result(doubled, 0)])
+    assert found.value is x
+    assert all(isinstance(a, jax.Array) for a in shared)
+    np.testing.assert_array_equal(function([x], shared), 2 * np.arange(3.0))

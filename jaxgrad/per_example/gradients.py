@@ -95,9 +95,10 @@ class PerExampleGrads(FactorTree):
 
         Formula: √Σ_leaves ‖·‖²; the norm of an Outer with T = 1 is ‖left_b‖·‖right_b‖. The column *norm* of `explain`
         shows how each parameter's norm is computed. Every example and position is first scaled by powers of two, so
-        that nothing overflows or underflows unless the norm itself does. The norm of a nonzero gradient is 0 only if
-        the products at all positions are below the smallest normal number. The norms are differentiable; the derivative
-        at a zero gradient is 0.
+        that nothing overflows or underflows unless the norm itself does. The norms are differentiable; the derivative
+        at a zero gradient is 0. Accuracy: a few eps, unless a gradient is a sum of products that cancel; the norm is
+        then accurate to about √eps times `magnitudes`, and may be 0. Otherwise, the norm of a nonzero gradient is 0
+        only if the products at all positions are below the smallest normal number.
         """
         return norms.joint_norm([leaf.length() for leaf in self._leaves])
 

@@ -130,7 +130,8 @@ class Map:
             return ("step", done[id(x.call)], x.index)
 
         results = tuple(named(node) for node in nodes)
-        return Map(tuple(steps), results), [x for _, x in inputs.values()], [x for _, x in shared.values()]
+        arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for _, x in shared.values()]
+        return Map(tuple(steps), results), [x for _, x in inputs.values()], arrays
 
     def nodes(self, inputs: Sequence[Input], shared: Sequence[Any]) -> list[Node]:
         """Record the same map for other inputs: the inverse of `of`."""

@@ -52,14 +52,14 @@ class Length(NamedTuple):
 
 
 def squared(leaf: Factors) -> Array:
-    """[B]: ‖Σ_i f_i‖² of one parameter's factors, cross terms included."""
+    """[B]: ‖Σ_i f_i‖² of one parameter's factors, cross terms included; 0 where rounding makes the sum negative."""
     terms = []
     for i, f in enumerate(leaf):
         terms.append(inner_products.inner(f, f))
         others = [f_ for f_ in leaf[:i] if not f.layout.disjoint(f_.layout)]
         terms += [2 * inner_products.inner(f, f_) for f_ in others]
     total = added(terms)
-    return total if len(leaf) == 1 else jnp.maximum(total, jnp.zeros_like(total))  # NaN stays NaN
+    return jnp.maximum(total, jnp.zeros_like(total))  # NaN stays NaN
 
 
 def length(leaf: Factors) -> Length:
