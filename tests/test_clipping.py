@@ -338,7 +338,7 @@ def test_errors_name_the_call():
         jg.clipped_grad(simple, {"w": 1.0})(w, x, y)
     with pytest.raises(ValueError, match="clipped_grad: expected a microbatch size of at least 1"):
         jg.clipped_grad(simple, 1.0, microbatch_size=0)
-    for bound in (-1.0, np.nan, "1", True, 1j, jnp.ones(2), [1.0, -1.0]):
+    for bound in (-1.0, np.nan, "1", True, 1j, jnp.ones((2, 2)), jnp.array([1.0, 0.0]), [1.0, -1.0]):
         with pytest.raises(ValueError, match="clipped_grad: expected positive numbers as bounds, got"):
             jg.clipped_grad(simple, bound)
     for size in (-1, 2.5, "2"):

@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from jaxgrad.errors import caller, naming
 from jaxgrad.per_example.algebra.projection_sides import Axes, Sides, is_sides
+from jaxgrad.per_example.masks_and_bounds import below_prefix
 from jaxgrad.precision import working_dtype
 
 
@@ -65,15 +66,8 @@ def random_sides(params: PyTree, key: Array, size: PyTree, *, stacked: PyTree = 
 
 def _for_each_leaf(prefix: PyTree, params_tree: Any) -> list[Any]:
     """The numbers of a tree prefix, one for each leaf of the parameters."""
-    treedef: Any
-    numbers, treedef = jax.tree.flatten(prefix)
-    try:
-        below = treedef.flatten_up_to(params_tree.unflatten(range(params_tree.num_leaves)))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{caller()}: expected a number or a tree prefix of the parameters, {params_tree}, got {treedef}."
-        ) from error
-    return [n for n, part in zip(numbers, below, strict=True) for _ in jax.tree.leaves(part)]
+    numbers, groups = below_prefix(prefix, params_tree)
+    return [n for n, group in zip(numbers, groups, strict=True) for _ in group]
 
 
 def _drawn(shape: Sequence[int], stacked: int, key: Array, size: int, gaussian: bool) -> Sides:

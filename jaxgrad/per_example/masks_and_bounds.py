@@ -74,14 +74,24 @@ def checked_groups(prefix: PyTree, params_tree: Any, by_layer: bool = False) -> 
     Raises:
         ValueError: a number is not positive, or the tree is not a prefix of the parameters.
     """
-    treedef: Any
-    bounds, treedef = jax.tree.flatten(prefix)
+    bounds, groups = below_prefix(prefix, params_tree)
     for bound in bounds:
         checked_bound(bound, by_layer)
+    return bounds, groups
+
+
+def below_prefix(prefix: PyTree, params_tree: Any) -> tuple[list[Any], list[list[int]]]:
+    """The leaves of a tree prefix of the parameters and, for each, the indices of the parameters below it.
+
+    Raises:
+        ValueError: the tree is not a prefix of the parameters.
+    """
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(prefix)
     try:
         groups = treedef.flatten_up_to(params_tree.unflatten(range(params_tree.num_leaves)))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{caller()}: expected a number or a tree prefix of the parameters, {params_tree}, got {treedef}."
         ) from error
-    return bounds, [jax.tree.leaves(group) for group in groups]
+    return leaves, [jax.tree.leaves(group) for group in groups]
