@@ -324,6 +324,10 @@ def test_ntk_matches_its_dense_definition_for_any_block_size(name, block_size):
     kernel = quick_jit(jg.attribution.ntk(model.model, block_size=block_size))
     assert_close(kernel(model.params, model.x), dense)
     assert_close(kernel(model.params, model.x[:3], model.x[1:]), dense[:3, 1:])
+    for outputs, form in (("diagonal", "bcoo->bco"), ("trace", "bcoo->bc")):
+        part = quick_jit(jg.attribution.ntk(model.model, outputs=outputs, block_size=block_size))
+        assert_close(part(model.params, model.x), np.einsum(form, dense))
+        assert_close(part(model.params, model.x[:3], model.x[1:]), np.einsum(form, dense)[:3, 1:])
     scalar = quick_jit(jg.attribution.ntk(lambda p, x: model.model(p, x)[1], block_size=block_size))
     assert_close(scalar(model.params, model.x), dense[:, :, 1, 1])
     assert_close(scalar(model.params, model.x[:3], model.x[1:]), dense[:3, 1:, 1, 1])
@@ -349,6 +353,20 @@ def test_ntk_of_more_outputs_on_one_side_than_on_the_other(block_size):
         jg.attribution.ntk(lambda p, x: x[0] @ p["b"] if x.ndim == 2 else p["b"] * x[0])(
             params, x[:, :, :2], x2[:, 0, :2]
         )
+
+
+@pytest.mark.usefixtures("plain_types")
+def test_ntk_of_a_tree_of_outputs_and_of_other_words():
+    params, X = {"W": jnp.ones((3, 4)) / 5}, jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)))
+    fun = lambda p, x: {"a": jnp.tanh(p["W"] @ x), "b": (p["W"] @ x).sum()}  # noqa: E731
+    flat = lambda p, x: jnp.append(jnp.tanh(p["W"] @ x), (p["W"] @ x).sum())  # noqa: E731
+    for outputs in ("full", "diagonal", "trace"):
+        kernels = [quick_jit(jg.attribution.ntk(f, outputs=outputs, block_size=2))(params, X) for f in (fun, flat)]
+        assert_close(*kernels)
+    with pytest.raises(ValueError, match='ntk: expected outputs="full", "diagonal" or "trace", got \'sum\''):
+        jg.attribution.ntk(fun, outputs="sum")
+    with pytest.raises(ValueError, match="expected as many outputs on both sides, got 4 and 8"):
+        jg.attribution.ntk(lambda p, x: jnp.tanh(x), outputs="trace")(params, X, jnp.ones((5, 8)))
 
 
 def test_ntk_holds_no_more_than_a_block_s_gradients():

@@ -400,3 +400,18 @@ def test_a_constraint_inside_the_loss_leaves_the_examples_where_they_are(transfo
     np.testing.assert_allclose(
         jax.jit(result("data"))(W, X), result(None)(W, jnp.asarray(np.asarray(X))), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.every(3)
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+@pytest.mark.parametrize("block_size", [3, 8, None])
+def test_kernels_in_blocks_are_those_of_one_device(block_size, axis_type):
+    model = lambda W, x: jnp.tanh(W @ x)  # noqa: E731
+    W, X = normal(0, 4, 6), normal(1, 16, 6)
+    device_mesh = mesh(axis_type)
+    for x2 in (None, normal(2, 8, 6)):
+        with jax.set_mesh(device_mesh):
+            sharding = NamedSharding(device_mesh, PartitionSpec("data"))
+            args = W, jax.device_put(X, sharding), None if x2 is None else jax.device_put(x2, sharding)
+            found = jax.jit(jg.attribution.ntk(model, block_size=block_size))(*args)
+        np.testing.assert_allclose(found, jax.jit(jg.attribution.ntk(model))(W, X, x2), rtol=1e-5, atol=1e-6)

@@ -80,7 +80,9 @@ def test_agrees_with_the_materialized_jacobian(name, jit):
 
     def results(params, x):
         J = jg.per_example_jacobian(model)(params, x)
-        return J, J.materialize(), J.norms(), J.gram(), J.dot(direction), J.rows(), J.rows().materialize()
+        other = jg.per_example_jacobian(model)(params, x[::-1])
+        diagonals = J.diagonal_gram(), J.diagonal_gram(other)
+        return J, J.materialize(), J.norms(), J.gram(), diagonals, J.dot(direction), J.rows(), J.rows().materialize()
 
     @quick_jit
     def expected(params, x):
@@ -88,12 +90,16 @@ def test_agrees_with_the_materialized_jacobian(name, jit):
         flat = jnp.concatenate([a.reshape(len(x), a.shape[1], -1) for a in jax.tree.leaves(rows)], 2)
         return rows, jnp.linalg.norm(flat, axis=2), jnp.einsum("bop,cqp->bcoq", flat, flat), flat
 
-    J, materialized, norms, gram, dot, rows, flattened = (quick_jit(results) if jit else results)(params, x)
+    found = (quick_jit(results) if jit else results)(params, x)
+    J, materialized, norms, gram, diagonals, dot, rows, flattened = found
     want, lengths, kernel, flat = expected(params, x)
     B, O, scale = J.batch_size, J.outputs, float(jnp.abs(flat).max())  # noqa: E741
     chex.assert_trees_all_close(materialized, want, rtol=1e-9, atol=1e-11)
     np.testing.assert_allclose(norms, lengths, rtol=1e-9, atol=1e-12 * scale)
     np.testing.assert_allclose(gram, kernel, rtol=1e-9, atol=1e-9 * scale**2)
+    for found, second in zip(diagonals, (flat, flat[::-1]), strict=True):
+        diagonal = jnp.einsum("bop,cop->bco", flat, second)
+        np.testing.assert_allclose(found, diagonal, rtol=1e-9, atol=1e-9 * scale**2)
     np.testing.assert_allclose(dot, flat @ ravel_pytree(direction)[0], rtol=1e-9, atol=1e-10 * scale)
     assert rows.batch_size == B * O
     chex.assert_trees_all_close(

@@ -70,12 +70,12 @@ def influence(train: PerExampleGrads | GaussNewton, test: PerExampleGrads, dampi
 
     Formula: test_cᵀ (GᵀG/n + μI)⁻¹ g_b / B, where g_b is the gradient of training example b, and GᵀG/n is the empirical
     Fisher matrix of the training gradients (n = B), or the Gauss-Newton matrix (n is then the number of rows of G, see
-    `gauss_newton`). It is evaluated without further approximation, in a form in which nothing cancels:
-    (test Gᵀ)(GGᵀ + μn I)⁻¹, for the Gauss-Newton matrix followed by a sum over the rows of each example, weighted by
-    its residuals; or, if there are more rows than parameters, by a solve with GᵀG. Accuracy: the error of each score is
-    of the order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), where κ is the condition number that `natural_gradient` defines.
-    The error comes from rounding the inner products; it is relatively large if g_b is far shorter than the test
-    gradient.
+    `gauss_newton`). It is evaluated without further approximation: as (test Gᵀ)(GGᵀ + μn I)⁻¹, a form in which nothing
+    cancels, or, if G has more rows than there are parameters, by a solve with GᵀG. For the Gauss-Newton matrix, a sum
+    over the rows of each example follows, weighted by the residuals that `gauss_newton` defines. Accuracy: the error of
+    each score is of the order of n·eps·κ·‖test_c‖/√(‖g_b‖² + μn), where κ is the condition number that
+    `natural_gradient` defines. The error comes from rounding the inner products; it is relatively large if g_b is far
+    shorter than the test gradient.
 
     Args:
         train: gradients of B training examples, or the result of `gauss_newton` for them.

@@ -89,10 +89,11 @@ def per_example_projection(
 
     The numbers are those of `project(per_example_grad(fun)(...), sides)`, which holds the factors of all parameters at
     once, including those of every layer of a `lax.scan`. This function projects a layer's gradient inside the loop that
-    computes it and drops the factors there, so that the loop stacks only k × k numbers for each layer (k rows in each
-    matrix). A weight that every step of a loop uses (a recurrent weight, a shared layer) is projected step by step too.
-    Factors are held until the loop has ended only for a gradient that is computed inside a `cond` or a `shard_map`, or
-    that after the loop goes through anything but reshapes, transposes and casts.
+    computes it and drops the factors there, so that the loop stacks only k × k numbers for each layer, if the two
+    matrices that project a weight's gradient have k rows each. A weight that every step of a loop uses (a recurrent
+    weight, a shared layer) is projected step by step too. Factors are held until the loop has ended only for a gradient
+    that is computed inside a `cond` or a `shard_map`, or that after the loop goes through anything but reshapes,
+    transposes and casts.
 
     Args:
         fun, argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
@@ -101,8 +102,9 @@ def per_example_projection(
 
     Returns:
         A function of fun's arguments, the batched ones with an example axis, that returns (values [B], numbers [B, S])
-        or, with has_aux, ((values, aux), numbers). The numbers are in the order of `project`. Call it under `jax.jit`,
-        which removes computations whose results are not used, such as those of the gradients themselves.
+        or, with has_aux, ((values, aux), numbers). The numbers are in the order of `project`. Call the returned
+        function under `jax.jit`, which removes computations whose results are not used, such as those of the gradients
+        themselves.
 
     Raises:
         TypeError, ValueError: as in `per_example_grad`; or the tree of `sides` is not the parameters', or a `Sides`

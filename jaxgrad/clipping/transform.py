@@ -83,13 +83,15 @@ def clipped_grad(
 ) -> "ClippedGrad":
     """Transform a loss into the sum of its clipped per-example gradients, for about the cost of one plain gradient.
 
+    A plain gradient is that of the mean loss of the batch.
+
     Guarantee: let `gradient` be the function that `clipped_grad` returns, and B the largest batch size in use. Adding
     or removing any one example, whatever it contains, moves the sum by at most `gradient.sensitivity(B)`, which is
-    max_norm times 1 + ε, in the Euclidean norm over all parameters. Replacing one example moves the sum by at most
-    twice that. If there are several bounds, max_norm stands for their root sum of squares. An example that is masked,
-    or whose gradient is NaN or infinite, adds exactly zero; with bounds by layer, a gradient that is NaN or infinite
-    adds zero in the groups in which it is. Masked examples do not affect the result. Neither shapes nor the sequence of
-    operations depend on the data.
+    max_norm·(1 + ε), in the Euclidean norm over all parameters. Replacing one example moves the sum by at most twice
+    that. If there are several bounds, max_norm stands for their root sum of squares. An example that is masked, or
+    whose gradient is NaN or infinite, adds exactly zero; with bounds by layer (an array as a bound, see `max_norm`),
+    such a gradient adds zero only to the layers and groups in which it is NaN or infinite. Masked examples do not
+    affect the result. Neither shapes nor the sequence of operations depend on the data.
 
     ε covers rounding. With one pass, ε is (1 + √B)·2⁻¹² if the parameters are in float32, bfloat16 or float16, because
     the sum is then in float32 and is not rounded to the parameters' dtype. It is (1 + √B)·2⁻³¹ if they are in float64.
@@ -144,13 +146,13 @@ def clipped_grad(
     where the operands of float32 products are rounded (see ρ), √κ is 2⁻⁴ instead of 2⁻¹⁰. In float16 and bfloat16, ε
     also covers rounding the sum to the parameters' dtype, by the term 2·B·u, where u is now 2⁻¹¹ in float16 and 2⁻⁸ in
     bfloat16. Keep the parameters of a private model in float32. If the hardware rounds the operands of products, pass
-    `sensitivity` the dtype that it rounds them to: float16 for TensorFloat-32, or bfloat16.
+    `sensitivity` the dtype that it rounds them to: bfloat16 for bfloat16, and float16 for TensorFloat-32.
 
     Returns:
         A function that takes fun's arguments, with an example axis on the batched ones, and optionally `mask`, booleans
         [B] that are False for padding. It returns (sum, `ClipInfo`). The sum is a tree with the parameters' shapes, in
-        float32 or wider; with two passes it has the parameters' dtypes, like an ordinary gradient. If the loss has a
-        keyword argument `mask`, or takes `**kwargs`, pass a wrapper of the loss without it, in order to mask padding.
+        float32 or wider; with two passes it has the parameters' dtypes, like an ordinary gradient. To mask padding for
+        a loss that has a keyword argument `mask` of its own, or that takes `**kwargs`, pass a wrapper that has neither.
 
     Raises:
         ValueError: passes=2 is used for a loss with a `custom_vjp` whose backward pass is not linear in the cotangent.
@@ -254,7 +256,7 @@ class ClippedGrad:
             return root_sum_of_squares([n for bound in bounds for n in jnp.ravel(jnp.asarray(bound, dtype))])
 
     def sensitivity(self, batch_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> float | Array:
-        """Return the bound on how far one example can move the sum: `max_norm` times 1 + ε, where ε covers rounding.
+        """Return the bound on how far one example can move the sum: max_norm·(1 + ε), where ε covers rounding.
 
         Args:
             batch_size: B, the largest batch size in use.

@@ -47,17 +47,18 @@ def kfac(
 ) -> Callable[..., PyTree]:
     """Transform a loss into the Kronecker factors of its weight matrices, whatever the length of sequences or images.
 
-    `kfac_factors(g)` takes them from gradients that are held as products. Here they are accumulated where the products
-    are made, so that they also exist where a product of many positions is larger than the gradient, as in most
-    convolutions and in dense layers on long sequences. Only the two second-moment matrices of each weight are held; in
-    a `lax.scan` over layers, they are computed inside the loop.
+    `kfac_factors(g)` takes the Kronecker factors from gradients that are held as factors. `kfac` accumulates them in
+    the backward pass, so that it also has them for weights whose gradients are not held as factors because these, over
+    many positions, would be larger than the gradient, as in most convolutions and in dense layers on long sequences.
+    Only the two second-moment matrices of each weight are held; in a `lax.scan` over layers, they are computed inside
+    the loop.
 
     Formula: for the gradient Σ_t δ_t a_tᵀ of one example, with T positions in a sequence or image,
     "expand": E[Σ_t δ_t δ_tᵀ] ⊗ E[mean_t a_t a_tᵀ], for models that make a prediction at each position;
     "reduce": E[δ̂ δ̂ᵀ] ⊗ E[ā āᵀ] with δ̂ = Σ_t δ_t and ā = mean_t a_t, for positions that are averaged before the output.
     For `W @ x`, `left` is the moment of δ and `right` that of a; for `x @ W` it is the reverse. The mean over t is
-    always taken in `right`, which does not change the Kronecker product. Cost: one matrix product for each side
-    replaces the product of the gradient.
+    always taken in `right`, which does not change the Kronecker product. Cost: two matrix products, one
+    for `left` and one for `right`, replace the one that computes the weight's gradient.
 
     If the labels in the batch are those of the data, the factors approximate the empirical Fisher matrix; if they are
     drawn from the model, the Fisher matrix.
@@ -69,7 +70,8 @@ def kfac(
 
     Returns:
         A function of (params, *batch) that returns the parameters' tree with `KroneckerFactors` at every matrix, and
-        None at biases, embeddings, and matrices whose gradient is not a product: `explain` says which these are. It
+        None at biases, embeddings, and matrices whose gradient is not a product: `explain` says which these are;
+        with "reduce", also at matrices whose gradient is a sum of several products. It
         also has None at a matrix that every step of a loop uses, if the factors of all steps together would hold as
         many numbers as the matrix or more. To average over batches of equal size, average the results with
         `jax.tree.map`.

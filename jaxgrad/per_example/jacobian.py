@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxgrad import _jax
-from jaxgrad.errors import naming
+from jaxgrad.errors import caller, naming
 from jaxgrad.per_example.algebra.chunks import pairs_of_outputs
 from jaxgrad.per_example.algebra.mapped import map_examples_of, with_shared
 from jaxgrad.per_example.arguments import Arguments
@@ -102,6 +102,31 @@ class PerExampleJacobian:
 
         with pairs_of_outputs(min(self.outputs, second.outputs)):  # chunk_bytes is already divided among the outputs
             return self._vmap_outputs(one_row, 2)
+
+    @naming("PerExampleJacobian.diagonal_gram")
+    def diagonal_gram(self, other: "PerExampleJacobian | None" = None) -> Float[Array, "B C O"]:
+        """⟨J_b[o], J′_c[o]⟩ [B, C, O]: the entries with o = o′ of `gram`, without the others.
+
+        Cost, for a weight that enters through one matrix product: the inner products of activations take B·C·K
+        operations; those of cotangents take B·C·O·F operations.
+
+        Args:
+            other: a Jacobian with respect to the same parameters and with as many outputs; None for this Jacobian.
+
+        Raises:
+            ValueError: the numbers of outputs differ, or the parameters of `other` do.
+        """
+        second = self if other is None else other
+        if second.outputs != self.outputs:
+            raise ValueError(
+                f"{caller()}: expected as many outputs on both sides, got {self.outputs} and {second.outputs}."
+            )
+        sides, axes = [], []
+        for J in (self, second):
+            held = J._held.with_chunk_bytes(max(1, J._held.chunk_bytes // max(1, J.outputs)))
+            sides.append(held)
+            axes.append(jax.tree.unflatten(jax.tree.structure(held), map(_vmap_axis, J._axes)))
+        return jax.vmap(lambda g, h: g.gram(h), tuple(axes), 2, axis_size=self.outputs)(*sides)
 
     def weighted_sum(self, c: Float[Array, "B O"], dtype: jax.typing.DTypeLike | None = None) -> PyTree:
         """Σ_bk c_bk J_b[k], a tree with the parameters' shapes.

@@ -36,11 +36,11 @@ def per_example_grad(
     """Compute the gradient of every example of a batch, held as factors: `jax.vmap(jax.grad(fun))` in less memory.
 
     JAX differentiates `fun`, so custom rules, remat, stop_gradient and control flow behave as under `jax.grad`. The
-    only difference is that the last matrix product of each gradient is left unevaluated. A parameter whose gradient is
-    not a product takes the direct route: its gradient is computed as `jax.vmap(jax.grad(fun))` would compute it.
-    `explain` names each such parameter. On your own model, first run
-    `check_gradient(per_example_grad(fun), fun, params, *batch)`, which compares the result with `jax.grad`. Jit the
-    code that calls the returned function, as with `jax.grad`; all stated costs are those of jitted code.
+    only difference is that the last matrix product of each gradient is left unevaluated. A matrix whose gradient is not
+    a product takes the direct route: its gradient is computed as `jax.vmap(jax.grad(fun))` would compute it. `explain`
+    names each such parameter. On your own model, first run `check_gradient(per_example_grad(fun), fun, params,
+    *batch)`, which compares the result with `jax.grad`. Jit the code that calls the returned function, as with
+    `jax.grad`; all stated costs are those of jitted code.
 
     Args:
         fun: a pure function of one example that returns a real scalar, or (scalar, aux) with has_aux.
@@ -52,7 +52,7 @@ def per_example_grad(
             and leaves that are not arrays are shared.
         has_aux: whether fun returns (scalar, aux).
         spmd_axis_name: as in `jax.vmap`: the mesh axis or axes over which the examples are sharded, so that
-            `jax.lax.with_sharding_constraint` inside fun leaves them sharded there.
+            `jax.lax.with_sharding_constraint` inside fun leaves the examples sharded over these axes.
         strict: whether to raise an error if a parameter takes the direct route.
 
     Returns:

@@ -64,16 +64,17 @@ def run(
 ) -> Callable[..., Results]:
     """Apply a function to all batches, and write the rows and sums that it returns to disk as they are computed.
 
-    Each time it has done `every` batches, the function commits their results: it writes the rows and flushes them to
+    After every `every` batches, the returned function commits their results: it writes the rows and flushes them to
     disk, and then replaces the manifest, which counts the rows, in one step. A run may be stopped at any moment, even
-    by SIGKILL. To continue after the last committed batch, call the function again with the same arguments; it first
-    drops rows that the manifest does not count. The files are then the same, to the byte, as those of an uninterrupted
-    run. To append rows, call the function with more batches.
+    by SIGKILL. To continue after the last committed batch, call the returned function again with the same arguments; it
+    first drops rows that the manifest does not count. The files are then the same, to the byte, as those of an
+    uninterrupted run. To append rows, call it with the old batches followed by the new ones.
 
     The rows of each name are one file, `folder/NAME.rows`, which can be read with NumPy alone, without jaxgrad:
     `np.memmap(file, dtype, "r", shape=(examples, *shape))` with the dtype, the number of examples and the shape that
     `folder/manifest.json` states. Rows keep their dtype; NumPy reads those of bfloat16 as the upper halves of float32:
-    `(np.memmap(file, "<u2").astype("<u4") << 16).view("<f4")`. `load` opens them and finds damaged files.
+    `(np.memmap(file, "<u2").astype("<u4") << 16).view("<f4")`. `load` opens them, and with `check=True`
+    reads all rows to find damaged ones.
 
     Args:
         function: function(params, *batch) → `Part`, such as `norms(loss)`. To pass more arrays to it, make it a
