@@ -22,7 +22,7 @@ from jaxgrad.per_example.algebra.place import Labels, labels_of, put, read
 from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.algebra.projection_sides import Axes, Sides, exact
 from jaxgrad.per_example.algebra.rows import Lookup, with_values
-from jaxgrad.precision import added, contracted
+from jaxgrad.precision import added, contracted, working_dtype
 
 MATERIALIZED_BYTES = 16 * 2**20
 """How many bytes are materialized at once for gradients that have no product to project."""
@@ -140,7 +140,7 @@ def _convolved(p: Product, matrix: Array, labels: Labels) -> Operand:
     last = 1 + len(axes)
     spatial = range(1, last)
     if {image.dtype, kernel.dtype} != {jnp.dtype(jnp.bfloat16)}:
-        image, kernel = (a.astype(jnp.promote_types(image.dtype, jnp.float32)) for a in (image, kernel))
+        image, kernel = (a.astype(working_dtype(image.dtype)) for a in (image, kernel))
     found = lax.conv_general_dilated(
         image,
         kernel,
@@ -151,7 +151,7 @@ def _convolved(p: Product, matrix: Array, labels: Labels) -> Operand:
         dimension_numbers=lax.ConvDimensionNumbers(
             (0, last, *spatial), (last, last - 1, *range(last - 1)), (0, last, *spatial)
         ),
-        preferred_element_type=jnp.promote_types(image.dtype, jnp.float32),
+        preferred_element_type=working_dtype(image.dtype),
     )
     positions = [w.position for w in p.windows if w.position in p.roles[1]]
     left = (*others, *positions)
