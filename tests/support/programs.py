@@ -299,6 +299,15 @@ def program(seed: int) -> Program:
     return Program(names["loss"], names["params"], tuple(names["batch"].values()), text, rtol, b.kinds)
 
 
+SIDE = 200
+"""The longest side of a square matrix, whose products with itself would take minutes."""
+
+
+def corner(s):
+    """The index of a matrix's corner if the matrix is larger than a square may be."""
+    return "" if max(s) <= SIDE else f"[{', '.join(f':{min(n, SIDE)}' for n in s)}]"
+
+
 class Names(dict):
     """The names in a template; each is drawn on its first use and then stays the same."""
 
@@ -312,7 +321,7 @@ class Names(dict):
             "axis": lambda: b.int(0, len(s)),
             "along": lambda: tuple(n if i == self["axis"] else 1 for i, n in enumerate(s)),
             "v": lambda: b.like(s),
-            "square": lambda: f"jnp.pad({self['w']}, {[(0, max(s) - n) for n in s]})",
+            "square": lambda: f"jnp.pad({self['w']}{corner(s)}, {[(0, min(max(s), SIDE) - min(n, SIDE)) for n in s]})",
             "xs": lambda: b.given((self["T"], self["k"])),
             "t": lambda: b.inner(None, w=s),
             "closed": lambda: b.inner((self["k"],), closed=True, w=s, x=(self["k"],)),
