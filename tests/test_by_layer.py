@@ -274,3 +274,10 @@ def test_no_examples():
         total, info = quick_jit(jg.clipped_grad(fun, bounds))(params, X[:0])
         assert all((a == 0).all() for a in jax.tree.leaves(total))
         assert info.norms.shape == (0,)
+
+
+def test_costs_compare_one_pass_with_a_plain_gradient():
+    params, X = drawn()
+    costs = jg.clipped_grad(loss, {"first": 1.0, "layers": np.ones(L), "last": 1.0}).costs(params, X)
+    assert sorted(costs.rows) == ["one pass", "plain gradient"]
+    assert costs["plain gradient"].operations < costs["one pass"].operations < 2 * costs["plain gradient"].operations

@@ -288,7 +288,7 @@ class ClippedGrad:
             args, kwargs: the arguments of a call: arrays or `jax.ShapeDtypeStruct`s.
 
         Returns:
-            `Costs` with the rows "plain gradient", "one pass" and "two passes".
+            `Costs` with the rows "plain gradient", "one pass" and, without bounds by layer, "two passes".
 
         Raises:
             TypeError, ValueError: as the call itself, with one pass or with two.
@@ -306,7 +306,7 @@ class ClippedGrad:
             return weighted_gradients(self._transformed, arguments, [ones], ones > 0)[0]
 
         ways: dict[str, Any] = {"plain gradient": plain}
-        for name, passes in (("one pass", 1), ("two passes", 2)):
+        for name, passes in (("one pass", 1), ("two passes", 2))[: 1 if is_by_layer(self._max_norm) else 2]:
             ways[name] = copy.copy(self)
             ways[name]._passes = passes
         return Costs({name: compiled_cost(way, args, kwargs) for name, way in ways.items()})
