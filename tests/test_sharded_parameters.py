@@ -158,3 +158,20 @@ def test_fully_sharded_it_holds_and_communicates_little_more_than_a_plain_gradie
     assert held(of_clipped) <= (1.5 if passes == 2 else 4) * held(of_plain)
     gathered = [c for c in collectives(Program(of_clipped.as_text())) if c.kind == "all-gather"]
     assert max(s.size for c in gathered for s in c.shapes) <= 128 * 512  # one layer's matrix
+
+
+@pytest.mark.every(4)
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+@pytest.mark.parametrize("name", SPECS)
+def test_projections_are_those_of_one_device(name, axis_type):
+    params, X = drawn()
+    sides = jg.attribution.random_sides(params, jax.random.key(0), 3, stacked=1)
+    projected = jax.jit(jg.attribution.per_example_projection(loss, sides))
+    values, numbers = projected(params, X)
+    mesh = mesh_of(axis_type)
+    params, X = placed(params, X, mesh, SPECS[name])
+    with jax.set_mesh(mesh):
+        found = projected(params, X)
+    np.testing.assert_allclose(found[0], values, rtol=1e-10)
+    np.testing.assert_allclose(found[1], numbers, rtol=1e-8, atol=1e-10)
+    assert found[1].sharding.spec[0] == "data"

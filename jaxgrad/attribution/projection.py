@@ -21,7 +21,7 @@ from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 from jaxgrad.per_example.projecting import PROJECTOR, Placed
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import joined
-from jaxgrad.sharding import with_automatic_axes
+from jaxgrad.sharding import automatic_over, in_both, with_automatic_axes
 
 
 @naming("project")
@@ -126,6 +126,9 @@ def per_example_projection(
     @naming("per_example_projection")
     def measured(*args: Any, **kwargs: Any) -> Any:
         arguments = transformed.arguments(args, kwargs)
+        axes, examples = in_both(arguments.batch, arguments.axes, [*arguments.params, *arguments.shared])
+        if axes:
+            return automatic_over(axes, measured, examples, *args, **kwargs)
         params = jax.tree.unflatten(arguments.params_tree, arguments.params)
         nodes: Any
         nodes, treedef = jax.tree.flatten(params, is_leaf=complexes.is_complex)
