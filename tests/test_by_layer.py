@@ -212,7 +212,9 @@ def test_one_pass_holds_what_a_plain_gradient_holds(T):
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     X = jax.ShapeDtypeStruct((B, T, D), jnp.float32)
     plain = memory(jax.grad(lambda p, X: jax.vmap(deep, (None, 0))(p, X).mean()), params, X)
-    assert memory(jg.clipped_grad(deep, jnp.ones(layers)), params, X) <= 1.15 * plain  # 0.97 and 1.12
+    one = memory(jg.clipped_grad(deep, jnp.ones(layers)), params, X)
+    assert one <= 1.45 * plain  # 1.12 and 0.97 with jaxlib 0.10.2; 1.21 with 0.10.0 and 1.40 with 0.12 for T = 512
+    assert one < memory(jg.per_example_grad(deep), params, X)
 
 
 @pytest.mark.every(2)

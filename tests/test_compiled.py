@@ -262,3 +262,4 @@ def test_programs_for_an_h100_keep_their_budgets():
     assert conv["kernels"] <= 2, conv
     assert conv["bytes"] <= 2, conv
     assert found["projected"] <= 1.2, found
+    assert found["by layer"] <= 1.05, found

@@ -45,11 +45,20 @@ def projected(model):
     return memory(programs[1]) / memory(programs[0])
 
 
+def by_layer(model):
+    """The memory of a clipped sum with a bound for each layer, relative to a plain gradient's, in float32."""
+    arguments = shape_structs((model.params, *model.batch), "float32")
+    clipped = functions.clipped_by_layer(model, 1.0)
+    programs = [compile_for(f, arguments, H100.device()) for f in (functions.plain(model), clipped)]
+    return memory(programs[1]) / memory(programs[0])
+
+
 if __name__ == "__main__":
     found = {
         "mlp": measured(models.mlp((1024, 4096, 4096, 10), 4096)),
         "block": measured(models.transformer(512, 128, 64)),
         "conv": measured(models.conv_net(1024)),
         "projected": projected(models.deep_language_model(L=4, V=4096, D=256, T=512, B=8)),
+        "by layer": by_layer(models.deep_language_model(L=12, V=50304, D=768, T=128, B=8)),
     }
     print(json.dumps(found))
