@@ -124,8 +124,8 @@ def clipped_grad(
             holds a number for every leaf or group of leaves. Each group is then clipped separately. inf clips nothing.
             For parameters that are stacks of L layers along axis 0, such as those that a `lax.scan` runs over, an array
             [L] in place of a number bounds the norm of every layer, over the parameters of its group. Each layer is
-            then clipped and summed inside the backward loop and its factors are dropped there, so that one pass needs
-            about the memory of a plain gradient.
+            then clipped and summed inside the backward loop and its factors are dropped there, so that one pass holds
+            the factors of one layer beside what a plain gradient holds.
         argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
         microbatch_size: number of examples to process at once, in a loop, to bound the memory; None for all. The result
             is the same, up to rounding.
