@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support.dense import assert_close
 from support.quick import quick_jit
 
@@ -219,7 +220,7 @@ def deep_params(dtype):
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-2)])
 def test_single_and_half_precision_at_real_sizes(dtype, rtol, samples):
     x = jnp.asarray(np.random.default_rng(2).choice([-1.0, 1.0], size=(samples, 16)), dtype)
-    E = jnp.asarray(np.random.default_rng(3).normal(size=samples) - 100, jnp.float32)
+    E = jnp.asarray(np.random.default_rng(3).normal(size=samples) - 1e5, jnp.float32)
     p = deep_params(dtype)
     step = jax.jit(lambda p, x: minsr(log_derivatives(deep)(p, x), E, relative(0.01)))
     found = step(p, x)
@@ -315,6 +316,34 @@ def test_shared_arguments_and_several_differentiated_ones():
     expected, *found = steps(W, v)
     for step in found:
         assert_close(real_vector(step), real_vector(expected), 1e-10)
+
+
+@pytest.mark.every(3)
+@pytest.mark.parametrize("hidden", [7, 1])
+@pytest.mark.parametrize("block_size", [None, 5])
+def test_samples_may_be_sharded_on_an_explicit_mesh(block_size, hidden):
+    p = params(hidden, float)
+    step = quick_jit(lambda p, x, E: minsr(log_derivatives(machine, block_size=block_size)(p, x), E, 0.1))
+    expected = step(p, SPINS, jnp.asarray(ENERGIES.real))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.sharding.set_mesh(mesh):
+        whole, by_sample = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+        found = step(*jax.device_put((p, SPINS, jnp.asarray(ENERGIES.real)), (whole, by_sample, by_sample)))
+    assert_close(real_vector(found), real_vector(expected), 1e-10)
+
+
+@pytest.mark.every(0)
+def test_blocks_need_less_memory():
+    p, x = deep_params(jnp.float32), jnp.ones((512, 16), jnp.float32)
+    E = jnp.ones(512, jnp.float32)
+
+    def factors(block_size):
+        def products(p, x):
+            return log_derivatives(deep, block_size=block_size)(p, x).rows.weighted_sum(jnp.repeat(E, 2))
+
+        return jax.jit(products).lower(p, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert 4 * factors(32) < factors(None)
 
 
 @pytest.mark.usefixtures("plain_types")

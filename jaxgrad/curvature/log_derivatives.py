@@ -73,8 +73,9 @@ class LogDerivatives:
     @property
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
         """The shapes and dtypes of the real parameters."""
-        shapes: list[jax.ShapeDtypeStruct] = jax.tree.leaves(jax.eval_shape(self.rows.sum))
-        return shapes
+        blocked = isinstance(self.rows, BlockedRows)
+        arrays = self.rows.params if blocked else jax.tree.leaves(jax.eval_shape(self.rows.sum))
+        return [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
 
 
 def log_derivatives(
@@ -92,7 +93,7 @@ def log_derivatives(
             numbers, log|ψ| and the phase. The parameters may be real or complex; log ψ need not be holomorphic.
         argnums, in_axes, spmd_axis_name: as in `per_example_grad`.
         block_size: number of samples whose derivatives are held at once, to bound the memory; None for all. In blocks,
-            each solve computes them again: a Gram matrix of K blocks takes K + K² times those of a block.
+            they are computed again whenever they are needed: for a Gram matrix of K blocks, K + 1 times.
 
     Returns:
         A function of (params, *samples), arrays with an example axis. It returns `LogDerivatives`.

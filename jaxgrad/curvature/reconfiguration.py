@@ -20,6 +20,7 @@ from jaxgrad.curvature.solve import damped_solve, in_full_precision
 from jaxgrad.errors import caller, naming
 from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.per_example.serialized import named_tuple
+from jaxgrad.sharding import with_automatic_axes
 
 Numbers = Any
 """An array [N], real or complex."""
@@ -27,6 +28,7 @@ Numbers = Any
 
 @naming("centered_gram")
 @in_full_precision
+@with_automatic_axes(by_example=False)
 def centered_gram(derivatives: LogDerivatives, weights: Float[Array, " N"] | None = None) -> Float[Array, "n n"]:
     """ÕÕᵀ, the Gram matrix of the centered derivatives: the kernel of minSR.
 
@@ -132,7 +134,7 @@ def spring(
         >>> spring(O, jnp.array([-1.0, 1.0]), 1.0, jnp.array([0.5, 1.0]), 0.5).round(3).tolist()
         [0.625, 0.5]
 
-    Source: Goldshlager, Abrahamsen and Lin 2024, equation 33.
+    Source: Goldshlager, Abrahamsen and Lin 2024.
     """
     return _rounded(derivatives, _step(derivatives, local_energies, damping, weights, previous, momentum))
 
@@ -221,6 +223,7 @@ def scale_by_spring(damping: Any, momentum: Any = 0.0) -> Any:
 
 
 @in_full_precision
+@with_automatic_axes(by_example=False)
 def _step(
     derivatives: LogDerivatives,
     local_energies: Numbers,
@@ -304,10 +307,8 @@ def _tensor_and_force(
 
 
 def _deviations(values: Float[Array, "N R"], w: Float[Array, " N"]) -> Float[Array, "N R"]:
-    """The values less their mean; twice, because the mean itself is rounded."""
-    for _ in range(2):
-        values = values - (w[:, None] * values).sum(0)[None]
-    return values
+    """The values less their mean. What the rounded mean leaves is taken out of the solution."""
+    return values - (w[:, None] * values).sum(0)[None]
 
 
 def _rounded(derivatives: LogDerivatives, step: list[Array]) -> PyTree:
