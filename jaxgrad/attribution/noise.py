@@ -249,20 +249,20 @@ def _estimates(norms: PyTree, mean: PyTree, unit: Array) -> NoiseScale:
             f"{caller()}: expected norms in a tree prefix of the mean gradient's, {jax.tree.structure(mean)}, got "
             f"{structure}."
         ) from error
-    pairs = [_noise_and_signal(a, jax.tree.leaves(part), unit) for a, part in zip(leaves, parts, strict=True)]
-    found = [_with_scale(*pair) for pair in pairs]
+    found = [_estimate(a, jax.tree.leaves(part), unit) for a, part in zip(leaves, parts, strict=True)]
     return NoiseScale(*(jax.tree.unflatten(structure, field) for field in zip(*found, strict=True)))
 
 
-def _noise_and_signal(norms: Array, mean: list[Array], unit: Array) -> tuple[Array, Array]:
+def _estimate(norms: Array, mean: list[Array], unit: Array) -> NoiseScale:
     B = norms.shape[0]
     if B < 2:
-        return (jnp.full((), jnp.nan, unit.dtype),) * 2
+        return NoiseScale(*[jnp.full((), jnp.nan, unit.dtype)] * 3)
     norms = norms.astype(unit.dtype) / unit
     square = added([(jnp.abs(a) ** 2).sum() for a in mean]).astype(unit.dtype)
     spread = ((norms**2).sum() - B * square) / (B - 1)
     noise = jnp.maximum(spread, jnp.zeros_like(spread))
-    return noise * unit * unit, (square - noise / B) * unit * unit
+    found = _with_scale(noise, square - noise / B)
+    return NoiseScale(found.noise * unit * unit, found.signal * unit * unit, found.scale)
 
 
 def _with_scale(noise: Array, signal: Array) -> NoiseScale:
