@@ -31,7 +31,7 @@ def dense(G):
     return noise, (np.abs(G.mean(0)) ** 2).sum() - noise / len(G)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(4)
 @each_loss
 def test_the_noise_of_each_parameter_is_the_variance_of_its_gradient(entry):
     g, _ = gradients(entry.name)
@@ -87,8 +87,12 @@ def test_selected_parameters_are_those_of_a_loss_of_them_alone():
     def alone(norm, rest, x, y):
         return layer_norm_net({**rest, **norm}, x, y)
 
-    expected = noise_scale(jg.per_example_grad(alone, in_axes=(None, None, 0, 0))(norm, rest, *batch))
-    estimates = leaf_noise_scale(jg.per_example_grad(layer_norm_net)(p, *batch))
+    expected, estimates = quick_jit(
+        lambda p, norm, rest, batch: (
+            noise_scale(jg.per_example_grad(alone, in_axes=(None, None, 0, 0))(norm, rest, *batch)),
+            leaf_noise_scale(jg.per_example_grad(layer_norm_net)(p, *batch)),
+        )
+    )(p, norm, rest, batch)
     np.testing.assert_allclose(total_noise_scale(estimates, lambda path: "norm" in path), expected, rtol=1e-10)
     with pytest.raises(ValueError, match=r"total_noise_scale: expected at least one .* \[\"\['W'\]\", \"\['norm'\]"):
         total_noise_scale(estimates, lambda path: "attention" in path)
@@ -120,7 +124,8 @@ def test_a_recorder_in_a_jitted_training_loop_averages_noise_and_signal(options)
     assert record.count == steps
 
 
-@pytest.mark.parametrize("options", [{"decay": 0.9}, {"window": 4}])
+@pytest.mark.every(0)
+@pytest.mark.parametrize("options", [{"window": 4}, {"decay": 0.9}])
 def test_the_first_steps_are_not_drawn_to_zero(options):
     recorder = noise_recorder(**options)
     g = jg.per_example_grad(layer_norm_net)(net_params(), *net_batch(6))
@@ -134,6 +139,7 @@ def test_the_first_steps_are_not_drawn_to_zero(options):
 
 
 @pytest.mark.as_used
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
 def test_single_and_half_precision_at_a_real_size(dtype, rtol):
     p, batch = net_params(dtype), net_batch(128, dtype)
@@ -155,6 +161,7 @@ def test_complex_parameters_count_with_both_parts():
     assert noise_recorder(decay=0.5).init(W).noise.dtype == jnp.float64
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("size", [1e-25, 1e-15, 1e15, 1e25])
 def test_the_scale_of_the_gradients_does_not_matter(size):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
@@ -166,7 +173,7 @@ def test_the_scale_of_the_gradients_does_not_matter(size):
 
 def test_fewer_than_two_examples_give_nan_and_equal_gradients_no_negative_noise():
     for B in (0, 1):
-        g = jg.per_example_grad(layer_norm_net)(net_params(), *net_batch(B))
+        g = jg.per_example_grad(lambda w, x: w @ x)(jnp.ones(3), jnp.ones((B, 3)))
         assert all(np.isnan(a) for a in jax.tree.leaves(leaf_noise_scale(g)))
     same = jnp.broadcast_to(jnp.asarray(np.random.default_rng(0).normal(size=7), jnp.float32), (5, 7))
     found = leaf_noise_scale(jg.per_example_grad(lambda w, x: w @ x)(same[0], same))

@@ -97,7 +97,7 @@ WAVES = {
 }
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("block_size", [None, 5])
 @pytest.mark.parametrize("hidden", [7, 1])  # more parameters than rows, and fewer
 @pytest.mark.parametrize("name", WAVES)
@@ -114,20 +114,18 @@ def test_steps_match_the_dense_ones(name, hidden, block_size):
         E = jnp.asarray(ENERGIES)
         return (
             centered_gram(D, WEIGHTS),
-            minsr(D, E, 0.02, weights=WEIGHTS),
             minsr(D, E, relative(0.02), weights=WEIGHTS),
             spring(D, E, 0.02, previous, 0.7, weights=WEIGHTS),
         )
 
-    K, step, of_relative, with_momentum = found(p, SPINS)
+    K, step, with_momentum = found(p, SPINS)
     S = O_.T @ O_
 
     def solved(damping, v):
         return np.linalg.solve(S + damping * np.eye(len(S)), v)
 
     assert_close(K, O_ @ O_.T)
-    assert_close(real_vector(step), solved(0.02, O_.T @ e), 1e-8)
-    assert_close(real_vector(of_relative), solved(0.02 * np.trace(S), O_.T @ e), 1e-8)
+    assert_close(real_vector(step), solved(0.02 * np.trace(S), O_.T @ e), 1e-8)
     guess = 0.7 * real_vector(previous)
     assert_close(real_vector(with_momentum), guess + solved(0.02, O_.T @ (e - O_ @ guess)), 1e-8)
     assert jax.tree.map(jnp.result_type, step) == jax.tree.map(jnp.result_type, p)
@@ -147,7 +145,7 @@ def test_a_holomorphic_step_is_the_complex_one():
     np.testing.assert_allclose(step, expected, atol=1e-9 * np.abs(expected).max())
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["holomorphic", "phase", "real"])
 def test_the_step_for_a_large_damping_is_half_the_gradient_of_the_energy(name):
     fun, dtype = WAVES[name]
@@ -170,7 +168,8 @@ def test_the_step_for_a_large_damping_is_half_the_gradient_of_the_energy(name):
     assert_close(1e8 * real_vector(step), quick_jit(jax.grad(energy))(v) / 2, 1e-5)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9, lambda count: 0.9 - 0.1 * count])
+@pytest.mark.every(3)
+@pytest.mark.parametrize("momentum", [0.9, 0.0, lambda count: 0.9 - 0.1 * count])
 def test_the_transformation_is_spring_in_a_jitted_loop(momentum):
     p, count = params(7), 3
     optimizer = optax.chain(scale_by_spring(lambda count: 0.1 / (1 + count), momentum), optax.scale(-0.05))
@@ -215,7 +214,7 @@ def deep_params(dtype):
 
 
 @pytest.mark.as_used
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("samples", [96, 640])  # solves with samples, and with parameters
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-2)])
 def test_single_and_half_precision_at_real_sizes(dtype, rtol, samples):
@@ -231,6 +230,7 @@ def test_single_and_half_precision_at_real_sizes(dtype, rtol, samples):
     assert np.linalg.norm(found - expected) <= rtol * np.linalg.norm(expected)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("size", [1e-15, 1e15])
 def test_the_scale_of_the_derivatives_does_not_matter(size):
     p = jax.tree.map(lambda a: a.astype(jnp.float32), params(7, float))
@@ -250,7 +250,8 @@ def test_without_damping_the_step_is_the_shortest_solution():
     assert_close(real_vector(step), np.linalg.pinv(O_, rcond=1e-7) @ e, 1e-6)
 
 
-@pytest.mark.parametrize("mean", [1e3, 1e6])
+@pytest.mark.every(2)
+@pytest.mark.parametrize("mean", [1e6, 1e3])
 def test_a_common_part_of_all_derivatives_costs_no_digits_in_the_solve_with_parameters(mean):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 3)) + mean, jnp.float32)
     E = jnp.asarray(np.random.default_rng(1).normal(size=64), jnp.float32)
@@ -270,6 +271,7 @@ def small():
     return p, quick_jit(log_derivatives(machine))(p, SPINS)
 
 
+@pytest.mark.slow
 def test_a_weight_of_zero_leaves_a_sample_out():
     p, D = small()
     weights = WEIGHTS.at[3].set(0.0).at[8].set(0.0)
@@ -318,7 +320,7 @@ def test_shared_arguments_and_several_differentiated_ones():
         assert_close(real_vector(step), real_vector(expected), 1e-10)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("hidden", [7, 1])
 @pytest.mark.parametrize("block_size", [None, 5])
 def test_samples_may_be_sharded_on_an_explicit_mesh(block_size, hidden):
