@@ -97,7 +97,7 @@ WAVES = {
 }
 
 
-@pytest.mark.every(7)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("block_size", [None, 5])
 @pytest.mark.parametrize("hidden", [7, 1])  # more parameters than rows, and fewer
 @pytest.mark.parametrize("name", WAVES)
@@ -283,7 +283,7 @@ def test_a_weight_of_zero_leaves_a_sample_out():
         assert_close(real_vector(step(D, E, w)), real_vector(expected), 1e-10)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(0)
 @pytest.mark.parametrize("block_size", [2, None])
 def test_one_sample_gives_a_zero_step_and_none_gives_nan(block_size):
     p, _ = small()
