@@ -33,12 +33,13 @@ THEMES = {  # the name of a theme: its module, which defines THEME
     "peers": "benchmarks.peers.theme",
     "growth": "benchmarks.growth",
     "third_party": "benchmarks.third_party.theme",
+    "reconfiguration": "benchmarks.third_party.reconfiguration",
     "card": "benchmarks.card",
     "compiled": "benchmarks.compiled.theme",
     "sharded": "benchmarks.compiled.sharded",
 }
 ROW_SECONDS = 60.0  # the time limit of one row on a GPU
-THIRD_PARTY = "third_party"  # needs an environment of its own, so it runs only if it is named
+THIRD_PARTY = ("third_party", "reconfiguration")  # they need environments of their own, so they run only if named
 COMPILED = ("compiled", "sharded")  # they need the compilers of accelerators, so they run only if they are named
 CARD = "card"  # runs on a GPU, or with --small on any machine
 
@@ -85,7 +86,7 @@ def select_themes(options: argparse.Namespace) -> list[str]:
         return [options.only]
     if options.small or options.device == "gpu":
         return [CARD]
-    return [name for name in THEMES if name not in (CARD, THIRD_PARTY, *COMPILED)]
+    return [name for name in THEMES if name not in (CARD, *THIRD_PARTY, *COMPILED)]
 
 
 def command_text(options: argparse.Namespace) -> str:

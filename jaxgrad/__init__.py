@@ -16,7 +16,7 @@ Most of them return a PerExampleGrads or a PerExampleJacobian; clipped_grad retu
 The modules:
 
     attribution    which examples matter: influence, self_influence, ntk, noise_scale, tracin
-    curvature      Fisher and Gauss-Newton matrices: natural_gradient, fisher_vector_product, kfac_factors
+    curvature      Fisher and Gauss-Newton matrices: natural_gradient, fisher_vector_product, kfac_factors, minsr
     streams        data sets that do not fit in memory: results on disk, Gram matrices and influence from batches
     clipping       weightings for clipped_grad
     agreement      reports of comparisons with `jax.grad`

@@ -9,6 +9,8 @@ The modules and their public names:
                       influence_by_cg: influence through any curvature matrix, from products with the matrix
         scores        cosine_similarity: cosines between all pairs of gradients
                       noise_scale: how much of a mean gradient is noise, and at which batch size noise equals signal
+        noise         leaf_noise_scale: the same for each parameter; total_noise_scale: for some of them together;
+                      noise_recorder: averages over a training run; noise_scale_from_norms: from norms and a mean
         projection    project: a few numbers per example with about the same inner products, by two matrices per weight
                       random_projection: the same by one large matrix, with fewer numbers and far more operations
         sides         random_sides: the two matrices; normalized: the matrices divided by an optimizer's second moments
@@ -34,6 +36,14 @@ from jaxgrad.attribution.evaluation import (
 )
 from jaxgrad.attribution.influence import influence, self_influence
 from jaxgrad.attribution.kernel import ntk
+from jaxgrad.attribution.noise import (
+    NoiseRecord,
+    NoiseRecorder,
+    leaf_noise_scale,
+    noise_recorder,
+    noise_scale_from_norms,
+    total_noise_scale,
+)
 from jaxgrad.attribution.projection import per_example_projection, project, random_projection
 from jaxgrad.attribution.scores import NoiseScale, cosine_similarity, noise_scale
 from jaxgrad.attribution.sides import normalized, random_sides
@@ -42,6 +52,8 @@ from jaxgrad.per_example.algebra.projection_sides import Sides
 
 __all__ = [
     "InfluenceByCG",
+    "NoiseRecord",
+    "NoiseRecorder",
     "NoiseScale",
     "Sides",
     "cosine_similarity",
@@ -49,11 +61,14 @@ __all__ = [
     "influence",
     "influence_by_cg",
     "influence_through",
+    "leaf_noise_scale",
     "leave_one_out_subsets",
     "linear_datamodeling_score",
     "log_odds",
     "mislabeled_auc",
+    "noise_recorder",
     "noise_scale",
+    "noise_scale_from_norms",
     "normalized",
     "ntk",
     "per_example_projection",
@@ -62,6 +77,7 @@ __all__ = [
     "random_sides",
     "random_subsets",
     "self_influence",
+    "total_noise_scale",
     "tracin",
     "trak",
 ]

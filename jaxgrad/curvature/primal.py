@@ -56,6 +56,24 @@ def second_moments(rows: Matrix) -> Float[Array, "P P"]:
 
 
 @jax.jit
+def centered_sums(
+    rows: Matrix, weights: Float[Array, " B"], numbers: Float[Array, "B R"], means: Float[Array, "R P"]
+) -> tuple[Float[Array, "P P"], Float[Array, " P"], Float[Array, "R P"]]:
+    """Σ_b w_b times Σ_k D_bk D_bkᵀ, Σ_k r_bk D_bk and D_b, where D_bk = G_bk - m_k, with numbers r.
+
+    The means are subtracted before anything is multiplied. The last sum is what is left of the rounded means.
+    """
+
+    def sums(G: Array, numbers: Array, means: Array) -> Any:
+        w, r = numbers[:, :1], numbers[:, 1:]
+        D = G.reshape(len(w), *means.shape) - means[None]
+        flat = (jnp.sqrt(w)[:, :, None] * D).reshape(G.shape)
+        return jnp.matmul(flat.T, flat), jnp.einsum("br,brp->p", w * r, D), jnp.einsum("b,brp->rp", w[:, 0], D)
+
+    return _over_examples(sum_examples, sums, rows, jnp.concatenate([weights[:, None], numbers], 1), means)
+
+
+@jax.jit
 def gradients_times(rows: Matrix, residuals: Float[Array, "B R"], X: Float[Array, "P M"]) -> Float[Array, "B M"]:
     """The gradients of the examples times a matrix."""
     return _over_examples(map_examples, lambda G, r, X: jnp.matmul(_gradients(G, r), X), rows, residuals, X)
@@ -85,7 +103,7 @@ def _gradients(G: Array, residuals: Array) -> Array:
 
 
 @with_automatic_axes(by_example=False)
-def _over_examples(loop: Any, function: Callable[..., Array], rows: Matrix, numbers: Array, *shared: Array) -> Array:
+def _over_examples(loop: Any, function: Callable[..., Any], rows: Matrix, numbers: Array, *shared: Array) -> Any:
     """The loop over blocks of examples of function(their rows [b·R, P], their numbers, *shared)."""
     tree: Any
     one: Callable[[Any], Array]
