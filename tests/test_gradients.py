@@ -524,3 +524,17 @@ def test_the_norm_of_products_that_cancel_is_not_nan(kind):
     assert (squares >= 0).all()
     slopes = jax.jit(jax.grad(lambda c: g.scale(c).norms().sum()))(jnp.ones(B))
     assert np.isfinite(slopes).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gram_matrices_of_tiny_gradients_with_huge_weights(dtype):
+    """The weight is a power of two for each side, so that neither side's inner products overflow or underflow."""
+    rng = np.random.default_rng(0)
+    u, v, c = rng.normal(size=(6, 1, 7)), rng.normal(size=(6, 1, 5)), 2.0 ** rng.integers(78, 84, 6)
+    for a, b in ((1e-25, 1.0), (1.0, 1e-25)):
+        left, right = jnp.asarray(a * u, dtype), jnp.asarray(b * v, dtype)
+        g = PerExampleGrads((Outer.of("tf,tk->fk", left, right, jnp.float32),)).scale(jnp.asarray(c, jnp.float32))
+        gradients = np.einsum("btf,btk,b->bfk", np.float64(left), np.float64(right), c).reshape(6, -1)
+        np.testing.assert_allclose(g.gram(), gradients @ gradients.T, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(g.squared_norms(), (gradients**2).sum(1), rtol=1e-5)
+        np.testing.assert_allclose(g.norms(), np.linalg.norm(gradients, axis=1), rtol=1e-5)

@@ -73,17 +73,33 @@ def scale(f: Factor, c: Any) -> Factor:
     return times(wide(f, acc), c.astype(acc))
 
 
-def scale_by_powers(f: Factor, c: Any) -> Factor:
-    """c_b times example b for powers of two c, which rounds nothing: arrays of bfloat16 stay so."""
+def scale_by_powers(f: Factor, c: Any, squared: bool = False) -> Factor:
+    """c_b times example b for powers of two c, which rounds nothing: arrays of bfloat16 stay so.
+
+    Args:
+        f: the factor.
+        c: [B], powers of two.
+        squared: whether each side is to be multiplied by itself: then each gets half of the power, lest one side's
+            products overflow where the other's underflow.
+    """
     acc = accumulator(f)
-    return times(for_products(f, acc), c.astype(acc))
+    f, c = for_products(f, acc), c.astype(acc)
+    if not (squared and isinstance(f, Product) and f.right is not None and f.row is None):
+        return times(f, c)
+    half = power_of_two(jnp.sqrt(c))
+    return dataclasses.replace(f, left=scaled_array(f.left, half), right=scaled_array(f.right, c / half))
+
+
+def scaled_array(a: Array, c: Array) -> Array:
+    """c_b times example b of an array, in the array's dtype."""
+    return (_examples(c, a) * a.astype(working_dtype(c.dtype, a.dtype))).astype(a.dtype)
 
 
 def times(f: Factor, c: Array) -> Factor:
     """c_b times example b; the arrays keep their dtypes."""
 
     def scaled(a: Array) -> Array:
-        return (_examples(c, a) * a.astype(working_dtype(c.dtype, a.dtype))).astype(a.dtype)
+        return scaled_array(a, c)
 
     match f:
         case Common(number):

@@ -54,14 +54,14 @@ class Leaf:
         """Apply `function` to every factor, and replace the weight."""
         return Leaf(tuple(function(f) for f in self.factors), weight)
 
-    def _nearly_weighted(self) -> tuple[tuple[Factor, ...], Array]:
+    def _nearly_weighted(self, squared: bool = False) -> tuple[tuple[Factor, ...], Array]:
         """(the factors times powers of two, what is still to be multiplied in [B]), so that no side is rounded."""
         unit = power_of_two(jnp.abs(self.weight))
-        return tuple(factors.scale_by_powers(f, unit) for f in self.factors), self.weight / unit
+        return tuple(factors.scale_by_powers(f, unit, squared) for f in self.factors), self.weight / unit
 
     def squared_norm(self) -> Float[Array, " B"]:
         """[B]: ‖·‖²."""
-        parts, rest = self._nearly_weighted()
+        parts, rest = self._nearly_weighted(squared=True)
         return rest * (rest * norms.squared(parts))
 
     def length(self) -> norms.Length:
@@ -90,7 +90,7 @@ class Leaf:
 
     def gram(self, other: "Leaf") -> Float[Array, "B C"]:
         """[B, C]: the inner products of all pairs of examples."""
-        (parts, rest), (others, rest_) = self._nearly_weighted(), other._nearly_weighted()
+        (parts, rest), (others, rest_) = self._nearly_weighted(True), other._nearly_weighted(True)
         both = [(f, f_) for f in parts for f_ in others if not f.layout.disjoint(f_.layout)]
         if not both:
             return jnp.zeros((self.weight.shape[0], other.weight.shape[0]), self.weight.dtype)
