@@ -37,11 +37,8 @@ def select_models(
     yield lambda: models.conv_net(1024), DTYPES, one_pass
     yield lambda: models.gru(1024, 64, 256), DTYPES, one_pass
     for T in (128, 320, 1024):
-        yield (
-            functools.partial(models.deep_language_model, T=T, **GPT_2_SMALL),
-            ("bfloat16",),
-            (UNIT, ONE, TWO, BY_LAYER),
-        )
+        deep = functools.partial(models.deep_language_model, T=T, **GPT_2_SMALL)
+        yield deep, DTYPES, (UNIT, ONE, TWO, BY_LAYER)
 
 
 def shape_structs(tree: Any, dtype: str) -> Any:
