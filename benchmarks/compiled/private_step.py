@@ -58,7 +58,7 @@ def compare(options: argparse.Namespace, devices: Sequence[Any], numbers: dict[s
     def struct(a: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=fully_sharded(a, mesh))
 
-    def on_one_chip(a: Any) -> Any:  # an example's activations; otherwise the compiler may also move logits
+    def on_one_chip(a: Any) -> Any:  # without this, the compiler may choose another sharding
         return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec()))
 
     state, frozen = jax.tree.map(struct, jax.eval_shape(shapes))

@@ -106,7 +106,9 @@ THEME = Theme(
 This table needs no device: the compiler of a TPU v5e (through `libtpu`) compiles the programs ahead of time for a slice
 of 16 or 256 chips. The batch is sharded over all chips, and so is each parameter, along its longest axis (FSDP).
 `plain` is `jit(value_and_grad(mean loss))`, with `lax.scan` over the layers and `jax.checkpoint` in the loop; `one
-pass` and `two passes` are `clipped_grad`. Sums and gradients are sharded as the parameters are.
+pass` and `two passes` are `clipped_grad`. Sums and gradients are sharded as the parameters are. The language model has
+the sizes of GPT-2 small, and 4 examples on each chip; its parameters are in float32, and sharding constraints keep the
+activations of an example on one chip.
 
 *MiB* is the peak memory of one chip that the compiler reports, arguments and results included. *Sent* counts the bytes
 that one chip sends with ring algorithms (`benchmarks/compiled/communication.py`). The other columns are multiples of
