@@ -30,11 +30,13 @@ def max_norm(model: Model, examples: int | None = None) -> float:
     return float(np.median(norms(*model.first(examples or model.batch_size))))
 
 
-def plain(model: Model) -> Function:
-    """The mean loss and its gradient. The tables give the cost of the other functions as multiples of this one's."""
-    return lambda params, *batch: jax.value_and_grad(lambda p: jax.vmap(model.loss, in_axes(model))(p, *batch).mean())(
-        params
-    )
+def plain(model: Model, axis: str | None = None) -> Function:
+    """The mean loss and its gradient. The tables give the cost of the other functions as multiples of this one's.
+
+    With the name of a mesh axis, the examples are sharded over it.
+    """
+    losses = jax.vmap(model.loss, in_axes(model), spmd_axis_name=axis)
+    return lambda params, *batch: jax.value_and_grad(lambda p: losses(p, *batch).mean())(params)
 
 
 def factored(model: Model, bound: float) -> Function:
@@ -68,9 +70,16 @@ def weighted_sum(model: Model) -> Function:
     return compute
 
 
-def clipped(model: Model, bound: Any, passes: int = 1) -> Function:
-    """`jaxgrad.clipped_grad`, with a mask; `bound` is one number or a tree prefix of bounds."""
-    gradient = jg.clipped_grad(model.loss, bound, passes=passes)
+def clipped(model: Model, bound: Any, passes: int = 1, axis: str | None = None) -> Function:
+    """`jaxgrad.clipped_grad`, with a mask.
+
+    Args:
+        model: the model.
+        bound: one number, or a tree prefix of bounds.
+        passes: one or two.
+        axis: the name of the mesh axis that the examples are sharded over.
+    """
+    gradient = jg.clipped_grad(model.loss, bound, passes=passes, spmd_axis_name=axis)
 
     def compute(params: Any, *batch: Any) -> Any:
         total, info = gradient(params, *batch, mask=jnp.ones(len(jax.tree.leaves(batch)[0]), bool))

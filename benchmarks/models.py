@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 
 class Model(NamedTuple):
@@ -221,3 +222,30 @@ def deep_transformer(L: int, D: int, T: int, B: int) -> Model:
     layers = jax.tree.map(lambda a: jax.ShapeDtypeStruct((L, *a.shape), a.dtype), one)
     name = f"transformer, scan over {L} layers with checkpoint, D={D} T={T}, B={B}"
     return Model(name, loss, layers, (jax.ShapeDtypeStruct((B, T, D), jnp.float32),), 2.0)
+
+
+def gpt_2_small(T: int, B: int, L: int = 12, V: int = 50304, D: int = 768, heads: int = 12) -> Model:
+    """A language model of the sizes of GPT-2 small, for many chips. Its arrays are only shapes.
+
+    The parameters are in float32, and it computes in bfloat16. Sharding constraints keep the activations of an example
+    on one chip; they need a mesh (`jax.set_mesh`) and the name of its axis of examples.
+    """
+
+    def on_one_chip(a: jax.Array) -> jax.Array:
+        return lax.with_sharding_constraint(a, PartitionSpec())
+
+    def loss(p: Any, ids: jax.Array) -> jax.Array:
+        p = jax.tree.map(lambda a: a.astype(jnp.bfloat16), p)
+        step = jax.checkpoint(lambda h, layer: (on_one_chip(block(layer, h, heads)), None))
+        h, _ = lax.scan(step, on_one_chip(p["E"][ids[:-1]] + p["positions"]), p["layers"])
+        logits = on_one_chip(normalized(h, p["scale"]) @ p["E"].T)
+        return cross_entropy(logits.astype(jnp.float32), ids[1:]).mean()
+
+    def shape(*dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, jnp.float32)
+
+    one = jax.eval_shape(lambda: {name: jnp.zeros(a.shape) for name, a in block_params(Draw(), D).items()})
+    layers = jax.tree.map(lambda a: shape(L, *a.shape), one)
+    params = {"E": shape(V, D), "positions": shape(T, D), "layers": layers, "scale": shape(D)}
+    name = f"language model, scan over {L} layers with checkpoint, D={D} V={V} T={T}, B={B}, computes in bfloat16"
+    return Model(name, loss, params, (jax.ShapeDtypeStruct((B, T + 1), jnp.int32),), 2.0)

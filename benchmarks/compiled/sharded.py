@@ -18,6 +18,7 @@ from benchmarks.models import Model
 from benchmarks.workload import Column, Row, Settings, Theme, Workload
 
 NAME = "sharded"
+AXIS = "chips"
 PLAIN, ONE, TWO = "plain", "one pass", "two passes"
 
 
@@ -25,9 +26,12 @@ def select_models(small: bool) -> Iterator[tuple[str, str, Callable[[], Model]]]
     """(slice, dtype, model)."""
     if small:
         yield "2x2", "float32", functools.partial(models.deep_transformer, 2, 256, 16, 16)
+        yield "2x2", "float32", functools.partial(models.gpt_2_small, 16, 16, 2, 256, 64, 4)
         return
     yield "4x4", "float32", functools.partial(models.deep_transformer, 4, 512, 128, 64)
     yield "16x16", "float32", functools.partial(models.deep_transformer, 4, 512, 128, 1024)
+    yield "4x4", "float32", functools.partial(models.gpt_2_small, 1024, 64)
+    yield "16x16", "float32", functools.partial(models.gpt_2_small, 1024, 1024)
 
 
 def workloads(settings: Settings) -> Iterator[Workload]:
@@ -36,9 +40,9 @@ def workloads(settings: Settings) -> Iterator[Workload]:
         name = f"{model.name}, {dtype}, v5e {topology}"
         if settings.wants(NAME, name):
             columns = {
-                PLAIN: functions.plain(model),
-                ONE: functions.clipped(model, 1.0),
-                TWO: functions.clipped(model, 1.0, passes=2),
+                PLAIN: functions.plain(model, AXIS),
+                ONE: functions.clipped(model, 1.0, axis=AXIS),
+                TWO: functions.clipped(model, 1.0, passes=2, axis=AXIS),
             }
             labels = {"slice": topology, "dtype": dtype}
             yield Workload(name, columns, (model.params, *model.batch), labels=labels)
@@ -48,7 +52,7 @@ def fully_sharded(a: Any, mesh: Mesh) -> NamedSharding:
     """Shard a parameter over all chips along its longest axis that their number divides; a stack's first axis last."""
     axes = [k for k in range(a.ndim) if a.shape[k] % mesh.size == 0]
     axis = max(axes, key=lambda k: a.shape[k], default=None)
-    return NamedSharding(mesh, PartitionSpec(*[None] * (axis or 0), *([] if axis is None else ["chips"])))
+    return NamedSharding(mesh, PartitionSpec(*[None] * (axis or 0), *([] if axis is None else [AXIS])))
 
 
 def measure_row(workload: Workload, settings: Settings) -> list[Row]:
@@ -59,7 +63,7 @@ def measure_row(workload: Workload, settings: Settings) -> list[Row]:
     except Exception as error:  # plugins raise various errors; the table shows that the target is skipped
         row.skipped = dict.fromkeys(workload.functions, f"pip install 'jaxgrad[{V5E.extra}]' ({error})")
         return [row]
-    mesh = Mesh(np.array(described.devices), ("chips",), axis_types=(AxisType.Auto,))
+    mesh = Mesh(np.array(described.devices), (AXIS,), axis_types=(AxisType.Auto,))
 
     def struct(a: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         dtype = workload.labels["dtype"] if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype
@@ -67,12 +71,13 @@ def measure_row(workload: Workload, settings: Settings) -> list[Row]:
 
     params, *batch = workload.arguments
     params = jax.tree.map(lambda a: struct(a, fully_sharded(a, mesh)), params)
-    batch = [struct(a, NamedSharding(mesh, PartitionSpec("chips"))) for a in batch]
+    batch = [struct(a, NamedSharding(mesh, PartitionSpec(AXIS))) for a in batch]
     shardings = jax.tree.map(lambda a: a.sharding, params)
     for name, function in workload.functions.items():
         assert not isinstance(function, str)
         jax.clear_caches()
-        program: Any = jax.jit(function, out_shardings=(None, shardings)).lower(params, *batch).compile()
+        with jax.set_mesh(mesh):
+            program: Any = jax.jit(function, out_shardings=(None, shardings)).lower(params, *batch).compile()
         row.bytes[name] = program.memory_analysis().peak_memory_in_bytes
         row.costs[name] = {"sent": bytes_sent(Program(program.as_text()))}
     return [row]
@@ -101,7 +106,9 @@ THEME = Theme(
 This table needs no device: the compiler of a TPU v5e (through `libtpu`) compiles the programs ahead of time for a slice
 of 16 or 256 chips. The batch is sharded over all chips, and so is each parameter, along its longest axis (FSDP).
 `plain` is `jit(value_and_grad(mean loss))`, with `lax.scan` over the layers and `jax.checkpoint` in the loop; `one
-pass` and `two passes` are `clipped_grad`. Sums and gradients are sharded as the parameters are.
+pass` and `two passes` are `clipped_grad`. Sums and gradients are sharded as the parameters are. The language model has
+the sizes of GPT-2 small, and 4 examples on each chip; its parameters are in float32, and sharding constraints keep the
+activations of an example on one chip.
 
 *MiB* is the peak memory of one chip that the compiler reports, arguments and results included. *Sent* counts the bytes
 that one chip sends with ring algorithms (`benchmarks/compiled/communication.py`). The other columns are multiples of
