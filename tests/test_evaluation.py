@@ -81,19 +81,19 @@ def test_exact_influence_predicts_retraining_best_then_trak_then_tracin():
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         retrained = retraining.digits(train=200, test=40, subsets=96, steps=200, hidden=16)
         task, params, ratio = retrained.task, retrained.checkpoints[-1], 1e-3
-        gradients = jax.jit(jg.per_example_grad(retraining.loss))
+        gradients = jax.jit(jg.per_example_grad(task.loss))
         test = gradients(params, *task.test)
-        rows = jax.jit(curvature.gauss_newton(retraining.model, curvature.softmax))(params, *task.train)
+        rows = jax.jit(curvature.gauss_newton(task.model, curvature.softmax))(params, *task.train)
         found = {
-            "exact": jax.jit(attribution.influence)(rows, test, 3 * retraining.DECAY),
-            "trak": attribution.trak(retraining.output, curvature.relative(ratio))([params], task.train, task.test),
-            "tracin": attribution.tracin(retraining.loss)([params], [1.0], task.train, task.test),
+            "exact": jax.jit(attribution.influence)(rows, test, 3 * task.decay),
+            "trak": attribution.trak(task.output, curvature.relative(ratio))([params], task.train, task.test),
+            "tracin": attribution.tracin(task.loss)([params], [1.0], task.train, task.test),
         }
         dense = {
             name: [jax.vmap(jax.grad(f), (None, 0, 0))(params, *data) for data in (task.train, task.test)]
-            for name, f in (("loss", retraining.loss), ("output", retraining.output))
+            for name, f in (("loss", task.loss), ("output", task.output))
         }
-        outputs = jax.vmap(retraining.output, (None, 0, 0))(params, *task.train)
+        outputs = jax.vmap(task.output, (None, 0, 0))(params, *task.train)
     (G, T), (F, S) = ([matrix(tree) for tree in dense[name]] for name in ("loss", "output"))
     ridge = ratio * (F**2).sum()
     learned = 1 / (1 + np.exp(np.asarray(outputs, np.float64)))

@@ -165,6 +165,10 @@ def trak(
     numbers first, to approximate GGᵀ; here GGᵀ is exact and no random numbers are drawn. q_b = -d loss/df is how much
     the model still has to learn from the example. Cost for each checkpoint: the Gram matrices, a B × B solve.
 
+    Damping: the published formula has none. It inverts ΦᵀΦ for projections Φ [B, S] of the gradients onto fewer numbers
+    than there are examples. The exact kernel needs a damping if there are more parameters than examples; start with
+    `relative(1e-3)`. Since (ΦᵀΦ + λI)⁻¹Φᵀ = Φᵀ(ΦΦᵀ + λI)⁻¹, μB is the ridge λ of the projected kernel.
+
     Args:
         output: output(params, *example) → f, a number, for one example. For a classifier, the `log_odds` of the right
             label.
