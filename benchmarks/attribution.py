@@ -60,7 +60,7 @@ def measure(workload: Workload, settings: Settings) -> Iterable[Row]:
 
 def wrong_labels(section: str, method: Method, compiled: Any, damping: Any) -> str:
     """How well the sum of the scores over the test examples finds wrong labels, after training on some."""
-    if TASKS[section]().task.positions > 1 or method.which == "halves":
+    if TASKS[section]().task.positions > 1 or method.which == "halves" or not method.finds_labels:
         return ""
     task, wrong, trained = mislabeled(section)
     params = trained if method.which == "checkpoints" else trained[-1:]
@@ -86,17 +86,17 @@ layer (64 halves). Training is by full batches with momentum and a weight decay 
 
 LDS is the linear datamodeling score: the rank correlation, over the halves, of the summed scores with the log-odds of
 the right label after training on that half, as a mean over 100 test examples (64 sequences). A perfect score is 1, less
-the effects that are not a sum over the examples. Two methods differ if their scores differ by more than about 0.01.
-AUC says whether the scores find wrong labels: one label in twenty is moved to another class, the model is trained on
-all examples, and minus the sum of an example's scores over the test examples is its suspicion. LDS and AUC are those
-at the damping with the highest LDS; dampings are multiples of the mean squared norm of the gradients, `relative(…)`, or
-of the weight decay.
+the effects that are not a sum over the examples. AUC says whether the scores find wrong labels: one label in twenty is
+moved to another class, the model is trained on all examples, and minus the sum of an example's scores over the test
+examples is its suspicion. LDS and AUC are those at the damping with the highest LDS, which is chosen on the same
+halves. Dampings are multiples of the mean squared norm of the gradients, `relative(…)`, or of the weight decay.
 
 "kept" is what a method keeps of each training example, so that it scores further test examples without that example's
 gradient. The time is that of all scores from the parameters, without compiling; the memory is the temporary memory of
 the compiled program. The Fisher matrix of EK-FAC has labels that are drawn from the model, 8 times for each example.
 The weights of the dense layers hold the biases as a column, so that both are in one block, but for the row "biases
-apart".""",
+apart". The row of the Hessian has no AUC: after training on wrong labels the Hessian may be indefinite, and conjugate
+gradients then solve nothing.""",
     (
         report.label("LDS"),
         report.label("AUC"),

@@ -14,9 +14,9 @@ from jaxgrad import attribution, curvature
 
 DRAWS = 8
 """How many times the labels of each example are drawn for the Fisher matrix."""
-OF_NORMS = (1e-4, 1e-3, 1e-2, 1e-1)
+OF_NORMS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Dampings as multiples of the mean squared norm."""
-OF_DECAY = (0.1, 0.3, 1.0, 3.0, 10.0)
+OF_DECAY = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """Dampings as multiples of the weight decay."""
 
 Scores = Callable[..., jax.Array]
@@ -31,6 +31,7 @@ class Method(NamedTuple):
         unit: what the dampings multiply: the "norms" or the "decay"; empty for none.
         kept: bytes for each training example with which further test examples are scored without its gradient.
         which: the checkpoints that it takes: "last", "checkpoints" or "halves".
+        finds_labels: whether its scores are also to find wrong labels.
     """
 
     scores: Scores
@@ -38,6 +39,7 @@ class Method(NamedTuple):
     unit: str
     kept: float
     which: str = "last"
+    finds_labels: bool = True
 
 
 def methods(task: Task, params: Any) -> dict[str, Method]:
@@ -72,7 +74,10 @@ def methods(task: Task, params: Any) -> dict[str, Method]:
         found["influence, Gauss-Newton matrix"] = Method(
             gauss_newton(task, rows), OF_DECAY, "decay", bytes_each(rows, params, task)
         )
-    found["influence, Hessian, by conjugate gradients"] = Method(hessian(task), OF_DECAY[2:], "decay", kept)
+    if task.model is mlp:  # for the other models its many products take minutes
+        found["influence, Hessian, by conjugate gradients"] = Method(
+            hessian(task), OF_DECAY[3:6], "decay", kept, finds_labels=False
+        )
     return found
 
 
