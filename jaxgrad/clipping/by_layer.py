@@ -17,16 +17,18 @@ from jaxtyping import Array, PyTree
 from jaxgrad.errors import caller
 from jaxgrad.per_example.algebra.chunks import chunk_size, map_examples, sum_examples
 from jaxgrad.per_example.algebra.constructors import Dense
+from jaxgrad.per_example.algebra.factors import accumulator, written_out
 from jaxgrad.per_example.algebra.one_example import for_one_example
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.interpreter.measuring import Item, Measurer, measure_of
 from jaxgrad.per_example.lower import factors_of
 from jaxgrad.per_example.transform import Transformed
+from jaxgrad.precision import added
 from jaxgrad.sharding import kept, with_automatic_axes
 
-Factors = Callable[[Array, Array | None, Array, Array, Array], Array]
-"""(norms [B], magnitudes [B] or None, bound, keep [B], rounding) → the factors [B] that multiply the gradients."""
+Multipliers = Callable[[Array, Array | None, Array, Array, Array], Array]
+"""(norms [B], magnitudes [B] or None, bound, keep [B], rounding) → the numbers [B] that multiply the gradients."""
 
 
 class Clipped(NamedTuple):
@@ -69,7 +71,7 @@ def sums_by_layer(
     arguments: Arguments,
     groups: Sequence[tuple[Array, Sequence[int]]],
     mask: Array,
-    factors: Factors,
+    multipliers: Multipliers,
 ) -> tuple[Any, Any, list[Array], list[Array]]:
     """Return (values, aux, the leaves of the sum, the norms [B] or [B, L] of each group).
 
@@ -77,7 +79,7 @@ def sums_by_layer(
         transformed, arguments: the loss and the call.
         groups: the bound of each group, a number or [L], and the indices of its parameters.
         mask: [B], False for the examples that are left out.
-        factors: the weighting.
+        multipliers: the weighting.
     """
 
     def targets(keep: Array) -> list[Group]:
@@ -88,14 +90,14 @@ def sums_by_layer(
         }
         return [of[i] for i in range(len(of))]
 
-    measurer = _measurer(factors)
+    measurer = _measurer(multipliers)
     values, aux, found = transformed.measured(arguments, measurer, targets, [AXES] * len(arguments.params), mask)
     return values, aux, [m.total for m in found], [found[members[0]].norm for _, members in groups]
 
 
-def _measurer(factors: Factors) -> Measurer:
-    of_group = for_one_example(functools.partial(_clipped_batch, factors), summed=True)
-    of_layers = for_one_example(functools.partial(_clipped_layers, factors), summed=True)
+def _measurer(multipliers: Multipliers) -> Measurer:
+    of_group = for_one_example(functools.partial(_clipped_batch, multipliers), summed=True)
+    of_layers = for_one_example(functools.partial(_clipped_layers, multipliers), summed=True)
 
     def together(items: Sequence[Item]) -> list[Clipped | None]:
         found: list[Clipped | None] = [measure_of(value) for value, *_ in items]
@@ -131,56 +133,56 @@ def _gradients(parts: Sequence[Any]) -> PerExampleGrads:
     return PerExampleGrads(dict(enumerate(parts)))
 
 
-def _clipped_batch(factors: Factors, batch: tuple[Sequence[Any], Array], bound: Array) -> tuple[list[Array], Array]:
+def _clipped_batch(
+    multipliers: Multipliers, batch: tuple[Sequence[Any], Array], bound: Array
+) -> tuple[list[Array], Array]:
     """(Σ_b c_b g_b of every parameter, the norms [B] of the gradients over these parameters)."""
-    parts, keep = batch
-    return clipped_sum(_gradients(parts), bound, keep, factors)
-
-
-def clipped_sum(g: PerExampleGrads, bound: Any, mask: Array, factors: Factors) -> tuple[list[Array], Array]:
-    """(the leaves of Σ_b c_b g_b, the norms [B]); an example that is masked or not finite adds zero."""
+    parts, mask = batch
+    g = _gradients(parts)
     norms = g.norms()
     keep = mask & jnp.isfinite(norms)
-    c = factors(norms, g.magnitudes(), jnp.asarray(bound, norms.dtype), keep, g.rounding())
+    c = multipliers(norms, g.magnitudes(), bound.astype(norms.dtype), keep, g.rounding())
     return jax.tree.leaves(g.where(keep).scale(c).sum(norms.dtype)), norms
 
 
 @with_automatic_axes(by_example=False)
-def _clipped_layers(factors: Factors, batch: tuple[Sequence[Any], Array], bounds: Array) -> tuple[list[Array], Array]:
+def _clipped_layers(
+    multipliers: Multipliers, batch: tuple[Sequence[Any], Array], bounds: Array
+) -> tuple[list[Array], Array]:
     """As `_clipped_batch`, with norms [B, L], for layers that are not complete inside a loop.
 
-    The gradients are materialized, a few examples at a time.
+    The gradients are materialized in float32 or wider, a few examples at a time.
     """
     parts, mask = batch
     g = _gradients(parts)
-    size = chunk_size(2 * sum(f[0].layout.size * f[0].layout.dtype.itemsize for f in parts), mask.shape[0])
+    size = chunk_size(2 * sum(f[0].layout.size * accumulator(*f).itemsize for f in parts), mask.shape[0])
 
-    def materialized(g: PerExampleGrads) -> list[Array]:
-        return jax.tree.leaves(g.materialize())
+    def materialized(parts: Sequence[Any]) -> list[Array]:
+        return [added([written_out(f) for f in factors]) for factors in parts]
 
-    def norms_of(g: PerExampleGrads) -> Array:
-        arrays = materialized(g)
+    def norms_of(parts: Sequence[Any]) -> Array:
+        arrays = materialized(parts)
         by_layer = [a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]) for a in arrays]
         rows = PerExampleGrads({k: (Dense.of(a, a.dtype),) for k, a in enumerate(by_layer)})
         return rows.norms().reshape(arrays[0].shape[:2])
 
-    norms = map_examples(norms_of, size, g)
+    norms = map_examples(norms_of, size, parts)
     keep = mask[:, None] & jnp.isfinite(norms)
     magnitudes, rounding = g.magnitudes(), g.rounding()
 
     def of_layer(norms: Array, bound: Array, keep: Array) -> Array:
-        return factors(norms, magnitudes, bound, keep, rounding)
+        return multipliers(norms, magnitudes, bound, keep, rounding)
 
     c = jax.vmap(of_layer, (1, 0, 1), 1)(norms, bounds.astype(norms.dtype), keep)
 
-    def weighted(g: PerExampleGrads, c: Array, keep: Array) -> list[Array]:
+    def weighted(parts: Sequence[Any], c: Array, keep: Array) -> list[Array]:
         def total(a: Array) -> Array:
             flat = kept(keep.ravel(), a.reshape(keep.size, *a.shape[2:])).astype(norms.dtype)
             return (c.reshape(c.size, *[1] * (flat.ndim - 1)) * flat).reshape(a.shape).sum(0)
 
-        return [total(a) for a in materialized(g)]
+        return [total(a) for a in materialized(parts)]
 
-    return sum_examples(weighted, size, g, c, keep), norms
+    return sum_examples(weighted, size, parts, c, keep), norms
 
 
 def checked_layers(bounds: Sequence[Any], groups: Sequence[Sequence[int]], arguments: Arguments) -> None:
