@@ -194,13 +194,16 @@ def test_norms_and_kernels_under_jit_at_real_sizes_are_as_accurate_as_their_dtyp
     with jax.enable_x64(False):
         narrow = jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, x))
         J = jax.jit(jg.per_example_jacobian(dense))(*narrow)
-        norms, kernel = jax.jit(lambda J: (J.norms(), J.gram()))(J)
+        norms, kernel, diagonal = jax.jit(lambda J: (J.norms(), J.gram(), J.diagonal_gram()))(J)
         rows = jax.tree.map(lambda a: np.asarray(a, np.float64), J.rows().factors)
-    assert norms.dtype == kernel.dtype == jnp.float32
+    assert norms.dtype == kernel.dtype == diagonal.dtype == jnp.float32
     wide = jg.PerExampleGrads(jax.tree.map(jnp.asarray, rows))  # the same factors, everything else in float64
     np.testing.assert_allclose(norms.reshape(-1), wide.norms(), rtol=200 * 2.0**-24)
     scale = np.asarray(wide.norms())
     off = np.abs(np.asarray(kernel).transpose(0, 2, 1, 3).reshape(B * 10, B * 10) - np.asarray(wide.gram()))
     assert (off <= 200 * 2.0**-24 * scale[:, None] * scale[None, :]).all()
+    lengths = scale.reshape(B, 10)
+    off = np.abs(np.asarray(diagonal) - np.einsum("bcoo->bco", np.asarray(kernel)))
+    assert (off <= 200 * 2.0**-24 * lengths[:, None] * lengths[None, :]).all()
     exact = jg.per_example_jacobian(dense)(params, x).norms()
     np.testing.assert_allclose(norms, exact, rtol=64 * rounding)
