@@ -120,6 +120,43 @@ LOOP = """
     """
 
 
+def test_a_gather_after_elementwise_operations_reads_what_it_gathers():
+    text = """
+        %fused (p0: bf16[8,1000], p1: s32[4]) -> f32[4,8] {{
+          %p0 = bf16[8,1000]{{1,0}} parameter(0)
+          %p1 = s32[4]{{0}} parameter(1)
+          %wide = f32[8,1000]{{1,0}} convert(%p0)
+          %twice = f32[8,1000]{{1,0}} add(%wide, %wide)
+          {root}%few = f32[4,8]{{1,0}} gather(%twice, %p1), offset_dims={{1}}, collapsed_slice_dims={{1}}, start_index_map={{1}}, index_vector_dim=1, slice_sizes={{8,1}}
+          {other}
+        }}
+
+        ENTRY %main (a: bf16[8,1000], i: s32[4]) -> f32[4,8] {{
+          %a = bf16[8,1000]{{1,0}} parameter(0)
+          %i = s32[4]{{0}} parameter(1)
+          ROOT %f = {type} fusion(%a, %i), kind=kLoop, calls=%fused
+        }}
+        """
+    few = text.format(root="ROOT ", other="", type="f32[4,8]{1,0}")
+    assert program(few).counts().bytes == 2 * 4 * 8 + 4 * 4 + 4 * 4 * 8
+    both = "ROOT %both = (f32[4,8]{1,0}, f32[8,1000]{1,0}) tuple(%few, %twice)"
+    all_of_it = text.format(root="", other=both, type="(f32[4,8]{1,0}, f32[8,1000]{1,0})")
+    assert program(all_of_it).counts().bytes == 2 * 8000 + 4 * 4 + 4 * 4 * 8 + 4 * 8000
+
+
+def test_an_asynchronous_slice_reads_the_slice():
+    p = program(
+        """
+        ENTRY %main (a: f32[64,64]) -> f32[64,16] {
+          %a = f32[64,64]{0,1:T(8,128)} parameter(0)
+          %start = ((f32[64,64]{0,1:T(8,128)}), f32[64,16]{0,1:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:64], [0:16]}
+          ROOT %done = f32[64,16]{0,1:T(8,128)S(1)} slice-done(%start)
+        }
+        """
+    )
+    assert p.counts().bytes == 4 * 64 * 16  # the result is on the chip
+
+
 def test_a_loop_counts_once_per_iteration_and_a_slice_by_what_is_read_or_written():
     counts = program(LOOP).counts()
     assert counts.kernels == 16

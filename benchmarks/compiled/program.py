@@ -3,8 +3,8 @@
 The counts come from the scheduled program that the compiler prints. A kernel is an instruction that runs on the device:
 a fusion, a product, a copy, a reduction. It moves the bytes of its operands and of its results, with these exceptions:
 
-* An operand that is only sliced or gathered from counts with the elements that are read. An operand that is passed
-  twice counts once.
+* An operand that is only sliced or gathered from, also after elementwise operations in the same kernel, counts with the
+  elements that are read. An operand that is passed twice counts once.
 * An array that is updated in place counts with the part that is written.
 * An array in the on-chip memory of a TPU does not count.
 
@@ -25,6 +25,8 @@ BITS |= {"f8e4m3fn": 8, "f8e5m2": 8, "f16": 16, "bf16": 16, "f32": 32, "f64": 64
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "add-dependency", "iota", "copy-done", "async-done", "async-update", "domain"}
 SLICES = {"dynamic-slice", "slice", "gather"}
+ELEMENTWISE = {"add", "subtract", "multiply", "divide", "negate", "abs", "maximum", "minimum", "exponential", "log"}
+ELEMENTWISE |= {"convert", "select", "compare", "sqrt", "rsqrt", "tanh", "power", "and", "or", "not"}
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place: the index of the operand with the new elements
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 
@@ -42,6 +44,11 @@ class Shape:
     @property
     def size(self) -> int:
         return math.prod(self.dims)
+
+    @property
+    def logical(self) -> int:
+        """Bytes without the layout: without padding, and on the chip or not."""
+        return self.size * BITS[self.dtype] // 8
 
     @property
     def bytes(self) -> int:
@@ -71,8 +78,7 @@ class Instruction:
 
     @property
     def logical(self) -> int:
-        """Bytes of the result without its layout: without padding, and on the chip or not."""
-        return sum(shape.size * BITS[shape.dtype] // 8 for shape in self.shapes)
+        return sum(shape.logical for shape in self.shapes)
 
     def attribute(self, name: str) -> str:
         found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]+)", self.rest)
@@ -220,6 +226,8 @@ class Program:
 
     def _bytes_used(self, p: Instruction, body: Computation) -> int:
         """The number of bytes of p that its users read."""
+        if p.root:
+            return p.bytes
         total = 0
         for user in body.values():
             for k, name in enumerate(user.operands):
@@ -227,6 +235,9 @@ class Program:
                     continue
                 if user.opcode == "bitcast":
                     total += self._bytes_used(user, body)
+                elif user.opcode in ELEMENTWISE:
+                    if k == user.operands.index(name):  # an operand that is given twice is read once
+                        total += p.bytes * self._bytes_used(user, body) // max(user.bytes, 1)
                 elif user.opcode in SLICES and k == 0:
                     total += user.bytes
                 elif user.opcode in UPDATES and k == 0:
@@ -285,6 +296,8 @@ def _bytes_moved(i: Instruction, computation: Computation) -> int:
         return sum(sizes) + sum(s.bytes for s in i.shapes if s.dtype not in ("s8", "u8"))
     if i.opcode == "copy-start":
         return sizes[0] + i.shapes[0].bytes
+    if i.opcode == "slice-start":  # (operand, result, context)
+        return min(i.shapes[1].logical, sizes[0]) + i.shapes[1].bytes
     return sum(sizes) + i.bytes
 
 

@@ -36,9 +36,9 @@ def squares(a: Array, first: int, dtype: jax.typing.DTypeLike) -> tuple[Array, A
     """(Σ (a / unit)², unit) over all axes from `first` on, in `dtype`; unit is a power of two near the magnitude.
 
     Nothing overflows or underflows. Where a is 0 both are 0. The unit is not differentiated. It comes from the largest
-    magnitude, in a pass of its own, or for a whole example from a number near it. On a GPU one pass adds up large,
-    middling and small entries apart (Anderson 2017, ACM TOMS Algorithm 978), and the unit comes from their sum; a TPU's
-    compiler joins the largest magnitude to what makes the array, and not the three sums.
+    magnitude, in a pass of its own, or for a whole example from a number near it. On a GPU one pass adds up the squares
+    of large, middling and small entries in units of their own (Anderson 2017, ACM TOMS Algorithm 978), and the unit
+    comes from their sum; a TPU's compiler joins the largest magnitude to what makes the array, and not this sum.
     """
     options = first, jnp.dtype(dtype)
     return by_platform(_squares_in_two_passes, _squares_in_one_pass, *options, tpu=_squares_in_two_passes)(a)
@@ -51,45 +51,48 @@ def _squares_in_two_passes(a: Array, first: int, dtype: jnp.dtype) -> tuple[Arra
     return row_sums(parts) if first == 1 else parts.sum(-1), nearest_power(most)
 
 
-LARGE = {jnp.dtype(jnp.float32): (2.0**52, 2.0**-76), jnp.dtype(jnp.float64): (2.0**486, 2.0**-538)}
-SMALL = {jnp.dtype(jnp.float32): (2.0**-63, 2.0**75), jnp.dtype(jnp.float64): (2.0**-511, 2.0**537)}
-"""The magnitude from which on an entry counts as large or small, and its multiplier before it is squared."""
+BANDS = {jnp.dtype(jnp.float32): (2.0**52, 2.0**-63, 2.0**76), jnp.dtype(jnp.float64): (2.0**486, 2.0**-511, 2.0**538)}
+"""(large, small, unit): a magnitude above `large` is divided by `unit` before it is squared, and one below `small` by
+1 / unit."""
 
 
 def _squares_in_one_pass(a: Array, first: int, dtype: jnp.dtype) -> tuple[Array, Array]:
     size, axes = jnp.abs(lax.stop_gradient(a)).astype(dtype), tuple(range(first, a.ndim))
-    (most, down), (least, up) = ([jnp.asarray(x, dtype) for x in pair[dtype]] for pair in (LARGE, SMALL))
-    one = jnp.ones((), dtype)
-
-    def squared(these: Array, scale: Array) -> Array:
-        return jnp.where(these, a.astype(dtype) * scale, jnp.zeros_like(size)) ** 2
-
-    large, small = size > most, size < least
-    bands = squared(large, down), squared(~(large | small), one), squared(small, up)
-    parts = _sums(axes, *bands)
-    of_large, of_middle = parts[0] > 0, ~(parts[1] == 0)  # NaN is in the middle
-    beside = safe_sqrt(parts[1]) * down, safe_sqrt(parts[2]) / up  # before they are squared, so that nothing underflows
-    total = jnp.where(of_large, parts[0] + beside[0] ** 2, jnp.where(of_middle, parts[1] + beside[1] ** 2, parts[2]))
-    scale = jnp.where(of_large, one / down, jnp.where(of_middle, one, one / up))
-    norm = scale * jnp.sqrt(lax.stop_gradient(total))
-    return total * (scale / power_of_two(norm)) ** 2, nearest_power(norm)
+    large, small, unit = BANDS[dtype]
+    units = jnp.where(size > large, unit, jnp.where(size < small, 1 / unit, jnp.ones_like(size)))  # NaN has the unit 1
+    scales = jnp.where(size > large, 1 / unit, jnp.where(size < small, unit, jnp.ones_like(size)))
+    total, found = _sum_in_units(axes, (a.astype(dtype) * scales) ** 2, units)
+    norm = found * jnp.sqrt(lax.stop_gradient(total))
+    return total * (found / power_of_two(norm)) ** 2, nearest_power(norm)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _sums(axes: tuple[int, ...], *arrays: Array) -> tuple[Array, ...]:
-    """The sum of each array, as one reduction, which a compiler does not take apart into one pass for each."""
-    zeros = tuple(jnp.zeros((), a.dtype) for a in arrays)
+def _sum_in_units(axes: tuple[int, ...], squares: Array, units: Array) -> tuple[Array, Array]:
+    """(Σ squares · (units / unit)², unit), where unit is the largest of the units; these are three, as in BANDS.
 
-    def add(totals: tuple[Array, ...], terms: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(map(jnp.add, totals, terms))
+    Both are parts of one complex number: XLA joins a reduction with one result to what makes the array, and takes
+    another pass over the array for a reduction with two.
+    """
+    _, _, unit = BANDS[squares.dtype]
 
-    found: tuple[Array, ...] = tuple(lax.reduce(arrays, zeros, add, axes))
-    return found
+    def add(x: Array, y: Array) -> Array:
+        x_sum, x_unit, y_sum, y_unit = lax.real(x), lax.imag(x), lax.real(y), lax.imag(y)
+        above, below = jnp.where(x_unit < y_unit, y_sum, x_sum), jnp.where(x_unit < y_unit, x_sum, y_sum)
+        # Between large and small the ratio is smaller yet, but what is small then adds nothing in either case.
+        ratio = jnp.where(x_unit == y_unit, jnp.ones_like(x_unit), 1 / unit)
+        return lax.complex(above + below * ratio * ratio, jnp.maximum(x_unit, y_unit))
+
+    zero = lax.complex(jnp.zeros((), squares.dtype), jnp.asarray(1 / unit, squares.dtype))
+    found = lax.reduce(lax.complex(squares, units), zero, add, axes)
+    return lax.real(found), lax.imag(found)
 
 
-@_sums.defjvp
-def _tangents_of_sums(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Any, Any]:
-    return _sums(axes, *primals), tuple(t.sum(axes) for t in tangents)
+@_sum_in_units.defjvp
+def _tangents_of_sum(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (squares, units), (moved, _) = primals, tangents
+    total, unit = _sum_in_units(axes, squares, units)
+    ratio = units / jnp.expand_dims(unit, axes)
+    return (total, unit), ((moved * ratio * ratio).sum(axes), jnp.zeros_like(unit))
 
 
 def safe_sqrt(a: Array) -> Array:
