@@ -144,6 +144,35 @@ def test_a_gather_after_elementwise_operations_reads_what_it_gathers():
     assert program(all_of_it).counts().bytes == 2 * 8000 + 4 * 4 + 4 * 4 * 8 + 4 * 8000
 
 
+@pytest.mark.parametrize("root", ["parameter", "bitcast"])
+def test_a_nested_fusion_that_returns_its_operand_reads_it(root):
+    body = {
+        "parameter": "ROOT %q0 = f32[64,32]{1,0} parameter(0)",
+        "bitcast": "%q0 = f32[64,32]{1,0} parameter(0)\n          ROOT %r = f32[64,32]{1,0} bitcast(%q0)",
+    }[root]
+    p = program(
+        f"""
+        %same (q0: f32[64,32]) -> f32[64,32] {{
+          {body}
+        }}
+
+        %fused (p0: f32[64,32], p1: f32[32,16]) -> f32[64,16] {{
+          %p0 = f32[64,32]{{1,0}} parameter(0)
+          %p1 = f32[32,16]{{1,0}} parameter(1)
+          %again = f32[64,32]{{1,0}} fusion(%p0), kind=kLoop, calls=%same
+          ROOT %dot = f32[64,16]{{1,0}} dot(%again, %p1), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+        }}
+
+        ENTRY %main (a: f32[64,32], b: f32[32,16]) -> f32[64,16] {{
+          %a = f32[64,32]{{1,0}} parameter(0)
+          %b = f32[32,16]{{1,0}} parameter(1)
+          ROOT %f = f32[64,16]{{1,0}} fusion(%a, %b), kind=kOutput, calls=%fused
+        }}
+        """
+    )
+    assert p.counts().bytes == 4 * (64 * 32 + 32 * 16 + 64 * 16)
+
+
 def test_an_asynchronous_slice_reads_the_slice():
     p = program(
         """
