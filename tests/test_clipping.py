@@ -137,8 +137,10 @@ def adversarial(rng, pairs, size):
 
 @pytest.mark.every(9)
 @pytest.mark.parametrize("kind", BOUNDS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(
+    ("passes", "dtype"),
+    [(1, jnp.float32), (1, jnp.bfloat16), (1, jnp.float16), (2, jnp.float32), (2, jnp.bfloat16)],  # 2 refuses float16
+)
 def test_one_example_moves_the_sum_by_at_most_the_sensitivity(passes, dtype, kind):
     size, rng, largest = 6, np.random.default_rng(0), 0.0
     gradient = jg.clipped_grad(loss, BOUNDS[kind], passes=passes)
@@ -155,7 +157,7 @@ def test_one_example_moves_the_sum_by_at_most_the_sensitivity(passes, dtype, kin
         with np.errstate(over="ignore"):
             batch = (jnp.asarray(s, dtype), jnp.asarray(x, dtype), jnp.asarray(ids, jnp.int32))
         (a, info), (b, _) = with_and_without(batch, jnp.asarray(rng.integers(0, size, 500)))
-        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(a))
+        assert all(leaf.dtype == (jnp.float32 if passes == 1 else dtype) for leaf in jax.tree.leaves(a))
         squares = [
             np.square(np.float64(v) - np.float64(w)).reshape(500, -1).sum(1)
             for v, w in zip(*map(jax.tree.leaves, (a, b)), strict=True)
@@ -168,7 +170,8 @@ def test_one_example_moves_the_sum_by_at_most_the_sensitivity(passes, dtype, kin
     share = largest / gradient.max_norm
     print(f"{kind}, {passes} passes, {jnp.dtype(dtype).name}: largest of {count} moves {share:.6f} of the bound")
     assert nonfinite > 100
-    assert 0.99 * gradient.max_norm < largest
+    rounding = 3 * 2.0**-8 if dtype == jnp.bfloat16 else 0.0  # what is added to a norm
+    assert 0.99 * gradient.max_norm < (1 + rounding) * largest
     assert largest <= bound
 
 

@@ -52,6 +52,7 @@ BACKWARD = {  # (whether it is linear, the backward pass for activations h and a
     "a Fourier transform": (True, lambda h, d: jnp.fft.ifft(jnp.fft.fft(d)).real),
     "a solve": (True, lambda h, d: jnp.linalg.solve(jnp.eye(d.size) + jnp.outer(h, h), d)),
     "cast": (True, lambda h, d: d.astype(jnp.bfloat16).astype(d.dtype)),
+    "cast to a narrow range": (False, lambda h, d: d.astype(jnp.float16).astype(d.dtype)),
     "nothing": (True, lambda h, d: jnp.zeros_like(d)),
 }
 
@@ -72,6 +73,32 @@ def test_which_backward_passes_are_linear(name):
     else:
         with pytest.raises(ValueError, match="expected backward passes that are linear"):
             gradient(jnp.ones((5, 4)), jnp.ones((3, 4)))
+
+
+IN_FLOAT16 = {  # losses of W [5, 4] and x [4]: whether a cotangent is in float16, and the loss
+    "activations": (True, lambda W, x: jnp.tanh(W.astype(jnp.float16) @ x.astype(jnp.float16)).astype(W.dtype).sum()),
+    "in a loop": (
+        True,
+        lambda W, x: jax.lax.fori_loop(0, 2, lambda _, h: jnp.tanh(h), (W @ x).astype("float16")).sum(),
+    ),
+    "rounding the result": (False, lambda W, x: jnp.tanh(W @ x).sum().astype(jnp.float16)),
+    "only the data": (False, lambda W, x: jnp.tanh(W @ (x.astype(jnp.float16) ** 2).astype(W.dtype)).sum()),
+    "no gradient": (False, lambda W, x: (W @ x).sum() * jax.lax.stop_gradient((W @ x).astype(jnp.float16).sum())),
+}
+
+
+@pytest.mark.parametrize("name", IN_FLOAT16)
+def test_cotangents_in_float16_are_refused(name):
+    """A weight of 1e-8 is 6e-8 in float16, so an example would move the sum by six times its bound."""
+    refused, loss = IN_FLOAT16[name]
+    gradient = jg.clipped_grad(loss, 1.0, passes=2)
+    W, x = jnp.ones((5, 4), jnp.float32), jnp.ones((3, 4), jnp.float32)
+    if refused:
+        with pytest.raises(ValueError, match=r"a cotangent in float16, whose range is too small .* Take passes=1"):
+            gradient(W, x)
+    else:
+        found, expected = gradient(W, x)[0], jg.clipped_grad(loss, 1.0)(W, x)[0]
+        np.testing.assert_allclose(found, expected, rtol=2.0**-10)  # the weights are in the loss's dtype
 
 
 @pytest.mark.every(281)
@@ -186,7 +213,7 @@ def test_examples_that_are_masked_or_not_finite_add_exactly_zero(jit):
 
 
 @pytest.mark.every(3)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_one_example_moves_the_sum_by_at_most_the_bound(dtype):
     params = jax.tree.map(lambda a: (a / 2).astype(jnp.float32), drawn(3))
     X = (10.0 ** np.random.default_rng(4).uniform(-3, 2, (200, 1, 1))) * np.asarray(batch_of(5, 200))

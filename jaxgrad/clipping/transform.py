@@ -142,11 +142,12 @@ def clipped_grad(
 
     Two passes: the second pass computes the gradients again, with the rounding of a plain gradient. ε therefore also
     covers how far the two computations of one gradient may differ, relative to its norm: 2⁻¹⁰ in float32, 2⁻²⁹ in
-    float64, 2⁻⁷ in float16 and 2⁻⁴ in bfloat16. These numbers are assumed, not proved. In float16 and bfloat16, and
-    where the operands of float32 products are rounded (see ρ), √κ is 2⁻⁴ instead of 2⁻¹⁰. In float16 and bfloat16, ε
-    also covers rounding the sum to the parameters' dtype, by the term 2·B·u, where u is now 2⁻¹¹ in float16 and 2⁻⁸ in
-    bfloat16. Keep the parameters of a private model in float32. If the hardware rounds the operands of products, pass
-    `sensitivity` the dtype that it rounds them to: bfloat16 for bfloat16, and float16 for TensorFloat-32.
+    float64 and 2⁻⁴ in bfloat16. These numbers are assumed, not proved. In bfloat16, and where the operands of float32
+    products are rounded (see ρ), √κ is 2⁻⁴ instead of 2⁻¹⁰. In bfloat16, ε also covers rounding the sum to the
+    parameters' dtype, by the term 2·B·u, where u is now 2⁻⁸. Keep the parameters of a private model in float32. If the
+    hardware rounds the operands of products, pass `sensitivity` the dtype that it rounds them to: bfloat16 for
+    bfloat16, and float16 for TensorFloat-32, for which the first number is 2⁻⁷. A loss with cotangents in float16 or
+    float8 raises an error, because a small c times a cotangent underflows there, and no ε covers that.
 
     Returns:
         A function that takes fun's arguments, with an example axis on the batched ones, and optionally `mask`, booleans
@@ -155,7 +156,8 @@ def clipped_grad(
         a loss that has a keyword argument `mask` of its own, or that takes `**kwargs`, pass a wrapper that has neither.
 
     Raises:
-        ValueError: passes=2 is used for a loss with a `custom_vjp` whose backward pass is not linear in the cotangent.
+        ValueError: passes=2 is used for a loss with a `custom_vjp` whose backward pass is not linear in the cotangent,
+            or with cotangents in float16 or float8.
         ValueError: there is an array of bounds with passes=2, or for parameters without as many layers.
         TypeError, ValueError: the errors of `per_example_grad`; or the bounds are not positive numbers or not a tree
             prefix of the parameters, the mask is not [B] booleans, a mask is passed although the loss has its own

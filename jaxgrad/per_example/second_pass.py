@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from jaxgrad import _jax
 from jaxgrad.errors import caller
 from jaxgrad.per_example.arguments import Arguments
-from jaxgrad.per_example.interpreter.cotangent_check import not_linear
+from jaxgrad.per_example.interpreter.cotangent_check import narrow_range, not_linear
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.sharding import with_automatic_axes
 
@@ -56,24 +56,27 @@ def weighted_gradients(
 
 
 def check_linear(transformed: Transformed, arguments: Arguments) -> None:
-    """Raise ValueError if the loss has a custom_vjp whose backward pass is not linear in the cotangent.
+    """Raise ValueError if scaling the loss's cotangent by c does not scale the gradient by c.
 
-    The second pass scales the loss's cotangent by c; that scales the gradient by c only if the backward pass is linear.
+    It does not if a `custom_vjp` has a backward pass that is not linear in the cotangent, or if a cotangent is in a
+    dtype of narrow range, such as float16: c is small for large gradients, and the cotangent underflows.
     """
     loss, params, example = _loss_of(transformed, arguments), list(arguments.params), arguments.example
-    if not _jax.uses_custom_vjp(_jax.program_of(jax.make_jaxpr(loss)(params, example)).jaxpr):
+    program = _jax.program_of(jax.make_jaxpr(loss)(params, example)).jaxpr
+    results = [v.aval for eqn in _jax.equations_in(program) for v in eqn.outvars]
+    if not _jax.uses_custom_vjp(program) and not any(narrow_range(a.dtype) for a in results):
         return
 
     def back(params: Sequence[Any], examples: Sequence[Any], cotangent: Array) -> Any:
         return jax.vjp(lambda params: loss(params, examples), params)[1](cotangent)
 
     cotangent = jax.eval_shape(loss, params, example)
-    program = _jax.program_of(jax.make_jaxpr(back)(params, example, cotangent))
-    culprit = not_linear(program, len(program.jaxpr.invars) - 1)
+    backward = _jax.program_of(jax.make_jaxpr(back)(params, example, cotangent))
+    culprit = not_linear(backward, len(backward.jaxpr.invars) - 1)
     if culprit is not None:
         raise ValueError(
-            f"{caller()}: expected backward passes that are linear in the cotangent, as passes=2 scales it, got a "
-            f"custom_vjp whose backward pass has {culprit}. Take passes=1."
+            f"{caller()}: expected backward passes that are linear in the cotangent, as passes=2 scales it, got one "
+            f"that has {culprit}. Take passes=1."
         )
 
 

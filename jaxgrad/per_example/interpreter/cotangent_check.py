@@ -1,4 +1,8 @@
-"""Checks that a backward pass is linear in its cotangent. JAX's own are; one written by hand may not be."""
+"""Checks that scaling a cotangent scales the results of a backward pass.
+
+JAX's own backward passes are linear; one written by hand may not be. In float16 and float8, which have few exponents, a
+scaled cotangent loses its digits.
+"""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -39,10 +43,15 @@ _OTHER_OPERANDS = {lax.div_p: "a division by the cotangent", lax.select_n_p: "a 
 _NOT_IN_OPERANDS = "the cotangent as an operand in which the operation is not linear"
 
 
+def narrow_range(dtype: Any) -> bool:
+    """Whether a floating dtype has fewer exponents than float32, as float16 and float8 do and bfloat16 does not."""
+    return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp
+
+
 def not_linear(program: _jax.Program, operand: int) -> str | None:
     """Name the first operation that is not linear in one operand of a program; None if no such operation is known.
 
-    Unknown primitives, such as Pallas kernels, are assumed to be linear.
+    A result of narrow range counts as not linear. Unknown primitives, such as Pallas kernels, are assumed to be linear.
     """
     states = [LINEAR if k == operand else CONSTANT for k in range(len(program.jaxpr.invars))]
     try:
@@ -64,6 +73,9 @@ def _through(jaxpr: _jax.Jaxpr, states: Sequence[State]) -> list[State]:
 
     for eqn in jaxpr.eqns:
         results = _results(eqn, [read(v) for v in eqn.invars])
+        for v, state in zip(eqn.outvars, results, strict=True):
+            if state is LINEAR and narrow_range(v.aval.dtype):
+                raise NotLinearError(f"{_at(eqn)}: a cotangent in {v.aval.dtype}, whose range is too small to scale it")
         known |= dict(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
