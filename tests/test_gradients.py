@@ -398,7 +398,7 @@ SLICED = {  # loss of (W, x), the shape of W, and how many factors there are
     "last axis": (lambda W, x: [W[..., e] @ x[:6] for e in range(5)], (7, 6, 5), 1),
     "interleaved": (lambda W, x: [W[e::5] @ x[:4] for e in range(5)], (15, 4), 1),
     "with gaps": (lambda W, x: [W[e] @ x[:4] for e in (0, 2, 4, 6, 7, 8, 9, 10)], (11, 5, 4), 2),
-    "blocks with gaps": (lambda W, x: [W[5 * e : 5 * e + 4] @ x[:4] for e in range(5)], (25, 4), 5),
+    "blocks with gaps": (lambda W, x: [W[5 * e : 5 * e + 4] @ x[:4] for e in range(5)], (25, 4), 1),
     "other sizes": (
         lambda W, x: [W[e * (e + 1) : (e + 1) * (e + 2)] @ x[:4] for e in range(1, 5)],
         (30, 4),
