@@ -54,11 +54,14 @@ def divisible(a: Array, n: int) -> Array:
     return a if n % shards == 0 else gathered(a)
 
 
-def with_automatic_axes(by_example: bool) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def with_automatic_axes(
+    by_example: bool = False, specs: Callable[..., Any] | None = None
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorate a function of gradients: inside it the compiler chooses the shardings, on explicit meshes too.
 
     Args:
         by_example: True shards the results as the examples are, along their leading axis; False replicates them.
+        specs: a function of the arguments → the `PartitionSpec`s of the results, in place of these two.
     """
 
     def decorated(function: Callable[P, T]) -> Callable[P, T]:
@@ -67,14 +70,23 @@ def with_automatic_axes(by_example: bool) -> Callable[[Callable[P, T]], Callable
             explicit = [a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array) and replicated(a)]
             if not explicit:
                 return function(*args, **kwargs)
+            mesh = jax.typeof(explicit[0]).sharding.mesh
             examples = next((_spec(a)[0] for a in explicit if a.ndim and _spec(a)[0] is not None), None)
             spec = PartitionSpec(examples) if by_example else PartitionSpec()
-            sharding = NamedSharding(jax.typeof(explicit[0]).sharding.mesh, spec)
-            return automatic_over(None, function, sharding, *args, **kwargs)
+            tree = spec if specs is None else specs(*args, **kwargs)
+            shardings = jax.tree.map(lambda spec: NamedSharding(mesh, _explicit_part(spec, mesh)), tree)
+            return automatic_over(None, function, shardings, *args, **kwargs)
 
         return laid_out
 
     return decorated
+
+
+def _explicit_part(spec: PartitionSpec, mesh: Any) -> PartitionSpec:
+    """The spec without the axes that the mesh does not have, or that the compiler shards over."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    is_explicit = [all(kinds.get(name) == AxisType.Explicit for name in _names(entry)) for entry in spec]
+    return PartitionSpec(*(entry if explicit else None for entry, explicit in zip(spec, is_explicit, strict=True)))
 
 
 def sharded_as(expected: Any, a: Array) -> Array:
