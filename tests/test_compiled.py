@@ -292,16 +292,38 @@ def test_a_program_compiled_on_this_machine_is_parsed():
 
 # --- Budgets: a few models as compiled for an H100 --------------------------------------------------------------------
 
-BUDGETS = ROOT / "tests" / "support" / "budgets.py"
+SUPPORT = ROOT / "tests" / "support"
+
+
+def has_cudnn():
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.cudnn") is not None
+
+
+def printed(script):
+    """What a script that compiles for an H100 prints, in a process of its own."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=path)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="needs the extra aot-cuda")
+@pytest.mark.skipif(not has_cudnn(), reason="needs nvidia-cudnn-cu12")
+def test_attention_by_cudnn_runs_its_kernels_once_in_each_pass_and_stays_factored():
+    found = printed(SUPPORT / "cudnn_attention.py")
+    calls = {name: found[name]["calls"] for name in ("plain", "norms", "one pass", "two passes")}
+    assert calls == {"plain": [1, 1], "norms": [1, 1], "one pass": [1, 1], "two passes": [2, 2]}  # forward, backward
+    for name, memory in (("norms", 1.0), ("one pass", 1.4), ("two passes", 1.25)):
+        assert found[name]["largest"] < found["batch of gradients"], found
+        assert found[name]["memory"] <= memory * found["plain"]["memory"], found
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="needs the extra aot-cuda")
 def test_programs_for_an_h100_keep_their_budgets():
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, BUDGETS], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed(SUPPORT / "budgets.py")
     block, mlp, conv = (found[name] for name in ("block", "mlp", "conv"))
     assert block["wide"] == 0, block
     assert block["bytes"] <= 1.6, block
