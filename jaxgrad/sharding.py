@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -151,10 +152,10 @@ def _names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def laid_out_as(total: Array, parameter: Array) -> Array:
+def laid_out_as(total: Array, parameter: Any) -> Array:
     """Shard a sum of gradients as the parameter is sharded, so that no device needs to hold all of it."""
     mesh = jax.typeof(parameter).sharding.mesh
-    if mesh.empty or AxisType.Manual in mesh.axis_types:
+    if isinstance(parameter, np.ndarray) or mesh.empty or AxisType.Manual in mesh.axis_types:
         return total
     total = sharded_as(jax.typeof(parameter), total)
     if AxisType.Auto in mesh.axis_types:  # the compiler may still reshard the parameter, but not this copy of it
@@ -180,9 +181,9 @@ def merged(a: Array, *runs: int) -> Array:
     return jnp.reshape(a, shape, out_sharding=NamedSharding(mesh, merged_spec))
 
 
-def spread_over(a: Array) -> list[Any]:
+def spread_over(a: Any) -> list[Any]:
     """Return, for each axis of the array, the axes of an explicit mesh that it is sharded over; None if it is not."""
-    return [None] * a.ndim if replicated(a) is None else _spec(a)
+    return _spec(a) if isinstance(a, jax.Array) and replicated(a) is not None else [None] * a.ndim
 
 
 def _spec(a: Array) -> list[Any]:

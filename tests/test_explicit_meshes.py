@@ -115,3 +115,17 @@ def test_a_sum_is_sharded_as_the_parameter_so_that_a_step_can_be_taken(name, mes
         step = jax.jit(lambda W, X: W - function(W, X))(W, X)
     np.testing.assert_allclose(drawn()[0] - step, expected, rtol=1e-9, atol=1e-9)
     assert MESHES[mesh][1] is AUTO or jax.typeof(step).sharding.spec == PartitionSpec(*MESHES[mesh][2])
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_parameter_that_is_a_numpy_array_is_replicated(passes):
+    """Beside a sharded one, as a new parameter may be before the first step."""
+    mesh, W, X = placed("rows, explicit")
+    both = lambda params, x: loss(params["W"], x) + jnp.tanh(params["v"] @ x)  # noqa: E731
+    v = np.linspace(-1, 1, 16)
+    gradient = jax.jit(lambda W, X: jg.clipped_grad(both, 1.0, passes=passes)({"W": W, "v": v}, X)[0])
+    expected = gradient(*drawn())
+    with jax.set_mesh(mesh):
+        found = gradient(W, X)
+    chex.assert_trees_all_close(jax.tree.map(np.asarray, found), expected, rtol=1e-9, atol=1e-9)
+    assert [jax.typeof(found[key]).sharding.spec[0] for key in ("W", "v")] == ["data", None]

@@ -67,7 +67,7 @@ def _shardings(results: Any, examples: NamedSharding, types: Any) -> Any:
     prefix, structure = jax.tree.flatten((results, None), is_leaf=lambda node: node is None)
 
     def sharding(result: Any, entries: Sequence[Any]) -> NamedSharding:
-        if isinstance(result, jax.Array):
+        if result is not None and not isinstance(result, int):
             return examples.update(spec=PartitionSpec(*spread_over(result)))
         first = examples.spec if result == 0 else entries[:1]
         return examples.update(spec=PartitionSpec(*first, *entries[1:]))
