@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -54,11 +55,14 @@ def divisible(a: Array, n: int) -> Array:
     return a if n % shards == 0 else gathered(a)
 
 
-def with_automatic_axes(by_example: bool) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def with_automatic_axes(
+    by_example: bool = False, specs: Callable[..., Any] | None = None
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorate a function of gradients: inside it the compiler chooses the shardings, on explicit meshes too.
 
     Args:
         by_example: True shards the results as the examples are, along their leading axis; False replicates them.
+        specs: a function of the arguments → the `PartitionSpec`s of the results, in place of these two.
     """
 
     def decorated(function: Callable[P, T]) -> Callable[P, T]:
@@ -67,14 +71,23 @@ def with_automatic_axes(by_example: bool) -> Callable[[Callable[P, T]], Callable
             explicit = [a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array) and replicated(a)]
             if not explicit:
                 return function(*args, **kwargs)
+            mesh = jax.typeof(explicit[0]).sharding.mesh
             examples = next((_spec(a)[0] for a in explicit if a.ndim and _spec(a)[0] is not None), None)
             spec = PartitionSpec(examples) if by_example else PartitionSpec()
-            sharding = NamedSharding(jax.typeof(explicit[0]).sharding.mesh, spec)
-            return automatic_over(None, function, sharding, *args, **kwargs)
+            tree = spec if specs is None else specs(*args, **kwargs)
+            shardings = jax.tree.map(lambda spec: NamedSharding(mesh, _explicit_part(spec, mesh)), tree)
+            return automatic_over(None, function, shardings, *args, **kwargs)
 
         return laid_out
 
     return decorated
+
+
+def _explicit_part(spec: PartitionSpec, mesh: Any) -> PartitionSpec:
+    """The spec without the axes that the mesh does not have, or that the compiler shards over."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    is_explicit = [all(kinds.get(name) == AxisType.Explicit for name in _names(entry)) for entry in spec]
+    return PartitionSpec(*(entry if explicit else None for entry, explicit in zip(spec, is_explicit, strict=True)))
 
 
 def sharded_as(expected: Any, a: Array) -> Array:
@@ -139,10 +152,10 @@ def _names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def laid_out_as(total: Array, parameter: Array) -> Array:
+def laid_out_as(total: Array, parameter: Any) -> Array:
     """Shard a sum of gradients as the parameter is sharded, so that no device needs to hold all of it."""
     mesh = jax.typeof(parameter).sharding.mesh
-    if mesh.empty or AxisType.Manual in mesh.axis_types:
+    if isinstance(parameter, np.ndarray) or mesh.empty or AxisType.Manual in mesh.axis_types:
         return total
     total = sharded_as(jax.typeof(parameter), total)
     if AxisType.Auto in mesh.axis_types:  # the compiler may still reshard the parameter, but not this copy of it
@@ -168,9 +181,9 @@ def merged(a: Array, *runs: int) -> Array:
     return jnp.reshape(a, shape, out_sharding=NamedSharding(mesh, merged_spec))
 
 
-def spread_over(a: Array) -> list[Any]:
+def spread_over(a: Any) -> list[Any]:
     """Return, for each axis of the array, the axes of an explicit mesh that it is sharded over; None if it is not."""
-    return [None] * a.ndim if replicated(a) is None else _spec(a)
+    return _spec(a) if isinstance(a, jax.Array) and replicated(a) is not None else [None] * a.ndim
 
 
 def _spec(a: Array) -> list[Any]:

@@ -204,7 +204,13 @@ def test_a_loop_that_the_compiler_does_not_annotate_is_counted_by_its_condition(
         "%i.1 = s32[] get-tuple-element(%t.1), index=0\n      %n = s32[] constant(8)\n"
         "      ROOT %lt = pred[] compare(%i.1, %n), direction=LT",
     )
-    assert program(text).counts().kernels == 16 + 8  # and each evaluation of the condition
+    for step, trips in ((1, 8), (3, 3)):  # a loop that the compiler unrolls three times adds 3
+        added = f"%step = s32[] constant({step})\n      %next = s32[] add(%i, %step)\n      ROOT %out"
+        counted = text.replace("ROOT %out", added).replace("tuple(%i,", "tuple(%next,")
+        counts = program(counted).counts()
+        assert counts.kernels == trips * (2 + 1 + 1)  # with the addition, and each evaluation of the condition
+    with pytest.raises(ValueError, match="how often the loop w runs"):
+        program(text).counts()
 
 
 def test_what_a_device_sends_is_that_of_ring_algorithms():
@@ -237,6 +243,50 @@ def test_what_a_device_sends_is_that_of_ring_algorithms():
     expected = {"all-gather": gathered, "reduce-scatter": scattered, "collective-permute": permuted}
     assert found == expected | {"all-reduce": reduced}
     assert bytes_sent(p) == sum(found.values())
+
+
+def test_an_asynchronous_collective_that_runs_beside_an_inner_loop_counts_once():
+    """Each iteration names the collective that goes on beside it, which starts before the loop."""
+    p = program(
+        """
+        %started (a: f32[8]) -> (f32[8], f32[32]) {
+          %a.1 = f32[8]{0} parameter(0)
+          %all-gather.1 = f32[32]{0} all-gather(%a.1), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+          ROOT %start = (f32[8]{0}, f32[32]{0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+        }
+
+        %going_on (b: f32[8]) -> f32[32] {
+          %b = f32[8]{0} parameter(0)
+          ROOT %all-gather.2 = f32[32]{0} all-gather(%b), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+        }
+
+        %body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+          %t = (s32[], f32[8]{0}) parameter(0)
+          %i = s32[] get-tuple-element(%t), index=0
+          %x = f32[8]{0} get-tuple-element(%t), index=1
+          %c = f32[8]{0} collective-permute(%x), channel_id=9, source_target_pairs={{0,1},{1,0}}
+          %g = f32[32]{0} fusion(%x), kind=kCustom, calls=%going_on
+          ROOT %out = (s32[], f32[8]{0}) tuple(%i, %c)
+        }
+
+        %condition (t: (s32[], f32[8])) -> pred[] {
+          %t.1 = (s32[], f32[8]{0}) parameter(0)
+          ROOT %true = pred[] constant(true)
+        }
+
+        ENTRY %main (a: f32[8]) -> (s32[], f32[8]) {
+          %a = f32[8]{0} parameter(0)
+          %f = (f32[8]{0}, f32[32]{0}) fusion(%a), kind=kCustom, calls=%started
+          %start = s32[] constant(0)
+          %first = (s32[], f32[8]{0}) tuple(%start, %a)
+          ROOT %w = (s32[], f32[8]{0}) while(%first), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+        }
+        """
+    )
+    assert {c.kind: c.times * c.sent for c in collectives(p)} == {
+        "all-gather": 4 * 32 * 3 / 4,
+        "collective-permute": 5 * 32,
+    }
 
 
 def test_the_size_of_a_group_is_read_from_every_form_that_compilers_print():
@@ -308,16 +358,38 @@ def test_a_program_compiled_on_this_machine_is_parsed():
 
 # --- Budgets: a few models as compiled for an H100 --------------------------------------------------------------------
 
-BUDGETS = ROOT / "tests" / "support" / "budgets.py"
+SUPPORT = ROOT / "tests" / "support"
+
+
+def has_cudnn():
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.cudnn") is not None
+
+
+def printed(script):
+    """What a script that compiles for an H100 prints, in a process of its own."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=path)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="needs the extra aot-cuda")
+@pytest.mark.skipif(not has_cudnn(), reason="needs nvidia-cudnn-cu12")
+def test_attention_by_cudnn_runs_its_kernels_once_in_each_pass_and_stays_factored():
+    found = printed(SUPPORT / "cudnn_attention.py")
+    calls = {name: found[name]["calls"] for name in ("plain", "norms", "one pass", "two passes")}
+    assert calls == {"plain": [1, 1], "norms": [1, 1], "one pass": [1, 1], "two passes": [2, 2]}  # forward, backward
+    for name, memory in (("norms", 1.0), ("one pass", 1.4), ("two passes", 1.25)):
+        assert found[name]["largest"] < found["batch of gradients"], found
+        assert found[name]["memory"] <= memory * found["plain"]["memory"], found
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason="needs the extra aot-cuda")
 def test_programs_for_an_h100_keep_their_budgets():
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, BUDGETS], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed(SUPPORT / "budgets.py")
     block, mlp, conv = (found[name] for name in ("block", "mlp", "conv"))
     assert block["wide"] == 0, block
     assert block["bytes"] <= 1.6, block

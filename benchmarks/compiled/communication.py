@@ -3,14 +3,15 @@
 A collective counts with the bytes that one device sends in the usual ring algorithm, for a group of n devices:
 (n - 1)/n of the whole array for all-gather, reduce-scatter and all-to-all, twice that for all-reduce, and all of it for
 a permutation. The body of a loop counts once for each iteration, and a conditional counts as the branch that sends the
-most. An asynchronous collective, which a TPU's compiler splits over several instructions, counts once.
+most. An asynchronous collective, which a TPU's compiler splits over several instructions, counts where it starts: the
+others may be in an inner loop that computes while the collective runs.
 """
 
 import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from benchmarks.compiled.program import BITS, Instruction, Program, Shape
 
@@ -57,11 +58,26 @@ def sent_by_kind(program: Program) -> Counter[str]:
 
 def collectives(program: Program) -> list[Collective]:
     """The program's collectives. Those of a loop appear once."""
-    return list(_inside(program, program.entry, 1))
+    return _counted(_inside(program, program.entry, 1))
 
 
-def _inside(program: Program, name: str, times: int) -> Iterator[Collective]:
-    found: dict[str, Collective] = {}  # by channel: the parts of an asynchronous collective have one channel
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One of the instructions of a collective. Those of an asynchronous one have one channel."""
+
+    collective: Collective
+    channel: str
+    starts: bool  # whether it starts an asynchronous collective
+
+
+def _counted(parts: Iterable[_Part]) -> list[Collective]:
+    parts = list(parts)
+    asynchronous = {part.channel for part in parts if part.starts}
+    return [part.collective for part in parts if part.starts or part.channel not in asynchronous]
+
+
+def _inside(program: Program, name: str, times: int) -> Iterator[_Part]:
+    found: dict[tuple[str, bool], _Part] = {}
     for i in program.computations[name].values():
         if i.opcode == "while":
             steps = program.trip_count(i, name)
@@ -69,21 +85,25 @@ def _inside(program: Program, name: str, times: int) -> Iterator[Collective]:
                 yield from _inside(program, part, times * steps)
         elif i.opcode == "conditional":
             branches = [list(_inside(program, branch, times)) for branch in program.branches(i)]
-            yield from max(branches, key=lambda each: sum(c.times * c.sent for c in each))
+            yield from max(branches, key=lambda each: sum(c.times * c.sent for c in _counted(each)))
         else:
-            for inner in _operations(program, i):
-                found.setdefault(inner.attribute("channel_id") or inner.name, _collective(inner, times))
+            for inner, starts in _operations(program, i):
+                channel = inner.attribute("channel_id") or inner.name
+                found.setdefault((channel, starts), _Part(_collective(inner, times), channel, starts))
     yield from found.values()
 
 
-def _operations(program: Program, i: Instruction) -> Iterator[Instruction]:
-    """The collectives that one instruction runs."""
+def _operations(program: Program, i: Instruction) -> Iterator[tuple[Instruction, bool]]:
+    """The collectives that one instruction runs, and whether it only starts them."""
     if i.opcode in CALLS:
         for called in i.computations("to_apply", "calls"):
-            for inner in program.computations[called].values():
-                yield from _operations(program, inner)
+            inside = program.computations[called].values()
+            starts = {name for j in inside if "AsyncCollectiveStart" in j.rest for name in j.operands}
+            for inner in inside:
+                for operation, started in _operations(program, inner):
+                    yield operation, started or inner.name in starts
     elif i.opcode.removesuffix("-start") in KINDS:
-        yield i
+        yield i, False
 
 
 def _collective(i: Instruction, times: int) -> Collective:

@@ -164,18 +164,29 @@ class Program:
         """
         if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(noted[1])
-        (condition,) = loop.computations("condition")
-        body = self.computations[condition]
-        (test,) = (i for i in body.values() if i.root)
-        sides = [body[operand] for operand in test.operands]
+        (condition,), (body,) = loop.computations("condition"), loop.computations("body")
+        computation = self.computations[condition]
+        (test,) = (i for i in computation.values() if i.root)
+        sides = [computation[operand] for operand in test.operands]
         if test.opcode == "compare" and "direction=LT" in test.rest and sides[1].opcode == "constant":
+            index = int(sides[0].attribute("index"))
             start = self.computations[name][loop.operands[0]]
             while start.opcode in ("tuple", "copy"):
-                operand = start.operands[int(sides[0].attribute("index")) if start.opcode == "tuple" else 0]
+                operand = start.operands[index if start.opcode == "tuple" else 0]
                 start = self.computations[name][operand]
-            if start.opcode == "constant":
-                return int(sides[1].literal) - int(start.literal)
+            step = self._step(body, index)
+            if start.opcode == "constant" and step:
+                return -(-(int(sides[1].literal) - int(start.literal)) // step)
         raise ValueError(f"the program does not say how often the loop {loop.name} runs")
+
+    def _step(self, body: str, index: int) -> int:
+        """What an iteration adds to this entry of its tuple; 0 if it is not a constant."""
+        computation = self.computations[body]
+        (result,) = (i for i in computation.values() if i.root)
+        change = computation[result.operands[index]]
+        added = [computation[operand] for operand in change.operands]
+        constants = [int(i.literal) for i in added if i.opcode == "constant"]
+        return constants[0] if change.opcode == "add" and constants else 0
 
     def branches(self, conditional: Instruction) -> list[str]:
         """The names of the computations that a conditional chooses from."""

@@ -15,6 +15,7 @@ from jaxgrad.agreement.leaf import Slopes, against_slope, compared, judged, with
 from jaxgrad.agreement.report import AgreementReport
 from jaxgrad.errors import naming
 from jaxgrad.per_example.arguments import Arguments, arguments_of
+from jaxgrad.sharding import gathered
 
 
 @naming("check_gradient")
@@ -54,7 +55,8 @@ def check_gradient(
             tree of arrays, or an object whose `materialize()` returns such a tree.
         loss: loss(params, *example) → scalar, a pure JAX function of ONE example.
         params: tree of floating-point arrays.
-        *batch: arrays or trees of arrays, with an example axis where `in_axes` says so.
+        *batch: arrays or trees of arrays, with an example axis where `in_axes` says so. Arrays on an explicit mesh are
+            replicated first.
         argnums, in_axes, spmd_axis_name: as in `per_example_grad`, for the arguments (params, *batch) of both the
             candidate and the loss.
         numerical: whether to compare with central differences as well, which takes 8 evaluations of the loss for each
@@ -92,7 +94,7 @@ def check_gradient(
         True
     """
     _check_options(reference_dtype, rtol, batch_size)
-    args = jax.tree.map(jnp.asarray, (params, *batch))
+    args = gathered(jax.tree.map(jnp.asarray, (params, *batch)))
     arguments = arguments_of(args, {}, argnums, in_axes)
     chosen = args[argnums] if isinstance(argnums, int) else tuple(args[k] for k in argnums)
     for path, leaf in paths(chosen).items():

@@ -15,6 +15,7 @@ from jaxgrad.errors import caller, naming
 from jaxgrad.per_example.arguments import checked_batch
 from jaxgrad.per_example.measure import per_example_norms
 from jaxgrad.per_example.transform import per_example_grad, per_example_value_and_grad
+from jaxgrad.sharding import gathered
 
 
 def grand(
@@ -212,7 +213,7 @@ def trak(
             weights = gradients_times(scaled, jnp.ones((g.batch_size, 1), ridge.dtype), solved).T / unit
         else:
             weights = damped_solve(scaled.gram(), scaled.gram(test_g), ridge).T / unit
-        still_to_learn = -jax.vmap(jax.grad(loss))(outputs).astype(weights.dtype)
+        still_to_learn = gathered(-jax.vmap(jax.grad(loss))(outputs).astype(weights.dtype))
         return jnp.stack([weights, jnp.broadcast_to(still_to_learn[None], weights.shape)])
 
     @naming("trak")

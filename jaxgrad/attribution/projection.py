@@ -21,7 +21,7 @@ from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 from jaxgrad.per_example.projecting import PROJECTOR, Placed
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import joined
-from jaxgrad.sharding import automatic_over, in_both, with_automatic_axes
+from jaxgrad.sharding import with_automatic_axes
 
 
 @naming("project")
@@ -126,19 +126,17 @@ def per_example_projection(
     @naming("per_example_projection")
     def measured(*args: Any, **kwargs: Any) -> Any:
         arguments = transformed.arguments(args, kwargs)
-        axes, examples = in_both(arguments.batch, arguments.axes, [*arguments.params, *arguments.shared])
-        if axes:
-            return automatic_over(axes, measured, examples, *args, **kwargs)
         params = jax.tree.unflatten(arguments.params_tree, arguments.params)
         nodes: Any
         nodes, treedef = jax.tree.flatten(params, is_leaf=complexes.is_complex)
         shapes = [jnp.shape(node.real if complexes.is_complex(node) else node) for node in nodes]
-        targets = [
-            Placed.of_parameter(s, len(shape))
-            for node, s, shape in zip(nodes, checked_sides(sides, treedef, shapes), shapes, strict=True)
-            for _ in jax.tree.leaves(node)
-        ]
-        values, aux, measures = transformed.measured(arguments, PROJECTOR, lambda _: targets)
+        checked = checked_sides(sides, treedef, shapes)
+
+        def targets(_: Any, sides: Sequence[Sides]) -> list[Placed]:
+            each = zip(nodes, sides, shapes, strict=True)
+            return [Placed.of_parameter(s, len(shape)) for node, s, shape in each for _ in jax.tree.leaves(node)]
+
+        values, aux, measures = transformed.measured(arguments, PROJECTOR, targets, common=checked)
         by_leaf = jax.tree.unflatten(arguments.params_tree, measures)
         numbers = flattened(jax.tree.leaves(complexes.joined(by_leaf, complex_parts)))
         return ((values, aux), numbers) if has_aux else (values, numbers)

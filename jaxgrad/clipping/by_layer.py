@@ -82,16 +82,17 @@ def sums_by_layer(
         multipliers: the weighting.
     """
 
-    def targets(keep: Array) -> list[Group]:
+    def targets(keep: Array, bounds: Sequence[Array]) -> list[Group]:
         of = {
             i: Group(number, len(members), bound, keep)
-            for number, (bound, members) in enumerate(groups)
+            for number, (bound, (_, members)) in enumerate(zip(bounds, groups, strict=True))
             for i in members
         }
         return [of[i] for i in range(len(of))]
 
-    measurer = _measurer(multipliers)
-    values, aux, found = transformed.measured(arguments, measurer, targets, [AXES] * len(arguments.params), mask)
+    measurer, bounds = _measurer(multipliers), [bound for bound, _ in groups]
+    axes = [AXES] * len(arguments.params)
+    values, aux, found = transformed.measured(arguments, measurer, targets, axes, mask, bounds)
     return values, aux, [m.total for m in found], [found[members[0]].norm for _, members in groups]
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jaxgrad.clipping.by_layer import checked_layers, is_by_layer, sums_by_layer
@@ -24,11 +23,12 @@ from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.masks_and_bounds import checked_bound, checked_groups, checked_mask
 from jaxgrad.per_example.measure import measured_magnitudes
 from jaxgrad.per_example.microbatches import in_microbatches
+from jaxgrad.per_example.on_mesh import call_on_mesh
 from jaxgrad.per_example.second_pass import check_linear, weighted_gradients
 from jaxgrad.per_example.serialized import named_tuple
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
-from jaxgrad.sharding import automatic_over, in_both, kept, laid_out_as
+from jaxgrad.sharding import kept, laid_out_as
 
 # How far the rounding of one example may move the sum, relative to the bound: ε is (1 + √B) times this number. The keys
 # are the dtypes of the sum.
@@ -323,25 +323,23 @@ class ClippedGrad:
                 "clipped_grad(lambda params, x, own: loss(params, x, mask=own), ...)(params, x, own, mask=padding)."
             )
         arguments = self._transformed.arguments(args, kwargs)
-        axes, examples = in_both(arguments.batch, arguments.axes, [*arguments.params, *arguments.shared])
-        if examples is not None and axes:
-            params = jax.tree.unflatten(arguments.params_tree, [jax.typeof(p).sharding for p in arguments.params])
-            whole = examples.update(spec=PartitionSpec())
-            fields: Any = (examples, examples, whole, whole, examples)
-            shardings = complexes.joined(params, lambda real, imag: real), ClipInfo._make(fields)
-            return automatic_over(axes, self, shardings, *args, mask=mask, **kwargs)
-        B, size = arguments.batch_size, self._microbatch_size
+        B = arguments.batch_size
         mask = jnp.ones(B, bool) if mask is None else checked_mask(mask, B)
-        if size is None or size >= B:
-            flat, by_example = self._clipped_sum(arguments, mask)
-        else:
-            flat, by_example = in_microbatches(self._clipped_sum, arguments, mask, size)
+        flat, by_example = call_on_mesh(self._sum_of_all, arguments, (list(arguments.params), 0), mask, self._max_norm)
         values, aux, norms, exceeds = jax.tree.map(lambda a: kept(mask, a), by_example)
         count = jnp.maximum(mask.sum(), 1).astype(norms.dtype)
         nonfinite = mask & ~jnp.isfinite(norms)
         fraction = (exceeds | nonfinite).sum().astype(norms.dtype) / count
         total = complexes.joined(jax.tree.unflatten(arguments.params_tree, flat), complexes.gradient)
         return total, ClipInfo(values, norms, fraction, nonfinite.sum(), aux)
+
+    def _sum_of_all(self, arguments: Arguments, mask: Array, max_norm: PyTree) -> tuple[list[Array], Any]:
+        """As `_clipped_sum`, in microbatches, with these bounds."""
+        bounded, B, size = copy.copy(self), arguments.batch_size, self._microbatch_size
+        bounded._max_norm = max_norm
+        if size is None or size >= B:
+            return bounded._clipped_sum(arguments, mask)
+        return in_microbatches(bounded._clipped_sum, arguments, mask, size)
 
     def _clipped_sum(self, arguments: Arguments, mask: Array) -> tuple[list[Array], Any]:
         """Return (leaves of the sum, (values, aux, norms, True if a norm exceeds its bound) of every example)."""

@@ -82,14 +82,15 @@ def natural_gradient(g: PerExampleGrads | GaussNewton, damping: Any) -> PyTree:
     if not rows.batch_size:
         return rows.mean()
     scaled, ridge, unit = scaled_system(rows, damping)
+    shapes = jax.eval_shape(rows.sum)
     if is_tall(rows):
         gradient = scaled.weighted_sum(residuals.ravel(), ridge.dtype)
         step = damped_solve(second_moments(scaled), vector_of(gradient, ridge.dtype), ridge)
-        total = tree_of(step, gradient)
+        total = tree_of(step, shapes)
     else:
         weights = damped_solve(scaled.gram(), residuals.ravel(), ridge)
         total = scaled.weighted_sum(weights, ridge.dtype)
-    return jax.tree.map(lambda a, p: (a / unit.astype(a.dtype)).astype(p.dtype), total, jax.eval_shape(rows.sum))
+    return jax.tree.map(lambda a, p: (a / unit.astype(a.dtype)).astype(p.dtype), total, shapes)
 
 
 @naming("fisher_solve")

@@ -5,6 +5,7 @@ the loss with respect to the outputs, and S [O, R] is a root of it: H = SSᵀ.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ from jaxtyping import Array, Float, PyTree
 from jaxgrad.curvature.rows import JacobianRows, Matrix
 from jaxgrad.curvature.solve import MARGIN
 from jaxgrad.errors import naming
-from jaxgrad.per_example.arguments import arguments_of
+from jaxgrad.per_example.arguments import Arguments, arguments_of
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 from jaxgrad.per_example.jacobian import PerExampleJacobian, evaluated_by_output, with_output_index
+from jaxgrad.per_example.on_mesh import call_on_mesh
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import working_dtype
 
@@ -256,8 +258,10 @@ def gauss_newton(
     def rows(params: PyTree, *batch: Any) -> GaussNewton:
         arguments = arguments_of((params, *batch), {}, argnums, in_axes)
 
-        def outputs_and_root(params: Sequence[Any], example: Sequence[Any]) -> tuple[Array, Array, Array]:
-            *args, target = arguments.loss_arguments(params, example)[0]
+        def outputs_and_root(
+            params: Sequence[Any], example: Sequence[Any], shared: Sequence[Any]
+        ) -> tuple[Array, Array, Array]:
+            *args, target = arguments.rebuild(params, example, shared)[0]
             outputs = model(*args)
             outputs = outputs.astype(working_dtype(outputs.dtype))
             S, r = root(jax.lax.stop_gradient(outputs), target)
@@ -268,8 +272,9 @@ def gauss_newton(
             outputs, S, r = outputs_and_root(*args[:-1])
             return (outputs * jnp.take(S, args[-1], 1)).sum(), r
 
-        R = jax.eval_shape(outputs_and_root, arguments.params, arguments.example)[1].shape[1]
-        by_leaves = dataclasses.replace(arguments, rebuild=lambda params, examples, _: ((params, examples), {}))
+        root_of_one = functools.partial(outputs_and_root, shared=arguments.shared)
+        R = jax.eval_shape(root_of_one, arguments.params, arguments.example)[1].shape[1]
+        by_leaves = dataclasses.replace(arguments, rebuild=lambda *leaves: (leaves, {}))
         transformed = Transformed("gauss_newton", row_value, 0, 0, has_aux=True, spmd_axis_name=spmd_axis_name)
         residuals, jacobian = evaluated_by_output(transformed, with_output_index(by_leaves), R)
         return GaussNewton(jacobian, residuals)
@@ -316,24 +321,29 @@ def gauss_newton_vector_product(
         numbers = argnums if isinstance(argnums, Sequence) else [argnums]
         chosen = tuple(args[k] for k in numbers) if is_sequence else args[numbers[0]]
 
-        def outputs_of_one(chosen: PyTree, example: Sequence[Any]) -> tuple[Array, Any]:
-            *inputs, target = arguments.loss_arguments(arguments.params, example)[0]
-            for k, value in zip(numbers, chosen if is_sequence else [chosen], strict=True):
-                inputs[k] = value
-            return model(*inputs), target
+        def along(arguments: Arguments, chosen: PyTree, v: PyTree) -> PyTree:
+            def outputs_of_one(chosen: PyTree, example: Sequence[Any]) -> tuple[Array, Any]:
+                *inputs, target = arguments.loss_arguments(arguments.params, example)[0]
+                for k, value in zip(numbers, chosen if is_sequence else [chosen], strict=True):
+                    inputs[k] = value
+                return model(*inputs), target
 
-        over_examples = jax.vmap(
-            outputs_of_one,
-            (None, arguments.axes),
-            axis_size=arguments.batch_size,
-            spmd_axis_name=spmd_axis_name,
-        )
-        outputs, forwards, target = jax.linearize(lambda p: over_examples(p, arguments.batch), chosen, has_aux=True)
-        wide = working_dtype(outputs.dtype)
-        cotangent = jax.vmap(hessian_product, spmd_axis_name=spmd_axis_name)(
-            outputs.astype(wide), target, forwards(v).astype(wide)
-        )
-        cotangent = cotangent / max(arguments.batch_size, 1)
-        return jax.linear_transpose(forwards, chosen)(cotangent.astype(outputs.dtype))[0]
+            over_examples = jax.vmap(
+                outputs_of_one,
+                (None, arguments.axes),
+                axis_size=arguments.batch_size,
+                spmd_axis_name=spmd_axis_name,
+            )
+            outputs, forwards, target = jax.linearize(
+                lambda chosen: over_examples(chosen, arguments.batch), chosen, has_aux=True
+            )
+            wide = working_dtype(outputs.dtype)
+            cotangent = jax.vmap(hessian_product, spmd_axis_name=spmd_axis_name)(
+                outputs.astype(wide), target, forwards(v).astype(wide)
+            )
+            cotangent = cotangent / max(arguments.batch_size, 1)
+            return jax.linear_transpose(forwards, chosen)(cotangent.astype(outputs.dtype))[0]
+
+        return call_on_mesh(along, arguments, chosen, chosen, v)
 
     return product

@@ -7,7 +7,8 @@ import jax
 from jaxtyping import Array, PyTree
 
 from jaxgrad.errors import naming
-from jaxgrad.per_example.arguments import arguments_of
+from jaxgrad.per_example.arguments import Arguments, arguments_of
+from jaxgrad.per_example.on_mesh import call_on_mesh
 
 
 def hessian_vector_product(
@@ -43,18 +44,21 @@ def hessian_vector_product(
         numbers = argnums if isinstance(argnums, Sequence) else [argnums]
         chosen = args[argnums] if isinstance(argnums, int) else tuple(args[k] for k in numbers)
 
-        def mean_loss(chosen: PyTree) -> Array:
-            def one(example: Sequence[Any]) -> Array:
-                inputs = list(arguments.loss_arguments(arguments.params, example)[0])
-                for k, value in zip(numbers, [chosen] if isinstance(argnums, int) else chosen, strict=True):
-                    inputs[k] = value
-                return loss(*inputs)
+        def along(arguments: Arguments, chosen: PyTree, v: PyTree) -> PyTree:
+            def mean_loss(chosen: PyTree) -> Array:
+                def one(example: Sequence[Any]) -> Array:
+                    inputs = list(arguments.loss_arguments(arguments.params, example)[0])
+                    for k, value in zip(numbers, [chosen] if isinstance(argnums, int) else chosen, strict=True):
+                        inputs[k] = value
+                    return loss(*inputs)
 
-            over_examples = jax.vmap(
-                one, (arguments.axes,), axis_size=arguments.batch_size, spmd_axis_name=spmd_axis_name
-            )
-            return over_examples(arguments.batch).mean()
+                over_examples = jax.vmap(
+                    one, (arguments.axes,), axis_size=arguments.batch_size, spmd_axis_name=spmd_axis_name
+                )
+                return over_examples(arguments.batch).mean()
 
-        return jax.jvp(jax.grad(mean_loss), (chosen,), (v,))[1]
+            return jax.jvp(jax.grad(mean_loss), (chosen,), (v,))[1]
+
+        return call_on_mesh(along, arguments, chosen, chosen, v)
 
     return product

@@ -95,7 +95,7 @@ def kfac(
     def factors(params: PyTree, *batch: Any) -> PyTree:
         arguments = transformed.arguments((params, *batch), {})
         targets = [()] * len(arguments.params)
-        _, _, moments = transformed.measured(arguments, _MEASURERS[shared], lambda _: targets, None)
+        _, _, moments = transformed.measured(arguments, _MEASURERS[shared], lambda *_: targets, None)
         B = max(arguments.batch_size, 1)
         return jax.tree.unflatten(arguments.params_tree, [_means(m, B, shared) for m in moments])
 

@@ -72,10 +72,11 @@ class LogDerivatives:
 
     @property
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
-        """The shapes and dtypes of the real parameters."""
-        blocked = isinstance(self.rows, BlockedRows)
-        arrays = self.rows.params if blocked else jax.tree.leaves(jax.eval_shape(self.rows.sum))
-        return [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+        """The shapes, dtypes and, on an explicit mesh, shardings of the real parameters."""
+        if isinstance(self.rows, BlockedRows):
+            return [jax.eval_shape(lambda a: a, a) for a in self.rows.params]
+        shapes: list[jax.ShapeDtypeStruct] = jax.tree.leaves(jax.eval_shape(self.rows.sum))
+        return shapes
 
 
 def log_derivatives(

@@ -17,7 +17,7 @@ from jaxgrad.per_example.algebra import factors
 from jaxgrad.per_example.algebra.chunks import chunk_size, map_examples, sum_examples
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.precision import added, working_dtype
-from jaxgrad.sharding import with_automatic_axes
+from jaxgrad.sharding import gathered, sharded_as, with_automatic_axes
 
 
 def is_tall(rows: Matrix) -> bool:
@@ -29,15 +29,15 @@ def is_tall(rows: Matrix) -> bool:
 
 
 def vector_of(tree: PyTree, dtype: Any) -> Float[Array, " P"]:
-    """A tree like the parameters as one vector."""
-    return jnp.concatenate([jnp.ravel(a).astype(dtype) for a in jax.tree.leaves(tree)])
+    """A tree like the parameters as one vector, which is replicated on an explicit mesh."""
+    return jnp.concatenate([jnp.ravel(a).astype(dtype) for a in jax.tree.leaves(gathered(tree))])
 
 
 def tree_of(vector: Float[Array, " P"], shapes: PyTree) -> PyTree:
-    """The inverse of `vector_of`, in the vector's dtype."""
+    """The inverse of `vector_of`, in the vector's dtype; on an explicit mesh, sharded as the shapes say."""
     leaves, treedef = jax.tree.flatten(shapes)
     ends = [sum(p.size for p in leaves[: k + 1]) for k in range(len(leaves))]
-    parts = [vector[end - p.size : end].reshape(p.shape) for end, p in zip(ends, leaves, strict=True)]
+    parts = [sharded_as(p, vector[end - p.size : end].reshape(p.shape)) for end, p in zip(ends, leaves, strict=True)]
     return jax.tree.unflatten(treedef, parts)
 
 

@@ -20,7 +20,7 @@ from jaxgrad.curvature.solve import damped_solve, in_full_precision
 from jaxgrad.errors import caller, naming
 from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.per_example.serialized import named_tuple
-from jaxgrad.sharding import with_automatic_axes
+from jaxgrad.sharding import sharded_as, with_automatic_axes
 
 Numbers = Any
 """An array [N], real or complex."""
@@ -210,7 +210,9 @@ def scale_by_spring(damping: Any, momentum: Any = 0.0) -> Any:
         lam, mu = (number(state.count) if callable(number) else number for number in (damping, momentum))
         step = _step(derivatives, local_energies, lam, weights, state.previous, mu)
         kept = (
-            jax.tree.map(lambda a, p: a.astype(p.dtype), derivatives.tree_of(step), state.previous)
+            jax.tree.map(
+                lambda a, p: sharded_as(jax.typeof(p), a.astype(p.dtype)), derivatives.tree_of(step), state.previous
+            )
             if has_momentum
             else None
         )
@@ -312,7 +314,9 @@ def _deviations(values: Float[Array, "N R"], w: Float[Array, " N"]) -> Float[Arr
 
 
 def _rounded(derivatives: LogDerivatives, step: list[Array]) -> PyTree:
-    return derivatives.tree_of([a.astype(p.dtype) for a, p in zip(step, derivatives.shapes, strict=True)])
+    return derivatives.tree_of(
+        [sharded_as(p, a.astype(p.dtype)) for a, p in zip(step, derivatives.shapes, strict=True)]
+    )
 
 
 # --- Checks ----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """FactorTree: the base class of PerExampleGrads, a pytree of factors without the operations on them."""
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jaxgrad.errors import caller
@@ -13,6 +15,7 @@ from jaxgrad.per_example.algebra import chunks, complexes, factors
 from jaxgrad.per_example.algebra.factors import Factor
 from jaxgrad.per_example.algebra.leaf import Leaf
 from jaxgrad.per_example.algebra.mapped import of_examples
+from jaxgrad.sharding import spread_over
 
 
 class FactorTree:
@@ -84,6 +87,19 @@ class FactorTree:
 
     def _map_leaves(self, function: Callable[[Leaf], Any]) -> PyTree:
         return self._tree([function(leaf) for leaf in self._leaves])
+
+    # --- on an explicit mesh
+
+    def sharded_as(self, params: Sequence[Any]) -> Self:
+        """The same gradients, whose sums are sharded as these leaves of the parameters are."""
+        spreads = [tuple(spread_over(p)) for p in params]
+        pairs = zip(self._leaves, spreads, strict=True)
+        return self._with([dataclasses.replace(leaf, spread=s if any(s) else ()) for leaf, s in pairs])
+
+    @property
+    def specs(self) -> PyTree:
+        """How sums over the examples are sharded: a tree like the parameters, with a `PartitionSpec` for each."""
+        return complexes.joined(self._map_leaves(lambda leaf: PartitionSpec(*leaf.spread)), lambda real, _: real)
 
     # --- attributes
 

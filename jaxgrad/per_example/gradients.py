@@ -3,6 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -32,6 +33,9 @@ def _in_chunks(method: Callable[P, R]) -> Callable[P, R]:
             return method(*args, **kwargs)
 
     return bounded
+
+
+_sharded_as_the_parameters = with_automatic_axes(specs=lambda g, *_: g.specs)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -177,7 +181,7 @@ class PerExampleGrads(FactorTree):
 
         return self._summed(mean, dtype)
 
-    @with_automatic_axes(by_example=False)
+    @_sharded_as_the_parameters
     def _summed(
         self,
         function: Callable[[Leaf, Array | None], Array],
@@ -216,7 +220,7 @@ class PerExampleGrads(FactorTree):
         return self.gram(other.gradients) if isinstance(other, Transposed) else self.dot(other)
 
     @_in_chunks
-    @with_automatic_axes(by_example=False)
+    @_sharded_as_the_parameters
     def second_moment(self) -> PyTree:
         """mean_b g_b ⊙ g_b, a tree with the parameters' shapes, in float32 or wider: float16 cannot hold squares.
 
@@ -227,7 +231,7 @@ class PerExampleGrads(FactorTree):
         return complexes.joined(by_leaf, operator.add)
 
     @_in_chunks
-    @with_automatic_axes(by_example=False)
+    @_sharded_as_the_parameters
     def variance(self) -> PyTree:
         """mean_b (g_b - ḡ) ⊙ (g_b - ḡ), a tree with the parameters' shapes, in float32 or wider.
 
@@ -256,7 +260,7 @@ class PerExampleGrads(FactorTree):
 
     def __neg__(self) -> "PerExampleGrads":
         """-g_b."""
-        return self._with([Leaf(leaf.factors, -leaf.weight) for leaf in self._leaves])
+        return self._with([replace(leaf, weight=-leaf.weight) for leaf in self._leaves])
 
     @naming("PerExampleGrads.__add__")
     def __add__(self, other: "PerExampleGrads") -> "PerExampleGrads":
@@ -274,7 +278,7 @@ class PerExampleGrads(FactorTree):
                 f"{other.batch_size}. To join two batches, use PerExampleGrads.concatenate."
             )
         pairs = zip(self._leaves, other._leaves, strict=True)
-        return self._with([Leaf.of(leaf.weighted() + leaf_.weighted()) for leaf, leaf_ in pairs])
+        return self._with([Leaf.of(leaf.weighted() + leaf_.weighted(), leaf.spread) for leaf, leaf_ in pairs])
 
     def __sub__(self, other: "PerExampleGrads") -> "PerExampleGrads":
         """g_b - h_b, with the requirements of `+`."""
@@ -288,7 +292,7 @@ class PerExampleGrads(FactorTree):
             ValueError: `c` is not a floating array [B].
         """
         c = checked_numbers(c, self.batch_size)
-        return self._with([Leaf(leaf.factors, leaf.weight * c.astype(leaf.weight.dtype)) for leaf in self._leaves])
+        return self._with([replace(leaf, weight=leaf.weight * c.astype(leaf.weight.dtype)) for leaf in self._leaves])
 
     @naming("PerExampleGrads.clip")
     def clip(self, max_norm: PyTree) -> "PerExampleGrads":

@@ -18,7 +18,9 @@ from jaxgrad.per_example.frameworks import add_advice
 from jaxgrad.per_example.gradients import PerExampleGrads, widened
 from jaxgrad.per_example.interpreter import dependence
 from jaxgrad.per_example.lower import Lowered, convolutions_materialized, has_its_final_form
+from jaxgrad.per_example.on_mesh import call_on_mesh
 from jaxgrad.per_example.transform import Transformed
+from jaxgrad.sharding import sharded_as
 
 OUTPUT_AXIS, NO_OUTPUT_AXIS = 1, -1
 """The output axis of an array, and the mark of an array without one because all outputs share it."""
@@ -137,14 +139,14 @@ class PerExampleJacobian:
             c: [B, O], a number for each row J_b[k].
             dtype: dtype of the result, as in `PerExampleGrads.sum`; the sum over outputs is in float32 or wider.
         """
-        shapes = jax.eval_shape(lambda h: h._vmap_outputs(lambda g: g.sum(), 0), self)
+        shapes = jax.eval_shape(lambda h, k: h._output(k).sum(), self, jnp.zeros((), jnp.int32))
         wide = jnp.result_type(jax.eval_shape(self.norms))
 
         def add_output(total: PyTree, k: Array) -> tuple[PyTree, None]:
             g, weights = self._output(k), jnp.take(c, k, 1)
             return jax.tree.map(jnp.add, total, g.weighted_sum(weights, wide)), None
 
-        start = jax.tree.map(lambda s: jnp.zeros(s.shape[1:], _with_real(s.dtype, wide)), shapes)
+        start = jax.tree.map(lambda s: sharded_as(s, jnp.zeros(s.shape, _with_real(s.dtype, wide))), shapes)
         total, _ = jax.lax.scan(add_output, start, jnp.arange(self.outputs))
         return jax.tree.map(lambda a, s: a.astype(_with_real(s.dtype, dtype or _real(s.dtype))), total, shapes)
 
@@ -160,6 +162,10 @@ class PerExampleJacobian:
     def widened(self) -> "PerExampleJacobian":
         """The same Jacobians with bfloat16 factors cast to float32, so that weighted sums do not round to bfloat16."""
         return PerExampleJacobian(widened(self._held), self._axes, self.outputs)
+
+    def sharded_as(self, params: Sequence[Any]) -> "PerExampleJacobian":
+        """The same Jacobians, whose sums are sharded as these leaves of the parameters are, on an explicit mesh."""
+        return PerExampleJacobian(self._held.sharded_as(params), self._axes, self.outputs)
 
     def __mul__(self, c: Any) -> "PerExampleJacobian":
         """c · J_b for a number c."""
@@ -267,6 +273,12 @@ def evaluated_by_output(
         arguments: as returned by `with_output_index`.
         outputs: O.
     """
+    aux, jacobian = call_on_mesh(functools.partial(_evaluated, transformed, outputs), arguments, 0)
+    return aux, jacobian.sharded_as(arguments.params)
+
+
+def _evaluated(transformed: Transformed, outputs: int, arguments: Arguments) -> tuple[PyTree, PerExampleJacobian]:
+    """Do as `evaluated_by_output`, where the examples can be mapped over."""
     one, out_tree, _ = transformed.of_one_example(arguments)
     routes = []
 

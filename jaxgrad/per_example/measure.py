@@ -17,7 +17,7 @@ from jaxgrad.per_example.interpreter.values import Value
 from jaxgrad.per_example.lower import factors_of
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import product_rounding
-from jaxgrad.sharding import automatic_over, in_both, with_automatic_axes
+from jaxgrad.sharding import with_automatic_axes
 
 LOW_PRECISION = 2.0**6
 """Multiplies the magnitude of the terms that may cancel, if their products have fewer digits than those of float32."""
@@ -71,9 +71,6 @@ def per_example_norms(
     @functools.wraps(fun, assigned=("__name__", "__qualname__", "__module__"), updated=())
     def measured(*args: Any, **kwargs: Any) -> Any:
         arguments = transformed.arguments(args, kwargs)
-        axes, examples = in_both(arguments.batch, arguments.axes, [*arguments.params, *arguments.shared])
-        if axes:
-            return automatic_over(axes, measured, examples, *args, **kwargs)
         values, aux, measures = measured_magnitudes(transformed, arguments)
         by_leaf = jax.tree.unflatten(arguments.params_tree, [m.norm for m in measures])
         if leaf_norms:
@@ -87,7 +84,7 @@ def per_example_norms(
 
 def measured_magnitudes(transformed: Transformed, arguments: Arguments) -> tuple[Any, Any, list["Magnitude"]]:
     """(values, aux, the `Magnitude` of each parameter's gradient)."""
-    return transformed.measured(arguments, MEASURER, lambda _: [()] * len(arguments.params))
+    return transformed.measured(arguments, MEASURER, lambda *_: [()] * len(arguments.params))
 
 
 class Magnitude(NamedTuple):

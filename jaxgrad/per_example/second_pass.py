@@ -1,5 +1,6 @@
 """The weighted sum of gradients as the ordinary gradient, by JAX, of Σ_b c_b · loss_b."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxgrad import _jax
 from jaxgrad.errors import caller
 from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.interpreter.cotangent_check import narrow_range, not_linear
+from jaxgrad.per_example.on_mesh import call_on_mesh
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.sharding import with_automatic_axes
 
@@ -28,6 +30,11 @@ def weighted_gradients(
         weights: the weight vectors [B], each 0 where an example is not kept.
         keep: [B], False for the examples that are left out.
     """
+    gradients: Any = functools.partial(_gradients, transformed)
+    return call_on_mesh(gradients, arguments, [list(arguments.params) for _ in weights], list(weights), keep)
+
+
+def _gradients(transformed: Transformed, arguments: Arguments, weights: list[Array], keep: Array) -> list[list[Array]]:
     batch = [_replaced(keep, a, axis) for a, axis in zip(arguments.batch, arguments.axes, strict=True)]
     axes_in_shard_map = frozenset(name for a in batch for name in _jax.varying(a))
     any_kept = keep.any()
@@ -51,7 +58,7 @@ def weighted_gradients(
     # The predicate is always true. The branch keeps the compiler from sharing buffers between the loops of the two
     # passes, which would keep those buffers alive through both passes.
     always = keep.sum() >= 0
-    result: list[list[Array]] = jax.lax.cond(always, sums, zero_sums, list(arguments.params), batch, list(weights))
+    result: list[list[Array]] = jax.lax.cond(always, sums, zero_sums, list(arguments.params), batch, weights)
     return result
 
 

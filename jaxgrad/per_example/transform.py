@@ -22,6 +22,7 @@ from jaxgrad.per_example.interpreter.reasons import Reason
 from jaxgrad.per_example.interpreter.values import Shared, Value, array_of, is_zero
 from jaxgrad.per_example.interpreter.walk import evaluate
 from jaxgrad.per_example.lower import Lowered, convolutions_materialized, lower
+from jaxgrad.per_example.on_mesh import call_on_mesh
 
 
 def per_example_grad(
@@ -165,7 +166,8 @@ class Transformed:
     def evaluated(self, arguments: Arguments) -> tuple[Any, Any, PerExampleGrads, list[Route]]:
         """(values, aux, gradients, the route of each parameter)."""
         with naming(self.call):
-            return self._evaluated(arguments)
+            values, aux, g, routes = call_on_mesh(self._evaluated, arguments, (0, 0, 0, None))
+            return values, aux, g if self.gradient_map else g.sharded_as(arguments.params), routes
 
     def _evaluated(self, arguments: Arguments) -> tuple[Any, Any, PerExampleGrads, list[Route]]:
         one, out_tree, gradients_tree = self.of_one_example(arguments)
@@ -186,24 +188,27 @@ class Transformed:
         self,
         arguments: Arguments,
         measurer: Measurer,
-        targets_of: Callable[[Any], Sequence[Target]],
+        targets_of: Callable[[Any, Any], Sequence[Target]],
         axes: Any = 0,
         each: Any = (),
+        common: Any = (),
     ) -> tuple[Any, Any, list[Measure]]:
         """(values, aux, the measure of each parameter's gradient).
 
         Args:
             arguments: the call.
             measurer: how gradients are measured.
-            targets_of: what one example has of `each` → what is measured of each parameter's gradient.
+            targets_of: (what one example has of `each`, `common`) → what is measured of each parameter's gradient.
             axes: the axes of examples in a measure, as in `out_axes` of `jax.vmap`; None for sums over the examples.
             each: a tree of arrays [B, …].
+            common: a tree of arrays that all examples share.
         """
-        with naming(self.call):
+
+        def measured(arguments: Arguments, each: Any, common: Any) -> tuple[Any, Any, list[Measure]]:
             walked, out_tree, _ = self._walk(arguments)
 
             def one(examples: Sequence[Any], of_each: Any) -> Any:
-                targets = targets_of(of_each)
+                targets = targets_of(of_each, common)
                 with measuring(measurer):
                     value_and_aux, gradients = walked(examples, targets)
                     pairs = zip(gradients, targets, strict=True)
@@ -218,8 +223,10 @@ class Transformed:
                 spmd_axis_name=self.spmd_axis_name,
             )
             value_and_aux, measures = over_examples([jnp.asarray(a) for a in arguments.batch], each)
-            values, aux = jax.tree.unflatten(out_tree, value_and_aux)
-            return values, aux, measures
+            return *jax.tree.unflatten(out_tree, value_and_aux), measures
+
+        with naming(self.call):
+            return call_on_mesh(measured, arguments, (0, 0, axes), each, common)
 
     def of_one_example(self, arguments: Arguments) -> tuple[Callable[[Sequence[Any]], Any], Any, Any]:
         """(one, the structure of (value, aux), the structure of the gradient).

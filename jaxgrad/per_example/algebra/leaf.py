@@ -22,7 +22,7 @@ from jaxgrad.precision import added, joined, working_dtype
 from jaxgrad.sharding import every_example, kept
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("factors", "weight"), meta_fields=())
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("factors", "weight"), meta_fields=("spread",))
 @dataclass(frozen=True)
 class Leaf:
     """weight_b Σ_i factors_i,b. `scale` and `clip` change only the weight, so that they copy no factor.
@@ -30,16 +30,19 @@ class Leaf:
     Attributes:
         factors: factors whose layouts have the same shape and dtype.
         weight: [B], in the accumulator's dtype.
+        spread: for each axis of the parameter, the axes of an explicit mesh that shard it, or None. Sums over the
+            examples are sharded so too; () replicates them.
     """
 
     factors: tuple[Factor, ...]
     weight: Any  # an Array, or its jax.ShapeDtypeStruct
+    spread: tuple[Any, ...] = ()
 
     @staticmethod
-    def of(parts: tuple[Factor, ...]) -> "Leaf":
+    def of(parts: tuple[Factor, ...], spread: tuple[Any, ...] = ()) -> "Leaf":
         """The sum of these factors, with weight 1."""
         parts = jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, parts)
-        return Leaf(parts, jnp.ones(of_examples(parts[0])[0].shape[0], factors.accumulator(*parts)))
+        return Leaf(parts, jnp.ones(of_examples(parts[0])[0].shape[0], factors.accumulator(*parts)), spread)
 
     @property
     def layout(self) -> Layout:
@@ -52,7 +55,7 @@ class Leaf:
 
     def map(self, function: Callable[[Factor], Factor], weight: Array) -> "Leaf":
         """Apply `function` to every factor, and replace the weight."""
-        return Leaf(tuple(function(f) for f in self.factors), weight)
+        return Leaf(tuple(function(f) for f in self.factors), weight, self.spread)
 
     def _nearly_weighted(self, squared: bool = False) -> tuple[tuple[Factor, ...], Array]:
         """(the factors times powers of two, what is still to be multiplied in [B]), so that no side is rounded."""
@@ -121,7 +124,7 @@ def concatenated(parts: Sequence[Leaf]) -> Leaf:
     same = zip(*(part.factors for part in parts), strict=True)
     dtype = working_dtype(*(part.weight.dtype for part in parts))
     weight = jnp.concatenate([part.weight.astype(dtype) for part in parts])
-    return Leaf(tuple(_concatenated(each) for each in same), weight)
+    return Leaf(tuple(_concatenated(each) for each in same), weight, parts[0].spread)
 
 
 def _concatenated(same: tuple[Factor, ...]) -> Factor:
