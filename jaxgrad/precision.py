@@ -23,27 +23,21 @@ def contracted(spec: str, a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Ar
     Products of two bfloat16 numbers are exact in float32, so arrays of bfloat16 are multiplied as they are.
     """
     if {a.dtype, b.dtype} == {jnp.dtype(jnp.bfloat16)} and dtype == jnp.float32:
-        left, right = spec.split("->")[0].split(",")
-        return widening(lambda a, b: jnp.einsum(spec, a, b, preferred_element_type=dtype), a, left, b, right)
+        return widening(lambda a, b: jnp.einsum(spec, a, b, preferred_element_type=dtype), a, b)
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype))
 
 
-def widening(
-    product: Callable[[Array, Array], Array], a: Array, a_labels: Sequence[Any], b: Array, b_labels: Sequence[Any]
-) -> Array:
+def widening(product: Callable[[Array, Array], Array], a: Array, b: Array) -> Array:
     """Return product(a, b), one dot_general of arrays in half precision that is accumulated in float32.
 
-    XLA's CPU cannot run one with two axes of an operand that are not in the other operand, nor one of an operand whose
-    transpose it has folded in. The first are cast to float32 there; the others are kept apart from their transposes.
+    XLA's CPU casts the operands of most such products to float32, and cannot run the others: those of several axes that
+    only one operand has, and those of some transposed operands. There they are all cast here.
     """
-    free = max(len({*a_labels} - {*b_labels}), len({*b_labels} - {*a_labels}))
 
-    def on_cpu(a: Array, b: Array) -> Array:
-        if free > 1:
-            return product(a.astype(jnp.float32), b.astype(jnp.float32))
-        return product(*jax.lax.optimization_barrier((a, b)))
+    def cast(a: Array, b: Array) -> Array:
+        return product(a.astype(jnp.float32), b.astype(jnp.float32))
 
-    found: Array = jax.lax.platform_dependent(a, b, cpu=on_cpu, default=product)
+    found: Array = jax.lax.platform_dependent(a, b, cpu=cast, default=product)
     return found
 
 

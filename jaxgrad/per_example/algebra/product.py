@@ -292,4 +292,4 @@ def einsum(
         operands = (a, list(a_labels), b, list(b_labels), list(out))
         return jnp.einsum(*operands, precision=precision, preferred_element_type=work)
 
-    return widening(product, a, a_labels, b, b_labels) if a.dtype.itemsize < work.itemsize else product(a, b)
+    return widening(product, a, b) if a.dtype.itemsize < 4 else product(a, b)
