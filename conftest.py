@@ -103,6 +103,8 @@ def _doctest_environment(request: pytest.FixtureRequest, doctest_namespace: dict
     if not isinstance(request.node, pytest.DoctestItem):
         yield
         return
+    if request.node.name.startswith("jaxgrad.integrations.faiss."):
+        pytest.importorskip("faiss")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 

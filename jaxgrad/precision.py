@@ -1,6 +1,6 @@
 """The dtypes that the library computes in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,15 +23,22 @@ def contracted(spec: str, a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Ar
     Products of two bfloat16 numbers are exact in float32, so arrays of bfloat16 are multiplied as they are.
     """
     if {a.dtype, b.dtype} == {jnp.dtype(jnp.bfloat16)} and dtype == jnp.float32:
-
-        def product(a: Array, b: Array) -> Array:
-            return jnp.einsum(spec, a, b, preferred_element_type=dtype)
-
-        # XLA's CPU cannot run such a product of an operand whose transpose it has folded in.
-        apart: Any = lambda a, b: product(*jax.lax.optimization_barrier((a, b)))  # noqa: E731
-        found: Array = jax.lax.platform_dependent(a, b, cpu=apart, default=product)
-        return found
+        return widening(lambda a, b: jnp.einsum(spec, a, b, preferred_element_type=dtype), a, b)
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype))
+
+
+def widening(product: Callable[[Array, Array], Array], a: Array, b: Array) -> Array:
+    """Return product(a, b), one dot_general of arrays in half precision that is accumulated in float32.
+
+    XLA's CPU casts the operands of most such products to float32, and cannot run the others: those of several axes that
+    only one operand has, and those of some transposed operands. There they are all cast here.
+    """
+
+    def cast(a: Array, b: Array) -> Array:
+        return product(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    found: Array = jax.lax.platform_dependent(a, b, cpu=cast, default=product)
+    return found
 
 
 def product_rounding() -> Array:

@@ -18,6 +18,7 @@ The modules and their public names:
         checkpoints   grand: mean norms over several checkpoints; tracin: sums of inner products over them
                       trak: as tracin, with the inverse of the kernel; log_odds: what trak explains of a classifier
         projection    per_example_projection: the numbers of `project`, in about a plain gradient's memory
+        positions     per_position_projection: the same for each term of a loss, such as the positions of a sequence
         kernel        ntk: the empirical neural tangent kernel, in blocks for large batches
     Functions of scores
         evaluation    linear_datamodeling_score: do scores predict retraining on subsets, which random_subsets and
@@ -44,6 +45,7 @@ from jaxgrad.attribution.noise import (
     noise_scale_from_norms,
     total_noise_scale,
 )
+from jaxgrad.attribution.positions import per_position_projection
 from jaxgrad.attribution.projection import per_example_projection, project, random_projection
 from jaxgrad.attribution.scores import NoiseScale, cosine_similarity, noise_scale
 from jaxgrad.attribution.sides import normalized, random_sides
@@ -72,6 +74,7 @@ __all__ = [
     "normalized",
     "ntk",
     "per_example_projection",
+    "per_position_projection",
     "project",
     "random_projection",
     "random_sides",

@@ -17,6 +17,7 @@ from jaxgrad.per_example.algebra.chunks import chunk_size
 from jaxgrad.per_example.algebra.leaf import Leaf
 from jaxgrad.per_example.algebra.projected import projected
 from jaxgrad.per_example.algebra.projection_sides import Sides, is_sides
+from jaxgrad.per_example.arguments import Arguments
 from jaxgrad.per_example.gradients import PerExampleGrads, checked_gradients
 from jaxgrad.per_example.projecting import PROJECTOR, Placed
 from jaxgrad.per_example.transform import Transformed
@@ -126,22 +127,27 @@ def per_example_projection(
     @naming("per_example_projection")
     def measured(*args: Any, **kwargs: Any) -> Any:
         arguments = transformed.arguments(args, kwargs)
-        params = jax.tree.unflatten(arguments.params_tree, arguments.params)
-        nodes: Any
-        nodes, treedef = jax.tree.flatten(params, is_leaf=complexes.is_complex)
-        shapes = [jnp.shape(node.real if complexes.is_complex(node) else node) for node in nodes]
-        checked = checked_sides(sides, treedef, shapes)
-
-        def targets(_: Any, sides: Sequence[Sides]) -> list[Placed]:
-            each = zip(nodes, sides, shapes, strict=True)
-            return [Placed.of_parameter(s, len(shape)) for node, s, shape in each for _ in jax.tree.leaves(node)]
-
-        values, aux, measures = transformed.measured(arguments, PROJECTOR, targets, common=checked)
-        by_leaf = jax.tree.unflatten(arguments.params_tree, measures)
-        numbers = flattened(jax.tree.leaves(complexes.joined(by_leaf, complex_parts)))
+        values, aux, numbers = measured_numbers(transformed, arguments, sides)
         return ((values, aux), numbers) if has_aux else (values, numbers)
 
     return measured
+
+
+def measured_numbers(transformed: Transformed, arguments: Arguments, sides: PyTree) -> tuple[Any, Any, Array]:
+    """(values, aux, the projections [B, S] of all gradients), measured inside the loops that compute the gradients."""
+    params = jax.tree.unflatten(arguments.params_tree, arguments.params)
+    nodes: Any
+    nodes, treedef = jax.tree.flatten(params, is_leaf=complexes.is_complex)
+    shapes = [jnp.shape(node.real if complexes.is_complex(node) else node) for node in nodes]
+    checked = checked_sides(sides, treedef, shapes)
+
+    def targets(_: Any, sides: Sequence[Sides]) -> list[Placed]:
+        each = zip(nodes, sides, shapes, strict=True)
+        return [Placed.of_parameter(s, len(shape)) for node, s, shape in each for _ in jax.tree.leaves(node)]
+
+    values, aux, measures = transformed.measured(arguments, PROJECTOR, targets, common=checked)
+    by_leaf = jax.tree.unflatten(arguments.params_tree, measures)
+    return values, aux, flattened(jax.tree.leaves(complexes.joined(by_leaf, complex_parts)))
 
 
 def checked_sides(sides: PyTree, params_tree: Any, shapes: Sequence[tuple[int, ...]]) -> list[Sides]:

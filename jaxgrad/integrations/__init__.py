@@ -1,5 +1,6 @@
-"""Functions of other libraries on factored gradients: a script written for one of them changes an import.
+"""Other libraries on factored gradients: a script written for jax-privacy or optax changes an import.
 
+    faiss           `index`: a FAISS index of stored projections
     jax_privacy     `clipped_grad`, with jax-privacy's signature and types; its plans, trainer and Keras API run on it
     optax           `differentially_private_aggregate`, which takes factored gradients
 
@@ -9,7 +10,7 @@ Each module needs the library that it is named after, and is imported when it is
 import importlib as _importlib
 from types import ModuleType as _ModuleType
 
-__all__ = ["jax_privacy", "optax"]
+__all__ = ["faiss", "jax_privacy", "optax"]
 
 
 def __getattr__(name: str) -> _ModuleType:

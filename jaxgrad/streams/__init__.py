@@ -9,7 +9,7 @@ The modules and their public names:
     batches      Batches: arrays, memory-mapped or not, as a sequence of batches
     run          run: apply a function to every batch, and write its rows and sums to disk; a stopped run can continue
                  load: open what a run has written, and check its checksums
-    functions    norms, second_moments, inner_products, projections: functions for `run`
+    functions    norms, second_moments, inner_products, projections, position_projections: functions for `run`
     pairs        gram: inner products of all pairs of gradients
                  influence: influence of every training example on every test loss
     largest      top_k: the largest scores, with the scores of one batch in memory at a time
@@ -18,7 +18,7 @@ The modules and their public names:
 """
 
 from jaxgrad.streams.batches import Batches
-from jaxgrad.streams.functions import inner_products, norms, projections, second_moments
+from jaxgrad.streams.functions import inner_products, norms, position_projections, projections, second_moments
 from jaxgrad.streams.largest import TopK, scores, search, top_k
 from jaxgrad.streams.pairs import gram, influence
 from jaxgrad.streams.run import Part, Results, load, run
@@ -33,6 +33,7 @@ __all__ = [
     "inner_products",
     "load",
     "norms",
+    "position_projections",
     "projections",
     "run",
     "scores",

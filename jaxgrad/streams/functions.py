@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from jaxgrad.attribution.positions import per_position_projection
 from jaxgrad.attribution.projection import per_example_projection
 from jaxgrad.per_example.gradients import PerExampleGrads
 from jaxgrad.per_example.measure import per_example_norms
@@ -106,6 +107,55 @@ def projections(
     def part(sides: PyTree, params: PyTree, *batch: Any) -> Part:
         projected = per_example_projection(loss, sides, argnums, in_axes=in_axes, spmd_axis_name=spmd_axis_name)
         values, numbers = projected(params, *batch)
+        return Part({"values": values, "projections": numbers.astype(dtype or numbers.dtype)}, {})
+
+    return jax.tree_util.Partial(part, sides)
+
+
+def position_projections(
+    losses: Callable[..., Any],
+    sides: PyTree,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    argnums: int | Sequence[int] = 0,
+    in_axes: Any = 0,
+    block_size: int = 1,
+    spmd_axis_name: Any = None,
+) -> Callable[..., Part]:
+    """Return a function for `run` that gives a row for each position of each sequence, to search for single tokens.
+
+    The rows are "values", the loss terms, and "projections", of the gradient of each term alone. The name of a row is
+    the pair (example, position), its index in the array of rows; `search` returns such pairs. All batches must have the
+    same T, so pad the sequences, and pass the mask of the positions that count as `where` to `search`.
+
+    Cost: T times that of `projections` at the most, in the memory of `block_size` of its backward passes and of the
+    b × T × S numbers.
+
+    Args:
+        losses: losses(params, *example) → the terms [T] of one example's loss, as in
+            `jg.attribution.per_position_projection`.
+        argnums, in_axes, spmd_axis_name: as in `norms`.
+        sides, dtype: as in `projections`.
+        block_size: number of positions whose backward passes run at once.
+
+    Returns:
+        A function of (params, *batch); rows are [b, T] and [b, T, S].
+
+    Raises:
+        TypeError, ValueError: as in `jg.attribution.per_position_projection`.
+
+    Example:
+        >>> losses, W = lambda W, x: jnp.tanh(x @ W).sum(1), jnp.ones((30, 20))
+        >>> sides = jg.attribution.random_sides(W, jax.random.key(0), 4)
+        >>> each = position_projections(losses, sides, dtype=jnp.bfloat16)
+        >>> each(W, jnp.ones((5, 7, 30))).rows["projections"].shape
+        (5, 7, 16)
+    """
+    options: Any = {"in_axes": in_axes, "block_size": block_size, "spmd_axis_name": spmd_axis_name}
+    per_position_projection(losses, sides, argnums, **options)
+
+    def part(sides: PyTree, params: PyTree, *batch: Any) -> Part:
+        values, numbers = per_position_projection(losses, sides, argnums, **options)(params, *batch)
         return Part({"values": values, "projections": numbers.astype(dtype or numbers.dtype)}, {})
 
     return jax.tree_util.Partial(part, sides)

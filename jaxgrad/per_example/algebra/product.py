@@ -34,7 +34,7 @@ from jaxtyping import Array
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.place import Labels, Place, labels_of, put
 from jaxgrad.per_example.algebra.windows import Window, unfold
-from jaxgrad.precision import working_dtype
+from jaxgrad.precision import widening, working_dtype
 
 
 class Unfolded(NamedTuple):
@@ -287,5 +287,9 @@ def einsum(
     work, summed = jnp.dtype(work), {*a_labels, *b_labels} - {*out}
     if a.dtype != b.dtype or (not summed and a.dtype.itemsize < work.itemsize):  # not every dot_general widens
         a, b = a.astype(work), b.astype(work)
-    operands = (a, list(a_labels), b, list(b_labels), list(out))
-    return jnp.einsum(*operands, precision=precision, preferred_element_type=work)
+
+    def product(a: Array, b: Array) -> Array:
+        operands = (a, list(a_labels), b, list(b_labels), list(out))
+        return jnp.einsum(*operands, precision=precision, preferred_element_type=work)
+
+    return widening(product, a, b) if a.dtype.itemsize < 4 else product(a, b)
