@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxgrad import _jax
+from jaxgrad.per_example.interpreter import views
 from jaxgrad.per_example.interpreter.products import product
 from jaxgrad.per_example.interpreter.reasons import FORMED
 from jaxgrad.per_example.interpreter.values import Broadcast, Plain, Unevaluated, Value, array_of, is_shared, nonempty
@@ -49,6 +50,8 @@ class Measurer(NamedTuple):
             Then no operation that moves entries preserves it.
         together: [(value, shape, dtype, target), …] → their measures, in place of `one`, if what is measured of one
             gradient depends on the others. A measure that needs a gradient that is not there is None.
+        of_sides: whether what is measured depends on which arrays a product's two sides are. Then products are not
+            multiplied by an example's other arrays before they are measured, and `views` says which arrays are one.
     """
 
     one: Callable[[Value, tuple[int, ...], Any, Target], Measure]
@@ -58,6 +61,7 @@ class Measurer(NamedTuple):
     adds_up: bool = False
     has_layout: bool = False
     together: Callable[[Sequence[Item]], list[Measure | None]] | None = None
+    of_sides: bool = False
 
     def all(self, items: Sequence[Item]) -> list[Measure | None]:
         """The measures of several gradients that are complete at the same place."""
@@ -73,7 +77,8 @@ def measuring(measurer: Measurer) -> Iterator[None]:
     """A context in which loops measure the gradients that they stack, and gradients stay factored until then."""
     token = _MEASURER.set(measurer)
     try:
-        yield
+        with views.recording(measurer.of_sides):
+            yield
     finally:
         _MEASURER.reset(token)
 
@@ -86,6 +91,12 @@ def measurer() -> Measurer | None:
 def stays_factored() -> bool:
     """Whether gradients stay factored even if the factors are larger: only factors show which terms cancel."""
     return _MEASURER.get() is not None
+
+
+def keeps_sides() -> bool:
+    """Whether a product's two sides stay as the program has them."""
+    current = _MEASURER.get()
+    return current is not None and current.of_sides
 
 
 def targets_of(jaxpr: _jax.Jaxpr, of_results: Sequence[Target]) -> dict[Any, Target]:
@@ -129,6 +140,7 @@ def total_over_positions(eqn: _jax.Equation, values: Sequence[Value], jaxpr: _ja
     a, axes = jnp.asarray(array_of(value)), [int(axis) for axis in eqn.params["axes"]]
     ones = jnp.ones([a.shape[axis] for axis in axes], a.dtype)
     term = product(a, ones, list(zip(axes, range(len(axes)), strict=True)), [])
+    views.note_ones(term.right)
     return [Unevaluated(nonempty([term]), tuple(result.aval.shape), result.aval.dtype)]
 
 
