@@ -118,7 +118,7 @@ class EKFAC:
         if blocks is None:
             expected = _structure(self.blocks, _is_block)
             raise ValueError(f"{caller()}: expected a tree like the parameters', {expected}, got {treedef}.")
-        arrays = {jax.tree_util.keystr(path): a for path, a in directions}
+        arrays = {jax.tree_util.keystr(path): jnp.asarray(a) for path, a in directions}
         found: dict[str, Array] = {}
         for path, block in zip(arrays, blocks, strict=True):
             if block is not None:
@@ -201,13 +201,12 @@ def _checked(factors: PyTree, g: PerExampleGrads) -> dict[str, KroneckerFactors 
         raise ValueError(f"{caller()}: expected factors in the parameters' tree, {g._treedef}, got {got}.")
     found = dict(zip(g.paths, nodes, strict=True))
     shapes = {path: leaf.layout.shape for path, leaf in zip(g.paths, g._leaves, strict=True)}
-    for path, f in found.items():
-        for name, layout in (
-            [] if f is None else [(path, f.layout), *([(f.bias.path, f.bias.layout)] if f.bias else [])]
-        ):
-            if layout.shape != shapes.get(name):
-                got = layout.shape
-                raise ValueError(f"{caller()}: expected factors of shape {shapes.get(name)} at {name}, got {got}.")
+    layouts = [(path, f.layout) for path, f in found.items() if f is not None]
+    layouts += [(f.bias.path, f.bias.layout) for f in found.values() if f is not None and f.bias is not None]
+    for path, layout in layouts:
+        if layout.shape != shapes.get(path):
+            shape = shapes.get(path)
+            raise ValueError(f"{caller()}: expected factors of shape {shape} at {path}, got {layout.shape}.")
     return found
 
 

@@ -133,6 +133,8 @@ def total_over_positions(eqn: _jax.Equation, values: Sequence[Value], jaxpr: _ja
     if not stays_factored() or eqn.primitive is not lax.reduce_sum_p:
         return None
     (value,), (result,) = values, eqn.outvars
+    if keeps_sides() and _is_bias_from_products(value, result):
+        value = array_of(value)
     if isinstance(value, Unevaluated | Broadcast) or is_shared(value) or not _is_result(result, jaxpr):
         return None
     if not jnp.issubdtype(result.aval.dtype, jnp.floating):
@@ -144,11 +146,19 @@ def total_over_positions(eqn: _jax.Equation, values: Sequence[Value], jaxpr: _ja
     return [Unevaluated(nonempty([term]), tuple(result.aval.shape), result.aval.dtype)]
 
 
+def _is_bias_from_products(value: Value, total: Any) -> bool:
+    """Whether the cotangents that are summed to a bias's gradient are unevaluated products, not sums over others."""
+    few = sum(n != 1 for n in total.aval.shape) < 2
+    return few and isinstance(value, Unevaluated) and not all(views.is_ones(term.right) for term in value.terms)
+
+
 def _is_result(v: Any, jaxpr: _jax.Jaxpr) -> bool:
-    """Whether a variable is a result of the program, or becomes one through reshapes, transposes, casts and sums."""
+    """Whether a variable is a result of the program, or becomes one through reshapes, transposes, casts and sums over
+    axes; and, where the sides of products stay, through sums of several uses."""
     while not any(v is result for result in jaxpr.outvars):
         uses = [eqn for eqn in jaxpr.eqns if any(v is operand for operand in eqn.invars)]
-        if len(uses) != 1 or uses[0].primitive not in (lax.convert_element_type_p, lax.reduce_sum_p, *_PRESERVING):
+        passed = (lax.convert_element_type_p, lax.reduce_sum_p, *_PRESERVING)
+        if len(uses) != 1 or uses[0].primitive not in ((*passed, _jax.add_any_p) if keeps_sides() else passed):
             return False
         v = uses[0].outvars[0]
     return True
