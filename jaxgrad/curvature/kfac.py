@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jaxgrad.curvature.joint import Bias, Found
@@ -24,6 +25,7 @@ from jaxgrad.per_example.interpreter.values import Unevaluated, Value
 from jaxgrad.per_example.lower import factors_of
 from jaxgrad.per_example.transform import Transformed
 from jaxgrad.precision import added
+from jaxgrad.sharding import automatic_over, in_both, with_automatic_axes
 
 Shared = Literal["expand", "reduce"]
 Biases = Literal["joint", "apart"]
@@ -115,6 +117,9 @@ def kfac(
     @naming("kfac")
     def factors(params: PyTree, *batch: Any) -> PyTree:
         arguments = transformed.arguments((params, *batch), {})
+        axes, examples = in_both(arguments.batch, arguments.axes, [*arguments.params, *arguments.shared])
+        if examples is not None and axes:
+            return automatic_over(axes, factors, NamedSharding(examples.mesh, PartitionSpec()), params, *batch)
         paths = arguments.paths
         measurer = _measurer(shared, paths if biases == "joint" else None)
         _, _, moments = transformed.measured(arguments, measurer, lambda _: range(len(paths)), None)
@@ -198,6 +203,7 @@ def _moments(f: Product, shared: Shared, extended: bool) -> tuple[Array, Array]:
     return of_example(f)
 
 
+@with_automatic_axes(by_example=False)
 def _batch_moments(f: Product, shared: Shared, extended: bool) -> tuple[Array, Array]:
     wide_f: Any = wide(f, accumulator(f))
     if not f.windows:
