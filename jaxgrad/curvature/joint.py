@@ -14,7 +14,7 @@ from jaxgrad.per_example.algebra.place import Labels, Place, labels_of, whole
 from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.interpreter import views
 from jaxgrad.per_example.interpreter.measuring import Item
-from jaxgrad.per_example.interpreter.values import Unevaluated, Value, own_array
+from jaxgrad.per_example.interpreter.values import Unevaluated, Value, array_of, own_array
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,11 @@ class _Sum:
 
 def _sums(value: Value) -> list[_Sum] | None:
     """The gradient as sums of arrays over positions; None if it is not."""
-    if isinstance(value, Unevaluated):
-        terms = value.terms
-        if not terms or value.maps or not all(p.right is not None and views.is_ones(p.right) for p in terms):
-            return None
-        return [_Sum(p.left, p.left_labels, p.place, p.sizes) for p in terms]
+    ones = isinstance(value, Unevaluated) and [p.right is not None and views.is_ones(p.right) for p in value.terms]
+    if ones and all(ones) and not value.maps:
+        return [_Sum(p.left, p.left_labels, p.place, p.sizes) for p in value.terms]
+    if isinstance(value, Unevaluated) and sum(n != 1 for n in value.shape) < 2:
+        value = array_of(value)  # part of a cotangent may be a product, such as that of a lookup
     array = own_array(value)
     if array is None or np.ndim(array) == 0:
         return None
