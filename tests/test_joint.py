@@ -120,6 +120,43 @@ def test_a_bias_is_a_column_of_its_weight(name, shared):
         assert_close(column({"W": W, "b": b}, transposed), f.solve(v, 0.1), 1e-8)
 
 
+def in_basis(block, W, b):
+    """The mean squares of gradients [B, *shape] of a weight and its bias, in the basis of an EK-FAC block."""
+    parts = block.layout.to_matrix(jnp.asarray(W)), block.bias.layout.to_matrix(jnp.asarray(b))
+    G = np.concatenate(parts, -1)
+    turned = np.einsum("gfa,bgfk,gkc->bgac", *(np.asarray(a, np.float64) for a in (block.left, G, block.right)))
+    return (turned**2).mean(0)
+
+
+@pytest.mark.parametrize("T", [1, 2, 30])
+def test_the_gradients_may_be_those_of_another_loss(T):
+    params, x = {"W": draw(8, 9), "b": draw(8)}, draw(B, T, 9)
+    loss = lambda p, x: jnp.tanh(x @ p["W"].T + p["b"][None]).sum()  # noqa: E731
+    other = lambda p, x: jnp.sin(x @ p["W"].T).sum() + (jnp.cos(p["b"]) * jnp.sin(x[0, :8])).sum()  # noqa: E731
+    factors = quick_jit(curvature.kfac(loss))(params, x)
+    F = quick_jit(curvature.ekfac)(factors, quick_jit(jg.per_example_grad(other))(params, x))
+    G = quick_jit(jax.vmap(jax.grad(other), (None, 0)))(params, x)
+    assert_close(F.blocks["W"].values, in_basis(F.blocks["W"], G["W"], G["b"]))
+
+
+@pytest.mark.as_used
+def test_small_eigenvalues_keep_their_digits_where_a_bias_cancels_its_weight():
+    """Inputs that hardly differ from their mean: along (mean, -1) the gradients are small, and those of W and b not."""
+    rng = np.random.default_rng(1)
+    x = np.float32(4 + 0.01 * rng.normal(size=(256, 20)))
+    params = {"W": np.float32(draw(30, 20)), "b": np.float32(draw(30))}
+    loss = lambda p, x: jnp.tanh(p["W"] @ x + p["b"]).sum()  # noqa: E731
+    factors, g = jax.jit(curvature.kfac(loss))(params, x), jax.jit(jg.per_example_grad(loss))(params, x)
+    block = jax.jit(curvature.ekfac)(factors, g).blocks["W"]
+    delta = np.float64(g.factors["b"][0].left)
+    expected = in_basis(block, delta[:, :, None] * np.float64(x)[:, None], delta)
+    assert block.values.dtype == jnp.float32
+    assert (block.values >= 0).all()
+    error = np.abs(np.float64(block.values) - expected)
+    assert (error <= 1e-3 * expected + (16 * 2.0**-24) ** 2 * expected.max()).all()
+    assert expected.min() < 1e-6 * expected.max()
+
+
 # --- Convolutions, against the moments of cotangents and patches -----------------------------------------------------
 
 IMAGES = RNG.normal(size=(B, 6, 5, 2))
