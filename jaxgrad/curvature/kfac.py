@@ -93,9 +93,10 @@ def kfac(
         A function of (params, *batch) that returns the parameters' tree with `KroneckerFactors` at every matrix, and
         None at embeddings, at matrices whose gradient is not a product, which `explain` names, and at biases: the
         factors of a weight say in `bias` which one is in their block. A matrix that every step of a loop uses has the
-        steps as positions. With "reduce", there is also None at matrices whose gradient is a sum of several products,
-        and at those that every step of a loop uses, if the factors of all steps together would hold as many numbers
-        as the matrix or more. To average over batches of equal size, average the results with `jax.tree.map`.
+        steps as positions. If the factors of all steps together would hold as many numbers as the matrix or more,
+        there is None at such a matrix if it is used outside of this loop too, and always with "reduce". With "reduce",
+        there is also None at matrices whose gradient is a sum of several products. To average over batches of equal
+        size, average the results with `jax.tree.map`.
 
     Raises:
         TypeError, ValueError: as in `per_example_grad`; or `shared` or `biases` is not one of its two values
@@ -139,8 +140,8 @@ def _means(moments: _Moments | None, B: int, shared: Shared) -> KroneckerFactors
 def _measurer(shared: Shared, paths: Sequence[str] | None) -> Measurer:
     """A measurer whose targets are the indices of the parameters; `paths` are theirs, None for biases apart."""
 
-    def one(value: Value, shape: tuple[int, ...], dtype: Any, _: Any, pair: Found | None = None) -> _Moments | None:
-        return _measure(shared, value, shape, dtype, pair, "")
+    def one(value: Value, shape: tuple[int, ...], dtype: Any, _: Any) -> _Moments | None:
+        return _measure(shared, value, shape, dtype, None, "")
 
     def together(items: Sequence[Item]) -> list[_Moments | None]:
         of_items = [paths[index] for *_, index in items] if paths is not None else []
