@@ -365,6 +365,36 @@ def test_the_steps_of_a_loop_are_positions_of_the_weights_that_it_uses():
     assert reduced["U"] is reduced["W"] is None  # the sides of all steps would first have to be summed
 
 
+def test_the_steps_of_nested_loops_are_positions_too():
+    params, x = {"U": draw(4, 4), "b": draw(4)}, draw(6, 5, 6, 4)
+
+    def step(p):
+        return lambda h, x: (jnp.tanh(p["U"] @ h + p["b"] + x), None)
+
+    def nested(p, x):
+        return lax.scan(lambda h, x: lax.scan(step(p), h, x), jnp.zeros(4), x)[0].sum()
+
+    def flat(p, x):
+        return lax.scan(step(p), jnp.zeros(4), x.reshape(30, 4))[0].sum()
+
+    found, expected = (quick_jit(curvature.kfac(f))(params, x)["U"] for f in (nested, flat))
+    assert found.bias == expected.bias
+    assert_close(found.left, expected.left)
+    assert_close(found.right, expected.right)
+
+
+def test_a_bias_that_a_loop_and_another_layer_use_stays_apart():
+    params, x = {"U": draw(4, 4), "b": draw(4)}, draw(6, 20, 4)
+
+    def loss(p, x):
+        step = lambda h, x: (jnp.tanh(p["U"] @ h + p["b"] + x), None)  # noqa: E731
+        return (lax.scan(step, jnp.zeros(4), x)[0] * p["b"]).sum()
+
+    factors = quick_jit(curvature.kfac(loss))(params, x)
+    assert factors["U"].bias is None
+    assert factors["U"].right.shape == (1, 4, 4)
+
+
 def test_the_memory_for_a_weight_in_a_loop_does_not_grow_with_the_steps():
     params = {"U": jnp.ones((64, 64), jnp.float32), "b": jnp.ones(64, jnp.float32)}
 

@@ -10,7 +10,7 @@ the variables that become the parameter's gradient through such operations alone
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -22,7 +22,16 @@ from jaxgrad import _jax
 from jaxgrad.per_example.interpreter import views
 from jaxgrad.per_example.interpreter.products import product
 from jaxgrad.per_example.interpreter.reasons import FORMED
-from jaxgrad.per_example.interpreter.values import Broadcast, Plain, Unevaluated, Value, array_of, is_shared, nonempty
+from jaxgrad.per_example.interpreter.values import (
+    Broadcast,
+    Plain,
+    Unevaluated,
+    Value,
+    array_of,
+    is_shared,
+    is_zero,
+    nonempty,
+)
 
 Measure = Any
 """A tree of arrays that describes one example's gradient; inside a scan, with an axis of steps."""
@@ -99,8 +108,14 @@ def keeps_sides() -> bool:
     return current is not None and current.of_sides
 
 
-def targets_of(jaxpr: _jax.Jaxpr, of_results: Sequence[Target]) -> dict[Any, Target]:
-    """The targets of a program's variables, from those of its results."""
+def targets_of(jaxpr: _jax.Jaxpr, of_results: Sequence[Target], zeros: Collection[Any] = ()) -> dict[Any, Target]:
+    """The targets of a program's variables, from those of its results.
+
+    Args:
+        jaxpr: the program.
+        of_results: the targets of its results.
+        zeros: operands that are known to be zero, such as gradients that the steps of a loop add to.
+    """
     measurer = _MEASURER.get()
     found: dict[Any, Target] = {}
     if measurer is None or all(target is None for target in of_results):
@@ -125,6 +140,9 @@ def targets_of(jaxpr: _jax.Jaxpr, of_results: Sequence[Target]) -> dict[Any, Tar
                 pull_back(v, inside.get(w))
         elif len(targets) == 1 and _preserves(eqn):
             pull_back(eqn.invars[0], measurer.before(eqn, targets[0]))
+        elif eqn.primitive is _jax.add_any_p and any(v in zeros for v in eqn.invars if not isinstance(v, _jax.Literal)):
+            for v in eqn.invars:
+                pull_back(v, targets[0])
     return found
 
 
@@ -179,9 +197,11 @@ def with_measure(value: Value, measure: Measure | None) -> Value:
 
 
 def remeasured(eqn: _jax.Equation, values: Sequence[Value], results: Sequence[Value]) -> Sequence[Value]:
-    """Return an equation's results, with the operand's measure attached if the equation preserves norms."""
-    measure = measure_of(values[0]) if values else None
-    if measure is None or len(results) != 1 or measure_of(results[0]) is not None or not _preserves(eqn):
+    """Return an equation's results, with a measure attached if the equation preserves that of its operand."""
+    rest = [v for v in values if not is_zero(v)] if eqn.primitive is _jax.add_any_p else values
+    measure = measure_of(rest[0]) if rest else None
+    preserves = len(rest) == 1 if eqn.primitive is _jax.add_any_p else _preserves(eqn)
+    if measure is None or len(results) != 1 or measure_of(results[0]) is not None or not preserves:
         return results
     return [with_measure(results[0], measure)] if isinstance(results[0], Unevaluated | Plain) else results
 

@@ -149,7 +149,8 @@ def evaluate(
     """
     jaxpr = program.jaxpr
     found = tail(jaxpr, wanted, used)
-    measured = targets_of(jaxpr, targets or [None] * len(jaxpr.outvars))
+    zeros = {v for v, value in zip(jaxpr.invars, values, strict=True) if is_zero(value)}
+    measured = targets_of(jaxpr, targets or [None] * len(jaxpr.outvars), zeros)
     known: dict[Any, Value] = dict(zip(jaxpr.constvars, map(Shared, program.consts), strict=True))
     known |= dict(zip(jaxpr.invars, values, strict=True))
 
