@@ -128,6 +128,15 @@ def transformer(D: int, T: int, B: int) -> Model:
     return Model(f"transformer block D={D} T={T}, B={B}", loss, block_params(draw, D), (draw.data(B, T, D),), 1.0)
 
 
+def conv_net_outputs(p: Any, h: jax.Array) -> jax.Array:
+    for k, stride in ((1, 1), (2, 2), (3, 2)):
+        y = lax.conv_general_dilated(
+            h[None], p[f"k{k}"], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        h = jax.nn.relu(y[0] + p[f"b{k}"])
+    return h.mean((0, 1)) @ p["W"] + p["b"]
+
+
 def conv_net(B: int = 128) -> Model:
     draw = Draw()
     params = {
@@ -141,15 +150,8 @@ def conv_net(B: int = 128) -> Model:
         "b": jnp.zeros(10),
     }
 
-    def conv(h: jax.Array, k: jax.Array, b: jax.Array, stride: int) -> jax.Array:
-        y = lax.conv_general_dilated(h[None], k, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return jax.nn.relu(y[0] + b)
-
     def loss(p: Any, image: jax.Array, label: jax.Array) -> jax.Array:
-        h = conv(image, p["k1"], p["b1"], 1)
-        h = conv(h, p["k2"], p["b2"], 2)
-        h = conv(h, p["k3"], p["b3"], 2)
-        return cross_entropy(h.mean((0, 1)) @ p["W"] + p["b"], label)
+        return cross_entropy(conv_net_outputs(p, image), label)
 
     return Model(f"conv net 28×28 to 64 channels, B={B}", loss, params, (draw.data(B, 28, 28, 1), draw.ids(10, B)), 1.5)
 

@@ -176,9 +176,9 @@ def drawn_labels(task: Task) -> Labels:
     return labels
 
 
-def ekfac(loss: Any, labels: Labels, decay: float | None = None) -> Scores:
+def ekfac(loss: Any, labels: Labels, decay: float | None = None, biases: Any = "joint") -> Scores:
     """Influence through EK-FAC; the damping is a multiple of the decay, or of the mean squared norm."""
-    gradients, kfac = jg.per_example_grad(loss), curvature.kfac(loss)
+    gradients, kfac = jg.per_example_grad(loss), curvature.kfac(loss, biases=biases)
 
     def scores(checkpoints: Any, train: Any, test: Any, ratio: Any) -> jax.Array:
         params, x = checkpoints[0], train[0]
@@ -213,5 +213,5 @@ def biases_apart(task: Task) -> Scores:
 
     draw = drawn_labels(task)
     labels = lambda parts, x, y: draw(together(parts), x, y)  # noqa: E731
-    scores = ekfac(loss, labels, task.decay)
+    scores = ekfac(loss, labels, task.decay, biases="apart")
     return lambda checkpoints, *rest: scores([apart(checkpoints[0])], *rest)

@@ -1,4 +1,4 @@
-"""Kronecker factors taken inside the walk, and EK-FAC: against dense algebra in float64."""
+"""Kronecker factors taken inside the walk, and EK-FAC: against dense algebra in float64. Biases are apart here."""
 
 import functools
 import sys
@@ -68,7 +68,7 @@ def computed():
 
     @quick_jit
     def run(p, *batch):
-        factors, g = curvature.kfac(loss)(p, *batch), jg.per_example_grad(loss)(p, *batch)
+        factors, g = curvature.kfac(loss, biases="apart")(p, *batch), jg.per_example_grad(loss)(p, *batch)
         return factors, g, curvature.ekfac(factors, g)
 
     return *run(PARAMS, *BATCH), quick_jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(PARAMS, *BATCH)
@@ -76,7 +76,7 @@ def computed():
 
 @pytest.mark.parametrize("shared", ["expand", "reduce"])
 def test_factors_exist_for_every_matrix_and_are_the_moments_of_its_sides(shared):
-    found = quick_jit(curvature.kfac(loss, shared=shared))(PARAMS, *BATCH)
+    found = quick_jit(curvature.kfac(loss, shared=shared, biases="apart"))(PARAMS, *BATCH)
     assert found["b"] is None
     for name, (delta, a) in sides().items():
         T = a.shape[2]
@@ -196,7 +196,7 @@ def test_half_precision_accumulates_in_float32(dtype):
 def test_sharded_examples_give_the_same_factors():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.device_put(BATCH, jax.NamedSharding(mesh, jax.P("data")))
-    found = quick_jit(curvature.kfac(loss))(PARAMS, *spread)
+    found = quick_jit(curvature.kfac(loss, biases="apart"))(PARAMS, *spread)
     jax.tree.map(assert_close, found, computed()[0])
 
 

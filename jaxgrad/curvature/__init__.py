@@ -11,6 +11,7 @@ The modules:
     gauss_newton      the rows G for a model and a loss of its outputs; products without G, for many outputs
     hessian           products with the Hessian of a mean loss
     kronecker         the Kronecker factors of the Fisher matrix, for weight matrices whose gradient is a product
+    joint             which bias is in one block with which weight, and their matrix
     kfac              the same from a loss, for products over many positions too
     ekfac             their eigenvectors with corrected eigenvalues: products and damped solves
     primal            the same solves with GᵀG, chosen where G has more rows than columns
@@ -39,6 +40,7 @@ from jaxgrad.curvature.gauss_newton import (
     squared,
 )
 from jaxgrad.curvature.hessian import hessian_vector_product
+from jaxgrad.curvature.joint import Bias
 from jaxgrad.curvature.kfac import kfac
 from jaxgrad.curvature.kronecker import KroneckerFactors, kfac_factors
 from jaxgrad.curvature.log_derivatives import LogDerivatives, log_derivatives
@@ -47,6 +49,7 @@ from jaxgrad.curvature.solve import damped_solve
 
 __all__ = [
     "EKFAC",
+    "Bias",
     "Eigenbasis",
     "GaussNewton",
     "KroneckerFactors",

@@ -12,6 +12,7 @@
     products         makes unevaluated products from arrays: a `Product` of the algebra, for one example
     values           what a variable may stand for during the walk
     measuring        norms of gradients, taken inside the loop that computes them
+    views            which arrays are one array, so that a bias's cotangents are recognized as its weight's
 
     cost_model       whether a product is kept factored or materialized
     reasons          why it is not: what `explain` and `strict` say

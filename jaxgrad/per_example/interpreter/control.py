@@ -15,7 +15,7 @@ from jaxgrad import _jax
 from jaxgrad.per_example.algebra.maps import Input, Map
 from jaxgrad.per_example.algebra.place import Axis
 from jaxgrad.per_example.algebra.product import Product, squeezed
-from jaxgrad.per_example.interpreter import dependence, reasons
+from jaxgrad.per_example.interpreter import dependence, reasons, views
 from jaxgrad.per_example.interpreter.as_map import Evaluate
 from jaxgrad.per_example.interpreter.cost_model import worth_holding
 from jaxgrad.per_example.interpreter.dependence import accumulates
@@ -100,6 +100,9 @@ class _Loop:
             if target is not None and wanted[k] and used[k] and (k >= self.carry or (adds_up and self.kept[k]))
             if not _jax.is_offloaded(self.program.jaxpr.outvars[k])
         }
+        for k in [k for k in measured if k < self.carry and not is_zero(self.init[k])]:
+            if self._measures({k: measured[k]}, self.init)[k] is None:
+                del measured[k]
         steps = {k: self._of_steps(k, target) for k, target in measured.items()}
         self.of_steps = {k: each for k, each in steps.items() if each is not None}
         self.measured = {k: measured[k] for k in self.of_steps}
@@ -121,9 +124,15 @@ class _Loop:
     def start(self) -> tuple[list[Any], dict[int, Any]]:
         """The first carry: the arrays, and the measures of results that add up."""
         adding = {k: target for k, target in self.measured.items() if k < self.carry}
-        measures = self._measures(adding, self.init)
-        return self._carried(self.init), jax.tree.map(lambda a: _jax.made_varying(a, self.differs), measures)
+        carried, measures = self._carried(self.init), self._measures(adding, self.init)
+        missing = [k for k, measure in measures.items() if measure is None]
+        if missing:  # what begins at zero has no measure, but what a step adds may have one
+            first = jax.tree.map(_first, self.scanned)
+            added_now = jax.eval_shape(self.step, (carried, {}), first)[1][2]
+            measures |= {k: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), added_now[k]) for k in missing}
+        return carried, jax.tree.map(lambda a: _jax.made_varying(a, self.differs), measures)
 
+    @views.recording_a_step()
     def step(self, carry: tuple[list[Any], dict[int, Any]], xs: tuple[list[Any], dict[int, Any]]) -> Any:
         """((the arrays carried, measures), (what it emits for kept carries, for stacked results, their measures))."""
         arrays, totals = carry

@@ -10,7 +10,7 @@ the variables that become the parameter's gradient through such operations alone
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -19,9 +19,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxgrad import _jax
+from jaxgrad.per_example.interpreter import views
 from jaxgrad.per_example.interpreter.products import product
 from jaxgrad.per_example.interpreter.reasons import FORMED
-from jaxgrad.per_example.interpreter.values import Broadcast, Plain, Unevaluated, Value, array_of, is_shared, nonempty
+from jaxgrad.per_example.interpreter.values import (
+    Broadcast,
+    Plain,
+    Unevaluated,
+    Value,
+    array_of,
+    is_shared,
+    is_zero,
+    nonempty,
+)
 
 Measure = Any
 """A tree of arrays that describes one example's gradient; inside a scan, with an axis of steps."""
@@ -49,6 +59,8 @@ class Measurer(NamedTuple):
             Then no operation that moves entries preserves it.
         together: [(value, shape, dtype, target), …] → their measures, in place of `one`, if what is measured of one
             gradient depends on the others. A measure that needs a gradient that is not there is None.
+        of_sides: whether what is measured depends on which arrays a product's two sides are. Then products are not
+            multiplied by an example's other arrays before they are measured, and `views` says which arrays are one.
     """
 
     one: Callable[[Value, tuple[int, ...], Any, Target], Measure]
@@ -58,6 +70,7 @@ class Measurer(NamedTuple):
     adds_up: bool = False
     has_layout: bool = False
     together: Callable[[Sequence[Item]], list[Measure | None]] | None = None
+    of_sides: bool = False
 
     def all(self, items: Sequence[Item]) -> list[Measure | None]:
         """The measures of several gradients that are complete at the same place."""
@@ -73,7 +86,8 @@ def measuring(measurer: Measurer) -> Iterator[None]:
     """A context in which loops measure the gradients that they stack, and gradients stay factored until then."""
     token = _MEASURER.set(measurer)
     try:
-        yield
+        with views.recording(measurer.of_sides):
+            yield
     finally:
         _MEASURER.reset(token)
 
@@ -88,8 +102,20 @@ def stays_factored() -> bool:
     return _MEASURER.get() is not None
 
 
-def targets_of(jaxpr: _jax.Jaxpr, of_results: Sequence[Target]) -> dict[Any, Target]:
-    """The targets of a program's variables, from those of its results."""
+def keeps_sides() -> bool:
+    """Whether a product's two sides stay as the program has them."""
+    current = _MEASURER.get()
+    return current is not None and current.of_sides
+
+
+def targets_of(jaxpr: _jax.Jaxpr, of_results: Sequence[Target], zeros: Collection[Any] = ()) -> dict[Any, Target]:
+    """The targets of a program's variables, from those of its results.
+
+    Args:
+        jaxpr: the program.
+        of_results: the targets of its results.
+        zeros: operands that are known to be zero, such as gradients that the steps of a loop add to.
+    """
     measurer = _MEASURER.get()
     found: dict[Any, Target] = {}
     if measurer is None or all(target is None for target in of_results):
@@ -114,6 +140,9 @@ def targets_of(jaxpr: _jax.Jaxpr, of_results: Sequence[Target]) -> dict[Any, Tar
                 pull_back(v, inside.get(w))
         elif len(targets) == 1 and _preserves(eqn):
             pull_back(eqn.invars[0], measurer.before(eqn, targets[0]))
+        elif eqn.primitive is _jax.add_any_p and any(v in zeros for v in eqn.invars if not isinstance(v, _jax.Literal)):
+            for v in eqn.invars:
+                pull_back(v, targets[0])
     return found
 
 
@@ -122,6 +151,8 @@ def total_over_positions(eqn: _jax.Equation, values: Sequence[Value], jaxpr: _ja
     if not stays_factored() or eqn.primitive is not lax.reduce_sum_p:
         return None
     (value,), (result,) = values, eqn.outvars
+    if keeps_sides() and _is_bias_from_products(value, result):
+        value = array_of(value)
     if isinstance(value, Unevaluated | Broadcast) or is_shared(value) or not _is_result(result, jaxpr):
         return None
     if not jnp.issubdtype(result.aval.dtype, jnp.floating):
@@ -129,14 +160,23 @@ def total_over_positions(eqn: _jax.Equation, values: Sequence[Value], jaxpr: _ja
     a, axes = jnp.asarray(array_of(value)), [int(axis) for axis in eqn.params["axes"]]
     ones = jnp.ones([a.shape[axis] for axis in axes], a.dtype)
     term = product(a, ones, list(zip(axes, range(len(axes)), strict=True)), [])
+    views.note_ones(term.right)
     return [Unevaluated(nonempty([term]), tuple(result.aval.shape), result.aval.dtype)]
 
 
+def _is_bias_from_products(value: Value, total: Any) -> bool:
+    """Whether the cotangents that are summed to a bias's gradient are unevaluated products, not sums over others."""
+    few = sum(n != 1 for n in total.aval.shape) < 2
+    return few and isinstance(value, Unevaluated) and not all(views.is_ones(term.right) for term in value.terms)
+
+
 def _is_result(v: Any, jaxpr: _jax.Jaxpr) -> bool:
-    """Whether a variable is a result of the program, or becomes one through reshapes, transposes, casts and sums."""
+    """Whether a variable is a result of the program, or becomes one through reshapes, transposes, casts and sums over
+    axes; and, where the sides of products stay, through sums of several uses."""
     while not any(v is result for result in jaxpr.outvars):
         uses = [eqn for eqn in jaxpr.eqns if any(v is operand for operand in eqn.invars)]
-        if len(uses) != 1 or uses[0].primitive not in (lax.convert_element_type_p, lax.reduce_sum_p, *_PRESERVING):
+        passed = (lax.convert_element_type_p, lax.reduce_sum_p, *_PRESERVING)
+        if len(uses) != 1 or uses[0].primitive not in ((*passed, _jax.add_any_p) if keeps_sides() else passed):
             return False
         v = uses[0].outvars[0]
     return True
@@ -157,9 +197,11 @@ def with_measure(value: Value, measure: Measure | None) -> Value:
 
 
 def remeasured(eqn: _jax.Equation, values: Sequence[Value], results: Sequence[Value]) -> Sequence[Value]:
-    """Return an equation's results, with the operand's measure attached if the equation preserves norms."""
-    measure = measure_of(values[0]) if values else None
-    if measure is None or len(results) != 1 or measure_of(results[0]) is not None or not _preserves(eqn):
+    """Return an equation's results, with a measure attached if the equation preserves that of its operand."""
+    rest = [v for v in values if not is_zero(v)] if eqn.primitive is _jax.add_any_p else values
+    measure = measure_of(rest[0]) if rest else None
+    preserves = len(rest) == 1 if eqn.primitive is _jax.add_any_p else _preserves(eqn)
+    if measure is None or len(results) != 1 or measure_of(results[0]) is not None or not preserves:
         return results
     return [with_measure(results[0], measure)] if isinstance(results[0], Unevaluated | Plain) else results
 

@@ -9,6 +9,7 @@ from jaxtyping import Array
 from jaxgrad.per_example.algebra.place import Axis, axis_of, whole
 from jaxgrad.per_example.algebra.product import Product, squeezed
 from jaxgrad.per_example.interpreter.reasons import Reason
+from jaxgrad.per_example.interpreter.views import note_squeezed
 
 
 def times_one(array: Array, reason: Reason | None) -> Product:
@@ -35,7 +36,10 @@ def product(
     out = [*(k for k, _ in batch), *free]
     sizes = (*left.shape, *right.shape)
     place = tuple(axis_of([k], sizes) for k in out)
-    return squeezed(Product(left, right, left_labels, right_labels, place, sizes, precision=precision))
+    found = squeezed(Product(left, right, left_labels, right_labels, place, sizes, precision=precision))
+    for after, before in ((found.left, left), (found.right, right)):
+        note_squeezed(after, before)
+    return found
 
 
 def lookup(ids: Array, values: Array, positions: Sequence[int], dims: Sequence[int | None], rows: int) -> Product:

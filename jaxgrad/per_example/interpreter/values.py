@@ -16,6 +16,7 @@ from jaxtyping import Array
 from jaxgrad.per_example.algebra.maps import Call, Input, Map, Node, Result, inputs_of
 from jaxgrad.per_example.algebra.place import Axis
 from jaxgrad.per_example.algebra.product import Product, form, unfolded
+from jaxgrad.per_example.interpreter import views
 from jaxgrad.per_example.interpreter.cost_model import worth_holding
 from jaxgrad.per_example.interpreter.products import product, times_one
 from jaxgrad.per_example.interpreter.reasons import ADDED, Reason
@@ -139,10 +140,19 @@ def array_of(value: Value) -> Any:
         case Broadcast(source, dims, shape, _):
             if source.shape == shape:
                 return source
-            return lax.broadcast_in_dim(source, shape, dims)
+            repeated = lax.broadcast_in_dim(source, shape, dims)
+            views.note_squeezed(repeated, source)
+            return repeated
         case Plain(array) | Shared(array):
             return array
     return value
+
+
+def own_array(value: Value) -> Any:
+    """The array of a value that is one, and not known to be the same for all examples; None for any other value."""
+    if value is None or isinstance(value, Unevaluated | Broadcast) or is_shared(value):
+        return None
+    return array_of(value)
 
 
 def without_as_written(value: Value) -> Value:

@@ -18,10 +18,11 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.interpreter import as_map, control, dependence, reasons, registered, shards, through
+from jaxgrad.per_example.interpreter import as_map, control, dependence, reasons, registered, shards, through, views
 from jaxgrad.per_example.interpreter.cost_model import worth_holding
 from jaxgrad.per_example.interpreter.measuring import (
     Target,
+    keeps_sides,
     remeasured,
     stays_factored,
     targets_of,
@@ -41,6 +42,7 @@ from jaxgrad.per_example.interpreter.values import (
     is_zero,
     literal,
     numbers,
+    own_array,
     zero,
 )
 
@@ -147,7 +149,8 @@ def evaluate(
     """
     jaxpr = program.jaxpr
     found = tail(jaxpr, wanted, used)
-    measured = targets_of(jaxpr, targets or [None] * len(jaxpr.outvars))
+    zeros = {v for v, value in zip(jaxpr.invars, values, strict=True) if is_zero(value)}
+    measured = targets_of(jaxpr, targets or [None] * len(jaxpr.outvars), zeros)
     known: dict[Any, Value] = dict(zip(jaxpr.constvars, map(Shared, program.consts), strict=True))
     known |= dict(zip(jaxpr.invars, values, strict=True))
 
@@ -164,6 +167,9 @@ def evaluate(
                 total = total_over_positions(eqn, operands, jaxpr) if all(wants) else None
                 of_results = [measured.get(v) for v in eqn.outvars]
                 results = total or remeasured(eqn, operands, _step(eqn, operands, wants, results_used, of_results))
+                if views.noting() and len(results) == 1:
+                    arrays = [own_array(v) for v in operands if not is_zero(v)]
+                    views.note_equation(eqn, arrays, own_array(results[0]))
             known |= dict(zip(eqn.outvars, results, strict=True))
     return [read(v) if use else None for v, use in zip(jaxpr.outvars, used, strict=True)]
 
@@ -204,7 +210,8 @@ def _step(
         return [zero(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
 
     as_written = AsWritten(eqn, values)
-    if any(isinstance(value, Unevaluated) for value in values):
+    others = [value for value in values if not isinstance(value, Unevaluated)]
+    if len(others) < len(values) and not (record.bilinear and keeps_sides() and not all(map(is_shared, others))):
         results = through.behind(eqn, values)
         if results is not None:
             return _with_as_written(results, as_written)

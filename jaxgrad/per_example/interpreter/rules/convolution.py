@@ -13,6 +13,7 @@ from jaxgrad.per_example.algebra.product import Product, Unfolded, squeezed
 from jaxgrad.per_example.algebra.windows import Window
 from jaxgrad.per_example.interpreter.rules.record import Record
 from jaxgrad.per_example.interpreter.values import Value, array_of
+from jaxgrad.per_example.interpreter.views import note_squeezed
 
 
 def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Product | None:
@@ -51,9 +52,11 @@ def _convolution(eqn: _jax.Equation, values: Sequence[Value]) -> Product | None:
     windows = tuple(Unfolded(axis[d], place[d], at[d], Window(*shape)) for d, shape in enumerate(shapes))
     every = tuple(sizes.get(x, 1) for x in range(4 + 3 * len(S)))
     dims = tuple(axis_of(result[k], every) for k in range(out.ndim))
-    return squeezed(
+    found = squeezed(
         Product(left, right, left_labels, right_labels, dims, every, windows=windows, precision=p["precision"])
     )
+    note_squeezed(found.left, cotangent)
+    return found
 
 
 def _divided(a: Array, parts: dict[int, tuple[int, int, int]]) -> tuple[Array, tuple[int, ...]]:
