@@ -12,6 +12,8 @@ from jax import lax
 from jaxgrad import attribution, curvature
 
 MOMENTUM, DECAY = 0.9, 1e-3
+LEFT_OUT = 64
+"""How many times the models are trained without one example."""
 Data = tuple[jax.Array, jax.Array]
 
 
@@ -111,6 +113,8 @@ class Retrained(NamedTuple):
         halves: parameters after training on five random halves.
         subsets: [M, B], random halves.
         outputs: [M, C], the outputs on the test examples after training on each subset.
+        all_but_one: [LEFT_OUT, B], subsets that leave out one random example each.
+        outputs_without_one: [LEFT_OUT, C], the outputs after training on each of `all_but_one`.
     """
 
     task: Task
@@ -118,6 +122,8 @@ class Retrained(NamedTuple):
     halves: list[Any]
     subsets: jax.Array
     outputs: jax.Array
+    all_but_one: jax.Array
+    outputs_without_one: jax.Array
 
     @property
     def params(self) -> Any:
@@ -128,14 +134,21 @@ class Retrained(NamedTuple):
         """The mean linear datamodeling score over the test examples."""
         return float(attribution.linear_datamodeling_score(scores, self.subsets, self.outputs).mean())
 
+    def score_left_out(self, scores: jax.Array) -> float:
+        """The mean correlation with the effects of leaving out one example, over the test examples."""
+        return float(attribution.leave_one_out_correlation(scores, self.all_but_one, self.outputs_without_one).mean())
+
 
 def retrained(task: Task, subsets: int) -> Retrained:
-    """Train on all examples, and again on random halves."""
+    """Train on all examples, and again on random halves and without one example each."""
     B = len(task.train[0])
     masks = attribution.random_subsets(jax.random.key(0), subsets, B)
+    all_but_one = attribution.leave_one_out_subsets(B, jax.random.permutation(jax.random.key(2), B)[:LEFT_OUT])
     halves = jax.jit(task.fits)(attribution.random_subsets(jax.random.key(1), 5, B))
-    outputs = jax.jit(lambda masks: task.outputs(task.fits(masks)))(masks)
-    return Retrained(task, task.checkpoints(), unstacked(halves), masks, outputs)
+    outputs = jax.jit(lambda masks: task.outputs(task.fits(masks)))
+    return Retrained(
+        task, task.checkpoints(), unstacked(halves), masks, outputs(masks), all_but_one, outputs(all_but_one)
+    )
 
 
 def unstacked(params: Any) -> list[Any]:

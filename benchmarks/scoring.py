@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 from jax import lax
 
@@ -31,7 +32,6 @@ class Method(NamedTuple):
         unit: what the dampings multiply: the "norms" or the "decay"; empty for none.
         kept: bytes for each training example with which further test examples are scored without its gradient.
         which: the checkpoints that it takes: "last", "checkpoints" or "halves".
-        finds_labels: whether its scores are also to find wrong labels.
     """
 
     scores: Scores
@@ -39,7 +39,6 @@ class Method(NamedTuple):
     unit: str
     kept: float
     which: str = "last"
-    finds_labels: bool = True
 
 
 def methods(task: Task, params: Any) -> dict[str, Method]:
@@ -75,9 +74,7 @@ def methods(task: Task, params: Any) -> dict[str, Method]:
             gauss_newton(task, rows), OF_DECAY, "decay", bytes_each(rows, params, task)
         )
     if task.model is mlp:  # for the other models its many products take minutes
-        found["influence, Hessian, by conjugate gradients"] = Method(
-            hessian(task), OF_DECAY[3:6], "decay", kept, finds_labels=False
-        )
+        found["influence, Hessian, by conjugate gradients"] = Method(hessian(task), OF_DECAY[3:6], "decay", kept)
     return found
 
 
@@ -146,14 +143,24 @@ def gauss_newton(task: Task, rows: Any) -> Scores:
     return scores
 
 
-def hessian(task: Task) -> Scores:
+def hessian(task: Task, tolerance: float = 1e-2) -> Scores:
+    """Influence through the Hessian; NaN if a system is not solved, as where the damped matrix is indefinite."""
+
     def scores(checkpoints: Any, train: Any, test: Any, ratio: Any) -> jax.Array:
         product = curvature.hessian_vector_product(task.loss)
         train_g, test_g = (jg.per_example_grad(task.loss)(checkpoints[0], *data) for data in (train, test))
         through = lambda v: product(checkpoints[0], v, *train)  # noqa: E731
-        return attribution.influence_by_cg(through, train_g, test_g, ratio * task.decay, tolerance=1e-2).scores
+        found = attribution.influence_by_cg(through, train_g, test_g, ratio * task.decay, tolerance=tolerance)
+        return jnp.where(found.residuals.max() <= 2 * tolerance, found.scores, jnp.nan)
 
     return scores
+
+
+def smallest_eigenvalue(task: Task, params: Any) -> float:
+    """The smallest eigenvalue of the Hessian of the mean training loss."""
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    mean = lambda a: jax.vmap(task.loss, (None, 0, 0))(unravel(a), *task.train).mean()  # noqa: E731
+    return float(jnp.linalg.eigvalsh(jax.jit(jax.hessian(mean))(flat))[0])
 
 
 # --- EK-FAC ----------------------------------------------------------------------------------------------------------

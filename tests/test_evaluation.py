@@ -38,11 +38,37 @@ def test_a_perfect_linear_predictor_scores_one_also_where_one_example_is_left_ou
     assert_close(attribution.leave_one_out_subsets(3), ~np.eye(3, dtype=bool))
 
 
-def test_equal_or_unknown_outputs_have_no_score():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.float16, jnp.bfloat16])
+def test_leaving_one_out_is_the_correlation_with_the_changes_for_each_test_example(dtype):
+    rng = np.random.default_rng(0)
+    scores, outputs = jnp.asarray(rng.normal(size=(3, 20)), dtype), jnp.asarray(rng.normal(size=(12, 3)), dtype)
+    left_out = rng.permutation(20)[:12]
+    subsets = attribution.leave_one_out_subsets(20, left_out)
+    found = jax.jit(attribution.leave_one_out_correlation)(scores, subsets, outputs)
+    wide = np.asarray(scores, np.float64)[:, left_out], np.asarray(outputs, np.float64)
+    assert_close(found, [np.corrcoef(wide[0][c], 0.7 - wide[1][:, c])[0, 1] for c in range(3)], 1e-5)
+    assert found.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    each = lambda s, o: attribution.leave_one_out_correlation(s[None], subsets, o[:, None])  # noqa: E731
+    assert_close(jax.vmap(each, (0, 1))(scores, outputs)[:, 0], found, 1e-6)
+
+
+def test_changes_that_are_small_beside_the_outputs_keep_their_digits_and_no_square_leaves_the_range():
+    rng = np.random.default_rng(0)
+    scores, outputs = rng.normal(size=(2, 30)), 1000 + 1e-2 * rng.normal(size=(30, 2))
+    scores, outputs = jnp.asarray(scores * 1e-30, jnp.float32), jnp.asarray(outputs, jnp.float32)
+    subsets, wide = attribution.leave_one_out_subsets(30), (np.float64(scores), np.float64(outputs))
+    expected = [np.corrcoef(wide[0][c], -wide[1][:, c])[0, 1] for c in range(2)]
+    for unit in (1, 2.0**-100, 2.0**100):
+        assert_close(attribution.leave_one_out_correlation(scores, subsets, outputs * unit), expected, 1e-5)
+
+
+@pytest.mark.parametrize("score", [attribution.linear_datamodeling_score, attribution.leave_one_out_correlation])
+def test_equal_or_unknown_outputs_have_no_score(score):
     subsets = attribution.random_subsets(jax.random.key(0), 9, 4)
     outputs = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3))).at[:, 1].set(2.0).at[3, 2].set(jnp.nan)
-    found = np.asarray(attribution.linear_datamodeling_score(jnp.arange(12.0).reshape(3, 4), subsets, outputs))
+    found = np.asarray(score(jnp.arange(12.0).reshape(3, 4), subsets, outputs))
     assert np.isnan(found).tolist() == [False, True, True]
+    assert np.isnan(score(jnp.ones((2, 4)), subsets[:0], jnp.ones((0, 2)))).all()
 
 
 def test_random_subsets_have_one_size_and_hold_every_example_equally_often():
@@ -66,6 +92,8 @@ def test_errors_name_the_call():
     subsets = attribution.random_subsets(jax.random.key(0), 9, 4)
     with pytest.raises(ValueError, match=r"^linear_datamodeling_score: expected scores \[C, B\]"):
         attribution.linear_datamodeling_score(jnp.ones((3, 4)), subsets, jnp.ones((3, 9)))
+    with pytest.raises(ValueError, match=r"^leave_one_out_correlation: .*, got shapes \(3, 4\), \(9, 5\) and \(9, 3\)"):
+        attribution.leave_one_out_correlation(jnp.ones((3, 4)), jnp.ones((9, 5), bool), jnp.ones((9, 3)))
     with pytest.raises(ValueError, match=r"^mislabeled_auc: expected scores \[B\] and wrong \[B\]"):
         attribution.mislabeled_auc(jnp.ones(3), jnp.ones(4, bool))
     with pytest.raises(ValueError, match=r"^random_subsets: expected a fraction between 0 and 1, got 1"):

@@ -21,8 +21,9 @@ The modules and their public names:
         positions     per_position_projection: the same for each term of a loss, such as the positions of a sequence
         kernel        ntk: the empirical neural tangent kernel, in blocks for large batches
     Functions of scores
-        evaluation    linear_datamodeling_score: do scores predict retraining on subsets, which random_subsets and
-                      leave_one_out_subsets draw; mislabeled_auc: do they find wrong labels
+        evaluation    linear_datamodeling_score: do scores predict retraining on subsets, such as random_subsets;
+                      leave_one_out_correlation: do they predict retraining on leave_one_out_subsets;
+                      mislabeled_auc: do they find wrong labels
 
 `jaxgrad.streams` has Gram matrices and influence for data sets whose gradients do not fit in memory. B is the number of
 training examples, and C the number of test examples.
@@ -30,6 +31,7 @@ training examples, and C the number of test examples.
 
 from jaxgrad.attribution.checkpoints import grand, log_odds, tracin, trak
 from jaxgrad.attribution.evaluation import (
+    leave_one_out_correlation,
     leave_one_out_subsets,
     linear_datamodeling_score,
     mislabeled_auc,
@@ -64,6 +66,7 @@ __all__ = [
     "influence_by_cg",
     "influence_through",
     "leaf_noise_scale",
+    "leave_one_out_correlation",
     "leave_one_out_subsets",
     "linear_datamodeling_score",
     "log_odds",

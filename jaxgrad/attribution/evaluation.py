@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxgrad.errors import caller, naming
+from jaxgrad.per_example.algebra.scales import power_of_two
 from jaxgrad.precision import working_dtype
 
 
@@ -41,8 +42,8 @@ def random_subsets(key: Array, count: int, size: int, fraction: float = 0.5) -> 
 def leave_one_out_subsets(size: int, examples: Any = None) -> Bool[Array, "M B"]:
     """The subsets that leave out one training example each, as masks.
 
-    With these subsets, the `linear_datamodeling_score` is the rank correlation of the scores with the effects of
-    leaving one example out.
+    With these subsets, `leave_one_out_correlation` is the correlation of the scores with the effects of leaving one
+    example out, and `linear_datamodeling_score` is their rank correlation.
 
     Args:
         size: B, the number of training examples.
@@ -88,15 +89,45 @@ def linear_datamodeling_score(
 
     Source: Park et al. 2023, definition 2.4; Ilyas et al. 2022.
     """
-    (C, B), M = scores.shape, subsets.shape[0]
-    if subsets.shape != (M, B) or outputs.shape != (M, C):
-        raise ValueError(
-            f"{caller()}: expected scores [C, B], subsets [M, B] and outputs [M, C], got shapes {scores.shape}, "
-            f"{subsets.shape} and {outputs.shape}."
-        )
-    # Minus the sum over the others has the same ranks; where one example is left out it does not cancel.
-    predicted = -jnp.matmul((~subsets).astype(scores.dtype), scores.T, precision=jax.lax.Precision.HIGHEST)
-    return _correlation(_ranks(predicted), _ranks(outputs))
+    return _correlation(_ranks(_predicted(scores, subsets, outputs)), _ranks(outputs))
+
+
+@naming("leave_one_out_correlation")
+def leave_one_out_correlation(
+    scores: Float[Array, "C B"], subsets: Bool[Array, "M B"], outputs: Float[Array, "M C"]
+) -> Float[Array, " C"]:
+    """How well scores predict what leaving out one training example changes; average it over tests.
+
+    Formula: for each test example, the correlation (Pearson) over the examples b that are left out of score_b with
+    minus the output of a model that was trained on all others. It is also the correlation with the change of the
+    output, because the output of the model that was trained on all examples is the same number in every change.
+
+    Most examples change almost nothing, and this correlation depends on the few that change most. The rank correlation
+    counts all equally: it is the `linear_datamodeling_score` of the same arguments.
+
+    Args:
+        scores: [C, B], > 0 for a training example that helps the test example.
+        subsets: [M, B], True for the examples that each model was trained on: those of `leave_one_out_subsets`.
+        outputs: [M, C], the outputs on the test examples after training on each subset, higher for better, as in
+            `linear_datamodeling_score`. Train deterministically, or average over seeds until the noise is smaller than
+            the effect of one example.
+
+    Returns:
+        [C], between -1 and 1; NaN for a test example whose scores, or whose outputs, are all equal.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+
+    Example:
+        >>> subsets = leave_one_out_subsets(3)
+        >>> scores, outputs = jnp.array([[0.1, 0.5, -0.2]]), jnp.array([[1.9], [1.5], [2.2]])  # all three: 2.0
+        >>> leave_one_out_correlation(scores, subsets, outputs).round(3).tolist()
+        [1.0]
+
+    Source: Koh and Liang 2017, section 4.1.
+    """
+    predicted, dtype = _predicted(scores, subsets, outputs), working_dtype(scores.dtype, outputs.dtype)
+    return _correlation(*(_within_one(a.astype(dtype)) for a in (predicted, outputs)))
 
 
 @naming("mislabeled_auc")
@@ -126,6 +157,25 @@ def mislabeled_auc(scores: Float[Array, " B"], wrong: Bool[Array, " B"]) -> Floa
     positive = wrong.sum().astype(ranks.dtype)
     wins = jnp.where(wrong, ranks, jnp.zeros_like(ranks)).sum() - positive * (positive + 1) / 2
     return wins / (positive * (len(scores) - positive))
+
+
+def _predicted(scores: Array, subsets: Array, outputs: Array) -> Array:
+    """[M, C]: the sums of the scores over each subset, up to a constant for each test example."""
+    (C, B), M = scores.shape, subsets.shape[0]
+    if subsets.shape != (M, B) or outputs.shape != (M, C):
+        raise ValueError(
+            f"{caller()}: expected scores [C, B], subsets [M, B] and outputs [M, C], got shapes {scores.shape}, "
+            f"{subsets.shape} and {outputs.shape}."
+        )
+    # Minus the sum over the others differs by a constant; where one example is left out it does not cancel.
+    scores = scores.astype(working_dtype(scores.dtype))
+    return -jnp.matmul((~subsets).astype(scores.dtype), scores.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _within_one(a: Array) -> Array:
+    """Differences from the first row, divided so that no square of them overflows or underflows."""
+    a = a - a[:1]
+    return a / power_of_two(jnp.abs(a).max(0, keepdims=True, initial=0))
 
 
 def _ranks(a: Array) -> Array:
