@@ -158,13 +158,18 @@ def test_influence_is_accurate_for_gradients_of_very_different_norms():
         assert np.all(magnitude < 50 * np.abs(G.T @ w).max())
 
 
-@pytest.mark.every(0)
-def test_the_worst_labeled_example_is_not_lost():
-    logits, labels = np.eye(3, dtype=np.float32) * 100, np.array([1, 1, 2])  # the first is wrong by 100
-    x = np.eye(3, dtype=np.float32)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("gap", [30.0, 100.0, 400.0, 3000.0])
+def test_the_worst_labeled_example_is_not_lost(gap, dtype):
+    logits, labels = np.eye(3, dtype=dtype) * dtype(gap), np.array([1, 1, 2])  # the first is wrong by the gap
+    x = np.eye(3, dtype=dtype)
     train = curvature.gauss_newton(lambda W, x: W @ x, curvature.softmax)(jnp.asarray(logits), x, labels)
     found = np.asarray(attribution.self_influence(train, 0.1))
     assert found[0] == pytest.approx(20, 1e-3)  # ‖e₀ - e₁‖²/μ, because the curvature is 0 there
+    margins = curvature.gauss_newton(lambda w, x: w @ x, curvature.logistic)
+    train = margins(jnp.asarray([gap, gap], dtype), np.eye(2, dtype=dtype), np.array([-1.0, 1.0], dtype))
+    found = np.asarray(attribution.self_influence(train, 0.1))
+    np.testing.assert_allclose(found, [10, 0], 1e-3, atol=1e-6)
 
 
 @pytest.mark.every(7)

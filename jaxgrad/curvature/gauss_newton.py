@@ -95,20 +95,27 @@ def _softmax_product(logits: Array, label: Any, u: Array) -> Array:
     return p * (u - (p * u).sum())
 
 
+def _least_root(dtype: Any) -> float:
+    """The least root of a curvature: the rows' inner products, its squares, must not underflow where r is large."""
+    return float(2.0**-50) if dtype == jnp.float32 else 2.0**-400
+
+
 def _softmax_root(logits: Array, label: Any) -> tuple[Array, Array]:
     """S = diag(√p) - p √pᵀ, and r = -e/√p at the label. 1 - p is the sum of the other p, so nothing cancels."""
     _checked_logits(logits, label)
     logp = jax.nn.log_softmax(logits)
     p, root, diagonal = jnp.exp(logp), jnp.exp(logp / 2), jnp.eye(logits.size, dtype=bool)
+    at_least = jnp.where(jnp.isfinite(logp), jnp.maximum(root, _least_root(p.dtype)), root)
+    root = jnp.where(jnp.arange(logits.size) == label, at_least, root)
     # This selects instead of multiplying by 0 and 1, because jaxlib 0.10.2 may drop a factor shared by all examples.
     sum_of_others = jnp.where(diagonal, jnp.zeros_like(p)[None, :], p[None, :]).sum(1)
     S = jnp.where(diagonal, (root * sum_of_others)[:, None], -p[:, None] * root[None, :])
-    return S, _at_label(logits, label, -jnp.exp(-logp / 2))
+    return S, _at_label(logits, label, -1 / root)
 
 
 softmax = OutputLoss(_softmax_value, _softmax_product, _softmax_root)
-"""-log softmax(logits [O])[label], with H = diag(p) - ppᵀ. A label out of range gives NaN. A root is also NaN if the
-label's logit is more than about 170 below the largest in float32, or 1,400 in float64."""
+"""-log softmax(logits [O])[label], with H = diag(p) - ppᵀ. A label out of range gives NaN. In a root, the label's p is at
+least 2⁻¹⁰⁰ in float32 and 2⁻⁸⁰⁰ in float64, which changes H by as much, and the gradient Sr not at all."""
 
 
 def _sign(margin: Array, y: Any) -> Array:
@@ -124,7 +131,10 @@ def _logistic_product(margin: Array, y: Any, u: Array) -> Array:
 
 def _logistic_root(margin: Array, y: Any) -> tuple[Array, Array]:
     sign = _sign(margin, y)
-    return jnp.exp(_log_slope(sign * margin) / 2).reshape(1, 1), (-sign * jnp.exp(-sign * margin / 2)).reshape(1)
+    exact, least = jnp.exp(_log_slope(sign * margin) / 2), _least_root(margin.dtype)
+    # Above the least root, r is written so that it is accurate where both the gradient and the root are small.
+    r = jnp.where(exact > least, jnp.exp(-sign * margin / 2), jax.nn.sigmoid(-sign * margin) / least)
+    return jnp.maximum(exact, least).reshape(1, 1), (-sign * r).reshape(1)
 
 
 def _log_slope(margin: Array) -> Array:
@@ -135,7 +145,8 @@ def _log_slope(margin: Array) -> Array:
 logistic = OutputLoss(
     lambda margin, y: jax.nn.softplus(-_sign(margin, y) * margin).sum(), _logistic_product, _logistic_root
 )
-"""log(1 + exp(-y·margin)), the exercise's loss: H = π(1 - π), one output. y is ±1 or boolean; others give NaN."""
+"""log(1 + exp(-y·margin)), the exercise's loss: H = π(1 - π), one output. y is ±1 or boolean; others give NaN. In a root,
+H is at least 2⁻¹⁰⁰ in float32 and 2⁻⁸⁰⁰ in float64."""
 
 
 def from_function(loss: Callable[[Array, Any], Array]) -> OutputLoss:
