@@ -114,8 +114,8 @@ def _softmax_root(logits: Array, label: Any) -> tuple[Array, Array]:
 
 
 softmax = OutputLoss(_softmax_value, _softmax_product, _softmax_root)
-"""-log softmax(logits [O])[label], with H = diag(p) - ppᵀ. A label out of range gives NaN. In a root, the label's p is at
-least 2⁻¹⁰⁰ in float32 and 2⁻⁸⁰⁰ in float64, which changes H by as much, and the gradient Sr not at all."""
+"""-log softmax(logits [O])[label], with H = diag(p) - ppᵀ. A label out of range gives NaN. In a root, the label's p is
+at least 2⁻¹⁰⁰ in float32 and 2⁻⁸⁰⁰ in float64, which changes H by as much, and the gradient Sr not at all."""
 
 
 def _sign(margin: Array, y: Any) -> Array:
@@ -145,8 +145,8 @@ def _log_slope(margin: Array) -> Array:
 logistic = OutputLoss(
     lambda margin, y: jax.nn.softplus(-_sign(margin, y) * margin).sum(), _logistic_product, _logistic_root
 )
-"""log(1 + exp(-y·margin)), the exercise's loss: H = π(1 - π), one output. y is ±1 or boolean; others give NaN. In a root,
-H is at least 2⁻¹⁰⁰ in float32 and 2⁻⁸⁰⁰ in float64."""
+"""log(1 + exp(-y·margin)), the exercise's loss: H = π(1 - π), one output. y is ±1 or boolean; others give NaN. In a
+root, H is at least 2⁻¹⁰⁰ in float32 and 2⁻⁸⁰⁰ in float64."""
 
 
 def from_function(loss: Callable[[Array, Any], Array]) -> OutputLoss:
