@@ -25,11 +25,9 @@ from benchmarks.models import Model
 from benchmarks.third_party.built import Built, cast
 from benchmarks.timing import keep_memory
 from benchmarks.workload import Settings, Workload
-from jaxgrad import attribution
 
 EXACT, ROUNDED = 1e-9, 1e-4  # allowed relative difference in float64, and if the package computes in float32
 SINGLE = 1e-3  # allowed relative difference in float32
-PROJECTED = 3  # rows of the matrices of a projection
 SHARES = ("factored", "smaller", "vector", "unused", "direct")
 ROOT = Path(__file__).parents[2]
 SMALL = 0.01  # a direct parameter below this share of the model's bytes is not listed
@@ -136,13 +134,8 @@ def direct_parameters(explanation: Any) -> list[dict[str, Any]]:
 
 
 def max_difference(model: Model) -> float:
-    """The largest relative difference of the results below from those by vmap(jax.grad).
-
-    They are norms, Gram matrix and clipped sum from factors, and norms, projections and clipped sum (in two passes)
-    that are computed inside the loops over layers.
-    """
+    """The largest relative difference of norms, clipped sum and Gram matrix from those by vmap(jax.grad)."""
     arguments = (model.params, *model.batch)
-    sides = attribution.random_sides(model.params, jax.random.key(0), PROJECTED)
 
     def by_vmap(params: Any, *batch: Any) -> Any:
         G = jax.vmap(jax.grad(model.loss), in_axes(model))(params, *batch)
@@ -151,31 +144,14 @@ def max_difference(model: Model) -> float:
         norms = jnp.sqrt(jnp.diagonal(gram))
         bound = jnp.median(norms)
         c = bound / jnp.maximum(bound, norms)
-        clipped = jax.tree.map(lambda a: jnp.tensordot(c, a, 1), G)
-        projections = jnp.concatenate(jax.tree.leaves(jax.tree.map(projected, G, sides)), 1)
-        return bound, norms, gram, clipped, norms, clipped, projections
+        return bound, norms, gram, jax.tree.map(lambda a: jnp.tensordot(c, a, 1), G)
 
     def from_factors(bound: Any, params: Any, *batch: Any) -> Any:
         g = jg.per_example_grad(model.loss)(params, *batch)
-        norms = jg.per_example_norms(model.loss)(params, *batch)[1]
-        clipped = jg.clipped_grad(model.loss, bound, passes=2)(params, *batch)[0]
-        projections = attribution.per_example_projection(model.loss, sides)(params, *batch)[1]
-        return g.norms(), g.gram(), g.clip(bound).sum(), norms, clipped, projections
+        return g.norms(), g.gram(), g.clip(bound).sum()
 
     bound, *expected = jax.jit(by_vmap)(*arguments)
     return max(map(relative_distance, jax.jit(from_factors)(bound, *arguments), expected))
-
-
-def projected(a: Any, sides: attribution.Sides) -> Any:
-    """The projections of one parameter's materialized gradients [B, …], in the order of `attribution.project`."""
-    axes, names = list(range(1, a.ndim)), list[int]()
-    operands: list[Any] = [a, list(range(a.ndim))]
-    for matrix, matrix_axes in sides.matrices:
-        names.append(a.ndim + len(names))
-        operands += [matrix.astype(a.real.dtype), [names[-1], *(1 + k for k in matrix_axes)]]
-    kept = [k for k in axes if k - 1 not in sides.summed]
-    numbers = (sides.scale * jnp.einsum(*operands, [0, *kept, *names])).reshape(len(a), -1)
-    return jnp.concatenate([numbers.real, numbers.imag], 1) if jnp.iscomplexobj(a) else numbers
 
 
 def relative_distance(tree: Any, reference: Any) -> float:

@@ -194,10 +194,9 @@ runs in its own process. `plain` is `jit(value_and_grad(mean loss))`; the column
 are multiples of it. `jaxgrad` computes the mean loss, the norms and the clipped sum of the per-example gradients from
 factors, and `vmap(grad)` computes them from the gradients that `vmap(jax.grad)` materializes.
 
-- *difference*: norms, clipped sum and Gram matrix from factors, and the results of `per_example_norms`,
-  `clipped_grad(passes=2)` and `per_example_projection`, are compared with those by `vmap(jax.grad)` in float64, and
-  this is the largest relative difference. Some packages compute in float32 all the same. The clipped sums are also
-  compared in float32.
+- *difference*: norms, clipped sum and Gram matrix are compared with those by `vmap(jax.grad)` in float64, and this is
+  the largest relative difference. Some packages compute in float32 all the same. The clipped sums are also compared in
+  float32.
 - *factored*, *smaller*, *vector*, *direct*: shares of the model's bytes. The gradients of the first share stay
   factored and the others are materialized, for the reason that [Concepts](../docs/concepts.md#what-explain-prints)
   explains.
