@@ -128,13 +128,31 @@ def float32_share(name: str) -> Column:
     return Column(f"{name}, in float32", cell)
 
 
+LIMITS = """
+What limits the ratios (`python -m benchmarks.compiled.kernels MODEL DTYPE DEVICE` lists the kernels of a row):
+
+- A side that is multiplied with itself, for the norm over T positions, is first divided by a power of two, so that no
+  square overflows or underflows. XLA does not join this division to the product, because the power is computed, and
+  writes a copy of the side: 2 × 128 MiB for each of the larger sides of the transformer block in float32, and 786 MiB
+  for the cotangents of the logits. A plain gradient has neither these copies nor the products.
+- Sums are in float32 and are rounded to the parameters' dtype once. In the language model in bfloat16, that is a
+  float32 array of the vocabulary's size, which is written, read and cast: 0.4 GiB.
+- The convolutional network materializes the gradients of its first two layers for each example, from windows that XLA
+  writes before it multiplies them: 0.3 GiB in float32 for the second layer.
+- The cotangents of a recurrent network's gates are held for all steps, because its weights are used in every step.
+- On a TPU, XLA rounds the cotangents of a plain gradient to bfloat16 as it writes them, because products read nothing
+  else. Norms read them too, and keep them in float32.
+- Bounds by layer are sums in float32 also for models in bfloat16, whose plain gradient is in bfloat16.
+""".strip()
+
+
 def note(rows: Sequence[Row]) -> str:
     rates = [
         f"{t.name}: {t.peak.bytes / 1e12:.2f} TB/s; "
         + ", ".join(f"{dtype} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in t.peak.operations.items())
         for t in TARGETS
     ]
-    return "The modeled times use the rates on the data sheets. " + ". ".join(rates) + "."
+    return LIMITS + "\n\nThe modeled times use the rates on the data sheets. " + ". ".join(rates) + "."
 
 
 THEME = Theme(
