@@ -105,8 +105,8 @@ def _softmax_root(logits: Array, label: Any) -> tuple[Array, Array]:
     _checked_logits(logits, label)
     logp = jax.nn.log_softmax(logits)
     p, root, diagonal = jnp.exp(logp), jnp.exp(logp / 2), jnp.eye(logits.size, dtype=bool)
-    at_least = jnp.where(jnp.isfinite(logp), jnp.maximum(root, _least_root(p.dtype)), root)
-    root = jnp.where(jnp.arange(logits.size) == label, at_least, root)
+    missing = jnp.where(jnp.isfinite(logp), jnp.maximum(_least_root(p.dtype) - root, 0), jnp.zeros_like(root))
+    root = root + _at_label(logits, label, missing)
     # This selects instead of multiplying by 0 and 1, because jaxlib 0.10.2 may drop a factor shared by all examples.
     sum_of_others = jnp.where(diagonal, jnp.zeros_like(p)[None, :], p[None, :]).sum(1)
     S = jnp.where(diagonal, (root * sum_of_others)[:, None], -p[:, None] * root[None, :])
