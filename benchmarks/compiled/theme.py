@@ -36,7 +36,7 @@ def select_models(
     yield lambda: models.language_model(50_000, 1024, 128, 16), DTYPES, one_pass
     yield lambda: models.conv_net(1024), DTYPES, one_pass
     yield lambda: models.gru(1024, 64, 256), DTYPES, one_pass
-    for T in (128, 320, 1024):
+    for T in (128, 320, 1024, 4096):
         deep = functools.partial(models.deep_language_model, T=T, **GPT_2_SMALL)
         yield deep, DTYPES, (UNIT, ONE, TWO, BY_LAYER)
 
