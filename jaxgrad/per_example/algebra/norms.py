@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxgrad.per_example.algebra import inner_products, scaled
-from jaxgrad.per_example.algebra.chunks import chunk_size, map_examples
+from jaxgrad.per_example.algebra.chunks import chunk_size, expected, map_examples
 from jaxgrad.per_example.algebra.factors import (
     Factor,
     accumulator,
@@ -81,7 +81,13 @@ def length(leaf: Factors) -> Length:
     if any(isinstance(f, Mapped) for f in leaf):
         products = scaled.scaled_products(leaf)
         return _of_written_out(leaf) if products is None else _of_scaled(products)
-    return _of_sum(leaf)
+    held = of_examples(leaf)
+    B, bytes_each = held[0].shape[0], sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in held)
+    size = chunk_size(bytes_each, B)
+    if size >= expected(B):
+        return _of_sum(leaf)
+    norms = map_examples(lambda *leaf: _of_sum(leaf).norm, size, *leaf)  # copies of a few examples at a time
+    return Length(jnp.ones_like(norms), norms)
 
 
 def _of_scaled(products: Sequence[scaled.Scaled]) -> Length:
