@@ -33,6 +33,9 @@ Factors = tuple[Factor, ...]
 MAPPED_BYTES = 16 * 2**20
 """How many bytes are materialized at once for gradients that are passed through a linear map."""
 
+COPIED = 8
+"""How many times the bytes that are materialized at once may be copied, because a loop copies its slices as well."""
+
 
 class Length(NamedTuple):
     """‖·‖ of every example as unit · √squares: the roots of several parameters are taken in one call.
@@ -83,7 +86,7 @@ def length(leaf: Factors) -> Length:
         return _of_written_out(leaf) if products is None else _of_scaled(products)
     held = of_examples(leaf)
     B, bytes_each = held[0].shape[0], sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in held)
-    size = chunk_size(bytes_each, B)
+    size = chunk_size(bytes_each // COPIED, B)
     if size >= expected(B):
         return _of_sum(leaf)
     norms = map_examples(lambda *leaf: _of_sum(leaf).norm, size, *leaf)  # copies of a few examples at a time
