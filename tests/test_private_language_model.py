@@ -184,7 +184,9 @@ def numbers(output):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # orbax says that it restores without shardings
-@pytest.mark.parametrize("options", [(), ("--lora", "2")], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "options", [pytest.param((), id="full"), pytest.param(("--lora", "2"), id="lora", marks=pytest.mark.every(0))]
+)
 def test_a_run_that_is_killed_twice_and_continued_equals_an_unbroken_one(tmp_path, options):
     for package in ("orbax.checkpoint", "jax_privacy", "dp_accounting"):
         pytest.importorskip(package)
