@@ -54,6 +54,22 @@ def test_a_norm_in_one_pass_handles_zero_infinity_and_nan_and_is_differentiable(
     np.testing.assert_allclose(jax.grad(norm)(zeros), [[1, 0], [0, 1], [0, 0], [1, 0]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-6)])
+def test_norms_of_a_few_examples_at_a_time_are_accurate_at_real_sizes(dtype, rtol, platform):
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=(64, 48, n)), dtype) for n in (96, 128))
+
+    def norms(W, x, y):
+        g = jg.per_example_grad(lambda W, x, y: ((x @ W) * y).sum())(W, x, y)
+        return jnp.stack([g.norms(), g.with_chunk_bytes(2**14).norms()])  # all examples at once, and a few at a time
+
+    with compiled_for(platform):
+        found = jax.jit(norms)(jnp.zeros((96, 128), dtype), x, y)
+    G = np.einsum("btf,btk->bfk", np.asarray(x, np.float64), np.asarray(y, np.float64))
+    np.testing.assert_allclose(found, np.stack([np.sqrt((G**2).sum((1, 2)))] * 2), rtol=rtol)
+
+
 def test_block_sizes_depend_on_the_platform():
     a = jnp.arange(24.0).reshape(12, 2)
     sizes = []

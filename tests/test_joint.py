@@ -437,3 +437,11 @@ def test_a_tree_with_missing_parameters_has_factors_for_the_others():
     params, x = {"W": draw(3, 4), "b": None}, draw(5, 4)
     F = curvature.ekfac(curvature.kfac(loss)(params, x), jg.per_example_grad(loss)(params, x))
     assert F.solve(params, 0.1)["W"].shape == (3, 4)
+
+
+def test_a_bias_of_several_axes_has_no_factors_of_its_own():
+    params, x = {"W": draw(4, 2, 3), "b": draw(2, 3)}, draw(5, 20, 4)
+    loss = lambda p, x: jnp.tanh(jnp.einsum("td,dhf->thf", x, p["W"]) + p["b"][None]).sum()  # noqa: E731
+    found = curvature.kfac(loss, biases="apart")(params, x)
+    assert found["W"] is not None
+    assert found["b"] is None

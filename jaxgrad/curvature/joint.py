@@ -13,7 +13,7 @@ from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.place import Labels, Place, labels_of, whole
 from jaxgrad.per_example.algebra.product import Product
 from jaxgrad.per_example.interpreter import views
-from jaxgrad.per_example.interpreter.measuring import Item
+from jaxgrad.per_example.interpreter.measuring import Item, sums_over_positions
 from jaxgrad.per_example.interpreter.values import Unevaluated, Value, array_of, own_array
 
 
@@ -147,8 +147,7 @@ class _Sum:
 
 def _sums(value: Value) -> list[_Sum] | None:
     """The gradient as sums of arrays over positions; None if it is not."""
-    ones = isinstance(value, Unevaluated) and [p.right is not None and views.is_ones(p.right) for p in value.terms]
-    if ones and all(ones) and not value.maps:
+    if isinstance(value, Unevaluated) and sums_over_positions(value) and not value.maps:
         return [_Sum(p.left, p.left_labels, p.place, p.sizes) for p in value.terms]
     if isinstance(value, Unevaluated) and sum(n != 1 for n in value.shape) < 2:
         value = array_of(value)  # part of a cotangent may be a product, such as that of a lookup

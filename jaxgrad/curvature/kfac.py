@@ -19,7 +19,7 @@ from jaxgrad.per_example.algebra.factors import Factor, accumulator, at_once, un
 from jaxgrad.per_example.algebra.layout import Layout
 from jaxgrad.per_example.algebra.place import Axis
 from jaxgrad.per_example.algebra.product import Product
-from jaxgrad.per_example.interpreter.measuring import Item, Measurer, measure_of
+from jaxgrad.per_example.interpreter.measuring import Item, Measurer, measure_of, sums_over_positions
 from jaxgrad.per_example.interpreter.values import Unevaluated, Value
 from jaxgrad.per_example.lower import factors_of
 from jaxgrad.per_example.transform import Transformed
@@ -169,6 +169,8 @@ def _measure(
     known: Any = measure_of(value)
     if known is not None or not isinstance(value, Unevaluated) or sum(n != 1 for n in shape) < 2:
         return known
+    if sums_over_positions(value):  # a bias of several axes
+        return None
     parts = factors_of(value, shape, dtype)
     products = [f for f in parts if isinstance(f, Product) and f.kind in ("Outer", "Windows") and f.positions]
     if len(products) < len(parts) or not all(f.layout.same_place(products[0].layout) for f in products):

@@ -34,7 +34,8 @@ MAPPED_BYTES = 16 * 2**20
 """How many bytes are materialized at once for gradients that are passed through a linear map."""
 
 COPIED = 8
-"""How many times the bytes that are materialized at once may be copied, because a loop copies its slices as well."""
+"""A norm copies up to this many times the bytes that may be materialized at once. Above that it takes the examples in a
+loop, which copies the slices that it takes too."""
 
 
 class Length(NamedTuple):

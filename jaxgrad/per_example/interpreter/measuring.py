@@ -164,10 +164,16 @@ def total_over_positions(eqn: _jax.Equation, values: Sequence[Value], jaxpr: _ja
     return [Unevaluated(nonempty([term]), tuple(result.aval.shape), result.aval.dtype)]
 
 
+def sums_over_positions(value: Value) -> bool:
+    """Whether a gradient is a sum of arrays over positions, held as their products with ones."""
+    terms = value.terms if isinstance(value, Unevaluated) else ()
+    return bool(terms) and all(views.is_ones(term.right) for term in terms)
+
+
 def _is_bias_from_products(value: Value, total: Any) -> bool:
     """Whether the cotangents that are summed to a bias's gradient are unevaluated products, not sums over others."""
     few = sum(n != 1 for n in total.aval.shape) < 2
-    return few and isinstance(value, Unevaluated) and not all(views.is_ones(term.right) for term in value.terms)
+    return few and isinstance(value, Unevaluated) and bool(value.terms) and not sums_over_positions(value)
 
 
 def _is_result(v: Any, jaxpr: _jax.Jaxpr) -> bool:
