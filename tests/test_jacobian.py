@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from support.quick import quick_jit
 
 import jaxgrad as jg
+from benchmarks import roofline
 
 
 def normal(seed, *shape):
@@ -207,3 +208,15 @@ def test_norms_and_kernels_under_jit_at_real_sizes_are_as_accurate_as_their_dtyp
     assert (off <= 200 * 2.0**-24 * lengths[:, None] * lengths[None, :]).all()
     exact = jg.per_example_jacobian(dense)(params, x).norms()
     np.testing.assert_allclose(norms, exact, rtol=64 * rounding)
+
+
+def test_the_work_in_the_activations_does_not_grow_with_the_outputs():
+    """Twice as many inputs add as many operations for 2 outputs as for 12, which have 36 times as many pairs."""
+
+    def operations(inputs, outputs):
+        params = {"in": jnp.zeros((inputs, 16)), "out": jnp.zeros((16, outputs))}
+        kernel = jg.attribution.ntk(lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"])
+        return roofline.product_operations(kernel, params, jnp.zeros((8, inputs)))
+
+    few, many = (operations(256, n) - operations(128, n) for n in (2, 12))
+    assert few == many > 0
