@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxgrad import _jax
@@ -49,7 +51,7 @@ def _gradients(transformed: Transformed, arguments: Arguments, weights: list[Arr
     def sums(params: list[Array], batch: list[Array], weights: list[Array]) -> list[list[Array]]:
         values, back = jax.vjp(lambda params: over_examples(params, batch), params)
         gradients = [back(_rounded_towards_zero(c, values.dtype))[0] for c in weights]
-        return [[jnp.where(any_kept, a, jnp.zeros_like(a)) for a in gradient] for gradient in gradients]
+        return [[_zero_unless(any_kept, a) for a in gradient] for gradient in gradients]
 
     def zero_sums(params: list[Array], batch: list[Array], weights: list[Array]) -> list[list[Array]]:
         zeros = [_jax.made_varying(jnp.zeros_like(p), axes_in_shard_map) for p in params]
@@ -60,6 +62,17 @@ def _gradients(transformed: Transformed, arguments: Arguments, weights: list[Arr
     always = keep.sum() >= 0
     result: list[list[Array]] = jax.lax.cond(always, sums, zero_sums, list(arguments.params), batch, weights)
     return result
+
+
+def _zero_unless(condition: Array, a: Array) -> Array:
+    """The array where the condition, a scalar, holds; otherwise zeros, even if it is NaN.
+
+    The bits are masked. Zeros to select from would be the zeros that the loops of the backward pass start from, for a
+    compiler that merges equal arrays: it would then keep these, and start the loops from copies.
+    """
+    bits = jnp.dtype(f"uint{8 * a.dtype.itemsize}")
+    mask = jnp.where(condition, np.asarray(-1).astype(bits), np.zeros((), bits))
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(a, bits) & mask, a.dtype)
 
 
 def check_linear(transformed: Transformed, arguments: Arguments) -> None:
