@@ -247,6 +247,38 @@ def test_a_norm_neither_overflows_nor_loses_its_small_terms(kind, dtype, size):
     np.testing.assert_allclose(two_leaves.norms(), np.sqrt(2) * expected, rtol=2e-5)
 
 
+@pytest.mark.every(2)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("size", [1e-16, 1.0, 1e17])
+@pytest.mark.parametrize("B", [3, 64])
+def test_norms_through_matrices_are_those_of_float64(dtype, size, B):
+    """With so many positions, gradients are materialized; the squares of their entries are beyond float32."""
+    if dtype == jnp.float16:
+        size = min(max(size, 0.01), 30.0)
+    left, right = (np.asarray(normal(k, B, 300, n, dtype=np.float32)) * size for k, n in ((0, 40), (1, 24)))
+    f = outer(jnp.asarray(left, dtype), jnp.asarray(right, dtype))
+    assert inner_products.as_matrices((f,))
+    expected = np.sqrt((dense_of(f) ** 2).sum((1, 2)))
+    for g, times in ((PerExampleGrads((f,)), 1), (PerExampleGrads((f, f)), 2)):
+        for norms in (g.norms(), jax.jit(lambda g: g.norms())(g), g.with_chunk_bytes(2 * 40 * 24 * 4).norms()):
+            np.testing.assert_allclose(norms, times * expected, rtol=2e-6)
+
+
+def test_norms_through_matrices_take_what_the_factors_hold_but_no_more_than_is_asked_for():
+    f = jax.eval_shape(lambda: outer(*[jnp.zeros((64, 1024, 1024), jnp.float32)] * 2))  # holds 512 MiB
+
+    def temporary(f, **options):
+        def norms(f):
+            g = PerExampleGrads((f,))
+            return (g.with_chunk_bytes(**options) if options else g).norms()
+
+        return jax.jit(norms).lower(f).compile().memory_analysis().temp_size_in_bytes
+
+    materialized = 2**28
+    assert materialized <= temporary(f) <= 1.1 * materialized
+    assert temporary(f, chunk_bytes=2**24) < 2**27
+
+
 def test_a_norm_counts_positions_where_a_huge_side_meets_a_tiny_one():
     """Each position's product is near 1; a single scale for all positions would lose both."""
     sizes = np.array([1e30, 1.0, 1e-30, 0.0], np.float32)[None, :, None]

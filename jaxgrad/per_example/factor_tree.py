@@ -148,7 +148,8 @@ class FactorTree:
         """Return the same gradients with a new limit on what their methods materialize at once.
 
         If the cheapest way to compute norms, moments or a Gram matrix materializes gradients, as many examples are
-        materialized at a time as fit in `chunk_bytes`, and at least one.
+        materialized at a time as fit in `chunk_bytes`, and at least one. With the default of 64 MiB, the norms of
+        gradients that are smaller than their factors may take twice that, or as much as the factors hold.
 
         Raises:
             ValueError: the number is below 1.

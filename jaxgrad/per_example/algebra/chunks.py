@@ -58,8 +58,12 @@ def pairs_at_once(pair_bytes: int, count: int) -> int:
 
 
 def chunk_size(bytes_each: int, count: int, most: int = CHUNK_BYTES) -> int:
-    """How many of `count` things of `bytes_each` to hold at once in at most `most` bytes; at least one."""
-    return max(1, min(expected(count), min(_bound.get(), most) // max(bytes_each, 1)))
+    """How many of `count` things of `bytes_each` to hold at once in at most `most` bytes; at least one.
+
+    More than `CHUNK_BYTES` are held only if `at_most` leaves the bound at its default.
+    """
+    bound = min(_bound.get(), most) if _bound.get() != CHUNK_BYTES else most
+    return max(1, min(expected(count), bound // max(bytes_each, 1)))
 
 
 class Blocks(NamedTuple):

@@ -16,7 +16,7 @@ Windows are unfolded to an Outer, a few examples at a time. All other pairs are 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -103,6 +103,18 @@ def plan(f: Factor, f_: Factor, of_all_pairs: bool = False) -> Plan:
         if through_positions(f, f_):
             return Plan("sides" if f.positions == f_.positions == 1 else "positions", f, f_, _outer_outer, pair)
     return Plan("matrix", f, f_)
+
+
+def as_matrices(leaf: Sequence[Factor]) -> tuple[Product, ...]:
+    """One parameter's factors as matrices, if their sum takes fewer operations for its norm than their positions do.
+
+    Their sum is then no larger than the factors. () if it takes more, or if they are not all products in one place.
+    """
+    products = [f for f in leaf if isinstance(f, Product) and f.kind == "Outer"]
+    if len(products) < len(leaf) or not all(f.layout.same_place(products[0].layout) for f in products):
+        return ()
+    T, (_, F, K) = sum(f.positions for f in products), products[0].layout.matrix
+    return () if T * T * (F + K) <= (T + 1) * F * K else tuple(map(_as_matrix, products))
 
 
 def inner(f: Factor, f_: Factor) -> Float[Array, " B"]:

@@ -3,14 +3,14 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxgrad.per_example.algebra import inner_products, scaled
-from jaxgrad.per_example.algebra.chunks import chunk_size, expected, map_examples
+from jaxgrad.per_example.algebra.chunks import CHUNK_BYTES, chunk_size, expected, map_examples
 from jaxgrad.per_example.algebra.factors import (
     Factor,
     accumulator,
@@ -31,7 +31,7 @@ from jaxgrad.precision import added, working_dtype
 Factors = tuple[Factor, ...]
 
 MAPPED_BYTES = 16 * 2**20
-"""How many bytes are materialized at once for gradients that are passed through a linear map."""
+"""How many bytes are materialized at once for gradients that are passed through a linear map, before and after it."""
 
 COPIED = 8
 """A norm copies up to this many times the bytes that may be materialized at once. Above that it takes the examples in a
@@ -67,7 +67,11 @@ def squared(leaf: Factors) -> Array:
 
 
 def length(leaf: Factors) -> Length:
-    """‖Σ_i f_i‖ of one parameter's factors, with each example scaled by powers of two."""
+    """‖Σ_i f_i‖ of one parameter's factors.
+
+    Sides that are multiplied with themselves are first scaled by powers of two. A sum that is materialized is not: its
+    entries are those of the gradient, and only their squares need a scale.
+    """
     leaf = tuple(scaled.as_rows(f) for f in leaf)
     match leaf:
         case (f,) if is_nothing(f):
@@ -82,11 +86,13 @@ def length(leaf: Factors) -> Length:
         case (Product(windows=(_, *_)) as f,):
             norms = map_examples(lambda w: _of_sum((w,)).norm, at_once(f), f)
             return Length(jnp.ones_like(norms), norms)
+    B, bytes_each = _held(leaf)
     if any(isinstance(f, Mapped) for f in leaf):
         products = scaled.scaled_products(leaf)
-        return _of_written_out(leaf) if products is None else _of_scaled(products)
-    held = of_examples(leaf)
-    B, bytes_each = held[0].shape[0], sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in held)
+        return _of_written_out(leaf, MAPPED_BYTES // 2) if products is None else _of_scaled(products)
+    matrices = inner_products.as_matrices(leaf)
+    if matrices:  # with all examples at once, if they hold as much: a block of them is a copy of its sides
+        return _of_written_out(matrices, max(2 * CHUNK_BYTES, expected(B) * bytes_each))
     size = chunk_size(bytes_each // COPIED, B)
     if size >= expected(B):
         return _of_sum(leaf)
@@ -108,15 +114,21 @@ def _of_scaled(products: Sequence[scaled.Scaled]) -> Length:
     return Length(jnp.maximum(total, jnp.zeros_like(total)) if len(parts) > 1 else total, unit)
 
 
-def _of_written_out(leaf: Factors) -> Length:
-    """Length of materialized gradients, a few examples at a time."""
+def _held(leaf: Factors) -> tuple[Any, int]:
+    """(the number of examples, the bytes that the factors hold of each)."""
+    held = of_examples(leaf)
+    return held[0].shape[0], sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in held)
+
+
+def _of_written_out(leaf: Factors, most: int) -> Length:
+    """Length of materialized gradients, at most this many bytes at a time."""
     acc = accumulator(*leaf)
 
     def norm(*leaf: Factor) -> Array:
         return _of_vectors(added([written_out(f) for f in leaf]), acc).norm
 
-    layout, B = leaf[0].layout, of_examples(leaf)[0].shape[0]
-    norms = map_examples(norm, chunk_size(2 * layout.size * acc.itemsize, B, MAPPED_BYTES), *leaf)
+    size = chunk_size(leaf[0].layout.size * acc.itemsize, _held(leaf)[0], most)
+    norms = map_examples(norm, size, *leaf)
     return Length(jnp.ones_like(norms), norms)
 
 
