@@ -23,11 +23,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def is_explicit(a: Array) -> bool:
+    """Whether the array's mesh has explicit axes, so that the program states how arrays are sharded."""
+    mesh = jax.typeof(a).sharding.mesh
+    return not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
 def replicated(a: Array) -> NamedSharding | None:
     """Return the `out_sharding=` that replicates a result on the array's mesh; None if no axis of it is explicit."""
-    mesh = jax.typeof(a).sharding.mesh
-    explicit = not mesh.empty and AxisType.Explicit in mesh.axis_types
-    return NamedSharding(mesh, PartitionSpec()) if explicit else None
+    return NamedSharding(jax.typeof(a).sharding.mesh, PartitionSpec()) if is_explicit(a) else None
 
 
 def kept(mask: Array, a: Array) -> Array:

@@ -400,5 +400,10 @@ def test_programs_for_an_h100_keep_their_budgets():
     assert conv["kernels"] <= 2, conv
     assert conv["bytes"] <= 2, conv
     assert found["projected"] <= 1.2, found
-    assert found["by layer"] <= 1.05, found
-    assert found["two passes"] <= 1.05, found  # 1.12 with scaled copies of all examples' cotangents of the logits
+    for row in found["by layer"]:  # T = 128 and 4,096; 1.45 if the cotangents of the logits are held through the loop
+        assert row["memory"] <= 1.05, found
+    short, long = found["two passes"]
+    assert short["memory"] <= 1.1, found  # 1.22 if the sums are selected from zeros that the loops start from
+    assert short["bytes"] <= 2.25, found
+    assert long["memory"] <= 1.05, found  # 1.35 as above
+    assert long["bytes"] <= 2.0, found  # 2.18 with scaled copies of sides, and the attention mask repeated in memory

@@ -45,21 +45,22 @@ def projected(model):
     return memory(programs[1]) / memory(programs[0])
 
 
-def memory_in_float32(model, function):
-    """The memory of a function of the parameters and the batch, relative to a plain gradient's, in float32."""
+def in_float32(model, function):
+    """The bytes and the memory of a function of the parameters and the batch, relative to a plain gradient's."""
     arguments = shape_structs((model.params, *model.batch), "float32")
-    programs = [compile_for(f, arguments, H100.device()) for f in (functions.plain(model), function)]
-    return memory(programs[1]) / memory(programs[0])
+    plain, ours = (compile_for(f, arguments, H100.device()) for f in (functions.plain(model), function))
+    moved = [Program(p.as_text()).counts().bytes for p in (plain, ours)]
+    return {"bytes": moved[1] / moved[0], "memory": memory(ours) / memory(plain)}
 
 
 if __name__ == "__main__":
-    deep, long = (models.deep_language_model(L=12, V=50304, D=768, T=T, B=8) for T in (128, 1024))
+    short, long = (models.deep_language_model(L=12, V=50304, D=768, T=T, B=8) for T in (128, 4096))
     found = {
         "mlp": measured(models.mlp((1024, 4096, 4096, 10), 4096)),
         "block": measured(models.transformer(512, 128, 64)),
         "conv": measured(models.conv_net(1024)),
         "projected": projected(models.deep_language_model(L=4, V=4096, D=256, T=512, B=8)),
-        "by layer": memory_in_float32(deep, functions.clipped_by_layer(deep, 1.0)),
-        "two passes": memory_in_float32(long, functions.clipped(long, 1.0, passes=2)),
+        "by layer": [in_float32(deep, functions.clipped_by_layer(deep, 1.0)) for deep in (short, long)],
+        "two passes": [in_float32(deep, functions.clipped(deep, 1.0, passes=2)) for deep in (short, long)],
     }
     print(json.dumps(found))

@@ -9,13 +9,17 @@ the variables that become the parameter's gradient through such operations alone
 """
 
 import dataclasses
+import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxgrad import _jax
@@ -32,6 +36,7 @@ from jaxgrad.per_example.interpreter.values import (
     is_zero,
     nonempty,
 )
+from jaxgrad.sharding import is_explicit
 
 Measure = Any
 """A tree of arrays that describes one example's gradient; inside a scan, with an axis of steps."""
@@ -200,6 +205,51 @@ def with_measure(value: Value, measure: Measure | None) -> Value:
     if isinstance(value, Unevaluated | Plain):
         return dataclasses.replace(value, measure=measure)
     return Plain(value, FORMED, measure)
+
+
+def measured_where_complete(results: Sequence[Value], avals: Sequence[Any], targets: Sequence[Target]) -> list[Value]:
+    """The results of an equation, where each that is a whole gradient has its measure attached.
+
+    What a gradient was measured from need not be held until the program ends. A gradient that is measured together with
+    others that are not there yet is measured at the end, and so are all if the sides of products stay as they are.
+    """
+    current = measurer()
+    if current is None or current.of_sides:
+        return list(results)
+
+    def one(value: Value, aval: Any, target: Target) -> Value:
+        found = isinstance(value, Unevaluated | Plain) and not is_zero(value) and measure_of(value) is None
+        if not found or target is None:
+            return value
+        return with_measure(value, current.all([(value, tuple(aval.shape), aval.dtype, target)])[0])
+
+    return list(map(one, results, avals, targets))
+
+
+def begun_after(
+    complete: list[Any], known: dict[Any, Value], operands: Sequence[Value], parts: _jax.ScanParts
+) -> list[Value]:
+    """The operands of a scan, which depend on the measures of the gradients that are complete; `complete` is emptied.
+
+    A compiler is otherwise free to run the loop first, and to hold what is measured until then. No measure is below
+    -∞, so the operands do not change; an optimization barrier would be gone before the compiler orders the operations.
+    """
+    measures = [measure_of(known[v]) for v in complete]  # None if it is not measured yet
+    complete.clear()
+    ends = [a.ravel()[0] for a in jax.tree.leaves(measures) if a.size and jnp.issubdtype(a.dtype, jnp.floating)]
+    below = functools.reduce(operator.or_, (end < -jnp.inf for end in ends), np.False_)
+
+    def dependent(k: int, value: Value) -> Value:
+        array = value.array if isinstance(value, Plain) else value
+        carried = parts.consts <= k < parts.consts + parts.carry
+        if not (carried and isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jnp.inexact)):
+            return value
+        if is_explicit(array):  # the program states its sharding
+            return value
+        array = jnp.where(below, jnp.zeros_like(array), array)
+        return dataclasses.replace(value, array=array) if isinstance(value, Plain) else array
+
+    return [dependent(k, value) for k, value in enumerate(operands)] if ends else list(operands)
 
 
 def remeasured(eqn: _jax.Equation, values: Sequence[Value], results: Sequence[Value]) -> Sequence[Value]:

@@ -18,11 +18,23 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxgrad import _jax
-from jaxgrad.per_example.interpreter import as_map, control, dependence, reasons, registered, shards, through, views
+from jaxgrad.per_example.interpreter import (
+    as_map,
+    control,
+    dependence,
+    loop_constants,
+    reasons,
+    registered,
+    shards,
+    through,
+    views,
+)
 from jaxgrad.per_example.interpreter.cost_model import worth_holding
 from jaxgrad.per_example.interpreter.measuring import (
     Target,
+    begun_after,
     keeps_sides,
+    measured_where_complete,
     remeasured,
     stays_factored,
     targets_of,
@@ -154,6 +166,8 @@ def evaluate(
     known: dict[Any, Value] = dict(zip(jaxpr.constvars, map(Shared, program.consts), strict=True))
     known |= dict(zip(jaxpr.invars, values, strict=True))
 
+    complete: list[Any] = []  # variables that are gradients, and measured
+
     def read(v: Any) -> Value:
         # A variable without a value is an operand that an inner program does not use.
         return literal(v.val, v.aval.dtype) if isinstance(v, _jax.Literal) else known.get(v)
@@ -163,6 +177,8 @@ def evaluate(
             results_used = [v in found.used for v in eqn.outvars]
             with _jax.context(eqn):
                 operands = [read(v) for v in eqn.invars]
+                if eqn.primitive is _jax.scan_p:
+                    operands = begun_after(complete, known, operands, _jax.scan_parts(eqn))
                 wants = found.of(eqn)
                 total = total_over_positions(eqn, operands, jaxpr) if all(wants) else None
                 of_results = [measured.get(v) for v in eqn.outvars]
@@ -170,7 +186,9 @@ def evaluate(
                 if views.noting() and len(results) == 1:
                     arrays = [own_array(v) for v in operands if not is_zero(v)]
                     views.note_equation(eqn, arrays, own_array(results[0]))
+                results = measured_where_complete(results, [v.aval for v in eqn.outvars], of_results)
             known |= dict(zip(eqn.outvars, results, strict=True))
+            complete += [v for v, target in zip(eqn.outvars, of_results, strict=True) if target is not None]
     return [read(v) if use else None for v, use in zip(jaxpr.outvars, used, strict=True)]
 
 
@@ -228,8 +246,14 @@ def _step(
         results = through.scaled(eqn, values)
         if results is not None:
             return _with_as_written(results, as_written)
+    if shared and loop_constants.only_broadcasts(eqn):
+        return evaluate(_jax.body(eqn), values, wanted, used)
     if shared:
         return [Shared(a) for a in as_written.evaluated()]
+    if eqn.primitive is _jax.scan_p and not any(wanted):
+        arrays = loop_constants.scan(eqn, values)
+        if arrays is not None:
+            return _marked_shared(eqn, values, arrays)
     reason = _inherited(eqn, values, taken) if any(wanted) else FORMED
     arrays = [Plain(a, reason) if want else a for a, want in zip(as_written.evaluated(), wanted, strict=True)]
     return _marked_shared(eqn, values, arrays)
