@@ -65,7 +65,10 @@ def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[
     K, b = gathered(K), gathered(b)
     if isinstance(ridge, Relative):
         ridge = ridge.ratio * jnp.trace(K)
-    K, ridge = (K + K.T) / 2, jnp.asarray(ridge, K.dtype)
+    ridge = jnp.asarray(ridge, K.dtype)
+    # The second step changes nothing. Without a loop, XLA on CPUs adds up a Gram matrix of several parameters again in
+    # every operation that reads K.
+    K = lax.fori_loop(0, 2, lambda _, K: (K + K.T) / 2, K)
 
     def matvec(x: Array) -> Array:
         return jnp.matmul(K, x, precision=EXACT) + ridge * x
