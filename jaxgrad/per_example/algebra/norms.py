@@ -91,8 +91,10 @@ def length(leaf: Factors) -> Length:
         products = scaled.scaled_products(leaf)
         return _of_written_out(leaf, MAPPED_BYTES // 2) if products is None else _of_scaled(products)
     matrices = inner_products.as_matrices(leaf)
-    if matrices:  # with all examples at once, if they hold as much: a block of them is a copy of its sides
-        return _of_written_out(matrices, max(2 * CHUNK_BYTES, expected(B) * bytes_each))
+    if matrices:  # of all examples at once, if they hold as much: a block of examples is a copy of its sides
+        all_bytes = expected(B) * matrices[0].layout.size * accumulator(*leaf).itemsize
+        fits = all_bytes <= max(2 * CHUNK_BYTES, expected(B) * bytes_each)
+        return _of_written_out(matrices, all_bytes if fits else CHUNK_BYTES)
     size = chunk_size(bytes_each // COPIED, B)
     if size >= expected(B):
         return _of_sum(leaf)
