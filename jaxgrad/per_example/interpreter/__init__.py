@@ -11,7 +11,9 @@
     linear           scales, masks and sums one, or multiplies it by a matrix
     products         makes unevaluated products from arrays: a `Product` of the algebra, for one example
     values           what a variable may stand for during the walk
-    measuring        norms of gradients, taken inside the loop that computes them
+    measuring        norms of gradients, taken where a gradient is complete, as inside a loop
+    as_written       what the program itself computes, for values that are not held as products
+    loop_constants   arrays that every step of a loop repeats, such as an attention mask
     views            which arrays are one array, so that a bias's cotangents are recognized as its weight's
 
     cost_model       whether a product is kept factored or materialized

@@ -8,14 +8,12 @@ within the program (jit, remat, scan, cond) are walked too.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
 
 from jaxgrad import _jax
 from jaxgrad.per_example.interpreter import (
@@ -29,19 +27,18 @@ from jaxgrad.per_example.interpreter import (
     through,
     views,
 )
-from jaxgrad.per_example.interpreter.cost_model import worth_holding
+from jaxgrad.per_example.interpreter.as_written import AsWritten, with_as_written
 from jaxgrad.per_example.interpreter.measuring import (
     Target,
     begun_after,
     keeps_sides,
     measured_where_complete,
     remeasured,
-    stays_factored,
     targets_of,
     total_over_positions,
 )
 from jaxgrad.per_example.interpreter.reasons import FORMED, Reason, reason_at
-from jaxgrad.per_example.interpreter.rules import bind, made_product, record_of
+from jaxgrad.per_example.interpreter.rules import made_product, record_of
 from jaxgrad.per_example.interpreter.values import (
     Broadcast,
     Plain,
@@ -206,7 +203,7 @@ def _step(
             never_a_map = eqn.effects or registered.is_inside(eqn)
             whole = None if never_a_map else (as_map.scan if is_scan else as_map.cond)(evaluate, eqn, values, used)
             if whole is not None:
-                return _with_as_written(whole, AsWritten(eqn, values))
+                return with_as_written(whole, AsWritten(eqn, values))
             if is_scan:
                 kept = control.scan(evaluate, eqn, values, wanted, used, targets)
             else:
@@ -215,7 +212,7 @@ def _step(
         if _jax.kind(eqn) == "shard_map":
             whole = shards.shard_map(evaluate, eqn, values, wanted, used)
             if whole is not None:
-                return _with_as_written(whole, AsWritten(eqn, values))
+                return with_as_written(whole, AsWritten(eqn, values))
         reference = None if shared else registered.reference_of(eqn)
         if reference is not None:
             return _by_reference(eqn, reference, values, wanted, used)
@@ -232,20 +229,20 @@ def _step(
     if len(others) < len(values) and not (record.bilinear and keeps_sides() and not all(map(is_shared, others))):
         results = through.behind(eqn, values)
         if results is not None:
-            return _with_as_written(results, as_written)
+            return with_as_written(results, as_written)
     if all(wanted) and not shared:
         product = made_product(
             eqn, [Plain(array_of(v), _refused(eqn, v)) if isinstance(v, Unevaluated) else v for v in values]
         )
         if product is not None:
-            return _with_as_written([product], as_written)
+            return with_as_written([product], as_written)
     repeated = _repeated(eqn, values)
     if repeated is not None:
         return [repeated]
     if all(wanted) and not shared:
         results = through.scaled(eqn, values)
         if results is not None:
-            return _with_as_written(results, as_written)
+            return with_as_written(results, as_written)
     if shared and loop_constants.only_broadcasts(eqn):
         return evaluate(_jax.body(eqn), values, wanted, used)
     if shared:
@@ -284,7 +281,7 @@ def _by_reference(
         else:
             array = as_written.evaluated()[k]
             results.append(Plain(array, _no_product(eqn, result)) if wanted[k] else array)
-    return _with_as_written(results, as_written)
+    return with_as_written(results, as_written)
 
 
 def _no_product(eqn: _jax.Equation, result: Value) -> Reason:
@@ -305,59 +302,6 @@ def _marked_shared(eqn: _jax.Equation, values: Sequence[Value], results: Sequenc
         Shared(array_of(r)) if isinstance(r, jax.Array | Plain) and not differs else r
         for r, differs in zip(results, depends, strict=True)
     ]
-
-
-class AsWritten:
-    """An equation's results as the program computes them, evaluated when they are first needed."""
-
-    def __init__(self, eqn: _jax.Equation, values: Sequence[Value]):
-        self.eqn, self.values = eqn, values
-        self.results: list[Any] | None = None
-
-    def evaluated(self) -> list[Any]:
-        """The results. Their operands are evaluated first, in a loop and not by recursion, as the chain may be long."""
-        waiting = [self]
-        while waiting:
-            written = waiting[-1]
-            before = [
-                v.as_written.source for v in written.values if isinstance(v, Unevaluated) and v.as_written is not None
-            ]
-            before = [other for other in before if other.results is None]
-            if written.results is None and before:
-                waiting += before
-                continue
-            if written.results is None:
-                with _jax.context(written.eqn):
-                    written.results = bind(written.eqn, [array_of(value) for value in written.values])
-            waiting.pop()
-        assert self.results is not None
-        return self.results
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """One result of a `AsWritten` equation."""
-
-    source: AsWritten
-    index: int
-
-    def __call__(self) -> Array:
-        """The array."""
-        return self.source.evaluated()[self.index]
-
-
-def _with_as_written(results: Sequence[Value], as_written: AsWritten) -> list[Value]:
-    return [_materialized_if_smaller(result, OneOf(as_written, k)) for k, result in enumerate(results)]
-
-
-def _materialized_if_smaller(value: Value, as_written: Callable[[], Array]) -> Value:
-    """Materialize a sum that is smaller than its operands, as the program computes it; `lower` decides convolutions."""
-    if not isinstance(value, Unevaluated):
-        return value
-    value = dataclasses.replace(value, as_written=as_written)
-    if is_zero(value) or value.has_windows or stays_factored() or worth_holding(value.held, value.size):
-        return value
-    return Plain(array_of(value), value.reason or FORMED)
 
 
 def _refused(eqn: _jax.Equation, value: Unevaluated) -> Reason:
