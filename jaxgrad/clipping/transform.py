@@ -137,7 +137,7 @@ def clipped_grad(
             in memory (the method `costs` of the returned function compares the two). 2 computes the norms first and
             drops the factors, then computes the ordinary gradient of Σ_b c_b · loss_b. Two passes need the memory of a
             plain gradient, even for a `lax.scan` over layers with `jax.checkpoint`, and about twice its time (1.8 to
-            2.3 times in `docs/cost.md`). Each bound takes its own backward pass, and side effects of `fun`, such as
+            2.2 times in `docs/cost.md`). Each bound takes its own backward pass, and side effects of `fun`, such as
             those of `jax.debug.print`, happen in both passes.
 
     Two passes: the second pass computes the gradients again, with the rounding of a plain gradient. ε therefore also

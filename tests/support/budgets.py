@@ -45,12 +45,18 @@ def projected(model):
     return memory(programs[1]) / memory(programs[0])
 
 
-def in_float32(model, function):
-    """The bytes and the memory of a function of the parameters and the batch, relative to a plain gradient's."""
+def in_float32(model, **compared):
+    """The bytes and the memory of functions of the parameters and the batch, relative to a plain gradient's."""
     arguments = shape_structs((model.params, *model.batch), "float32")
-    plain, ours = (compile_for(f, arguments, H100.device()) for f in (functions.plain(model), function))
-    moved = [Program(p.as_text()).counts().bytes for p in (plain, ours)]
-    return {"bytes": moved[1] / moved[0], "memory": memory(ours) / memory(plain)}
+    plain, *others = (compile_for(f, arguments, H100.device()) for f in (functions.plain(model), *compared.values()))
+
+    def moved(program):
+        return Program(program.as_text()).counts().bytes
+
+    return {
+        name: {"bytes": moved(ours) / moved(plain), "memory": memory(ours) / memory(plain)}
+        for name, ours in zip(compared, others, strict=True)
+    }
 
 
 if __name__ == "__main__":
@@ -60,7 +66,9 @@ if __name__ == "__main__":
         "block": measured(models.transformer(512, 128, 64)),
         "conv": measured(models.conv_net(1024)),
         "projected": projected(models.deep_language_model(L=4, V=4096, D=256, T=512, B=8)),
-        "by layer": [in_float32(deep, functions.clipped_by_layer(deep, 1.0)) for deep in (short, long)],
-        "two passes": [in_float32(deep, functions.clipped(deep, 1.0, passes=2)) for deep in (short, long)],
+        "short": in_float32(short, two_passes=functions.clipped(short, 1.0, passes=2)),
+        "long": in_float32(
+            long, two_passes=functions.clipped(long, 1.0, passes=2), by_layer=functions.clipped_by_layer(long, 1.0)
+        ),
     }
     print(json.dumps(found))
