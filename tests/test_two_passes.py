@@ -275,6 +275,19 @@ def test_results_are_as_accurate_as_the_dtype_at_real_sizes(dtype, rounding, B):
         assert off <= max(64 * rounding * np.abs(b).max(), 2 * np.abs(np.asarray(c, np.float64) - b).max())
 
 
+def test_sums_of_two_passes_have_the_derivatives_of_one():
+    params, X = drawn(11), batch_of(12)
+
+    def squares(passes):
+        def function(params, X):
+            total, info = jg.clipped_grad(layers, 0.5, passes=passes)(params, X)
+            return sum((a**2).sum() for a in jax.tree.leaves(total)) + info.norms.sum()
+
+        return jax.jit(jax.grad(function, (0, 1)))(params, X)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), squares(2), squares(1))
+
+
 def test_inside_shard_map_each_device_sums_its_own_examples():
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere, each = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("d")

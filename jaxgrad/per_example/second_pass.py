@@ -6,8 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxgrad import _jax
@@ -39,7 +37,7 @@ def weighted_gradients(
 def _gradients(transformed: Transformed, arguments: Arguments, weights: list[Array], keep: Array) -> list[list[Array]]:
     batch = [_replaced(keep, a, axis) for a, axis in zip(arguments.batch, arguments.axes, strict=True)]
     axes_in_shard_map = frozenset(name for a in batch for name in _jax.varying(a))
-    any_kept = keep.any()
+    count = keep.sum()
 
     over_examples = jax.vmap(
         _loss_of(transformed, arguments),
@@ -51,7 +49,7 @@ def _gradients(transformed: Transformed, arguments: Arguments, weights: list[Arr
     def sums(params: list[Array], batch: list[Array], weights: list[Array]) -> list[list[Array]]:
         values, back = jax.vjp(lambda params: over_examples(params, batch), params)
         gradients = [back(_rounded_towards_zero(c, values.dtype))[0] for c in weights]
-        return [[_zero_unless(any_kept, a) for a in gradient] for gradient in gradients]
+        return [[_or_zero(count, a) for a in gradient] for gradient in gradients]
 
     def zero_sums(params: list[Array], batch: list[Array], weights: list[Array]) -> list[list[Array]]:
         zeros = [_jax.made_varying(jnp.zeros_like(p), axes_in_shard_map) for p in params]
@@ -59,20 +57,18 @@ def _gradients(transformed: Transformed, arguments: Arguments, weights: list[Arr
 
     # The predicate is always true. The branch keeps the compiler from sharing buffers between the loops of the two
     # passes, which would keep those buffers alive through both passes.
-    always = keep.sum() >= 0
+    always = count >= 0
     result: list[list[Array]] = jax.lax.cond(always, sums, zero_sums, list(arguments.params), batch, weights)
     return result
 
 
-def _zero_unless(condition: Array, a: Array) -> Array:
-    """The array where the condition, a scalar, holds; otherwise zeros, even if it is NaN.
+def _or_zero(count: Array, a: Array) -> Array:
+    """The array if the count of examples is positive; otherwise zeros, even if it is NaN.
 
-    The bits are masked. Zeros to select from would be the zeros that the loops of the backward pass start from, for a
+    The count itself is the zero. A constant would be the zeros that the loops of the backward pass start from, for a
     compiler that merges equal arrays: it would then keep these, and start the loops from copies.
     """
-    bits = jnp.dtype(f"uint{8 * a.dtype.itemsize}")
-    mask = jnp.where(condition, np.asarray(-1).astype(bits), np.zeros((), bits))
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(a, bits) & mask, a.dtype)
+    return jnp.where(count > 0, a, count.astype(a.dtype))
 
 
 def check_linear(transformed: Transformed, arguments: Arguments) -> None:
@@ -111,11 +107,17 @@ def _loss_of(transformed: Transformed, arguments: Arguments) -> Callable[[Sequen
     return loss
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _rounded_towards_zero(c: Array, dtype: Any) -> Array:
     """Cast the weights to the loss's dtype so that no weight, and therefore no gradient, gets larger."""
     nearest = c.astype(dtype)
     larger = jnp.abs(nearest.astype(c.dtype)) > jnp.abs(c)
     return jnp.where(larger, jnp.nextafter(nearest, jnp.zeros_like(nearest)), nearest)
+
+
+@_rounded_towards_zero.defjvp
+def _cast_tangent(dtype: Any, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _rounded_towards_zero(*primals, dtype), tangents[0].astype(dtype)
 
 
 @with_automatic_axes(by_example=True)
