@@ -1,5 +1,7 @@
 """per_example_norms and clipped_grad(passes=2): the results of one pass, with a plain gradient's memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from support.zoo.maps import NOT_LINEAR
 from test_zoo import axes_of, close
 
 import jaxgrad as jg
-from benchmarks.models import deep_language_model
+from benchmarks.models import block, cross_entropy, deep_language_model
 from jaxgrad import per_example_norms
 
 
@@ -172,6 +174,58 @@ def test_what_is_measured_is_not_held_through_the_loop_that_follows():
     plain = memory(jax.value_and_grad(lambda p, *batch: losses(p, *batch).mean()), *arguments)
     assert memory(per_example_norms(model.loss), *arguments) <= plain  # 0.93 of it; 1.38 if they are held
     assert memory(jg.clipped_grad(model.loss, 1.0, passes=2), *arguments) <= 1.05 * plain  # 1.00; 1.43
+
+
+def tied(params, ids, mode="fill"):
+    """A language model whose table is its unembedding too."""
+    step = jax.checkpoint(lambda h, layer: (block(layer, h), None))
+    h = jax.lax.scan(step, params["E"].at[ids[:-1]].get(mode=mode), params["layers"])[0]
+    return cross_entropy(h @ params["E"].T, jnp.maximum(ids[1:], 0)).mean()
+
+
+def tied_model(L, V, D, T, B, dtype):
+    model = deep_language_model(L=L, V=V, D=D, T=T, B=B).astype(dtype)
+    return {name: model.params[name] for name in ("E", "layers")}, model.batch[0]
+
+
+def norms_by_vmap(loss, params, ids):
+    G = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, ids)
+    return jax.tree.map(lambda a: np.sqrt((np.asarray(a, np.float64) ** 2).reshape(len(ids), -1).sum(1)), G)
+
+
+@pytest.mark.parametrize("mode", ["fill", "clip", "promise_in_bounds"])
+@pytest.mark.parametrize("size", [1.0, 1e-170, 1e170])
+def test_a_tied_table_has_the_norms_of_vmap(mode, size):
+    params, ids = tied_model(2, 40, 16, 24, 5, jnp.float64)
+    ids = ids.at[:, :3].set(ids[:, 3:4])  # ids repeat
+    ids = ids if mode == "promise_in_bounds" else ids.at[1, 4].set(1000).at[2, 5].set(-1)
+
+    def loss(params, ids):
+        return size * tied(params, ids, mode)
+
+    _, found = jax.jit(per_example_norms(loss, leaf_norms=True))(params, ids)
+    expected = norms_by_vmap(functools.partial(tied, mode=mode), params, ids)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a / size, b, rtol=1e-9), found, expected)
+    one, _ = jax.jit(jg.clipped_grad(loss, 0.1 * size))(params, ids)
+    two, _ = jax.jit(jg.clipped_grad(loss, 0.1 * size, passes=2))(params, ids)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a / size, b / size, rtol=1e-6, atol=1e-9), one, two)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 2.0**-20), (jnp.bfloat16, 2.0**-5)])
+def test_a_tied_table_at_real_sizes(dtype, rounding):
+    params, ids = tied_model(2, 500, 64, 64, 64, dtype)
+    expected = norms_by_vmap(tied, jax.tree.map(lambda a: a.astype(jnp.float64), params), ids)
+    with jax.enable_x64(False):
+        _, found = jax.jit(per_example_norms(tied, leaf_norms=True))(params, ids)
+    np.testing.assert_allclose(found["E"], expected["E"], rtol=rounding)
+
+
+def test_a_tied_table_is_not_held_through_the_loop():
+    params, ids = tied_model(4, 8192, 64, 256, 4, jnp.float32)
+    losses = jax.vmap(tied, (None, 0))
+    plain = memory(jax.value_and_grad(lambda params, ids: losses(params, ids).mean()), params, ids)
+    assert memory(per_example_norms(tied), params, ids) <= 1.02 * plain
+    assert memory(jg.clipped_grad(tied, 1.0, passes=2), params, ids) <= 1.05 * plain
 
 
 def test_a_mask_is_repeated_inside_the_loop():

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxgrad.per_example.algebra import complexes, norms
+from jaxgrad.per_example.algebra import complexes, inner_products, norms
 from jaxgrad.per_example.algebra.factors import Factor, accumulator, arrays
 from jaxgrad.per_example.algebra.one_example import for_one_example
+from jaxgrad.per_example.algebra.product import Product
+from jaxgrad.per_example.algebra.rows import Lookup
+from jaxgrad.per_example.algebra.scales import power_of_two, safe_sqrt
 from jaxgrad.per_example.arguments import Arguments
-from jaxgrad.per_example.interpreter.measuring import Measurer, measure_of
+from jaxgrad.per_example.interpreter.measuring import CrossTerms, Measurer, measure_of
 from jaxgrad.per_example.interpreter.values import Value
 from jaxgrad.per_example.lower import factors_of
 from jaxgrad.per_example.transform import Transformed
@@ -40,10 +43,11 @@ def per_example_norms(
     rounding. Call the returned function under `jax.jit`, which removes computations whose results are not used, such as
     those of the gradients themselves.
 
-    The factors of three kinds of parameters are held until the loop has ended: parameters that every step uses, such as
-    recurrent weights, because their norms have cross terms between steps; parameters whose gradient goes through
-    anything but reshapes, transposes and casts after the loop; and parameters that are used inside `cond` or
-    `shard_map`.
+    If a table of lookups is also multiplied with, as a tied embedding is, the norm of the product's gradient and its
+    rows at the ids that are looked up are kept until the lookups' gradient is there. The factors of three kinds of
+    parameters are held until the loop has ended: parameters that every step uses, such as recurrent weights, because
+    their norms have cross terms between steps; parameters whose gradient goes through anything but reshapes, transposes
+    and casts after the loop; and parameters that are used inside `cond` or `shard_map`.
 
     Args:
         fun, argnums, in_axes, has_aux, spmd_axis_name: as in `per_example_grad`.
@@ -112,8 +116,12 @@ def _measure_batch(factors: tuple[Factor, ...], _: Any) -> Magnitude:
     dtype = accumulator(*factors)
     if magnitude is None:
         return Magnitude(norm.astype(dtype), jnp.zeros_like(norm, dtype))
-    half = any(jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize < 4 for f in factors for a in arrays(f))
-    return Magnitude(norm.astype(dtype), magnitude.astype(dtype) * _precision_factor(half, dtype).astype(dtype))
+    factor = _precision_factor(any(map(_is_half, factors)), dtype).astype(dtype)
+    return Magnitude(norm.astype(dtype), magnitude.astype(dtype) * factor)
+
+
+def _is_half(f: Factor) -> bool:
+    return any(jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize < 4 for a in arrays(f))
 
 
 def _precision_factor(half: bool, dtype: jnp.dtype) -> Array:
@@ -126,9 +134,52 @@ def _precision_factor(half: bool, dtype: jnp.dtype) -> Array:
 _measure_one = for_one_example(_measure_batch)
 
 
+def _rows(product: Value, lookups: Value) -> Array | None:
+    """The product's rows at the ids of the lookups, [T, K]; None if it is not one product in the table's layout."""
+    factors, tables = (factors_of(value, value.shape, value.dtype) for value in (product, lookups))
+    if len(factors) != 1 or len(tables) != 1 or not inner_products.picks_rows(factors[0], tables[0]):
+        return None
+    rows: Array = _rows_of_one((*factors, *tables))
+    return rows
+
+
+@with_automatic_axes(by_example=True)
+def _rows_of_batch(factors: tuple[Product, Product], _: Any) -> Array:
+    return inner_products.picked_rows(*factors)
+
+
+_rows_of_one = for_one_example(_rows_of_batch)
+
+
+def _total(of_product: Magnitude, rows: Array, lookups: Value) -> Magnitude | None:
+    """The measure of a product and lookups together; None if the lookups are not in one table."""
+    factors = factors_of(lookups, lookups.shape, lookups.dtype)
+    if len(factors) != 1 or factors[0].kind != "Rows":
+        return None
+    measure: Magnitude = _total_of_one((factors[0], of_product, rows))
+    return measure
+
+
+@with_automatic_axes(by_example=True)
+def _total_of_batch(parts: tuple[Product, Magnitude, Array], _: Any) -> Magnitude:
+    table, first, rows = parts
+    second = _measure_batch((table,), _)
+    unit = power_of_two(jnp.maximum(first.norm, second.norm))
+    _, values = Lookup.of(table).valid()
+    cross = (rows / unit[:, None, None] * (values.astype(rows.dtype) / unit[:, None, None])).sum((1, 2))
+    squares = (first.norm / unit) ** 2 + (second.norm / unit) ** 2 + 2 * cross
+    norm = unit * safe_sqrt(jnp.maximum(squares, jnp.zeros_like(squares)))
+    factor = _precision_factor(_is_half(table), norm.dtype).astype(norm.dtype)
+    magnitudes = [jnp.maximum(m.magnitude, factor * m.norm) for m in (first, second)]
+    return Magnitude(norm, magnitudes[0] + magnitudes[1])
+
+
+_total_of_one = for_one_example(_total_of_batch)
+
+
 def _combine_steps(measure: Magnitude, _: Any) -> Magnitude:
     """The measure of a stacked parameter, from those of the steps of a loop along axis 0."""
     return Magnitude(*(norms.root_sum_of_squares(list(a)) for a in measure))
 
 
-MEASURER = Measurer(_measure, _combine_steps)
+MEASURER = Measurer(_measure, _combine_steps, kept=CrossTerms(_rows, _total))

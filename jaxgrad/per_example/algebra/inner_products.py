@@ -292,6 +292,27 @@ def _rows_outer(f: Product, f_: Product) -> Array:
     return map_examples(positions, size, f, f_)
 
 
+def picks_rows(f: Factor, table: Factor) -> bool:
+    """Whether f is an Outer whose rows are those of a table that is looked up, so that `picked_rows` applies."""
+    if not (isinstance(f, Product) and isinstance(table, Product) and f.kind == "Outer" and table.row is not None):
+        return False
+    return any(table.layout.same_place(layout) for layout in (f.layout, f.layout.turned()))
+
+
+def picked_rows(f: Product, table: Product) -> Float[Array, "B T K"]:
+    """The rows of an Outer's matrices at the ids of a table's lookups; row 0 where an id is out of range."""
+    acc = accumulator(f, table)
+
+    def picked(f: Product, table: Product) -> Array:
+        (ids, _), (left, right) = Lookup.of(table).valid(), f.sides()
+        columns = jnp.take_along_axis(left[:, 0], ids[:, None, :], axis=2)  # [B, S, T]
+        return contracted("bst,bsk->btk", columns, right[:, 0], acc)
+
+    f = f if table.layout.same_place(f.layout) else f.turned()
+    size = chunk_size(2 * f.positions * table.positions * acc.itemsize, _count(f))
+    return map_examples(picked, size, for_products(f, acc), table)
+
+
 def _dense_outer(f: Product, f_: Product) -> Array:
     """Σ_t left_tᵀ D right_t, without materializing the second product; D is materialized already."""
     acc, (_, F, K) = accumulator(f, f_), f_.layout.matrix

@@ -12,6 +12,7 @@
     products         makes unevaluated products from arrays: a `Product` of the algebra, for one example
     values           what a variable may stand for during the walk
     measuring        norms of gradients, taken where a gradient is complete, as inside a loop
+    tied             a table that is looked up and multiplied with, measured before the lookups' gradient is there
     as_written       what the program itself computes, for values that are not held as products
     loop_constants   arrays that every step of a loop repeats, such as an attention mask
     views            which arrays are one array, so that a bias's cotangents are recognized as its weight's

@@ -49,6 +49,18 @@ Item = tuple[Value, tuple[int, ...], Any, Target]
 """A gradient that is to be measured: its value, shape and dtype, and the target."""
 
 
+class CrossTerms(NamedTuple):
+    """How the sum of a product's gradient and of lookups' gradients is measured.
+
+    Attributes:
+        rows: (the product, lookups of the same rows) → the product's rows [T, K]; None if it has another form.
+        total: (the product's measure, its rows, the lookups) → the measure of their sum, None as for `rows`.
+    """
+
+    rows: Callable[[Value, Value], Any]
+    total: Callable[[Measure, Any, Value], Measure | None]
+
+
 class Measurer(NamedTuple):
     """The functions that measure.
 
@@ -66,6 +78,7 @@ class Measurer(NamedTuple):
             gradient depends on the others. A measure that needs a gradient that is not there is None.
         of_sides: whether what is measured depends on which arrays a product's two sides are. Then products are not
             multiplied by an example's other arrays before they are measured, and `views` says which arrays are one.
+        kept: how a sum of a product and lookups is measured (`tied`), if it is before the lookups are there.
     """
 
     one: Callable[[Value, tuple[int, ...], Any, Target], Measure]
@@ -76,6 +89,7 @@ class Measurer(NamedTuple):
     has_layout: bool = False
     together: Callable[[Sequence[Item]], list[Measure | None]] | None = None
     of_sides: bool = False
+    kept: "CrossTerms | None" = None
 
     def all(self, items: Sequence[Item]) -> list[Measure | None]:
         """The measures of several gradients that are complete at the same place."""
