@@ -66,9 +66,7 @@ def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[
     if isinstance(ridge, Relative):
         ridge = ridge.ratio * jnp.trace(K)
     ridge = jnp.asarray(ridge, K.dtype)
-    # The second step changes nothing. Without a loop, XLA on CPUs adds up a Gram matrix of several parameters again in
-    # every operation that reads K.
-    K = lax.fori_loop(0, 2, lambda _, K: (K + K.T) / 2, K)
+    K = _symmetrized(K)
 
     def matvec(x: Array) -> Array:
         return jnp.matmul(K, x, precision=EXACT) + ridge * x
@@ -77,6 +75,16 @@ def damped_solve(K: Float[Array, "N N"], b: Float[Array, "N ..."], ridge: Float[
         return _solved(lax.stop_gradient(K), b, lax.stop_gradient(ridge))
 
     return lax.custom_linear_solve(matvec, b, solve, symmetric=True)
+
+
+@jax.jit  # without jit, JAX would compile the loop again at every call
+def _symmetrized(K: Array) -> Array:
+    """(K + Kᵀ) / 2, in a loop whose second step changes nothing.
+
+    Without a loop, XLA on CPUs adds up a Gram matrix of several parameters again in every operation that reads K.
+    """
+    symmetrized: Array = lax.fori_loop(0, 2, lambda _, K: (K + K.T) / 2, K)
+    return symmetrized
 
 
 @jax.jit  # without jit, JAX would compile the branches of the cond again at every call
