@@ -162,7 +162,6 @@ def evaluate(
     zeros = {v for v, value in zip(jaxpr.invars, values, strict=True) if is_zero(value)}
     measured = targets_of(jaxpr, targets or [None] * len(jaxpr.outvars), zeros)
     sums = tied.sums(jaxpr, measured)
-    products = {sum_.product: sum_ for sum_ in sums.values()}
     known: dict[Any, Value] = dict(zip(jaxpr.constvars, map(Shared, program.consts), strict=True))
     known |= dict(zip(jaxpr.invars, values, strict=True))
 
@@ -186,13 +185,11 @@ def evaluate(
                 if views.noting() and len(results) == 1:
                     arrays = [own_array(v) for v in operands if not is_zero(v)]
                     views.note_equation(eqn, arrays, own_array(results[0]))
-                if eqn.outvars[0] in products:
-                    results = [tied.kept(results[0], products[eqn.outvars[0]], known)]
-                elif eqn.outvars[0] in sums:
-                    results = [tied.measured(results[0], sums[eqn.outvars[0]], known)]
+                if sums:
+                    results = tied.measured(eqn, results, sums, known)
                 results = measured_where_complete(results, [v.aval for v in eqn.outvars], of_results)
             known |= dict(zip(eqn.outvars, results, strict=True))
-            complete += [v for v in eqn.outvars if v in measured or v in products]
+            complete += [v for v in eqn.outvars if v in measured or v in sums]
     return [read(v) if use else None for v, use in zip(jaxpr.outvars, used, strict=True)]
 
 
