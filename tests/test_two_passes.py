@@ -193,6 +193,7 @@ def norms_by_vmap(loss, params, ids):
     return jax.tree.map(lambda a: np.sqrt((np.asarray(a, np.float64) ** 2).reshape(len(ids), -1).sum(1)), G)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("mode", ["fill", "clip", "promise_in_bounds"])
 @pytest.mark.parametrize("size", [1.0, 1e-170, 1e170])
 def test_a_tied_table_has_the_norms_of_vmap(mode, size):
