@@ -60,15 +60,19 @@ def in_float32(model, **compared):
 
 
 if __name__ == "__main__":
-    short, long = (models.deep_language_model(L=12, V=50304, D=768, T=T, B=8) for T in (128, 4096))
+    deep = {T: models.deep_language_model(L=12, V=50304, D=768, T=T, B=8) for T in (128, 4096)}
     found = {
         "mlp": measured(models.mlp((1024, 4096, 4096, 10), 4096)),
         "block": measured(models.transformer(512, 128, 64)),
         "conv": measured(models.conv_net(1024)),
         "projected": projected(models.deep_language_model(L=4, V=4096, D=256, T=512, B=8)),
-        "short": in_float32(short, two_passes=functions.clipped(short, 1.0, passes=2)),
-        "long": in_float32(
-            long, two_passes=functions.clipped(long, 1.0, passes=2), by_layer=functions.clipped_by_layer(long, 1.0)
-        ),
+        "deep": {
+            T: in_float32(
+                model,
+                two_passes=functions.clipped(model, 1.0, passes=2),
+                by_layer=functions.clipped_by_layer(model, 1.0),
+            )
+            for T, model in deep.items()
+        },
     }
     print(json.dumps(found))
